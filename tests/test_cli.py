@@ -1,0 +1,167 @@
+"""`vpw` as it is called: exit codes, short messages, no traceback, no kernel left behind."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_runs import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
+
+from vpworkbench import cli
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def vpw(tmp_path):
+    """Run `vpw` in the test's own folder, which is also where its runs go."""
+    paths = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"VPW_RUNS": str(tmp_path / "runs"), "PYTHONPATH": paths}
+
+    def call(*arguments, start=False):
+        options = {"cwd": tmp_path, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = [sys.executable, "-m", "vpworkbench.cli", *arguments]
+        return subprocess.Popen(command, **options) if start else subprocess.run(command, timeout=120, **options)
+
+    return call
+
+
+def test_help_comes_at_once(vpw):
+    began = time.perf_counter()
+    result = vpw("--help")
+    assert result.returncode == 0 and all(word in result.stdout for word in ("run", "runs", "scenes"))
+    assert time.perf_counter() - began < 1.5
+
+
+def test_version(vpw):
+    assert vpw("--version").stdout.startswith("vpworkbench")
+
+
+def test_a_run_completes_once(vpw, tmp_path):
+    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, OPEN.format(notebook="trial"), TRAIN, STUMBLE)
+    call = ("run", "trial.ipynb", "--name", "a", "-p", "seed", "3")
+    first = vpw(*call)
+    assert first.returncode == 0, first.stderr
+    assert json.loads((tmp_path / "runs/trial/a/summary.json").read_text()) == {"seed": 3, "lines": 1}
+    again = vpw(*call)
+    assert again.returncode == 0 and "trial/a is complete, nothing to do" in again.stdout
+    other = vpw("runs")
+    assert other.stdout.split() == ["notebook", "name", "complete", "seed", "lines", "trial", "a", "True", "3", "1"]
+
+
+def test_a_failed_run_is_told_in_a_few_lines(vpw, tmp_path):
+    cells = OPEN.format(notebook="trial"), "raise MemoryError('line\\n' * 50)"
+    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, *cells)
+    result = vpw("run", "trial.ipynb", "--name", "a")
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and len(lines) <= 12 and "Traceback" not in result.stderr
+    assert lines[0] == "error: trial/a failed in cell In [4]: MemoryError"
+    assert str(tmp_path / "runs/trial/a/trial.ipynb") in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["-p", "stepz", "9"], "stepz: 01_pretrain has no such parameter; did you mean 'steps'?"),
+        (["-p", "steps", "1e1"], "steps: must be a whole number, like 0 (given: '1e1')"),
+        (["-p", "preset", "tinny"], "did you mean 'tiny'"),
+        (["-p", "overrides", '{"mask.bugdet": 3}'], "did you mean 'mask.budget'"),
+        (["-p", "seed", "-1"], "seed: "),
+        (["-p", "steps"], "a parameter needs a value"),
+        (["--name", "../b"], "cannot name a folder"),
+    ],
+)
+def test_a_wrong_parameter_stops_everything(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    parameters = 'name = ""\npreset = "tiny"\nsteps = 0\nseed = 0\noverrides = {}'
+    notebook = write_notebook(tmp_path / "01_pretrain.ipynb", parameters)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", str(notebook), *arguments])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and told in message and len(message.splitlines()) <= 12
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_parameters_end_the_process_with_code_2(vpw):
+    result = vpw("run", "01_pretrane", "-p", "steps", "9")
+    assert result.returncode == 2 and result.stderr.startswith("error: 01_pretrane: no such notebook")
+    assert "Traceback" not in result.stderr
+
+
+def test_scenes_are_written_and_refused(vpw, tmp_path):
+    done = vpw("scenes", "small", "--images", "3", "--val", "2", "--test", "2", "--seed", "5")
+    assert done.returncode == 0 and done.stdout.strip() == "small", done.stderr
+    assert any((tmp_path / "small").iterdir())
+    wrong = vpw("scenes", "other", "--images", "0", "--difficulty", "mild")
+    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 2 and not (tmp_path / "other").exists()
+
+
+def test_an_interrupt_leaves_no_kernel(vpw, tmp_path):
+    sleep = "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')\ntime.sleep(99)"
+    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, sleep)
+    process = vpw("run", "trial.ipynb", "--name", "a", start=True)
+    try:
+        wait_until((tmp_path / "pid").exists)
+        kernel = int((tmp_path / "pid").read_text())
+        assert is_alive(kernel)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "interrupted; the same call resumes" in said
+    wait_until(lambda: not is_alive(kernel))
+
+
+def is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, limit_s=20):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_full_disk_is_told_with_its_remedy(capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "summary.json")
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["runs"])
+    assert exit_.value.code == 1
+    assert "summary.json" in (told := capsys.readouterr().err) and "free some space" in told
+
+
+def test_an_error_of_our_own_making_keeps_its_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main([])
+
+
+@pytest.mark.parametrize(
+    "given, joined",
+    [
+        (["run", "a", "-p", "k", "v", "--name", "x"], ["run", "a", "-p", "k=v", "--name", "x"]),
+        (["-p", "k", '{"a": "b=c"}'], ["-p", 'k={"a": "b=c"}']),
+        (["-p", "k=v", "-p", "n", "-1"], ["-p", "k=v", "-p", "n=-1"]),
+        (["-p", "k"], ["-p", "k"]),
+        (["-p"], ["-p"]),
+    ],
+)
+def test_two_words_become_one_pair(given, joined):
+    assert cli._paired(given) == joined

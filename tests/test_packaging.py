@@ -1,0 +1,45 @@
+"""pyproject.toml and environment.yml ask for the same things, and what is installed is new enough."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def floors(requirements: list[str]) -> dict[str, str]:
+    pairs = [re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement) for requirement in requirements]
+    assert all(pairs), f"not every one of {requirements} is written as name>=version"
+    return {pair[1]: pair[2] for pair in pairs}
+
+
+def test_environment_and_project_have_the_same_floors():
+    environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    assert environment[-2:] == ["pip", {"pip": ["-e .[weights]"]}]
+    wanted = floors(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
+    wanted = {CONDA_NAMES.get(name, name): floor for name, floor in wanted.items()}
+    assert floors(environment[:-2]) == wanted | {"python": PROJECT["requires-python"].removeprefix(">=")}
+    assert len(wanted) >= 25
+
+
+@pytest.mark.parametrize("name, floor", floors(PROJECT["dependencies"]).items())
+def test_installed_packages_reach_the_floors(name, floor):
+    def numbers(version):
+        return [int(part) for part in re.findall(r"\d+", version)]
+
+    assert numbers(importlib.metadata.version(name)) >= numbers(floor)
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (REPOSITORY / "vpworkbench" / "py.typed").exists()
+
+
+def test_the_command_is_there():
+    module, function = PROJECT["scripts"]["vpw"].split(":")
+    assert callable(getattr(__import__(module, fromlist=[function]), function))

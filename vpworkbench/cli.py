@@ -1,0 +1,145 @@
+"""`vpw`: a thin front for `runs` and the generated scenes; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Visual parsing workbench: pre-train, probe and look.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `vpw`. Exit code 2: wrong parameters, nothing was started; 1: it failed on the way."""
+    try:
+        app(_paired(sys.argv[1:] if arguments is None else arguments), prog_name="vpw")
+    except Exception as error:  # noqa: BLE001: ours get a short message, others go on
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(_short(error), file=sys.stderr)
+        sys.exit(code)
+
+
+@app.command()
+def run(
+    notebook: Annotated[str, typer.Argument(help="a name in notebooks/, such as 01_pretrain, or a path")],
+    name: Annotated[str, typer.Option(help="the run's name; empty: a hash of its settings")] = "",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="KEY VALUE", help="a parameter of the notebook; repeatable"),
+    ] = None,
+) -> None:
+    """Execute a notebook in its run folder; the same call again resumes, or says that it is complete."""
+    from vpworkbench import runs
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("vpworkbench").setLevel(logging.INFO)
+    texts = _split(parameter or [])
+    defaults = runs.notebook_parameters(runs.find_notebook(notebook))
+    runs.run_notebook(notebook, name=name, parameters=runs.parse_parameters(texts, defaults))
+
+
+@app.command("runs")
+def list_all() -> None:
+    """List all runs, with what their summaries say."""
+    from vpworkbench import runs
+
+    table = runs.list_runs()
+    if table.empty:
+        print(f"no runs in {runs.runs_root()}")
+    else:
+        print(table.to_string(index=False, na_rep="", max_colwidth=40))
+
+
+@app.command()
+def scenes(
+    folder: Annotated[Path, typer.Argument(help="made; if it holds these very scenes, nothing is done")],
+    images: Annotated[int | None, typer.Option(help="training images")] = None,
+    val: Annotated[int | None, typer.Option(help="validation images")] = None,
+    test: Annotated[int | None, typer.Option(help="test images")] = None,
+    image_px: Annotated[int | None, typer.Option(help="side of the square images")] = None,
+    difficulty: Annotated[str | None, typer.Option(help="easy, medium or hard")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Generate scenes with exact ground truth, in the published formats."""
+    from vpworkbench.config import checked
+    from vpworkbench.data.scenes import SceneSettings, write_scenes
+
+    given = {
+        "images": images, "val": val, "test": test, "image_px": image_px, "difficulty": difficulty, "seed": seed,
+    }  # fmt: skip
+    settings = checked(SceneSettings, {key: value for key, value in given.items() if value is not None})
+    print(write_scenes(folder, settings))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"vpworkbench {version('vpworkbench')}")
+        except PackageNotFoundError:
+            print("vpworkbench, not installed (make install)")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and stop")
+    ] = False,
+) -> None: ...
+
+
+def _paired(arguments: list[str]) -> list[str]:
+    """`-p KEY VALUE` as `-p KEY=VALUE`: typer knows no repeated option with two values."""
+    paired, rest = [], list(arguments)
+    while rest:
+        paired.append(rest.pop(0))
+        if paired[-1] in ("-p", "--parameter") and rest:
+            key = rest.pop(0)
+            paired.append(f"{key}={rest.pop(0)}" if "=" not in key and rest else key)
+    return paired
+
+
+def _split(pairs: list[str]) -> dict[str, str]:
+    from vpworkbench.config import SettingsError
+
+    if lonely := [pair for pair in pairs if "=" not in pair]:
+        raise SettingsError(f"-p {lonely[0]}: a parameter needs a value (-p KEY VALUE)")
+    return dict(pair.split("=", maxsplit=1) for pair in pairs)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """None for an error that is nobody's but ours: its traceback is wanted."""
+    from vpworkbench.config import SettingsError
+    from vpworkbench.data.records import DataError
+    from vpworkbench.runs import RunError
+
+    if isinstance(error, (SettingsError, DataError, FileNotFoundError, FileExistsError)):
+        return 2
+    return 1 if isinstance(error, (RunError, OSError)) else None
+
+
+def _short(error: Exception, most: int = 12) -> str:
+    lines = f"error: {error}".splitlines()
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        lines.append("free some space; the same call then resumes")
+    if len(lines) > most:
+        lines[most - 1 :] = [f"... and {len(lines) - most + 1} more lines"]
+    return "\n".join(line[:300] for line in lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Records, readers of published formats, generated scenes, and batches."""

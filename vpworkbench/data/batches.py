@@ -1,0 +1,275 @@
+"""Groups of one image and several texts, as tensors: sampling, tokenising, word masks.
+
+A batch is a pure function of (seed, step): any number of workers prepares the same batches, and a resumed run goes
+on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import BertTokenizerFast
+
+from vpworkbench.config import DataSettings
+from vpworkbench.data.records import DataError, Picture
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+"""Label of a word that no loss looks at, as in PyTorch's cross entropy."""
+
+LARGEST_UNKNOWN_SHARE = 0.01
+DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups of one image and its texts, in image order.
+
+    Attributes
+    ----------
+    images : uint8 Tensor, (image, 3, height, width)
+    image_index : int64 Tensor, (text,)
+        Row of `images` that each text is paired with.
+    words : int64 Tensor, (text, word)
+        Token ids after masking: `[CLS] words [SEP] pads`.
+    word_tokens : bool Tensor, (text, word)
+        True at real positions, padding excluded.
+    labels : int64 Tensor, (text, word)
+        The original id where a word is masked, `IGNORE` elsewhere.
+    matched : bool Tensor, (text,)
+    noise : float Tensor, (text, vision)
+        Uniform numbers that decide the visual mask: the largest marks the pick.
+    """
+
+    images: Tensor
+    image_index: Tensor
+    words: Tensor
+    word_tokens: Tensor
+    labels: Tensor
+    matched: Tensor
+    noise: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+    def micro_batches(self, count: int) -> list[Batch]:
+        """Split by images into `count` batches of equal numbers of images."""
+        return [self._of_images(rows) for rows in torch.arange(len(self.images)).chunk(count)]
+
+    def _of_images(self, rows: Tensor) -> Batch:
+        first, last = int(rows[0]), int(rows[-1])
+        texts = (self.image_index >= first) & (self.image_index <= last)
+        cut = {field.name: getattr(self, field.name)[texts] for field in fields(self) if field.name != "images"}
+        return replace(Batch(images=self.images[first : last + 1], **cut), image_index=cut["image_index"] - first)
+
+
+@dataclass(frozen=True)
+class MaskedWords:
+    """Token ids with some words hidden, and the labels of those; both int64 (text, word)."""
+
+    words: np.ndarray
+    labels: np.ndarray
+
+
+def mask_words(
+    words: np.ndarray, maskable: np.ndarray, rng: np.random.Generator, *, share: float, mask_id: int, vocabulary: int
+) -> MaskedWords:
+    """BERT's masking for MLM (paper Eq. 7): 15% of the words; of these 80% [MASK], 10% random, 10% kept.
+
+    Parameters
+    ----------
+    words : int array, (text, word)
+    maskable : bool array, (text, word)
+        False at special tokens and pads. A text with a maskable word has at least one masked.
+    """
+    draw = rng.random(words.shape)
+    hidden = (draw < share) & maskable
+    first = np.where(maskable, draw, np.inf).argmin(axis=1)  # the word nearest to being masked, if none was
+    forced = ~hidden.any(axis=1) & maskable.any(axis=1)
+    hidden[forced, first[forced]] = True
+    labels = np.where(hidden, words, IGNORE)
+    kind = rng.random(words.shape)
+    masked = np.where(hidden & (kind < 0.8), mask_id, words)
+    masked = np.where(hidden & (kind >= 0.9), rng.integers(0, vocabulary, words.shape), masked)
+    return MaskedWords(masked, labels)
+
+
+class Words:
+    """Texts to token ids: a BERT tokenizer with a fixed longest length, remembering what it has seen."""
+
+    def __init__(self, tokenizer: BertTokenizerFast, longest: int) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
+        self._special = set(tokenizer.all_special_ids)
+        self._known: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """`[CLS] words [SEP]`, cut at the longest length."""
+        if text not in self._known:
+            self._known[text] = self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
+        return self._known[text]
+
+    def pad(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 (text, word), padded to the longest text of the list."""
+        rows = [self.ids(text) for text in texts]
+        words = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, dtype=np.int64)
+        for row, ids in zip(words, rows, strict=True):
+            row[: len(ids)] = ids
+        return words
+
+    def maskable(self, words: np.ndarray) -> np.ndarray:
+        """bool (text, word): no special token, no pad."""
+        return ~np.isin(words, list(self._special - {self.tokenizer.unk_token_id}))
+
+    def tensors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`words` int64 (text, word) and `word_tokens` bool (text, word), unmasked."""
+        words = torch.from_numpy(self.pad(texts))
+        return words, words != self.tokenizer.pad_token_id
+
+    def check(self, texts: Sequence[str], *, source: str) -> None:
+        """Stop where more than 1% of the tokens are unknown; log how many texts are cut.
+
+        Raises
+        ------
+        DataError
+            Naming the share, an unknown word and the remedy.
+        """
+        encoded = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        total = sum(len(ids) - 2 for ids in encoded)
+        unknown = [number for number, ids in enumerate(encoded) if self.tokenizer.unk_token_id in ids]
+        share = sum(ids.count(self.tokenizer.unk_token_id) for ids in encoded) / max(total, 1)
+        if share > LARGEST_UNKNOWN_SHARE:
+            raise DataError(
+                f"{source}: {share:.1%} of the words are not in the vocabulary, e.g. in {texts[unknown[0]]!r:.80}; "
+                "leave `init_text` empty, so that the vocabulary is built from these texts, or name a BERT that knows them"
+            )
+        if cut := sum(len(ids) > self.longest for ids in encoded):
+            log.warning("%s: %d of %d texts are cut at %d tokens", source, cut, len(texts), self.longest)
+
+
+class GroupBatches(Dataset):
+    """Batches of groups by step: one image, its matched and its unmatched texts (paper Sec. 4.1).
+
+    Parameters
+    ----------
+    pictures
+        One split. Images come in the order of a permutation for each epoch.
+    images : int
+        Images in a batch.
+    vision : int
+        m, the number of visual tokens.
+
+    Raises
+    ------
+    DataError
+        Where no unmatched (or no matched) text can be found for an image.
+    """
+
+    def __init__(
+        self,
+        pictures: Sequence[Picture],
+        words: Words,
+        settings: DataSettings,
+        *,
+        images: int,
+        image_px: int,
+        vision: int,
+        seed: int,
+    ) -> None:
+        if len(pictures) < 2:
+            raise DataError(f"{len(pictures)} pictures: unmatched texts need at least two")
+        self.pictures, self.words, self.settings = list(pictures), words, settings
+        self.images, self.image_px, self.vision, self.seed = images, image_px, vision, seed
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return len(self.pictures) / self.images
+
+    def order(self, step: int) -> list[int]:
+        """Which pictures step `step` holds: consecutive places of one permutation after another."""
+        total = len(self.pictures)
+        places = range(step * self.images, (step + 1) * self.images)
+        epochs = {place // total for place in places}
+        orders = {epoch: np.random.default_rng((self.seed, 1, epoch)).permutation(total) for epoch in epochs}
+        return [int(orders[place // total][place % total]) for place in places]
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.seed, 0, step))
+        groups = [self._group(self.pictures[number], rng) for number in self.order(step)]
+        pictures = [picture for picture, _ in groups]
+        pairs = [(row, text, match) for row, (_, texts) in enumerate(groups) for text, match in texts]
+        words = self.words.pad([text for _, text, _ in pairs])
+        tokenizer = self.words.tokenizer
+        # All four texts are masked: a [MASK] in the matched ones alone would give the ITM label away.
+        masked = mask_words(
+            words, self.words.maskable(words), rng,
+            share=self.settings.word_share, mask_id=tokenizer.mask_token_id, vocabulary=len(tokenizer),
+        )  # fmt: skip
+        return Batch(
+            images=self._pixels(pictures, rng),
+            image_index=torch.tensor([row for row, _, _ in pairs]),
+            words=torch.from_numpy(masked.words),
+            word_tokens=torch.from_numpy(words != tokenizer.pad_token_id),
+            labels=torch.from_numpy(masked.labels),
+            matched=torch.tensor([match for _, _, match in pairs]),
+            noise=torch.from_numpy(rng.random((len(pairs), self.vision), dtype=np.float32)),
+        )
+
+    def _pixels(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
+        images = stack_images(pictures, self.image_px)
+        if self.settings.flip:
+            mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
+            images[mirrored] = images[mirrored].flip(-1)
+        return images
+
+    def _group(self, picture: Picture, rng: np.random.Generator) -> tuple[Picture, list[tuple[str, bool]]]:
+        """The image that is shown and its texts, each with whether it matches."""
+        if self.settings.grouped:
+            matched = [(text, True) for text in self._matched(picture, rng, self.settings.matched_per_image)]
+            return picture, matched + [(self._unmatched(picture, rng), False) for _ in range(self.settings.unmatched_per_image)]
+        text = self._matched(picture, rng, 1)[0]
+        if rng.random() < 0.5:  # paper Sec. 3.3: replace the image
+            return self._find(rng, lambda other: other.denies(text), f"image that {text!r} is false of"), [(text, False)]
+        return picture, [(text, True)]
+
+    def _matched(self, picture: Picture, rng: np.random.Generator, count: int) -> list[str]:
+        """Its captions; for an image with a false statement alone, others' statements that are true of it."""
+        own = picture.captions
+        if own:
+            return [own[i] for i in rng.choice(len(own), count, replace=len(own) < count)]
+        return [self._text(rng, picture.affirms, f"text true of {picture.image}") for _ in range(count)]
+
+    def _unmatched(self, picture: Picture, rng: np.random.Generator) -> str:
+        if picture.foils:
+            return picture.foils[int(rng.integers(len(picture.foils)))]
+        return self._text(rng, picture.denies, f"text false of {picture.image}")
+
+    def _text(self, rng: np.random.Generator, fits: Any, what: str) -> str:
+        def candidate(other: Picture) -> str | None:
+            texts = other.captions + other.foils
+            text = texts[int(rng.integers(len(texts)))]
+            return text if fits(text) else None
+
+        return self._find(rng, candidate, what)
+
+    def _find(self, rng: np.random.Generator, test: Any, what: str) -> Any:
+        """Draw pictures until one passes; what the test returns if that says more than True."""
+        for _ in range(DRAWS):
+            other = self.pictures[int(rng.integers(len(self.pictures)))]
+            if found := test(other):
+                return other if found is True else found
+        raise DataError(f"no {what} in {DRAWS} draws: the set needs more varied texts")
+
+
+def stack_images(pictures: Sequence[Picture], image_px: int) -> Tensor:
+    """Decode and squeeze to square; uint8 (image, 3, image_px, image_px)."""
+    pixels = np.stack([picture.image.pixels(image_px) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,162 @@
+"""What one example is: an image on disk, and the texts true of it."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vpworkbench.data.scenes import Scene
+
+LARGEST_MEGAPIXELS = 100
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file, the record and the remedy."""
+
+
+@functools.lru_cache(maxsize=32)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    # One handle for each process: a forked worker that shared its parent's would share the file position too.
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
+
+
+def archive(path: Path) -> zipfile.ZipFile:
+    """The zip at `path`, opened once in each process and read in place."""
+    return _archive(str(path), os.getpid())
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image in a folder or, in place, in a zip."""
+
+    folder: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    def read(self) -> bytes:
+        """The file's bytes; `DataError` where it is missing."""
+        try:
+            if self.folder.suffix == ".zip":
+                return archive(self.folder).read(self.name)
+            return (self.folder / self.name).read_bytes()
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self}: image missing or unreadable ({error}); restore it or drop its record") from None
+
+    def content(self) -> tuple[int, int]:
+        """(CRC-32, bytes): equal for two files of the same content; free of cost in a zip."""
+        if self.folder.suffix == ".zip":
+            entry = archive(self.folder).getinfo(self.name)
+            return entry.CRC, entry.file_size
+        data = self.read()
+        return zlib.crc32(data), len(data)
+
+    def pixels(self, side: int | None = None) -> np.ndarray:
+        """Decode as RGB, uint8 [height, width, 3]; squeezed to [side, side, 3] where `side` is given.
+
+        Upright by its EXIF tag; the first frame of an animation; 16-bit grey scaled to 8; transparency over white.
+
+        Raises
+        ------
+        DataError
+            For an empty, truncated, unknown or oversized file; the message names it.
+        """
+        data = self.read()
+        if not data:
+            raise DataError(f"{self}: the image file is empty; restore it or drop its record")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > LARGEST_MEGAPIXELS * 1e6:
+                    raise DataError(
+                        f"{self}: {image.width} x {image.height} px is over {LARGEST_MEGAPIXELS} megapixels; "
+                        "store a smaller copy"
+                    )
+                rgb = _rgb(image)
+                if side is not None and rgb.size != (side, side):
+                    rgb = rgb.resize((side, side), Image.Resampling.BICUBIC)
+                return np.array(rgb)
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{self}: cannot be decoded ({error}); restore it or drop its record") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_file(folder: Path, name: str, *, source: str) -> ImageFile:
+    """An image named by an annotation; `DataError` where the name leaves the image folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.strip():
+        raise DataError(f"{source}: image name {name!r} leaves the image folder; correct the annotation")
+    return ImageFile(folder, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image and what is said of it.
+
+    Attributes
+    ----------
+    id : str
+        Unique within its set.
+    split : str
+        `train`, `val` or `test`.
+    captions, foils : tuple of str
+        Texts stated as true, and as false, of the image.
+    truth : callable or None
+        Decides any text by the image's ground truth (True, False, None: unknown); None for photographs.
+    scene : Scene or None
+        What a generated image shows.
+    """
+
+    id: str
+    image: ImageFile
+    split: str
+    captions: tuple[str, ...]
+    foils: tuple[str, ...] = ()
+    truth: Callable[[str], bool | None] | None = None
+    scene: Scene | None = None
+
+    def object_map(self) -> np.ndarray:
+        """uint8 (height, width) of a generated image: 0 background, i + 1 where `scene.things[i]` is seen."""
+        folder = self.image.folder.with_name("object_maps.zip")
+        data = ImageFile(folder, self.image.name.replace("images/", "object_maps/", 1)).read()
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(image)
+
+    def denies(self, text: str) -> bool:
+        """Whether `text` may serve as an unmatched text of this image.
+
+        By ground truth where there is one; else by the field's plain rule, any text that is not this image's own.
+        """
+        if text in self.captions:
+            return False
+        if text in self.foils:
+            return True
+        return self.truth is None or self.truth(text) is False
+
+    def affirms(self, text: str) -> bool:
+        """Whether `text` is known to be true of this image."""
+        return text in self.captions or (self.truth is not None and self.truth(text) is True)

@@ -1,0 +1,102 @@
+"""Joint embedding and the fusion Transformer: words and visual tokens in one BERT (paper Sec. 3.3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+from transformers.masking_utils import create_bidirectional_mask
+
+from vpworkbench.config import FusionSettings
+
+
+def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tensor:
+    """2-D sine position of a square grid, in DETR's form: y in the first half of the channels, x in the second.
+
+    Returns
+    -------
+    Tensor, (grid * grid, width)
+        Places run from 1 to `grid`, normalised to 2 pi; sine on even channels, cosine on odd ones.
+    """
+    place = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi
+    half = width // 2
+    scale = temperature ** (2 * (torch.arange(half) // 2) / half)
+    angle = place[:, None] / scale
+    code = torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)  # place channel
+    rows, columns = code[:, None].expand(-1, grid, -1), code[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+class Fusion(nn.Module):
+    """The multi-modal Transformer: `[CLS] words [SEP] pads, visual tokens` through a BERT encoder.
+
+    Parameters
+    ----------
+    vocabulary : int
+        Entries of the tokenizer.
+    vision_width, grid : int
+        c, channels of the visual tokens, and tokens on a side.
+
+    Notes
+    -----
+    `bert` is a transformers `BertModel`: its weights load and save under their published names, and its attention
+    goes through the transformers attention interface, where the probes read it.
+    """
+
+    def __init__(self, settings: FusionSettings, *, vocabulary: int, vision_width: int, grid: int) -> None:
+        super().__init__()
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=settings.width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            intermediate_size=settings.feed_forward,
+            hidden_dropout_prob=settings.dropout,
+            attention_probs_dropout_prob=settings.dropout,
+            max_position_embeddings=settings.positions,
+            attn_implementation="sdpa",
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.mask_token = nn.Parameter(torch.empty(vision_width).normal_(std=0.02))
+        self.vision_in = nn.Linear(vision_width, settings.width)
+        self.vision_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
+        self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
+        self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
+
+    def embed_vision(self, features: Tensor, masked: Tensor | None = None) -> Tensor:
+        """(example, vision, c) -> (example, vision, d); masked tokens are replaced by a learned vector first."""
+        if masked is not None:
+            features = torch.where(masked[..., None], self.mask_token.to(features.dtype), features)
+        embedded = self.vision_in(features) + self.position
+        if self.vision_type is not None:
+            embedded = embedded + self.vision_type
+        return self.bert.embeddings.dropout(self.vision_norm(embedded))
+
+    def forward(self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Hidden states of the joint sequence.
+
+        Parameters
+        ----------
+        words : int64 Tensor, (example, word)
+        word_tokens : bool Tensor, (example, word)
+            True at real positions.
+        vision : Tensor or None, (example, vision, d)
+            From `embed_vision`; None for text alone.
+
+        Returns
+        -------
+        tuple of Tensor, (example, word + vision, d)
+            The embedding, then the output of each layer.
+        """
+        hidden = self.bert.embeddings(input_ids=words)
+        tokens = word_tokens
+        if vision is not None:
+            hidden = torch.cat([hidden, vision], dim=1)
+            tokens = torch.cat([tokens, tokens.new_ones(vision.shape[:2])], dim=1)
+        mask = create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
+        states = [hidden]
+        for layer in self.bert.encoder.layer:
+            states.append(layer(states[-1], mask))
+        return tuple(states)

@@ -1,0 +1,302 @@
+"""Pre-training as the paper has it (Sec. 3.3 and 4.1): data, model, the joint objective, held-out evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor
+from transformers import BertTokenizerFast
+
+from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings
+from vpworkbench.data.batches import Batch, GroupBatches, Words
+from vpworkbench.data.formats import load_splits
+from vpworkbench.data.records import DataError, Picture
+from vpworkbench.model import Joint, VisualParsingModel
+from vpworkbench.objectives import (
+    hidden_words,
+    image_text_matching,
+    masked_feature_regression,
+    masked_language_modeling,
+    token_alignment,
+    transport_distance,
+    visual_mask,
+)
+from vpworkbench.runs import Run
+from vpworkbench.train import fit
+from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, initialise_visual
+
+log = logging.getLogger(__name__)
+
+LARGEST_VOCABULARY = 8_000
+
+
+def build_tokenizer(texts: Sequence[str], init_text: str = "") -> BertTokenizerFast:
+    """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone.
+
+    Texts are sorted first: the vocabulary does not depend on their order.
+    """
+    if init_text:
+        return bert_tokenizer(init_text)
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(sorted(texts), vocab_size=LARGEST_VOCABULARY, min_frequency=2, show_progress=False)
+    return BertTokenizerFast(tokenizer_object=trainer._tokenizer)
+
+
+def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tuple[VisualParsingModel, list[KeyReport]]:
+    """The model of a run, seeded and started from `init_visual` and `init_text`; with the reports of keys."""
+    torch.manual_seed(settings.seed)
+    shape = ModelSettings(visual=settings.visual, fusion=settings.fusion, text_tokens=settings.data.text_tokens)
+    model = VisualParsingModel(shape, tokenizer)
+    reports = []
+    if settings.init_visual:
+        reports.append(initialise_visual(model.visual, settings.init_visual, preset=settings.preset))
+    if settings.init_text:
+        reports.append(initialise_text(model.fusion, settings.init_text))
+    return model, reports
+
+
+class Pretraining:
+    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10)."""
+
+    def __init__(self, settings: PretrainSettings) -> None:
+        self.settings = settings
+        loss = settings.loss
+        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": loss.itm * loss.vla, "mfr": loss.mfr}
+        self.budget = settings.mask.tokens_of(settings.visual)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Hidden words of matched pairs; pairs; matched pairs."""
+        pairs, matched = len(batch.matched), int(batch.matched.sum())
+        return {"mlm": int(hidden_words(batch.labels, batch.matched).sum()), "itm": pairs, "vla": pairs, "mfr": matched}
+
+    def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
+        """Sums over a batch; the image is encoded once for all its texts."""
+        visual = model.visual(batch.images)
+        masked = self.masked(visual.parsing, batch)
+        joint = model.fuse(visual, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
+        scored = hidden_words(batch.labels, batch.matched)
+        sums = {
+            "mlm": masked_language_modeling(model.word_logits(joint.text[scored]), batch.labels[scored]),
+            "itm": image_text_matching(model.itm(joint.cls), batch.matched),
+        }
+        if self.weights["vla"]:
+            sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
+        if masked is not None:
+            regressed = masked & batch.matched[:, None]
+            target = visual.features[batch.image_index][regressed]
+            predicted = model.mfr(joint.vision[regressed])
+            sums["mfr"] = masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
+        return sums
+
+    def masked(self, parsing: Tensor | None, batch: Batch) -> Tensor | None:
+        """Visual tokens to hide, bool (text, vision), in matched and unmatched pairs alike; None in mode `none`."""
+        mask = self.settings.mask
+        if mask.mode == "none":
+            return None
+        ranked = None
+        if mask.mode == "attention":
+            ranked = parsing.detach().mean(dim=1)[batch.image_index]
+        return visual_mask(batch.noise, self.budget, parsing=ranked, select=mask.select)
+
+    @torch.no_grad()
+    def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
+        """Variance and effective rank of the visual features: the target of MFR collapses where they fall."""
+        features = model.visual(batch.images[:16]).features.float().flatten(0, 1)
+        return {
+            "target_variance": features.var(dim=0).mean().item(),
+            "target_rank": effective_rank(features),
+        }
+
+
+def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tensor:
+    """OT distance of each pair, [CLS], [SEP] and pads left out; (text,)."""
+    special = torch.tensor([model.tokenizer.cls_token_id, model.tokenizer.sep_token_id], device=batch.words.device)
+    words = batch.word_tokens & ~torch.isin(batch.words, special)
+    return transport_distance(joint.text, joint.vision, words, words.new_ones(joint.vision.shape[:2]))
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the covariance's spectrum; (row, channel) -> [1, channels]."""
+    values = torch.linalg.eigvalsh(torch.cov(features.T.double().cpu())).clamp(min=0)
+    shares = values / values.sum().clamp(min=1e-12)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's data and model, ready to train and to look at."""
+
+    splits: dict[str, list[Picture]]
+    model: VisualParsingModel
+    reports: list[KeyReport]
+    scored_words: frozenset[str] | None
+
+
+def prepare(settings: PretrainSettings) -> Prepared:
+    """Read the data, build the tokenizer and the model; all that can be refused is refused here.
+
+    Raises
+    ------
+    DataError, CheckpointError, SettingsError
+        Each naming the file or the setting and the remedy.
+    """
+    splits = load_splits(settings.data)
+    texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
+    tokenizer = build_tokenizer(texts, settings.init_text)
+    model, reports = build_model(settings, tokenizer)
+    model.words.check(texts, source=", ".join(settings.data.sets))
+    if not splits["val"]:
+        raise DataError(f"{', '.join(settings.data.sets)}: no `val` images; held-out figures need some")
+    return Prepared(splits, model, reports, scored_words(settings.data))
+
+
+def scored_words(data: DataSettings) -> frozenset[str] | None:
+    """The words that held-out MLM is scored on: colours and shapes in scenes, any word (None) elsewhere."""
+    from vpworkbench.data.language import ATTRIBUTE_WORDS
+
+    return ATTRIBUTE_WORDS if data.sets == ("scenes",) else None
+
+
+def group_batches(
+    pictures: Sequence[Picture], model: VisualParsingModel, data: DataSettings, *, images: int, seed: int
+) -> GroupBatches:
+    """Batches of groups that suit a model."""
+    visual = model.settings.visual
+    return GroupBatches(
+        pictures, model.words, data, images=images, image_px=visual.image_px, vision=visual.tokens, seed=seed
+    )
+
+
+def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> None:
+    """Train to the end, or go on from the run's last checkpoint."""
+    train = settings.train
+    batches = group_batches(prepared.splits["train"], prepared.model, settings.data, images=train.images, seed=settings.seed)
+    fit(
+        prepared.model, Pretraining(settings), batches, run,
+        optim=settings.optim, train=train, seed=settings.seed, workers=settings.data.workers, what="pre-training",
+    )  # fmt: skip
+
+
+class Interval(NamedTuple):
+    """A mean and its bootstrap 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class HeldOut(NamedTuple):
+    """Held-out figures; each an interval over images.
+
+    Attributes
+    ----------
+    itm_accuracy : Interval
+        Share of right match / no match decisions, on equal numbers of both; chance 0.5.
+    itm_other_image : Interval
+        The same texts and labels, another image: above 0.5 means that the words alone give the label away.
+    mlm_with_image, mlm_other_image : Interval
+        Share of single hidden words that are guessed right, with the image and with another one.
+    mlm_ratio : Interval
+        Of the two.
+    """
+
+    itm_accuracy: Interval
+    itm_other_image: Interval
+    mlm_with_image: Interval
+    mlm_other_image: Interval
+    mlm_ratio: Interval
+
+    def summary(self) -> dict[str, float]:
+        """Flat: each mean under its name, the bounds under `_low` and `_high`."""
+        flat = {}
+        for name, (mean, low, high) in self._asdict().items():
+            flat |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        return flat
+
+
+@torch.no_grad()
+def evaluate(
+    model: VisualParsingModel,
+    pictures: Sequence[Picture],
+    data: DataSettings,
+    *,
+    scored: frozenset[str] | None = None,
+    images: int = 500,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> HeldOut:
+    """Match decisions and masked words on held-out images; nothing is masked but the one word asked for.
+
+    Parameters
+    ----------
+    scored
+        Words that are hidden and asked for, one at a time; None takes any word.
+    images : int
+        At most so many images.
+    """
+    model.eval()
+    size = min(32, len(pictures))
+    batches = group_batches(pictures, model, data, images=size, seed=seed + 1)
+    steps = max(1, min(images, len(pictures)) // size)
+    right: dict[str, list[Tensor]] = {name: [] for name in HeldOut._fields[:4]}
+    scored_ids = None if scored is None else torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(scored)))
+    for step in range(steps):
+        batch = batches[step]
+        original = torch.where(batch.labels >= 0, batch.labels, batch.words)
+        hidden, labels = _hide_one(model, original, batch.noise[:, 0], scored_ids)
+        visual = model.visual(batch.images.to(model.device))
+        other = batch.image_index.roll(-int((batch.image_index == 0).sum()))
+        for image, itm, mlm in ((batch.image_index, "itm_accuracy", "mlm_with_image"), (other, "itm_other_image", "mlm_other_image")):
+            inputs = {"word_tokens": batch.word_tokens.to(model.device), "image_index": image.to(model.device)}
+            matches = model.itm(model.fuse(visual, original.to(model.device), **inputs).cls).argmax(dim=-1).cpu()
+            right[itm].append((matches.bool() == batch.matched).float().view(size, -1).mean(dim=1))
+            words = model.word_logits(model.fuse(visual, hidden.to(model.device), **inputs).text).argmax(dim=-1).cpu()
+            asked = (labels >= 0) & batch.matched[:, None]
+            hits = ((words == labels) & asked).sum(dim=1).view(size, -1).sum(dim=1)
+            right[mlm].append(torch.stack([hits, asked.sum(dim=1).view(size, -1).sum(dim=1)], dim=1))
+        if progress:
+            progress("evaluating", step + 1, steps)
+    values = {name: torch.cat(parts).double().numpy() for name, parts in right.items()}
+    return _intervals(values, seed)
+
+
+def _hide_one(model: VisualParsingModel, words: Tensor, noise: Tensor, scored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hide one word of each text: one of `scored`, else any; ids with [MASK], and labels (-100 elsewhere)."""
+    fits = torch.from_numpy(model.words.maskable(words.numpy()))
+    if scored is not None:
+        fits &= torch.isin(words, scored)
+    place = torch.where(fits, (torch.arange(words.shape[1]) * 0.618 + noise[:, None]) % 1, -1).argmax(dim=1)
+    chosen = torch.zeros_like(fits).scatter_(1, place[:, None], True) & fits
+    return torch.where(chosen, model.tokenizer.mask_token_id, words), torch.where(chosen, words, -100)
+
+
+def _intervals(values: dict[str, np.ndarray], seed: int, draws: int = 2_000) -> HeldOut:
+    """Means and 95% intervals by a bootstrap over images."""
+    rng = np.random.default_rng(seed)
+    count = len(values["itm_accuracy"])
+    rows = rng.integers(0, count, (draws, count))
+
+    def share(name: str, index: np.ndarray) -> np.ndarray:
+        hits_and_asked = values[name][index].sum(axis=-2)
+        return hits_and_asked[..., 0] / np.maximum(hits_and_asked[..., 1], 1)
+
+    def interval(of: Callable[[np.ndarray], np.ndarray]) -> Interval:
+        low, high = np.quantile(of(rows), (0.025, 0.975))
+        return Interval(float(of(np.arange(count))), float(low), float(high))
+
+    def ratio(index: np.ndarray) -> np.ndarray:
+        return share("mlm_with_image", index) / np.maximum(share("mlm_other_image", index), 1e-9)
+
+    return HeldOut(
+        interval(lambda index: values["itm_accuracy"][index].mean(axis=-1)),
+        interval(lambda index: values["itm_other_image"][index].mean(axis=-1)),
+        interval(lambda index: share("mlm_with_image", index)),
+        interval(lambda index: share("mlm_other_image", index)),
+        interval(ratio),
+    )

@@ -1,0 +1,342 @@
+"""Do the features of the two modalities form two clusters? (paper Sec. 4.4, Fig. 5)
+
+For each sample and layer: k-means with k = 2 on the token features, then the normalised mutual
+information (NMI) between clusters and modalities. k-means only needs inner products, and a sample has
+fewer tokens than channels, so all restarts of all samples run at once on token x token products.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vpworkbench.probes.modality import Modalities, modalities
+
+_ITERATIONS, _TOLERANCE, _TRIALS = 300, 1e-4, 2  # scikit-learn's; 2 + log(k) trials of k-means++
+_CHUNK_BYTES = 2**28
+
+
+class Clusters(NamedTuple):
+    """The best of all restarts, for every example."""
+
+    labels: Tensor  # (example, token) 0 or 1; -1 at tokens left out
+    inertia: Tensor  # (example,) sum of squared distances to the own centre
+
+
+def modality_nmi(
+    hidden_states: Sequence[Tensor],
+    vision: Tensor,
+    tokens: Tensor,
+    *,
+    language: Tensor | None = None,
+    restarts: int = 10,
+    seed: int = 0,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """NMI between two k-means clusters and the two modalities, per sample and layer (paper Fig. 5).
+
+    The best of `restarts` runs of Lloyd's algorithm from k-means++, as scikit-learn's
+    `KMeans(2, n_init=10)`; from the same starts labels and NMI are the same.
+
+    Parameters
+    ----------
+    hidden_states : sequence over layers of Tensor, shape (example, token, channel)
+        See `vpworkbench.probes.capture.hidden_states`.
+    vision, tokens : BoolTensor, shape (example, token)
+    language : BoolTensor, shape (example, token), optional
+        `tokens & ~vision` where not given; tokens in neither set are left out.
+    restarts : int
+    seed : int
+        Of the starts, which depend neither on batch mates nor on padding.
+    starts : Tensor, shape (layer, example, restart, 2, channel), optional
+        Starting centres instead of k-means++.
+
+    Returns
+    -------
+    Tensor, shape (example, layer)
+        float64 (float32 on devices without it), in [0, 1]: larger is more apart. nan, with a
+        warning and their number, for examples with fewer than two tokens or only one modality.
+
+    Raises
+    ------
+    ValueError
+        If features are nan or infinite, or shapes do not fit.
+    """
+    sets = _checked(hidden_states, vision, tokens, language)
+    labels = [
+        cluster_tokens(
+            hidden,
+            sets.vision | sets.language,
+            restarts=restarts,
+            seed=seed + layer * 1_000_003,
+            starts=None if starts is None else starts[layer],
+        ).labels
+        for layer, hidden in enumerate(hidden_states)
+    ]
+    return torch.stack([_nmi(label, sets) for label in labels], dim=1)
+
+
+def cluster_tokens(
+    hidden: Tensor,
+    tokens: Tensor,
+    *,
+    restarts: int = 10,
+    seed: int = 0,
+    starts: Tensor | None = None,
+) -> Clusters:
+    """k-means with two clusters on the tokens of each example of one layer.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (example, token, channel)
+    tokens : BoolTensor, shape (example, token)
+        Tokens to be clustered.
+    starts : Tensor, shape (example, restart, 2, channel), optional
+        Starting centres; k-means++ where not given.
+    """
+    parts = []
+    for chunk in _chunks(hidden):
+        centred, real = _centred(hidden[chunk], tokens.to(hidden.device)[chunk])
+        products = centred @ centred.transpose(1, 2)  # example token token
+        if starts is None:
+            begun = _plus_plus(products, real, restarts, seed)
+        else:
+            mean = _mean(hidden[chunk].to(centred), real)
+            begun = _from_centres(centred, starts[chunk].to(centred) - mean[:, None, None])
+        scale = _TOLERANCE / hidden.shape[-1]
+        parts.append(_lloyd(products, real, begun, scale))
+    return Clusters(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+class Picture(NamedTuple):
+    """Two principal components of the tokens of each sample and layer."""
+
+    coordinates: Tensor  # (example, layer, token, 2); nan at tokens left out
+    explained: Tensor  # (example, layer, 2) share of the variance
+
+
+def modality_pca(
+    hidden_states: Sequence[Tensor],
+    vision: Tensor,
+    tokens: Tensor,
+    *,
+    language: Tensor | None = None,
+) -> Picture:
+    """The picture behind the NMI: tokens on their first two principal components.
+
+    Deterministic: each component's sign makes its largest loading positive, as scikit-learn's does.
+    Parameters are those of `modality_nmi`.
+    """
+    sets = _checked(hidden_states, vision, tokens, language)
+    layers = [_two_components(hidden, sets.vision | sets.language) for hidden in hidden_states]
+    return Picture(*(torch.stack(part, dim=1) for part in zip(*layers, strict=True)))
+
+
+def _two_components(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    centred, real = _centred(hidden, tokens.to(hidden.device))
+    left, singular, loadings = torch.linalg.svd(centred, full_matrices=False)
+    left, loadings = left[..., :2], loadings[:, :2]
+    largest = loadings.gather(2, loadings.abs().argmax(dim=2, keepdim=True))[..., 0]
+    coordinates = left * (singular[:, :2] * largest.sign())[:, None]
+    explained = singular[:, :2] ** 2 / (singular**2).sum(dim=1, keepdim=True)
+    return coordinates.masked_fill(~real[..., None], torch.nan), explained
+
+
+def _checked(
+    hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, language: Tensor | None
+) -> Modalities:
+    sets = modalities(vision, tokens, language)
+    counted = sets.vision | sets.language
+    if len(hidden_states) == 0:
+        raise ValueError("hidden_states is empty: one tensor (example, token, channel) for each layer")
+    for layer, hidden in enumerate(hidden_states):
+        if hidden.ndim != 3 or hidden.shape[:2] != vision.shape:
+            raise ValueError(
+                f"hidden_states[{layer}] is {tuple(hidden.shape)}, but vision covers "
+                f"{tuple(vision.shape)}: (example, token, channel) and (example, token) are needed"
+            )
+        broken = ~hidden.isfinite().all(dim=2) & counted.to(hidden.device)
+        if broken.any():
+            examples = broken.any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(f"hidden_states[{layer}] holds nan or infinity in examples {examples}")
+    undefined = sets.one_sided | (counted.sum(dim=1) < 2)
+    if undefined.any():
+        warnings.warn(
+            f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or only "
+            f"one modality (examples {undefined.nonzero().flatten().tolist()}): their NMI is nan",
+            stacklevel=3,
+        )
+    return sets
+
+
+def _chunks(hidden: Tensor) -> Iterator[slice]:
+    """Slices of examples whose features and products fit in a bounded memory."""
+    examples, tokens, channels = hidden.shape
+    size = max(1, _CHUNK_BYTES // (8 * tokens * (tokens + channels)))
+    return (slice(start, start + size) for start in range(0, examples, size))
+
+
+def _centred(hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Features without their mean over real tokens, 0 elsewhere; inner products lose no digits then."""
+    dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
+    hidden = hidden.detach().masked_fill(~real[..., None], 0).to(dtype)
+    return (hidden - _mean(hidden, real)[:, None]).masked_fill_(~real[..., None], 0), real
+
+
+def _mean(hidden: Tensor, real: Tensor) -> Tensor:
+    total = hidden.masked_fill(~real[..., None], 0).sum(dim=1)
+    return total / real.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class _Centres(NamedTuple):
+    """Two centres for each restart, as k-means sees them: by inner products alone."""
+
+    towards: Tensor  # (example, token, restart, 2) inner product of token and centre
+    square: Tensor  # (example, restart, 2) squared length
+
+
+def _from_centres(centred: Tensor, centres: Tensor) -> _Centres:
+    """centres : Tensor, shape (example, restart, 2, channel), in the centred coordinates."""
+    towards = torch.einsum("etc,erkc->etrk", centred, centres)
+    return _Centres(towards, centres.square().sum(dim=-1))
+
+
+def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Centres:
+    """Greedy k-means++ as scikit-learn's: of two candidates the second centre that leaves least.
+
+    All examples share the uniform draws; position in the batch and padding then do not matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(restarts, 1 + _TRIALS, generator=generator, dtype=torch.float64).to(products)
+    square = products.diagonal(dim1=1, dim2=2)  # example token
+    count = real.sum(dim=1)
+    order = (~real).long().argsort(dim=1, stable=True)  # real tokens first
+    nth = (draws[:, 0] * count[:, None]).long().clamp(max=real.shape[1] - 1)
+    first = order.gather(1, nth)  # example restart
+
+    def distances(picked: Tensor) -> Tensor:
+        """Squared distances (example, picked, token), 0 at padding."""
+        index = picked[..., None].expand(-1, -1, real.shape[1])
+        away = square[:, None] + square.gather(1, picked)[..., None] - 2 * products.gather(1, index)
+        return away.clamp(min=0).masked_fill(~real[:, None], 0)
+
+    near = distances(first)
+    cumulated = near.cumsum(dim=-1)
+    wanted = draws[:, 1:] * cumulated[..., -1:]  # example restart trial
+    candidates = torch.searchsorted(cumulated, wanted).clamp(max=real.shape[1] - 1)
+    left = [
+        torch.minimum(near, distances(candidate)).sum(dim=-1) for candidate in candidates.unbind(-1)
+    ]
+    best = torch.stack(left, dim=-1).argmin(dim=-1, keepdim=True)
+    picked = torch.cat([first[..., None], candidates.gather(2, best)], dim=-1)  # example restart 2
+    index = picked.flatten(1)[:, None].expand(-1, real.shape[1], -1)
+    towards = products.gather(2, index).unflatten(2, (restarts, 2))
+    return _Centres(towards, square.gather(1, picked.flatten(1)).unflatten(1, (restarts, 2)))
+
+
+def _lloyd(products: Tensor, real: Tensor, centres: _Centres, scale: float) -> Clusters:
+    """Lloyd's algorithm for all restarts of all examples at once, with scikit-learn's rules.
+
+    Parameters
+    ----------
+    scale : float
+        Times the mean squared length of a token: shift of the centres at which a run stops.
+    """
+    square = products.diagonal(dim1=1, dim2=2)  # example token
+    limit = scale * square.sum(dim=1) / real.sum(dim=1).clamp(min=1)
+    labels = torch.zeros_like(centres.towards[..., 0], dtype=torch.bool)  # example token restart
+    running = torch.ones_like(centres.square[..., 0], dtype=torch.bool)  # example restart
+    for step in range(_ITERATIONS):
+        assigned = _nearest(centres, real)
+        members = _without_empty(assigned, real, square, centres)
+        moved = _means(products, real, members)
+        shift = _shift(centres, moved, real, members)
+        unchanged = (assigned == labels).all(dim=1) & (step > 0)
+        labels = assigned
+        # a run that has stopped keeps its centres while its neighbours go on
+        centres = _Centres(
+            torch.where(running[:, None, :, None], moved.towards, centres.towards),
+            torch.where(running[..., None], moved.square, centres.square),
+        )
+        running = running & ~unchanged & (shift > limit[:, None])
+        if not running.any():
+            break
+    return _best(_nearest(centres, real), real, square, centres)
+
+
+def _nearest(centres: _Centres, real: Tensor) -> Tensor:
+    """(example, token, restart) bool: True where the second centre is strictly nearer."""
+    away = centres.square[:, None] - 2 * centres.towards  # squared distance less the token's own
+    return (away[..., 1] < away[..., 0]) & real[..., None]
+
+
+def _without_empty(assigned: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Tensor:
+    """Members of cluster 1; an empty cluster takes the token farthest from its centre."""
+    count = assigned.sum(dim=1)  # example restart
+    empty = (count == 0) | (count == real.sum(dim=1, keepdim=True))
+    if not empty.any():
+        return assigned
+    away = _distances(assigned, real, square, centres)
+    farthest = away.argmax(dim=1, keepdim=True)
+    swapped = assigned.scatter(1, farthest, ~assigned.gather(1, farthest))
+    pointless = (away.amax(dim=1) <= 0) | (real.sum(dim=1, keepdim=True) < 2)
+    return torch.where((empty & ~pointless)[:, None], swapped, assigned)
+
+
+def _means(products: Tensor, real: Tensor, members: Tensor) -> _Centres:
+    """Means of both clusters. Centred tokens add up to 0, so the sum of cluster 0 is minus that of
+    cluster 1, and one product serves both."""
+    one = members.to(products)
+    ones = one.sum(dim=1)  # example restart
+    sign_over_count = torch.stack(
+        [-1 / (real.sum(dim=1, keepdim=True) - ones).clamp(min=1), 1 / ones.clamp(min=1)], dim=-1
+    )
+    towards = products @ one
+    square = (one * towards).sum(dim=1)
+    return _Centres(
+        towards[..., None] * sign_over_count[:, None], square[..., None] * sign_over_count.square()
+    )
+
+
+def _shift(old: _Centres, new: _Centres, real: Tensor, members: Tensor) -> Tensor:
+    """(example, restart): squared distance that both centres moved; `members` have the new means."""
+    both = torch.stack([real[..., None] & ~members, members], dim=-1).to(old.towards)
+    between = (both * old.towards).sum(dim=1) / both.sum(dim=1).clamp(min=1)
+    return (new.square - 2 * between + old.square).sum(dim=-1)
+
+
+def _distances(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Tensor:
+    """(example, token, restart): squared distance to the own centre, 0 at padding."""
+    away = centres.square[:, None] - 2 * centres.towards
+    own = torch.where(labels, away[..., 1], away[..., 0]) + square[..., None]
+    return own.clamp(min=0) * real[..., None]
+
+
+def _best(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Clusters:
+    inertia = _distances(labels, real, square, centres).sum(dim=1)  # example restart
+    best = inertia.argmin(dim=1, keepdim=True)
+    index = best[:, None].expand(-1, labels.shape[1], -1)
+    chosen = labels.gather(2, index)[..., 0].long().masked_fill(~real, -1)
+    return Clusters(chosen, inertia.gather(1, best)[:, 0])
+
+
+def _nmi(labels: Tensor, sets: Modalities) -> Tensor:
+    """NMI of clusters and modalities, arithmetic mean of the entropies; (example,)."""
+    modality = torch.stack([sets.language, sets.vision], dim=-1).to(labels.device)
+    cluster = torch.stack([labels == 0, labels == 1], dim=-1)
+    dtype = torch.float32 if labels.device.type == "mps" else torch.float64
+    joint = torch.einsum("etm,etc->emc", modality.to(dtype), cluster.to(dtype))
+    joint = joint / joint.sum(dim=(1, 2), keepdim=True)
+    by_modality, by_cluster = joint.sum(dim=2), joint.sum(dim=1)
+    entropies = _entropy(by_modality) + _entropy(by_cluster)
+    shared = (entropies - _entropy(joint.flatten(1))).clamp(min=0)
+    undefined = sets.one_sided | (sets.vision | sets.language).sum(dim=1).lt(2)
+    return (2 * shared / entropies).masked_fill(undefined.to(labels.device), torch.nan)
+
+
+def _entropy(share: Tensor) -> Tensor:
+    return -torch.xlogy(share, share).sum(dim=-1)

@@ -1,0 +1,175 @@
+"""Image -> visual tokens: the Swin visual parser, grid CNN and patch projection behind one interface.
+
+Every family is a module that maps uint8 images to `VisualTokens`; `FAMILIES` is the whole registry. The networks are
+timm's own and keep timm's names, so that published checkpoints load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vpworkbench.config import VisualSettings
+
+
+class VisualTokens(NamedTuple):
+    """What every visual family gives.
+
+    Attributes
+    ----------
+    features : Tensor, (image, vision, channel)
+        V of paper Eq. 1; token i = row * grid + column.
+    parsing : Tensor or None, (image, head, vision, vision)
+        Attention of the parser's last block, rows summing to 1; None for families without one.
+    """
+
+    features: Tensor
+    parsing: Tensor | None
+
+
+class _Visual(nn.Module):
+    """Common to all families: normalises uint8 pixels on the device where the model is."""
+
+    width: int
+
+    def __init__(self, settings: VisualSettings, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (image, 3, height, width) -> float, by the mean and std that the weights were trained with."""
+        side = self.settings.image_px
+        if images.shape[1:] != (3, side, side):
+            raise ValueError(f"images have shape {tuple(images.shape)}; this model takes (image, 3, {side}, {side})")
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+class _Recorded(nn.Softmax):
+    """The softmax of an attention, keeping its last output; the caller takes it at once."""
+
+    weights: Tensor | None = None
+
+    def forward(self, scores: Tensor) -> Tensor:
+        self.weights = super().forward(scores)
+        return self.weights
+
+
+class SwinParser(_Visual):
+    """The visual parser (paper Sec. 3.1): a Swin Transformer and the attention of its last block.
+
+    Only the last block computes explicit weights; the others use fused attention.
+    """
+
+    def __init__(self, settings: VisualSettings) -> None:
+        super().__init__(settings, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.network = SwinTransformer(
+            img_size=settings.image_px,
+            patch_size=settings.patch_px,
+            embed_dim=settings.width,
+            depths=settings.depths,
+            num_heads=settings.heads,
+            window_size=settings.window,
+            drop_path_rate=settings.drop_path,
+            num_classes=0,
+            global_pool="",
+        )
+        self.width = self.network.num_features
+        blocks = [module for module in self.modules() if isinstance(module, SwinTransformerBlock)]
+        for block in blocks:
+            block.attn.fused_attn = block is not blocks[-1]
+        self._softmax = blocks[-1].attn.softmax = _Recorded(dim=-1)
+        self.register_buffer("places", window_places(blocks[-1]), persistent=False)
+
+    def forward(self, images: Tensor) -> VisualTokens:
+        """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
+        features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
+        weights, self._softmax.weights = self._softmax.weights, None
+        return VisualTokens(features, scatter_windows(weights, self.places, features.shape[1]))
+
+
+def window_places(block: SwinTransformerBlock) -> Tensor:
+    """Which token stands at each place of each window of a Swin block; int64 (window, place), m at padding.
+
+    The block rolls its grid by the shift, pads it to whole windows (12 x 12 to 14 x 14 for windows of 7) and cuts.
+    """
+    height, width = block.input_resolution
+    (window_h, window_w), (shift_h, shift_w) = block.window_size, block.shift_size
+    grid = torch.arange(height * width).view(1, height, width, 1).roll((-shift_h, -shift_w), dims=(1, 2))
+    padding = (0, 0, 0, -width % window_w, 0, -height % window_h)
+    padded = functional.pad(grid, padding, value=height * width)
+    return window_partition(padded, block.window_size).flatten(1)
+
+
+def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Attention inside windows -> attention between tokens.
+
+    Parameters
+    ----------
+    weights : Tensor, (image * window, head, place, place)
+    places : Tensor, (window, place)
+        From `window_places`.
+
+    Returns
+    -------
+    Tensor, (image, head, vision, vision)
+        Zero outside a token's window; padded places dropped and rows renormalised to sum 1.
+    """
+    windows, area = places.shape
+    if windows == 1 and bool((places[0, :-1] < places[0, 1:]).all()):
+        return weights  # one window without shift: already in token order
+    weights = weights.unflatten(0, (-1, windows)).transpose(1, 2)  # image head window place place
+    joint = weights.new_zeros(*weights.shape[:2], tokens + 1, tokens + 1)
+    rows = places[:, :, None].expand(windows, area, area)
+    columns = places[:, None, :].expand(windows, area, area)
+    joint[:, :, rows, columns] = weights
+    joint = joint[:, :, :tokens, :tokens]
+    return joint / joint.sum(dim=-1, keepdim=True)
+
+
+class GridFeatures(_Visual):
+    """Grid features of any timm CNN (paper Table 5: R50, R101; SOHO and Pixel-BERT without their extras)."""
+
+    def __init__(self, settings: VisualSettings) -> None:
+        stride = {} if settings.stride == 32 else {"output_stride": settings.stride}
+        network = timm.create_model(settings.backbone, pretrained=False, num_classes=0, global_pool="", **stride)
+        super().__init__(settings, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
+        self.network = network
+        self.width = network.num_features
+
+    def forward(self, images: Tensor) -> VisualTokens:
+        """uint8 (image, 3, height, width) -> tokens (image, m, c)."""
+        return VisualTokens(self.network(self.normalise(images)).flatten(2).transpose(1, 2), None)
+
+
+class PatchProjection(_Visual):
+    """A linear projection of patches, independent of each other (ViLT's visual side)."""
+
+    def __init__(self, settings: VisualSettings) -> None:
+        super().__init__(settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        self.width = settings.patch_width
+        self.projection = nn.Conv2d(3, self.width, kernel_size=settings.stride, stride=settings.stride)
+
+    def forward(self, images: Tensor) -> VisualTokens:
+        """uint8 (image, 3, height, width) -> tokens (image, m, c)."""
+        return VisualTokens(self.projection(self.normalise(images)).flatten(2).transpose(1, 2), None)
+
+
+FAMILIES: dict[str, Callable[[VisualSettings], _Visual]] = {
+    "swin": SwinParser,
+    "grid": GridFeatures,
+    "patch": PatchProjection,
+}
+
+
+def build_visual(settings: VisualSettings) -> _Visual:
+    """The visual side with random weights; nothing is fetched."""
+    return FAMILIES[settings.family](settings)

