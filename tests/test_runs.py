@@ -33,7 +33,7 @@ class SmallSettings(Settings):
 @pytest.fixture(autouse=True)
 def scratch(tmp_path, monkeypatch):
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(runs.__file__).parents[1]))  # for kernels, where it is not installed
+    monkeypatch.setenv("PYTHONPATH", str(Path(runs.__file__).parents[1]))  # kernels, where not installed
     return tmp_path / "runs"
 
 
@@ -94,7 +94,10 @@ def test_a_truncated_config_is_named(run, content):
         open_run("01_pretrain", SmallSettings(), name="a")
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "../a", ".hidden", "  ", " a", "a..b", "a\\b", "a\n", "x" * 101, "-p"])
+BAD_NAMES = ["a/b", "..", "../a", ".hidden", "  ", " a", "a..b", "a\\b", "a\n", "x" * 101, "-p", "{a}"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_leave_the_folder_are_refused(name, scratch):
     with pytest.raises(SettingsError, match="cannot name a folder"):
         open_run("01_pretrain", SmallSettings(), name=name)
@@ -210,7 +213,9 @@ def test_runs_lie_in_the_nearest_repository_unless_told(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------- parameters
 
-DEFAULTS = {"name": "", "data": "scenes", "steps": 200, "rate": 0.1, "widget": True, "ks": [1, 5], "overrides": {}}
+DEFAULTS = {
+    "name": "", "data": "scenes", "steps": 200, "rate": 0.1, "widget": True, "ks": [1, 5], "overrides": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -283,9 +288,11 @@ def test_the_check_gets_the_notebook_s_defaults_and_the_given_values(checked_not
 
 
 def test_parameters_are_read_from_the_tagged_cell(tmp_path):
-    source = 'data: str | list = "scenes"  # a == b\nsteps: int = -2  # x\n\nks = [1,\n  2]\noverrides: dict = {}'
+    source = 'data: str | list = "scenes"  # a == b\nsteps: int = -2\n\nks = [1,\n  2]\noverrides: dict = {}'
     path = write_notebook(tmp_path / "a.ipynb", source)
     assert runs.notebook_parameters(path) == {"data": "scenes", "steps": -2, "ks": [1, 2], "overrides": {}}
+    epochs = runs.notebook_parameters(write_notebook(tmp_path / "e.ipynb", "epochs: float = 0"))
+    assert parse_parameters({"epochs": "0.5"}, epochs) == {"epochs": 0.5}
     with pytest.raises(RunError, match="plain literals"):
         runs.notebook_parameters(write_notebook(tmp_path / "b.ipynb", "steps = 2 * 3"))
     (tmp_path / "c.ipynb").write_text("no json")
@@ -296,13 +303,13 @@ def test_parameters_are_read_from_the_tagged_cell(tmp_path):
 def test_a_misspelt_notebook_is_named_with_the_nearest(tmp_path, monkeypatch):
     write_notebook(tmp_path / "notebooks" / "01_pretrain.ipynb", "")
     monkeypatch.chdir(tmp_path)
-    found = [runs.find_notebook(name) for name in ("01_pretrain", "01_pretrain.ipynb", "notebooks/01_pretrain.ipynb")]
-    assert set(found) == {tmp_path / "notebooks" / "01_pretrain.ipynb"}
+    for name in ("01_pretrain", "01_pretrain.ipynb", "notebooks/01_pretrain.ipynb"):
+        assert runs.find_notebook(name) == tmp_path / "notebooks" / "01_pretrain.ipynb"
     with pytest.raises(FileNotFoundError, match="did you mean '01_pretrain'"):
         runs.find_notebook("01_pretain")
 
 
-# ------------------------------------------------------------------------------------------ executed notebooks
+# ----------------------------------------------------------------------------------------- executed notebooks
 
 PARAMETERS = """
 name: str = ""
@@ -343,7 +350,7 @@ def notebook(tmp_path):
     return write_notebook(path, PARAMETERS, OPEN.format(notebook="trial"), TRAIN, STUMBLE)
 
 
-def test_a_failed_notebook_says_where_and_the_same_call_resumes_then_completes(notebook, tmp_path, monkeypatch, caplog):
+def test_a_failed_run_says_where_and_the_same_call_resumes_it(notebook, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="vpworkbench")
     monkeypatch.chdir(tmp_path)
     stone = tmp_path / "stone"
@@ -365,10 +372,11 @@ def test_a_failed_notebook_says_where_and_the_same_call_resumes_then_completes(n
     stone.unlink()
     executed = run_notebook(str(notebook), **call)
     assert executed == folder / "trial.ipynb"
-    assert json.loads((folder / "summary.json").read_text()) == {"seed": 4, "lines": 2}  # the first try's line stayed
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == {"seed": 4, "lines": 2}  # the first try's line stayed
     assert not (folder / "progress.json").exists()
 
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel for a complete run"))
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     assert run_notebook(str(notebook), **call) == executed
     assert "trial/a is complete, nothing to do" in caplog.text
 
@@ -400,7 +408,8 @@ def test_plain_papermill_gives_the_same_run(notebook, tmp_path, monkeypatch):
     (plain,) = (tmp_path / "runs" / "small").iterdir()
     assert run_notebook(str(path), parameters={"seed": 3}).parent == plain  # found complete, by its settings
     executed = run_notebook(str(path), parameters={"seed": 3, "name": "b"})
-    assert json.loads((plain / "summary.json").read_text()) == json.loads((executed.parent / "summary.json").read_text())
+    first, second = (json.loads((folder / "summary.json").read_text()) for folder in (plain, executed.parent))
+    assert first == second
 
 
 class SeedSettings(Settings):
@@ -427,3 +436,14 @@ def test_only_paths_are_made_absolute(tmp_path, monkeypatch):
     assert runs._anchored(given) == {
         "data": ["scenes", mine, "sets/other"], "overrides": {"init": init}, "steps": 3,
     }  # fmt: skip
+
+
+OURS = sorted((Path(runs.__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
+def test_our_notebooks_parameters_pass_their_check_and_papermill_sees_them_all(path):
+    defaults = runs.notebook_parameters(path)
+    assert defaults and defaults.keys() == papermill.inspect_notebook(str(path)).keys()
+    assert "name" in defaults and path.stem in runs.CHECKS
+    assert isinstance(check_parameters(path.stem, defaults, {}), Settings)

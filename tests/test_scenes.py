@@ -129,8 +129,8 @@ def test_grounds_are_far_from_all_colours():
 def test_gap_agrees_with_the_drawn_pixels():
     """Pixel masks know the distance to about one pixel."""
     checked = 0
-    for scene in some_scenes("hard", 25, image_px=192):
-        masks = [render(Scene((thing,), 192), 0)[1] == 1 for thing in scene.things]
+    for scene in some_scenes("hard", 10, image_px=128):
+        masks = [render(Scene((thing,), 128), 0)[1] == 1 for thing in scene.things]
         points = [np.argwhere(mask) for mask in masks]
         for i in range(len(points)):
             for j in range(i):

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `vpw`. Exit code 2: wrong parameters, nothing was started; 1: it failed on the way."""
     try:
         app(_paired(sys.argv[1:] if arguments is None else arguments), prog_name="vpw")
-    except Exception as error:  # noqa: BLE001: ours get a short message, others go on
+    except Exception as error:  # a known one gets a short message, another goes on
         code = _exit_code(error)
         if code is None:
             raise
@@ -37,7 +37,7 @@ def run(
     name: Annotated[str, typer.Option(help="the run's name; empty: a hash of its settings")] = "",
     parameter: Annotated[
         list[str] | None,
-        typer.Option("--parameter", "-p", metavar="KEY VALUE", help="a parameter of the notebook; repeatable"),
+        typer.Option("--parameter", "-p", metavar="KEY VALUE", help="a notebook parameter; repeatable"),
     ] = None,
 ) -> None:
     """Execute a notebook in its run folder; the same call again resumes, or says that it is complete."""
@@ -77,7 +77,8 @@ def scenes(
     from vpworkbench.data.scenes import SceneSettings, write_scenes
 
     given = {
-        "images": images, "val": val, "test": test, "image_px": image_px, "difficulty": difficulty, "seed": seed,
+        "images": images, "val": val, "test": test,
+        "image_px": image_px, "difficulty": difficulty, "seed": seed,
     }  # fmt: skip
     settings = checked(SceneSettings, {key: value for key, value in given.items() if value is not None})
     print(write_scenes(folder, settings))
@@ -122,7 +123,7 @@ def _split(pairs: list[str]) -> dict[str, str]:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """None for an error that is nobody's but ours: its traceback is wanted."""
+    """2: wrong parameters; 1: failed on the way; None: a bug of ours, whose traceback is wanted."""
     from vpworkbench.config import SettingsError
     from vpworkbench.data.records import DataError
     from vpworkbench.runs import RunError

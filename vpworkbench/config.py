@@ -372,3 +372,39 @@ def pretrain_settings(
     if steps or epochs:
         values |= {"train.steps": steps, "train.epochs": epochs}
     return base.with_overrides(values | (overrides or {}))
+
+
+def visual_init_settings(
+    *,
+    preset: str = "tiny",
+    visual: str = "swin",
+    images: int = 12_000,
+    epochs: float = 8,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> VisualInitSettings:
+    """Settings of a run from the parameters of `00_visual_init.ipynb`."""
+    base = globals()["preset"](preset)
+    scenes = base.data.scenes.model_copy(update={"image_px": base.visual.image_px})
+    values = {
+        "preset": preset, "seed": seed, "visual": base.visual.model_dump(), "scenes": scenes.model_dump(),
+    }  # fmt: skip
+    changes = {
+        "visual.family": visual, "scenes.images": images, "train.epochs": epochs,
+        "train.checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    return checked(VisualInitSettings, values).with_overrides(changes | (overrides or {}))
+
+
+class ProbeSettings(Settings):
+    """Which model is probed, on how many held-out pictures."""
+
+    checkpoint: str = Field("", description="a checkpoint folder, or the name of a 01_pretrain run; '' the shipped one")
+    images: int = Field(64, ge=2, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+def probe_settings(*, checkpoint: str = "", images: int = 64, seed: int = 0) -> ProbeSettings:
+    """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
+    return checked(ProbeSettings, {"checkpoint": checkpoint, "images": images, "seed": seed})

@@ -68,17 +68,17 @@ def masked_language_modeling(logits: Tensor, labels: Tensor) -> Tensor:
         At the hidden places of matched pairs.
     labels : int64 Tensor, (word,)
     """
-    return functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return functional.cross_entropy(_wide(logits), labels, reduction="sum")
 
 
 def image_text_matching(logits: Tensor, matched: Tensor) -> Tensor:
     """Negative log likelihood of match or not (paper Eq. 8); logits (text, 2), matched bool (text,)."""
-    return functional.cross_entropy(logits.float(), matched.long(), reduction="sum")
+    return functional.cross_entropy(_wide(logits), matched.long(), reduction="sum")
 
 
 def cosine_cost(text: Tensor, vision: Tensor) -> Tensor:
     """1 - cosine of every word and visual token; (text, word, d), (text, vision, d) -> (text, word, vision)."""
-    text, vision = functional.normalize(text.float(), dim=-1), functional.normalize(vision.float(), dim=-1)
+    text, vision = functional.normalize(_wide(text), dim=-1), functional.normalize(_wide(vision), dim=-1)
     return 1 - text @ vision.transpose(1, 2)
 
 
@@ -148,10 +148,15 @@ def masked_feature_regression(
     reduction
         Over channels; Eq. 9 prints the sum, c times the default.
     """
-    error = (predicted.float() - target.detach().float()).square()
+    error = (_wide(predicted) - _wide(target.detach())).square()
     return (error.mean(dim=-1) if reduction == "mean" else error.sum(dim=-1)).sum()
 
 
 def hidden_words(labels: Tensor, matched: Tensor) -> Tensor:
     """bool (text, word): the hidden words that MLM is scored on, those of matched pairs."""
     return (labels != IGNORE) & matched[:, None]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: sums over many terms lose too much in bfloat16."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

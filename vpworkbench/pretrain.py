@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +15,11 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import BertTokenizerFast
 
-from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings
+from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
 from vpworkbench.data.batches import Batch, GroupBatches, Words
 from vpworkbench.data.formats import load_splits
 from vpworkbench.data.records import DataError, Picture
-from vpworkbench.model import Joint, VisualParsingModel
+from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
     hidden_words,
     image_text_matching,
@@ -27,7 +29,8 @@ from vpworkbench.objectives import (
     transport_distance,
     visual_mask,
 )
-from vpworkbench.runs import Run
+from vpworkbench.probes.dataset import Probed, probe_dataset
+from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
 from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, initialise_visual
 
@@ -59,6 +62,29 @@ def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tup
     if settings.init_text:
         reports.append(initialise_text(model.fusion, settings.init_text))
     return model, reports
+
+
+def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings]:
+    """A pre-trained model and the settings that made it.
+
+    Parameters
+    ----------
+    checkpoint : str
+        A run's folder or its `checkpoint/`, or the name of a run of `01_pretrain`; empty: the tiny model that ships.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no finished run; the places looked at are named.
+    """
+    places = [Path(checkpoint).expanduser()] if checkpoint else []
+    places += [runs_root() / "01_pretrain" / checkpoint] if checkpoint else [shipped_run()]
+    for place in places:
+        folder = place.parent if place.name == "checkpoint" else place
+        if (folder / "config.json").exists() and (folder / "checkpoint" / "model.safetensors").exists():
+            settings = json.loads((folder / "config.json").read_text())["settings"]
+            return VisualParsingModel.from_pretrained(folder / "checkpoint"), checked(PretrainSettings, settings)
+    raise CheckpointError(f"no finished pre-training run at {' nor at '.join(map(str, places))}; `vpw runs` lists them")
 
 
 class Pretraining:
@@ -173,14 +199,29 @@ def group_batches(
     )
 
 
-def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> None:
-    """Train to the end, or go on from the run's last checkpoint."""
+def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> int:
+    """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run."""
     train = settings.train
     batches = group_batches(prepared.splits["train"], prepared.model, settings.data, images=train.images, seed=settings.seed)
-    fit(
+    return fit(
         prepared.model, Pretraining(settings), batches, run,
         optim=settings.optim, train=train, seed=settings.seed, workers=settings.data.workers, what="pre-training",
     )  # fmt: skip
+
+
+def probe(
+    model: VisualParsingModel,
+    pictures: Sequence[Picture],
+    *,
+    images: int = 64,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Probed:
+    """Inter-Modality Flow and NMI of held-out pictures, each with the first text that is true of it."""
+    chosen = [picture for picture in pictures if picture.captions][:images]
+    parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
+    batches = (model.prepare(part, [picture.captions[0] for picture in part]) for part in parts)
+    return probe_dataset(model.eval(), batches, total=len(parts), seed=seed, progress=progress)
 
 
 class Interval(NamedTuple):

@@ -1,8 +1,8 @@
 """Run folders, and notebooks executed in them.
 
-A run is a folder, `papermill_runs/<notebook>/<name>/`: `config.json` is written first, `metrics.jsonl` grows while
-it runs, `summary.json` comes last and makes it complete. Everything that must not be half written is written beside
-its place and renamed.
+A run is a folder, `papermill_runs/<notebook>/<name>/`: `config.json` is written first, `metrics.jsonl` grows
+while it runs, `summary.json` comes last and makes it complete. Everything that must not be half written is
+written beside its place and renamed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CHECKS = {
     "00_visual_init": "vpworkbench.config:visual_init_settings",
     "01_pretrain": "vpworkbench.config:pretrain_settings",
     "02_probe": "vpworkbench.config:probe_settings",
-    "00_tour": "vpworkbench.config:tour_settings",
+    "00_tour": "vpworkbench.config:probe_settings",
 }
 """For each notebook the function that turns its parameters into settings, or refuses them."""
 
@@ -64,6 +64,7 @@ class Run:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self.settings = settings
+        self._opened_s = time.monotonic()
         self._began: tuple[str, float, int] = ("", 0.0, 0)  # what, when, and at how many it was first seen
         self._shown_s = -math.inf
 
@@ -74,6 +75,11 @@ class Run:
     def is_complete(self) -> bool:
         """True once `summary.json` is there."""
         return (self.folder / "summary.json").exists()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since this process opened the run; what an interrupted process spent is not in it."""
+        return round(time.monotonic() - self._opened_s, 1)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to `metrics.jsonl`: the step and any numbers (scalar tensors and arrays too)."""
@@ -119,11 +125,11 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What `write_summary` wrote; `RunError` while the run is not complete."""
         if not self.is_complete:
-            raise RunError(f"{self.folder}: not complete (no summary.json); the same call of the run resumes it")
+            raise RunError(f"{self.folder}: not complete (no summary.json); call the run again, it resumes")
         return _read_json(self.folder / "summary.json")
 
     def save_figure(self, name: str, figure: plotly.graph_objects.Figure) -> Path:
-        """Save a plotly figure as `figures/<name>.html`; the pages share one plotly.min.js and need no network."""
+        """Save a plotly figure as `figures/<name>.html`; the pages share plotly.min.js, no network needed."""
         path = self.folder / "figures" / f"{_safe_name(name)}.html"
         path.parent.mkdir(exist_ok=True)
         figure.write_html(path, include_plotlyjs="directory")
@@ -167,12 +173,12 @@ def settings_hash(settings: Settings) -> str:
 def run_folder(notebook: str, name: str) -> Path:
     """Where the run of this name lies, whether it exists or not; `SettingsError` for an unusable name."""
     if _safe_name(notebook) == GALLERY:
-        raise SettingsError(f"{GALLERY!r} holds the committed examples and is no notebook; rename the notebook")
+        raise SettingsError(f"{GALLERY!r} holds the committed examples; give the notebook another name")
     return runs_root() / notebook / _safe_name(name)
 
 
 def runs_root() -> Path:
-    """`$VPW_RUNS` where set, else `papermill_runs/` in the repository of the current folder or of the package.
+    """`$VPW_RUNS` where set, else `papermill_runs/` in the repository of the current folder or the package.
 
     Raises
     ------
@@ -186,6 +192,15 @@ def runs_root() -> Path:
     raise FileNotFoundError(
         f"no folder for runs: neither {Path.cwd()} nor the package lies in a repository with notebooks/; "
         "set VPW_RUNS to the folder that shall hold them"
+    )
+
+
+def shipped_run() -> Path:
+    """The run of the tiny model that ships with the repository, in `papermill_runs/gallery/`."""
+    for root in _repositories():
+        return root / "papermill_runs" / GALLERY / "01_pretrain-tiny"
+    raise FileNotFoundError(
+        "the tiny model ships with the repository: work in a clone of it, or name a checkpoint"
     )
 
 
@@ -259,7 +274,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> dict[str, Any] | None:
-    """Revision of the package's own repository, and whether its files were changed since; None outside git."""
+    """Revision of the package's own repository, and whether its files changed since; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -332,7 +347,7 @@ def _number(value: Any) -> float | None:
 def _metric_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    *whole, rest = path.read_text(encoding="utf-8").split("\n")  # rest: empty, or cut off when the run was killed
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")  # the rest was cut off when the run was killed
     for number, line in enumerate(whole, start=1):
         try:
             json.loads(line)["step"]
@@ -354,8 +369,8 @@ def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | 
     name : str
         The run's name; empty takes a hash of the settings.
     parameters : dict
-        Values for the notebook's cell tagged `parameters`. Relative paths (with a separator in them) that exist
-        are taken from the current folder.
+        Values for the notebook's cell tagged `parameters`. Relative paths (with a separator in them) that
+        exist are taken from the current folder.
 
     Returns
     -------
@@ -402,7 +417,7 @@ def find_notebook(notebook: str) -> Path:
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:
-    """The parameters of a notebook, with their defaults: the literals assigned in its cell tagged `parameters`.
+    """A notebook's parameters with their defaults: the literals assigned in its cell tagged `parameters`.
 
     papermill's own reader works line by line and misses a parameter annotated `str | list`.
 
@@ -420,20 +435,24 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
     for cell in tagged[:1]:
         try:
             for statement in ast.parse("".join(cell["source"])).body:
-                if isinstance(statement, ast.AnnAssign):
-                    values[ast.unparse(statement.target)] = ast.literal_eval(statement.value)
+                if isinstance(statement, ast.AnnAssign) and statement.value:
+                    value = ast.literal_eval(statement.value)
+                    a_float = (
+                        ast.unparse(statement.annotation) == "float"
+                    )  # `epochs: float = 0` takes 0.5 too
+                    values[ast.unparse(statement.target)] = float(value) if a_float else value
                 elif isinstance(statement, ast.Assign):
                     values[ast.unparse(statement.targets[0])] = ast.literal_eval(statement.value)
         except (SyntaxError, ValueError) as error:
-            raise RunError(f"{path}: the cell tagged parameters must assign plain literals ({error})") from None
+            raise RunError(f"{path}: the parameters cell must assign plain literals ({error})") from None
     return values
 
 
 def parse_parameters(texts: dict[str, str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Values of the types of the notebook's defaults from words of a command line.
 
-    Lists and dicts are JSON, also where the default is a text (`-p data '["scenes", "mine"]'`); a text stays as
-    it is (papermill would make a number of the name `007`). What does not parse stays a text, and
+    Lists and dicts are JSON, a list also where the default is a text (`-p data '["scenes", "mine"]'`); a text
+    stays as it is (papermill would make a number of the name `007`). What does not parse stays a text, and
     `check_parameters` refuses it.
     """
     return {key: _parsed(text, defaults.get(key)) for key, text in texts.items()}
@@ -481,7 +500,7 @@ def _imported(place: str) -> Callable[..., Settings]:
 
 
 def _anchored(value: Any) -> Any:
-    """Relative paths made absolute; a bare word is left alone: `scenes` is a data set even beside a folder."""
+    """Relative paths made absolute; a bare word is left alone: `scenes` is a set even beside a folder."""
     if isinstance(value, list):
         return [_anchored(item) for item in value]
     if isinstance(value, dict):
@@ -537,7 +556,8 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
                 parameters=parameters,
                 kernel_name="python3",  # ipykernel's own spec: this interpreter
                 language="python",
-                extra_arguments=["--log-level=ERROR"],  # of the kernel: no warning that localhost is unencrypted
+                start_timeout=300,  # a busy machine takes its time
+                extra_arguments=["--log-level=ERROR"],  # the kernel warns that localhost is unencrypted
                 progress_bar=False,
             )
     except PapermillExecutionError as error:

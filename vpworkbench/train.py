@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -128,8 +129,8 @@ def fit(
     seed: int,
     workers: int = 0,
     what: str = "training",
-) -> None:
-    """Train to the last step, from the last checkpoint in the run folder if there is one.
+) -> int:
+    """Train to the last step, from the last checkpoint in the run folder if there is one; the number of steps.
 
     Writes `metrics.jsonl`, `checkpoint/step-*/` every `checkpoint_every` steps (the last one is kept) and the final
     weights to `checkpoint/`.
@@ -172,6 +173,7 @@ def fit(
                 _save(run, model, optimiser, done, window)
     model.eval().save_pretrained(run.folder / "checkpoint")
     _drop_checkpoints(run, keep=None)
+    return total
 
 
 def _autocast(device: torch.device, bf16: bool) -> Any:
@@ -212,7 +214,7 @@ def _save(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, step: in
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(f"{folder}: checkpoint not written ({error}); free space there, then run the same call again") from error
     _drop_checkpoints(run, keep=folder)

@@ -273,3 +273,9 @@ def stack_images(pictures: Sequence[Picture], image_px: int) -> Tensor:
     """Decode and squeeze to square; uint8 (image, 3, image_px, image_px)."""
     pixels = np.stack([picture.image.pixels(image_px) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def contact_sheet(pictures: Sequence[Picture], count: int, *, image_px: int = 128) -> tuple[np.ndarray, list[str]]:
+    """The first pictures that have a caption: uint8 (image, image_px, image_px, 3), and one caption each."""
+    chosen = [picture for picture in pictures if picture.captions][:count]
+    return np.stack([picture.image.pixels(image_px) for picture in chosen]), [picture.captions[0] for picture in chosen]

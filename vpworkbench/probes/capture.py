@@ -63,7 +63,9 @@ class AttentionCall:
         """What the model expects: (example, query, head, channel)."""
         return self._fused(self.query, self.key, self.value)
 
-    def carry(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def carry(
+        self, columns: Tensor, scratch: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The layer's output, and `softmax(Q K^T) columns` for every head, from one fused call.
 
         The columns ride as extra values. The fused kernels want one width for queries, keys and
@@ -72,6 +74,8 @@ class AttentionCall:
         Parameters
         ----------
         columns : Tensor, shape (example, key, column)
+        scratch : dict, optional
+            Keeps the padded copies from layer to layer: fresh memory costs more than the copy.
 
         Returns
         -------
@@ -80,10 +84,12 @@ class AttentionCall:
         """
         channels, count = self.value.shape[-1], columns.shape[-1]
         width = -(-max(self.query.shape[-1], channels + count) // 8) * 8
-        value = self.value.new_zeros(*self.value.shape[:-1], width)
-        value[..., :channels] = self.value
+        scratch = {} if scratch is None else scratch
+        query = _widened(self.query, width, "query", scratch)
+        key = _widened(self.key, width, "key", scratch)
+        value = _widened(self.value, width, "value", scratch)
         value[..., channels : channels + count] = columns.to(value.dtype)[:, None]
-        output = self._fused(_widened(self.query, width), _widened(self.key, width), value)
+        output = self._fused(query, key, value)
         carried = output[..., channels : channels + count]
         return output[..., :channels].contiguous(), carried
 
@@ -456,8 +462,15 @@ def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > _HIDDEN_BELOW
 
 
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    return F.pad(tensor, (0, width - tensor.shape[-1]))
+def _widened(tensor: Tensor, width: int, name: str, scratch: dict[str, Tensor]) -> Tensor:
+    """`tensor` with zeros behind its channels, in the memory of the layer before where it fits."""
+    shape = (*tensor.shape[:-1], width)
+    buffer = scratch.get(name)
+    same = buffer is not None and (buffer.dtype, buffer.device) == (tensor.dtype, tensor.device)
+    if not same or buffer.shape != shape:
+        buffer = scratch[name] = tensor.new_zeros(shape)
+    buffer[..., : tensor.shape[-1]] = tensor
+    return buffer
 
 
 def _stack(name: str) -> str:

@@ -303,6 +303,7 @@ class _Recorder:
         self.per_token = per_token
         self.starts = starts
         self.padded = not bool(sets.tokens.all())
+        self.scratch: dict[str, Tensor] = {}
         self.two_sets: bool | None = None  # 1_V beside 1_L; known at the first layer that counts
         self.spans: list[list[int]] = []  # per layer: start of each column carried through it
         self.crossed: list[tuple[Tensor, Tensor]] = []  # per layer: (example, start) each
@@ -321,7 +322,7 @@ class _Recorder:
         # Rows of attention sum to one, so the mean can go around the kernel: in half precision
         # only what differs between tokens is rounded.
         mean = self.reach.mean(dim=1, keepdim=True)
-        output, carried = call.carry(torch.cat([self.reach - mean, *extra], dim=-1))
+        output, carried = call.carry(torch.cat([self.reach - mean, *extra], dim=-1), self.scratch)
         per_head, extras = carried.split([mean.shape[-1], carried.shape[-1] - mean.shape[-1]], dim=-1)
         self._record(call, per_head.to(mean) + mean[:, :, None])
         if self.columns is not None:

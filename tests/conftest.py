@@ -1,0 +1,64 @@
+"""What the tests share: a scratch root for runs, a few generated scenes, real data where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from vpworkbench.config import DataSettings, FusionSettings, ModelSettings, VisualSettings
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.records import Picture
+from vpworkbench.data.scenes import SceneSettings, write_scenes
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.pretrain import build_tokenizer
+
+SCENES = SceneSettings(images=60, val=20, test=10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory):
+    """Runs and generated scenes go to a scratch folder: no finished run makes a test pass."""
+    root = tmp_path_factory.mktemp("workbench")
+    os.environ["VPW_RUNS"], os.environ["VPW_CACHE"] = str(root / "runs"), str(root / "cache")
+    torch.set_num_threads(2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def scenes_folder(scratch: Path) -> Path:
+    return write_scenes(scratch / "scenes", SCENES, progress=False)
+
+
+@pytest.fixture(scope="session")
+def scenes(scenes_folder: Path) -> list[Picture]:
+    return read_pictures(scenes_folder)
+
+
+@pytest.fixture
+def model(scenes: list[Picture]) -> VisualParsingModel:
+    """A narrow model with random weights, in evaluation mode."""
+    return narrow_model(scenes)
+
+
+def narrow_model(scenes: list[Picture], **visual: object) -> VisualParsingModel:
+    torch.manual_seed(0)
+    settings = ModelSettings(
+        visual=VisualSettings(width=32, heads=(2, 4), **visual),
+        fusion=FusionSettings(layers=2, width=32, heads=2, feed_forward=64),
+        text_tokens=DataSettings().text_tokens,
+    )
+    tokenizer = build_tokenizer([text for picture in scenes for text in picture.captions])
+    return VisualParsingModel(settings, tokenizer).eval()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Flickr 1k and NLVR v1: `$VPW_DATA`, else beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("VPW_DATA", default))
+    if not (folder / "flickr1k").is_dir():
+        pytest.skip(f"real data not at {folder} (set VPW_DATA)")
+    return folder

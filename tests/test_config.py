@@ -1,0 +1,68 @@
+"""Settings are refused as a whole, before any work, with the nearest valid name."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from vpworkbench.config import PRESETS, PretrainSettings, SettingsError, pretrain_settings, probe_settings, visual_init_settings
+
+
+def test_presets_state_the_paper():
+    paper = PRESETS["paper-384"]
+    assert paper.visual.image_px == 384 and paper.visual.tokens == 144 and paper.visual.window == 12
+    assert paper.fusion.layers == 12 and paper.fusion.width == 768
+    assert paper.optim.lr_visual == 5e-6 and paper.optim.lr_fusion == 5e-5 and paper.optim.warmup == 500
+    assert paper.train.epochs == 40 and paper.optim.decay_at == (0.625, 0.875) and paper.optim.decay == 0.1
+    assert paper.mask.budget == 7 and paper.loss.itm == 1 and paper.loss.mfr == 0.01 and paper.loss.vla == 0.1
+    assert (paper.data.matched_per_image, paper.data.unmatched_per_image) == (2, 2)
+    assert paper.train.images * 4 == 2048  # Sec. 4.1: batch size 2048, in pairs
+    ablation = PRESETS["ablation-224"]
+    assert ablation.visual.tokens == 49 and ablation.fusion.layers == 3
+    assert ablation.mask.tokens_of(ablation.visual) == 7
+
+
+def test_mask_budget_is_fifteen_percent():
+    tiny = PRESETS["tiny"]
+    assert tiny.visual.tokens == 36 and tiny.mask.tokens_of(tiny.visual) == 5
+    assert PRESETS["small"].visual.tokens == 64
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"preset": "tinny"}, "no preset 'tinny'; did you mean 'tiny'"),
+        ({"visual": "swim"}, "visual.family.*'swim'"),
+        ({"visual": "grid", "masking": "attention"}, "needs a parsing attention.*random"),
+        ({"overrides": {"mask.budgt": 3}}, "mask.budgt: no such setting; did you mean 'mask.budget'"),
+        ({"overrides": {"mask.budget": 99}}, "mask.budget 99 is larger than the 36 visual tokens"),
+        ({"overrides": {"fusion.width": 190}}, "width 190 must be a multiple of heads 6"),
+        ({"overrides": {"visual.image_px": 100}}, "image_px 100 must be a multiple of 16"),
+        ({"overrides": {"optim.lr_fusion": "fast"}}, "optim.lr_fusion.*'fast'"),
+        ({"steps": -1}, "train.steps.*-1"),
+        ({"steps": 5, "epochs": 2}, "give steps or epochs"),
+        ({"overrides": {"train.images": 6, "train.accumulate": 4}}, "accumulate 4 must divide images 6"),
+    ],
+)
+def test_wrong_values_name_the_setting(parameters, message):
+    with pytest.raises(SettingsError, match=message):
+        pretrain_settings(**parameters)
+
+
+def test_all_faults_at_once():
+    with pytest.raises(SettingsError) as error:
+        pretrain_settings(overrides={"optim.lr_fusion": -1, "train.images": 0, "seed": "x"})
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_settings_are_frozen_and_written_back():
+    settings = pretrain_settings(data=["scenes", "elsewhere"], seed=4)
+    with pytest.raises(ValidationError):
+        settings.seed = 5
+    assert PretrainSettings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_other_notebooks_have_settings_too():
+    assert visual_init_settings(preset="small").visual.image_px == visual_init_settings(preset="small").scenes.image_px == 128
+    with pytest.raises(SettingsError, match="images"):
+        probe_settings(images=1)

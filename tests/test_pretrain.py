@@ -1,0 +1,108 @@
+"""Pre-training end to end on a few scenes, and what the shipped model has learnt."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vpworkbench.config import SettingsError, pretrain_settings
+from vpworkbench.data.formats import read_pictures, scenes_folder
+from vpworkbench.data.language import ATTRIBUTE_WORDS
+from vpworkbench.data.scenes import SceneSettings, write_scenes
+from vpworkbench.model import CheckpointError
+from vpworkbench.pretrain import build_tokenizer, evaluate, load_run, prepare, pretrain, probe
+from vpworkbench.runs import open_run
+
+FEW = {"data.scenes": {"images": 60, "val": 20, "test": 10}, "data.workers": 0, "train.images": 4, "train.log_every": 2}
+
+
+def few(**parameters):
+    return pretrain_settings(steps=4, overrides={**FEW, **parameters.pop("overrides", {})}, **parameters)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"masking": "none"}, {"masking": "random"}, {"masking": "attention"}, {"visual": "grid", "init_visual": ""},
+     {"visual": "patch", "init_visual": ""}, {"overrides": {"data.grouped": False}},
+     {"overrides": {"loss.vla": 0.0, "mask.select": "symmetric", "fusion.visual_type": True}}],
+)  # fmt: skip
+def test_trains_and_is_probed(parameters):
+    settings = few(**parameters)
+    run, prepared = open_run("01_pretrain", settings), prepare(settings)
+    assert pretrain(run, prepared, settings) == 4
+    metrics = run.metrics()
+    assert list(metrics["step"]) == [2, 4] and np.isfinite(metrics.to_numpy(dtype=float)).all()
+    assert ("mfr" in metrics) == (settings.mask.mode != "none") and ("vla" in metrics) == (settings.loss.vla > 0)
+    result = evaluate(prepared.model, prepared.splits["val"], settings.data, scored=prepared.scored_words, images=20)
+    assert all(interval.low <= interval.mean <= interval.high for interval in result)
+    probed = probe(prepared.model, prepared.splits["val"], images=20)
+    assert probed.flow.shape == (20, 3, 3) and probed.nmi.shape == (20, 4)
+    assert (probed.within_layer > 0).all() and (probed.within_layer < 1).all()
+
+
+def test_run_is_found_by_name_and_by_folder():
+    settings = few()
+    run, prepared = open_run("01_pretrain", settings, name="found"), prepare(settings)
+    pretrain(run, prepared, settings)
+    for place in ("found", str(run.folder), str(run.folder / "checkpoint")):
+        model, read = load_run(place)
+        assert read == settings
+        assert torch.equal(model.mlm_bias, prepared.model.mlm_bias)
+    with pytest.raises(CheckpointError, match="no finished pre-training run.*nowhere"):
+        load_run("nowhere")
+
+
+def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
+    script = (
+        "import sys; from vpworkbench.data.formats import read_pictures; from vpworkbench.pretrain import build_tokenizer;"
+        "t = build_tokenizer([x for p in read_pictures(sys.argv[1]) for x in p.captions]); print(sorted(t.get_vocab().items()))"
+    )
+    other = subprocess.run([sys.executable, "-c", script, str(scenes_folder)], capture_output=True, text=True, check=True).stdout
+    texts = [text for picture in reversed(scenes) for text in picture.captions]
+    vocabulary = build_tokenizer(texts).get_vocab()
+    assert other.strip() == str(sorted(vocabulary.items()))
+    assert {"red", "square", "[MASK]", "[CLS]"} <= set(vocabulary) and len(vocabulary) < 400
+
+
+def test_held_out_words_are_colours_and_shapes(model, scenes):
+    """One word of each text is hidden, and it is asked for."""
+    from vpworkbench.pretrain import _hide_one
+
+    words, _ = model.words.tensors([picture.captions[0] for picture in scenes[:20]])
+    scored = torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(ATTRIBUTE_WORDS)))
+    hidden, labels = _hide_one(model, words, torch.rand(20), scored)
+    assert ((labels >= 0).sum(dim=1) == 1).all() and ((hidden == model.tokenizer.mask_token_id).sum(dim=1) == 1).all()
+    asked = model.tokenizer.convert_ids_to_tokens(labels[labels >= 0].tolist())
+    assert set(asked) <= ATTRIBUTE_WORDS and len(set(asked)) > 5
+
+
+def test_the_shipped_model_has_learnt_to_look():
+    """Fresh held-out scenes: lower 95% bounds of ITM accuracy >= 0.90 and of the MLM ratio >= 4."""
+    model, settings = load_run()
+    scenes = SceneSettings(**settings.data.scenes.model_dump() | {"images": 2, "val": 500, "test": 2, "seed": 1_000})
+    pictures = [p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes, progress=False)) if p.split == "val"]
+    result = evaluate(model, pictures, settings.data, scored=ATTRIBUTE_WORDS)
+    print(result)
+    assert result.itm_accuracy.low >= 0.90 and result.mlm_ratio.low >= 4
+    assert abs(result.itm_other_image.mean - 0.5) < 0.05, "the words alone give the label away"
+
+
+def test_data_without_held_out_images(tmp_path, scenes):
+    import json
+
+    source = scenes[0].image.folder.parent
+    content = json.loads((source / "dataset_scenes.json").read_text())
+    content["images"] = [image for image in content["images"] if image["split"] == "train"]
+    (tmp_path / "dataset_mine.json").write_text(json.dumps(content))
+    (tmp_path / "images.zip").symlink_to(source / "images.zip")
+    with pytest.raises(ValueError, match="no `val` images"):
+        prepare(few(data=str(tmp_path)))
+
+
+def test_unknown_start_is_refused_before_training():
+    with pytest.raises((SettingsError, CheckpointError), match="nowhere"):
+        prepare(few(init_visual="/nowhere/swin.safetensors"))

@@ -1,0 +1,96 @@
+"""Images as they come: colour modes, rotations, broken files."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpworkbench.data import records
+from vpworkbench.data.records import DataError, ImageFile, image_file
+
+
+def stored(tmp_path, image: Image.Image, kind: str, **options) -> ImageFile:
+    image.save(tmp_path / f"image.{kind}", **options)
+    return ImageFile(tmp_path, f"image.{kind}")
+
+
+RED = Image.new("RGB", (4, 6), (255, 0, 0))
+
+
+@pytest.mark.parametrize("mode, kind", [("RGB", "png"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("P", "gif")])
+def test_colour_modes_become_rgb(tmp_path, mode, kind):
+    pixels = stored(tmp_path, RED.convert(mode), kind).pixels()
+    assert pixels.shape == (6, 4, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - [255, 0, 0]).max() < 8
+
+
+def test_grey_and_16_bit_grey_have_the_same_brightness(tmp_path):
+    eight = Image.fromarray(np.full((5, 5), 200, np.uint8))
+    sixteen = Image.fromarray(np.full((5, 5), 200 * 257, np.uint16))
+    assert (stored(tmp_path, eight, "png").pixels() == 200).all()
+    assert (stored(tmp_path, sixteen, "tiff").pixels() == 200).all()
+
+
+def test_transparency_is_over_white(tmp_path):
+    assert (stored(tmp_path, Image.new("RGBA", (3, 3), (0, 0, 0, 0)), "png").pixels() == 255).all()
+
+
+def test_animation_gives_its_first_frame(tmp_path):
+    image = stored(tmp_path, RED, "gif", save_all=True, append_images=[Image.new("RGB", (4, 6), (0, 0, 255))])
+    assert (image.pixels()[0, 0] == [255, 0, 0]).all()
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert stored(tmp_path, RED, "jpg", exif=exif).pixels().shape == (4, 6, 3)
+
+
+def test_one_pixel_fills_the_square(tmp_path):
+    pixels = stored(tmp_path, Image.new("RGB", (1, 1), (1, 2, 3)), "png").pixels(32)
+    assert pixels.shape == (32, 32, 3) and (pixels == [1, 2, 3]).all()
+
+
+def broken(tmp_path, kind: str) -> ImageFile:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(buffer, "png")
+    data = {"empty": b"", "truncated": buffer.getvalue()[:2_000], "text": b"no image at all"}[kind]
+    (tmp_path / "broken.png").write_bytes(data)
+    return ImageFile(tmp_path, "broken.png")
+
+
+@pytest.mark.parametrize("kind, reason", [("empty", "empty"), ("truncated", "decoded"), ("text", "decoded")])
+def test_broken_image_names_file_and_remedy(tmp_path, kind, reason):
+    with pytest.raises(DataError, match=f"broken.png.*{reason}.*restore it or drop its record"):
+        broken(tmp_path, kind).pixels()
+
+
+def test_image_of_200_megapixels_is_refused(tmp_path):
+    image = stored(tmp_path, Image.new("1", (20_000, 10_000)), "png")
+    with pytest.raises(DataError, match="image.png.*megapixels.*smaller copy|image.png.*decoded"):
+        image.pixels()
+
+
+def test_missing_image_and_damaged_zip(tmp_path):
+    with pytest.raises(DataError, match="absent.png.*missing"):
+        ImageFile(tmp_path, "absent.png").read()
+    (tmp_path / "images.zip").write_bytes(b"PK not really")
+    with pytest.raises(DataError, match="images.zip.*not a whole zip"):
+        records.archive(tmp_path / "images.zip")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", " "])
+def test_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="here.json: record 3.*leaves the image folder"):
+        image_file(tmp_path, name, source="here.json: record 3")
+
+
+def test_content_is_the_same_in_a_zip_and_in_a_folder(tmp_path):
+    image = stored(tmp_path, RED, "png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "image.png", "other name.png")
+    assert ImageFile(tmp_path / "images.zip", "other name.png").content() == image.content()

@@ -1,0 +1,186 @@
+"""The engine: accumulation, schedule, exact resume, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+
+import pytest
+import torch
+
+from conftest import narrow_model
+from vpworkbench.config import OptimSettings, SettingsError, TrainSettings, pretrain_settings
+from vpworkbench.pretrain import Pretraining, group_batches
+from vpworkbench.runs import open_run
+from vpworkbench.train import (
+    TrainingError,
+    accumulate_gradients,
+    build_optimiser,
+    fit,
+    learning_rate_factor,
+    pick_device,
+)
+
+
+def settings(**train):
+    overrides = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0} | {f"train.{k}": v for k, v in train.items()}
+    return pretrain_settings(steps=6, init_visual="", overrides={"train.images": 8, "train.log_every": 4, **overrides})
+
+
+def gradients(model, objective, batch, count: int) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    accumulate_gradients(model, objective, batch, count, contextlib.nullcontext)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-30)).item() for name in one)
+
+
+@pytest.fixture
+def double_model(scenes):
+    """float64, dropout 0."""
+    model = narrow_model(scenes).double().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.fusion.bert.config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+def test_accumulation_changes_nothing(double_model, scenes):
+    """8 x 1 and 2 x 4 give one update, with different numbers of masks in the micro-batches."""
+    objective = Pretraining(settings())
+    batch = group_batches(scenes, double_model, settings().data, images=8, seed=0)[0]
+    counts = [objective.counts(part)["mlm"] for part in batch.micro_batches(8)]
+    assert len(set(counts)) > 1
+    eight, two = (gradients(double_model, objective, batch, count) for count in (8, 2))
+    assert eight.keys() == two.keys() and len(eight) > 50
+    # float32 inside VLA and the losses would show as 1e-7: they follow the model's precision
+    assert largest_difference(eight, two) < 1e-9
+
+
+def test_mean_of_means_would_be_seen(double_model, scenes):
+    """Breaking the weighting on purpose: each micro-batch divided by its own counts."""
+    objective = Pretraining(settings())
+    batch = group_batches(scenes, double_model, settings().data, images=8, seed=0)[0]
+    right = gradients(double_model, objective, batch, 4)
+    double_model.zero_grad()
+    for part in batch.micro_batches(4):
+        accumulate_gradients(double_model, objective, part, 1, contextlib.nullcontext)
+    wrong = {name: p.grad / 4 for name, p in double_model.named_parameters() if p.grad is not None}
+    assert largest_difference(right, wrong) > 1e-4
+
+
+def test_image_is_encoded_once_for_its_four_texts(scenes):
+    model, seen = narrow_model(scenes), []
+    model.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    batch = group_batches(scenes, model, settings().data, images=8, seed=0)[0]
+    Pretraining(settings()).losses(model, batch)
+    assert seen == [8] and len(batch.matched) == 32
+
+
+def test_every_objective_reaches_the_visual_side(double_model, scenes):
+    batch = group_batches(scenes, double_model, settings().data, images=4, seed=0)[0]
+    sums = Pretraining(settings()).losses(double_model, batch)
+    assert set(sums) == {"mlm", "itm", "vla", "mfr"}
+    for name, value in sums.items():
+        double_model.zero_grad()
+        value.backward(retain_graph=True)
+        reached = sum(p.grad.abs().sum() for p in double_model.visual.parameters() if p.grad is not None)
+        assert reached > 0, name
+
+
+def run_of(scenes, name: str, stop_after: int | None = None, **train):
+    """Train the narrow model in the run `name`; `stop_after` steps it is killed, as a power cut would."""
+    chosen = settings(checkpoint_every=2, **train)
+    run, model = open_run("01_pretrain", chosen, name=name), narrow_model(scenes)
+    batches = group_batches(scenes, model, chosen.data, images=8, seed=0)
+    if stop_after is not None:
+        log, original = [], batches._pixels
+
+        def pixels(pictures, rng):
+            log.append(1)
+            if len(log) > stop_after:
+                raise KeyboardInterrupt
+            return original(pictures, rng)
+
+        batches._pixels = pixels
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
+    else:
+        fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
+    return run
+
+
+def test_resume_is_exact(scenes):
+    whole = run_of(scenes, "whole")
+    run_of(scenes, "halved", stop_after=5)
+    halved = run_of(scenes, "halved")
+    one, other = (run.folder / "checkpoint" / "model.safetensors" for run in (whole, halved))
+    assert one.read_bytes() == other.read_bytes()
+    times = ["step_s"]
+    metrics = [run.metrics().drop(columns=times) for run in (whole, halved)]
+    assert metrics[0].equals(metrics[1]) and list(metrics[0]["step"]) == [4, 6]
+    assert not list((halved.folder / "checkpoint").glob("step-*"))
+
+
+def test_only_the_last_checkpoint_is_kept(scenes):
+    run = run_of(scenes, "kept", stop_after=5)
+    assert [folder.name for folder in sorted((run.folder / "checkpoint").iterdir())] == ["step-000004"]
+
+
+def test_loss_that_is_not_finite_stops_the_run(scenes):
+    chosen = settings()
+    run, model = open_run("01_pretrain", chosen, name="nan"), narrow_model(scenes)
+    torch.nn.init.constant_(model.itm.bias, torch.nan)
+    batches = group_batches(scenes, model, chosen.data, images=8, seed=0)
+    with pytest.raises(TrainingError, match="itm.*not finite"):
+        fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int):
+    """Writing beyond `size` bytes fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_keeps_the_last_checkpoint(scenes):
+    run = run_of(scenes, "full", stop_after=3)
+    before = (run.folder / "checkpoint" / "step-000002" / "progress.json").read_text()
+    with files_limited_to(50_000), pytest.raises(TrainingError, match="checkpoint not written.*free space"):
+        run_of(scenes, "full")
+    assert [folder.name for folder in (run.folder / "checkpoint").iterdir()] == ["step-000002"]
+    assert (run.folder / "checkpoint" / "step-000002" / "progress.json").read_text() == before
+
+
+def test_schedule_warms_up_and_decays_at_25_and_35_of_40():
+    optim = OptimSettings(warmup=500)
+    factors = [learning_rate_factor(step, 40_000, optim) for step in (0, 249, 499, 24_999, 25_000, 34_999, 35_000)]
+    assert factors == pytest.approx([1 / 500, 0.5, 1, 1, 0.1, 0.1, 0.01])
+
+
+def test_decay_leaves_out_biases_norms_and_position_tables(model):
+    groups = build_optimiser(model, OptimSettings()).param_groups
+    rates = {(group["rate"], group["weight_decay"]) for group in groups}
+    assert rates == {(5e-6, 0.01), (5e-6, 0.0), (5e-5, 0.01), (5e-5, 0.0)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = {names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert any("relative_position_bias_table" in name for name in kept)
+    assert {name for name in names.values() if name.endswith("bias")} <= kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_without_a_device_is_refused():
+    with pytest.raises(SettingsError, match="no CUDA device; use 'auto' or 'cpu'"):
+        pick_device("cuda")
+
+
+def test_steps_and_epochs_exclude_each_other():
+    with pytest.raises(ValueError, match="steps or epochs"):
+        TrainSettings(steps=5, epochs=1)

