@@ -125,6 +125,14 @@ def test_resume_is_exact(scenes):
     assert not list((halved.folder / "checkpoint").glob("step-*"))
 
 
+def test_finished_training_is_not_done_again(scenes):
+    """A run that failed after its training (in a later cell) takes the final weights."""
+    weights = (run_of(scenes, "again").folder / "checkpoint" / "model.safetensors").read_bytes()
+    again = run_of(scenes, "again", stop_after=None)
+    assert (again.folder / "checkpoint" / "model.safetensors").read_bytes() == weights
+    assert list(again.metrics()["step"]) == [4, 6]
+
+
 def test_only_the_last_checkpoint_is_kept(scenes):
     run = run_of(scenes, "kept", stop_after=5)
     assert [folder.name for folder in sorted((run.folder / "checkpoint").iterdir())] == ["step-000004"]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vpworkbench.config import OptimSettings, SettingsError, TrainSettings
-from vpworkbench.runs import Run
+from vpworkbench.runs import Run, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +171,7 @@ def fit(
             run.progress(what, done, total)
             if train.checkpoint_every and done % train.checkpoint_every == 0 and done < total:
                 _save(run, model, optimiser, done, window)
-    model.eval().save_pretrained(run.folder / "checkpoint")
-    _drop_checkpoints(run, keep=None)
+    _save_final(run, model, total)
     return total
 
 
@@ -197,6 +196,14 @@ def _log(run: Run, model: nn.Module, objective: Objective, batch: Any, step: int
             "is good: lower optim.lr_fusion / optim.lr_visual, or look at the data"
         )
     run.log(step, **values, **objective.watch(model, batch), **more)
+
+
+def _save_final(run: Run, model: nn.Module, step: int) -> None:
+    """The final weights; `progress.json` behind them says that they are whole."""
+    folder = run.folder / "checkpoint"
+    model.eval().save_pretrained(folder)
+    write_atomically(folder / "progress.json", json.dumps({"step": step}))
+    _drop_checkpoints(run, keep=None)
 
 
 def _save(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, window: dict[str, Tensor]) -> None:
@@ -228,7 +235,11 @@ def _drop_checkpoints(run: Run, keep: Path | None) -> None:
 
 def _resume(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> tuple[int, dict[str, Tensor]]:
     """Load the last checkpoint, if any; the steps done and the sums that the next line of metrics begins with."""
-    found = sorted((run.folder / "checkpoint").glob("step-*"))
+    final = run.folder / "checkpoint"
+    if (final / "progress.json").exists():
+        model.load_state_dict(load_file(final / "model.safetensors", device=str(device)))
+        return json.loads((final / "progress.json").read_text())["step"], {}
+    found = sorted(final.glob("step-*"))
     if not found:
         run.truncate_metrics(0)
         return 0, {}

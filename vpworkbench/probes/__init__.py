@@ -1,0 +1,46 @@
+"""Probes of how vision and language fuse, for our model and for any transformers model."""
+
+from vpworkbench.probes.capture import hidden_states
+from vpworkbench.probes.flow import (
+    Check,
+    InterModalityFlow,
+    check,
+    crossing_share,
+    flow_from_attention,
+    inter_modality_flow,
+    max_flow,
+)
+from vpworkbench.probes.intervals import Interval, bootstrap_interval
+from vpworkbench.probes.masks import (
+    MaskComparison,
+    compare_masks,
+    mask_on_object,
+    object_tokens,
+    random_on_object,
+)
+from vpworkbench.probes.modality import shuffle_modality
+from vpworkbench.probes.nmi import Clusters, Picture, cluster_tokens, modality_nmi, modality_pca
+
+__all__ = [
+    "Check",
+    "Clusters",
+    "InterModalityFlow",
+    "Interval",
+    "MaskComparison",
+    "Picture",
+    "bootstrap_interval",
+    "check",
+    "cluster_tokens",
+    "compare_masks",
+    "crossing_share",
+    "flow_from_attention",
+    "hidden_states",
+    "inter_modality_flow",
+    "mask_on_object",
+    "max_flow",
+    "modality_nmi",
+    "modality_pca",
+    "object_tokens",
+    "random_on_object",
+    "shuffle_modality",
+]

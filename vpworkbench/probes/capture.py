@@ -1,8 +1,8 @@
 """Reads attention and hidden states while a model runs, and leaves the model as it was.
 
-Transformers' models dispatch every attention layer by `config._attn_implementation`. Registered here
-is one more implementation, `ATTENTION`, which hands each layer's queries, keys, values and mask to a
-handler and otherwise computes what `sdpa` computes, on the same fused kernels and the same masks.
+Transformers' models dispatch every attention layer by `config._attn_implementation`. Registered
+here is one more implementation, `ATTENTION`, which hands each layer's queries, keys, values and mask
+to a handler and otherwise computes what `sdpa` computes, on the same fused kernels and masks.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "vpworkbench_probe"
 LayerNames = str | Sequence[str] | Callable[[str], bool]
 
-# Additive masks in the field: -inf, the dtype's minimum, and BERT's old -10,000 (-9,984 in bfloat16).
+# Additive masks in the field: -inf, the dtype's minimum, BERT's old -10,000 (-9,984 in bfloat16).
 _HIDDEN_BELOW = -5000.0
 # What sdpa would silently leave out of the softmax; a probe on top would report another model.
 _REFUSED = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
@@ -215,7 +220,7 @@ class LayerChoice:
         return False
 
     def close(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """After the pass: raise where the layers that counted are not one stack of attention layers."""
+        """After the pass: raise where the layers that counted are not one stack of layers."""
         stacks = list(dict.fromkeys(_stack(name) for name in self.names))
         if not stacks:
             raise ValueError(self._nothing_counted(model, inputs))
@@ -229,8 +234,8 @@ class LayerChoice:
         if changed:
             name, (examples, queries, keys) = changed[0]
             raise ValueError(
-                f"{name} attends from {queries} to {keys} tokens in {examples} examples, but `vision` "
-                f"has {self.tokens} tokens in {self.examples}: a flow needs one sequence throughout"
+                f"{name} attends from {queries} to {keys} tokens in {examples} examples, but "
+                f"`vision` has {self.tokens} tokens in {self.examples}: a flow needs one sequence throughout"
             )
 
     def _nothing_counted(self, model: nn.Module, inputs: Mapping[str, Any]) -> str:
@@ -238,27 +243,26 @@ class LayerChoice:
         if not self._others:
             chosen = "" if self.layers is None else f" chosen by layers={self.layers!r}"
             return (
-                f"no attention layer of {kind}{chosen} went through transformers' attention interface; "
-                "pass its attention maps to flow_from_attention instead"
+                f"no attention layer of {kind}{chosen} went through transformers' attention "
+                "interface; pass its attention maps to flow_from_attention instead"
             )
         sizes = {(_stack(name), size) for name, size in self._others}
         seen = "; ".join(
             f"{stack}: {queries} queries x {keys} keys in {examples} examples"
             for stack, (examples, queries, keys) in sorted(sizes)
         )
-        given = ", ".join(
-            f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value)
-        )
+        shapes = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
+        given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         return (
-            f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built sequences "
-            f"of other lengths from the inputs ({given}): {seen}. What the model's forward adds to "
+            f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built "
+            f"sequences of other lengths from the inputs ({given}): {seen}. What the model's forward adds to "
             "its inputs (image tokens, a class token) must be in `vision` and `tokens` too"
         )
 
 
 @contextmanager
 def attention_handled(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """Within the block every attention layer of `model` is answered by `handler`, without gradients.
+    """In the block `handler` answers every attention layer of `model`, without gradients.
 
     Afterwards, also after an exception, the model's attention setting, cache setting, hooks and
     training mode and the random state are as before.
@@ -268,8 +272,8 @@ def attention_handled(model: nn.Module, handler: Handler) -> Iterator[None]:
     configs = attention_configs(model)
     if not configs:
         raise ValueError(
-            f"{type(model).__name__} holds no transformers config, so its attention cannot be read in "
-            "the pass; pass its attention maps to flow_from_attention instead"
+            f"{type(model).__name__} holds no transformers config, so its attention cannot be read "
+            "in the pass; pass its attention maps to flow_from_attention instead"
         )
     with untouched(model), torch.no_grad():
         for config in configs:
@@ -291,7 +295,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         (module, module.training, set(module._forward_hooks), set(module._forward_pre_hooks))
         for module in model.modules()
     ]
-    captured = "_output_capturing_hooks_installed"  # transformers adds hooks for good and marks it here
+    captured = "_output_capturing_hooks_installed"  # where transformers adds hooks for good
     unmarked = [module for module, *_ in modules if captured not in module.__dict__]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
@@ -314,7 +318,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """Every transformers config that `model` or one of its parts holds, nested ones too, once each."""
+    """Every transformers config in `model` or its parts, nested ones too, once each."""
     found: dict[int, PretrainedConfig] = {}
     waiting = [value for module in model.modules() for value in vars(module).values()]
     while waiting:
@@ -326,7 +330,7 @@ def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def refuse_randomness(model: nn.Module) -> None:
-    """Raise where dropout or a running statistic is on: a probe would read noise, or change weights."""
+    """Raise where dropout or a running statistic is on: the probe would read noise, or leave some."""
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
         rate = rate or getattr(module, "drop_prob", 0) or 0  # timm's stochastic depth
@@ -339,7 +343,7 @@ def refuse_randomness(model: nn.Module) -> None:
 def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """`model(**inputs)` with what a probe cannot serve refused by name, and the cache off."""
     if inputs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: a probe needs the whole sequence in one pass; leave it out")
+        raise ValueError("past_key_values: a probe needs the sequence in one pass; leave it out")
     if inputs.get("output_attentions"):
         raise ValueError("output_attentions stores what a probe does without; leave it out")
     cache = {"use_cache": False} if inputs.get("use_cache") else {}
@@ -371,7 +375,8 @@ def hidden_states(
     if isinstance(model, PreTrainedModel) and layers is None:
         refuse_randomness(model)
         with untouched(model), torch.no_grad():
-            outputs = run_model(model, {**inputs, "output_hidden_states": True, "return_dict": True})
+            asked = {"output_hidden_states": True, "return_dict": True}
+            outputs = run_model(model, {**inputs, **asked})
         if outputs.get("hidden_states"):
             return tuple(outputs["hidden_states"])
     return _hidden_states_of_blocks(model, inputs, tokens, layers)
@@ -404,7 +409,10 @@ def _hidden_states_of_blocks(
             for block in blocks:
                 block.register_forward_hook(hook(name), with_kwargs=True)
         run_model(model, inputs)
-    owners = {max((n for n in states if a.startswith(n + ".")), key=len, default="") for a in attended}
+    owners = {
+        max((name for name in states if layer.startswith(name + ".")), key=len, default="")
+        for layer in attended
+    }
     if len(owners) != 1 or not owners <= set(states):
         raise ValueError(
             f"{type(model).__name__} has {len(owners)} stacks of layers that match "
@@ -446,13 +454,16 @@ def _attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
-        attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
+        attention_mask = _with_bias(position_bias, attention_mask, causal, query, key)
+        causal = False
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)
     return handler(call), None
 
 
-def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
+def _with_bias(
+    bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor
+) -> Tensor:
     from transformers.integrations.sdpa_attention import create_position_bias_mask  # since 5.x
 
     return create_position_bias_mask(bias, mask, causal, query, key)
@@ -465,6 +476,7 @@ def _allowed(mask: Tensor) -> Tensor:
 def _widened(tensor: Tensor, width: int, name: str, scratch: dict[str, Tensor]) -> Tensor:
     """`tensor` with zeros behind its channels, in the memory of the layer before where it fits."""
     shape = (*tensor.shape[:-1], width)
+    name = f"{name} of {tensor.shape[-1]}"  # layers may differ in width, and zeros must stay zeros
     buffer = scratch.get(name)
     same = buffer is not None and (buffer.dtype, buffer.device) == (tensor.dtype, tensor.device)
     if not same or buffer.shape != shape:

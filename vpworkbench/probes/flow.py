@@ -85,7 +85,8 @@ class InterModalityFlow:
     null : Tensor, shape (example, layer, layer)
         `flow` if every query spread its attention evenly over the keys its mask allows.
     per_head : Tensor, shape (example, layer, head)
-        Within one layer; the mean over heads is `within_layer`.
+        Within one layer, each head's inter over the heads' mean of inter + intra, so that the mean
+        over heads is `within_layer`.
     layers : tuple of str
         Names of the attention layers that counted.
     per_token : Tensor, shape (example, layer, layer, token), or None
@@ -194,9 +195,9 @@ class Check(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"outputs differ by at most {self.outputs:.1e} from the plain forward, the flow by at most "
-            f"{self.flow:.1e} from the printed formula ({self.layers} layers, {self.tokens} tokens, "
-            f"{self.examples} examples)"
+            f"outputs differ by at most {self.outputs:.1e} from the plain forward, the flow by at "
+            f"most {self.flow:.1e} from the printed formula ({self.layers} layers, {self.tokens} "
+            f"tokens, {self.examples} examples)"
         )
 
 
@@ -212,9 +213,9 @@ def check(
 ) -> Check:
     """Compare a probed pass with the plain forward and with Eq. 2-6 as printed; prints the result.
 
-    The formula multiplies explicit attention maps in float64 and needs memory layer x token^2, so it
-    sees the first `examples` examples alone, where every tensor of `inputs` has one entry for each
-    example, and all of them otherwise. Parameters are those of `inter_modality_flow`.
+    The formula multiplies explicit attention maps in float64 and needs memory layer x token^2, so
+    it sees the first `examples` examples alone, where every tensor of `inputs` has one entry for
+    each example, and all of them otherwise. Parameters are those of `inter_modality_flow`.
     """
     with untouched(model), torch.no_grad():
         plain = _floating(run_model(model, inputs))
@@ -227,7 +228,9 @@ def check(
 
     tensors = [value for value in inputs.values() if torch.is_tensor(value)]
     count = examples if all(len(value) == len(vision) for value in tensors) else len(vision)
-    short = {key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()}
+    short = {
+        key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()
+    }
     sets = Modalities(*(part[:count] for part in sets))
     fused = inter_modality_flow(model, short, sets.vision, sets.tokens, language=sets.language,
                                 layers=layers)  # fmt: skip
@@ -241,8 +244,8 @@ def check(
 def max_flow(attention: Tensor, *, queries: Sequence[int] | None = None) -> Tensor:
     """Attention flow of Abnar and Zuidema (2020): maximum flow from outputs to inputs, one example.
 
-    The paper calls the roll-out (Eq. 4) a flow; this is the flow that the name comes from. Nodes are
-    tokens at every depth, capacities the entries of 0.5 (I + W), and each entry of the result is
+    The paper calls the roll-out (Eq. 4) a flow; this is the flow that the name comes from. Nodes
+    are tokens at every depth, capacities the entries of 0.5 (I + W), and each entry of the result is
     one maximum-flow problem: seconds for tens of tokens, so pick `queries` beyond that.
 
     Parameters
@@ -323,7 +326,7 @@ class _Recorder:
         # only what differs between tokens is rounded.
         mean = self.reach.mean(dim=1, keepdim=True)
         output, carried = call.carry(torch.cat([self.reach - mean, *extra], dim=-1), self.scratch)
-        per_head, extras = carried.split([mean.shape[-1], carried.shape[-1] - mean.shape[-1]], dim=-1)
+        per_head, extras = carried.tensor_split([mean.shape[-1]], dim=-1)
         self._record(call, per_head.to(mean) + mean[:, :, None])
         if self.columns is not None:
             self.columns.record(extras)
@@ -367,8 +370,8 @@ class _Recorder:
         seen = not self.sets.complete or call.can_attend(self.sets.tokens, padding)
         if seen and self.two_sets is False:
             raise ValueError(
-                f"{call.name} attends to padding, which the layers before it mask: give `tokens` the "
-                "positions that the model treats as real"
+                f"{call.name} attends to padding, which the layers before it mask: give `tokens` "
+                "the positions that the model treats as real"
             )
         self.two_sets = seen
 
@@ -393,7 +396,7 @@ class _Recorder:
         """per_head : Tensor, shape (example, token, head, start * set): attention times `reach`."""
         newest = self._by_span(self.reach)[:, :, -1]  # example token set
         within = (newest[:, :, None] + self._by_span(per_head)[..., -1, :]) / 2
-        self.heads.append(sum(_crossing(_both(within), self.sets)))
+        self.heads.append(_crossing_by_head(_both(within), self.sets))
         self.reach = self._without_empty_rows((self.reach + per_head.mean(dim=2)) / 2)
         self.even = self._without_empty_rows((self.even + call.uniform(self.even)) / 2)
         reach = _both(self._by_span(self.reach))
@@ -406,7 +409,7 @@ class _Recorder:
         return columns.unflatten(-1, (-1, 2 if self.two_sets else 1))
 
     def _without_empty_rows(self, columns: Tensor) -> Tensor:
-        """A padding query may see no key; some kernels answer nan, which would spread by 0 * nan."""
+        """A padding query may see no key; some kernels answer nan, and 0 * nan would spread it."""
         if not self.padded:
             return columns
         return columns.masked_fill(~self.sets.tokens[..., None] & columns.isnan(), 0.0)
@@ -423,20 +426,20 @@ class _Recorder:
         apart = null.nan_to_num().amax(dim=(1, 2)) == 0
         if apart.any():
             raise ValueError(
-                f"in examples {apart.nonzero().flatten().tolist()} the mask never lets one modality "
-                "attend to the other: nothing can flow between them"
+                f"in examples {apart.nonzero().flatten().tolist()} the mask never lets one "
+                "modality attend to the other: nothing can flow between them"
             )
         for layer, heads in enumerate(self.heads):
             if heads.isnan().any():
                 broken = heads.isnan().any(dim=1).nonzero().flatten().tolist()
                 raise ValueError(
-                    f"attention is nan in {self.choice.names[layer]} (examples {broken}): the model's "
-                    "hidden states are nan there, or a real token can attend to nothing"
+                    f"attention is nan in {self.choice.names[layer]} (examples {broken}): the "
+                    "model's hidden states are nan there, or a real token can attend to nothing"
                 )
 
 
 class _Columns:
-    """Picked columns of attention: one-hot values, fresh at each layer and rolled out from the input."""
+    """Picked columns of attention: one-hot values, fresh at each layer and rolled out."""
 
     def __init__(self, picked: Tensor, tokens: int) -> None:
         self.onehot = torch.nn.functional.one_hot(picked, tokens).transpose(1, 2)
@@ -484,7 +487,7 @@ class _Rows:
 
 
 def _rows_times_attention(rows: Tensor, call: AttentionCall, entries: int = 2**24) -> Tensor:
-    """rows (example, row, query) times attention averaged over heads, a block of queries at a time."""
+    """rows (example, row, query) times attention, its mean over heads; by blocks of queries."""
     examples, queries, keys = call.lengths
     size = max(1, entries // (examples * call.query.shape[1] * keys))
     product = torch.zeros_like(rows)
@@ -516,14 +519,32 @@ def _crossing(reach: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
     -------
     tuple of two Tensor, shape (example, ...)
     """
-    by_query = torch.einsum("et,et...->e...", sets.language.to(reach), reach)  # from language
-    from_vision = torch.einsum("et,et...->e...", sets.vision.to(reach), reach)
-    total = by_query.sum(dim=-1) + from_vision.sum(dim=-1)
-    return by_query[..., 1] / total, from_vision[..., 0] / total
+    from_language, from_vision = _sums(reach, sets)
+    total = (from_language + from_vision).sum(dim=-1)
+    return from_language[..., 1] / total, from_vision[..., 0] / total
+
+
+def _crossing_by_head(reach: Tensor, sets: Modalities) -> Tensor:
+    """Flow of each head, (example, head), from `reach` (example, token, head, set).
+
+    Inter over the heads' mean of inter + intra: where some attention ends in neither set the heads
+    weigh differently, and only so is their mean the flow of the layer.
+    """
+    from_language, from_vision = _sums(reach, sets)
+    total = (from_language + from_vision).sum(dim=-1).mean(dim=1, keepdim=True)
+    return (from_language[..., 1] + from_vision[..., 0]) / total
+
+
+def _sums(reach: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
+    """`reach` (example, token, ..., set) summed over the queries in L and over those in V."""
+    return tuple(
+        torch.einsum("et,et...->e...", queries.to(reach), reach)
+        for queries in (sets.language, sets.vision)
+    )
 
 
 def _crossing_by_token(reach: Tensor, sets: Modalities) -> Tensor:
-    """Share of each token's own attention that crosses, (example, token, ...); nan in neither set."""
+    """Share of each token's own attention that crosses, (example, token, ...); else nan."""
     to_language, to_vision = (reach / reach.sum(dim=-1, keepdim=True)).unbind(dim=-1)
     flow = torch.where(sets.vision[..., None], to_language, to_vision)
     return flow.masked_fill(~(sets.vision | sets.language)[..., None], torch.nan)
@@ -537,8 +558,8 @@ def _picked(picked: Tensor | Sequence[int] | None, sets: Modalities, name: str) 
     picked = picked.expand(examples, -1) if picked.ndim == 1 else picked
     if picked.is_floating_point() or picked.ndim != 2 or len(picked) != examples:
         raise ValueError(
-            f"{name} must hold token positions, (picked,) or ({examples}, picked), not {picked.dtype} "
-            f"{tuple(picked.shape)}"
+            f"{name} must hold token positions, (picked,) or ({examples}, picked), not "
+            f"{picked.dtype} {tuple(picked.shape)}"
         )
     if picked.numel() == 0 or picked.min() < 0 or picked.max() >= tokens:
         raise ValueError(f"{name} must hold positions from 0 to {tokens - 1}")
@@ -548,7 +569,7 @@ def _picked(picked: Tensor | Sequence[int] | None, sets: Modalities, name: str) 
 def _printed_formula(
     model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None
 ) -> Tensor:
-    """Eq. 2-6 from explicit maps, the product formed; (example, layer, layer) float64, 0 for j < i."""
+    """Eq. 2-6 from explicit maps, the product formed; (example, layer, layer), 0 for j < i."""
     choice = LayerChoice(*sets.vision.shape, layers)
     products: list[Tensor] = []  # A^{i,j} for each start i, example query key
     shares: list[Tensor] = []
@@ -559,14 +580,14 @@ def _printed_formula(
         identity = torch.eye(sets.vision.shape[1], dtype=torch.float64, device=call.query.device)
         mixed = (identity + call.weights().mean(dim=1)) / 2
         products[:] = [mixed @ product for product in products] + [mixed]
-        each = [
-            torch.stack([
-                crossing_share(matrix, vision, language=language)
-                for matrix, vision, language in zip(product, sets.vision, sets.language, strict=True)
-            ])
+        share = [
+            [
+                crossing_share(*one, language=language)
+                for *one, language in zip(product, sets.vision, sets.language, strict=True)
+            ]
             for product in products
-        ]  # fmt: skip
-        shares.append(torch.stack(each, dim=-1))  # example start
+        ]
+        shares.append(torch.tensor(share, dtype=torch.float64).T)  # example start
         return call.output()
 
     with attention_handled(model, multiply):

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 
 class Interval(NamedTuple):
-    """A mean with its bootstrap interval; arrays of the shape of one sample, nan where count is 0."""
+    """A mean and its bootstrap interval, in the shape of one sample; nan where count is 0."""
 
     mean: np.ndarray
     low: np.ndarray

@@ -1,4 +1,4 @@
-"""Which token belongs to which modality: the sets V and L of the paper, checked once for all probes."""
+"""Which token belongs to which modality: the sets V and L of the paper, checked for all probes."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -
             continue
         if value.dtype != torch.bool or value.ndim != 2:
             raise ValueError(
-                f"{name} must be bool of shape (example, token), not {value.dtype} {tuple(value.shape)}"
+                f"{name} must be bool of shape (example, token), not {value.dtype} "
+                f"{tuple(value.shape)}"
             )
         if value.shape != vision.shape:
             raise ValueError(
-                f"vision is {tuple(vision.shape)} but {name} is {tuple(value.shape)}: both cover the "
-                "sequence on which the attention runs, (example, token)"
+                f"vision is {tuple(vision.shape)} but {name} is {tuple(value.shape)}: both cover "
+                "the sequence on which the attention runs, (example, token)"
             )
     tokens, vision = tokens.to(vision.device), vision & tokens.to(vision.device)
     language = ~vision if language is None else language.to(vision.device)
@@ -60,7 +61,7 @@ def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -
 
 
 def both_modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -> Modalities:
-    """As `modalities`, and raise where an example lacks one: its flow would be 0 whatever it does."""
+    """As `modalities`, and raise where an example lacks one: its flow would be 0 in any model."""
     sets = modalities(vision, tokens, language)
     problems = {
         "are all padding": ~sets.tokens.any(dim=1),
@@ -70,8 +71,8 @@ def both_modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = No
     for problem, where in problems.items():
         if where.any():
             raise ValueError(
-                f"examples {where.nonzero().flatten().tolist()} {problem}; check `vision`, `tokens` "
-                "and `language`, or leave these examples out"
+                f"examples {where.nonzero().flatten().tolist()} {problem}; check `vision`, "
+                "`tokens` and `language`, or leave these examples out"
             )
     return sets
 

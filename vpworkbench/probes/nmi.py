@@ -1,8 +1,8 @@
 """Do the features of the two modalities form two clusters? (paper Sec. 4.4, Fig. 5)
 
 For each sample and layer: k-means with k = 2 on the token features, then the normalised mutual
-information (NMI) between clusters and modalities. k-means only needs inner products, and a sample has
-fewer tokens than channels, so all restarts of all samples run at once on token x token products.
+information (NMI) between clusters and modalities. k-means only needs inner products, and a sample
+has fewer tokens than channels, so all restarts of all samples run at once on token x token products.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _checked(
     sets = modalities(vision, tokens, language)
     counted = sets.vision | sets.language
     if len(hidden_states) == 0:
-        raise ValueError("hidden_states is empty: one tensor (example, token, channel) for each layer")
+        raise ValueError("hidden_states is empty: give (example, token, channel) for each layer")
     for layer, hidden in enumerate(hidden_states):
         if hidden.ndim != 3 or hidden.shape[:2] != vision.shape:
             raise ValueError(
@@ -166,8 +166,8 @@ def _checked(
     undefined = sets.one_sided | (counted.sum(dim=1) < 2)
     if undefined.any():
         warnings.warn(
-            f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or only "
-            f"one modality (examples {undefined.nonzero().flatten().tolist()}): their NMI is nan",
+            f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or "
+            f"only one modality (examples {undefined.nonzero().flatten().tolist()}): their NMI is nan",
             stacklevel=3,
         )
     return sets
@@ -181,7 +181,7 @@ def _chunks(hidden: Tensor) -> Iterator[slice]:
 
 
 def _centred(hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Features without their mean over real tokens, 0 elsewhere; inner products lose no digits then."""
+    """Features less their mean over real tokens, so that products lose no digits; 0 elsewhere."""
     dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
     hidden = hidden.detach().masked_fill(~real[..., None], 0).to(dtype)
     return (hidden - _mean(hidden, real)[:, None]).masked_fill_(~real[..., None], 0), real
@@ -288,8 +288,11 @@ def _without_empty(assigned: Tensor, real: Tensor, square: Tensor, centres: _Cen
 
 
 def _means(products: Tensor, real: Tensor, members: Tensor) -> _Centres:
-    """Means of both clusters. Centred tokens add up to 0, so the sum of cluster 0 is minus that of
-    cluster 1, and one product serves both."""
+    """Means of both clusters.
+
+    Centred tokens add up to 0, so the sum of cluster 0 is minus that of cluster 1, and one product
+    serves both.
+    """
     one = members.to(products)
     ones = one.sum(dim=1)  # example restart
     sign_over_count = torch.stack(
@@ -303,7 +306,7 @@ def _means(products: Tensor, real: Tensor, members: Tensor) -> _Centres:
 
 
 def _shift(old: _Centres, new: _Centres, real: Tensor, members: Tensor) -> Tensor:
-    """(example, restart): squared distance that both centres moved; `members` have the new means."""
+    """(example, restart): squared distance that both centres moved, the new means of `members`."""
     both = torch.stack([real[..., None] & ~members, members], dim=-1).to(old.towards)
     between = (both * old.towards).sum(dim=1) / both.sum(dim=1).clamp(min=1)
     return (new.square - 2 * between + old.square).sum(dim=-1)
