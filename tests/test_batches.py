@@ -56,16 +56,17 @@ def test_ungrouped_replaces_half_of_the_images(model, scenes):
 
 def test_statement_pictures_get_their_other_half_from_the_truth(model, scenes):
     """One statement an image: a true one is matched, a false one unmatched; the rest is decided by the truth."""
-    single = [
-        Picture(p.id, p.image, p.split, p.captions[:1], truth=p.truth) if i % 2
-        else Picture(p.id, p.image, p.split, (), (scenes[i - 1].captions[0],), p.truth)
-        for i, p in enumerate(scenes) if i % 2 or p.truth(scenes[i - 1].captions[0]) is False
-    ]  # fmt: skip
-    batches = groups(model, single, matched_per_image=1, unmatched_per_image=1)
+    true = [Picture(p.id, p.image, p.split, p.captions[:1], truth=p.truth) for p in scenes[:40]]
+    false = [Picture(f"f{p.id}", p.image, p.split, (), (scenes[70].captions[0],), p.truth) for p in scenes[:40]]
+    batches = groups(model, true + false, matched_per_image=1, unmatched_per_image=1)
+    assert len(batches.pictures) == 80
+    foils = 0
     for step in range(6):
-        batch, pictures = batches[step], [single[number] for number in batches.order(step)]
+        batch, pictures = batches[step], [batches.pictures[number] for number in batches.order(step)]
+        foils += sum(not picture.captions for picture in pictures)
         for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
             assert pictures[row].truth(text) is bool(match)
+    assert foils > 3
 
 
 def test_counts_and_places_of_masks_do_not_tell_matched_from_unmatched(model, scenes):
@@ -135,7 +136,7 @@ def test_mlm_statistics():
 
 def test_unknown_words_stop_the_run(model):
     with pytest.raises(DataError, match="not in the vocabulary.*init_text"):
-        model.words.check(["a red cube", "das Wetter ist heute hervorragend"], source="mine")
+        model.words.check(["a red cube", "погода сегодня хорошая"], source="mine")
 
 
 def test_long_text_is_cut_and_counted(model, scenes, caplog):
@@ -149,3 +150,10 @@ def test_set_without_false_texts_is_refused(model, scenes):
     same = [Picture(str(i), p.image, "train", ("a red square",)) for i, p in enumerate(scenes[:9])]
     with pytest.raises(DataError, match="text false of"):
         groups(model, same)[0]
+
+
+def test_picture_that_nothing_is_true_of_is_left_out(model, scenes, caplog):
+    lonely = Picture("lonely", scenes[0].image, "train", (), ("a red square",), truth=lambda text: False)
+    batches = groups(model, [*scenes[:9], lonely])
+    assert [picture.id for picture in batches.pictures] == [picture.id for picture in scenes[:9]]
+    assert "1 of 10 pictures left out" in caplog.text

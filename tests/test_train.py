@@ -34,7 +34,8 @@ def gradients(model, objective, batch, count: int) -> dict[str, torch.Tensor]:
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return max(((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-30)).item() for name in one)
+    # the bias of the keys shifts every score of a row alike: its true gradient is zero, what is left is rounding
+    return max(((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-10)).item() for name in one)
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 """Every plot of the workbench, as a plain plotly figure.
 
-Functions take arrays (numpy, CPU tensors, DataFrames) and return one `go.Figure`; no model and no file inside.
+Functions take arrays (numpy, CPU tensors, DataFrames) and return one `go.Figure`; no model, no file inside.
 Layers count from 0 in arrays and from 1 on axes; shares lie in [0, 1] in arrays and are percent on axes.
 Backgrounds are transparent and text is mid-grey, so that a figure reads in light and dark themes.
-`figure.layout.meta["alt"]` says in one sentence what is seen. Text that comes from data is escaped: plotly would
-read it as markup.
+`figure.layout.meta["alt"]` says in one sentence, in plain text, what is seen. Text that comes from data is
+escaped where it is drawn, as plotly would read it as markup.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 Samples = ArrayLike | Mapping[str, ArrayLike]
 """(example, layer), or the name of each model -> (example, layer)."""
 
-# Okabe and Ito (2008) without black and yellow, of which each vanishes on one of the two backgrounds.
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+# Okabe and Ito (2008), for all eyes. Black and yellow are left out and blue is a little lighter: all colours
+# must be seen on white and on #111111.
+BLUE, VERMILLION, GREEN = "#1C82C4", "#D55E00", "#009E73"
 ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
 LANGUAGE, VISION = BLUE, VERMILLION
@@ -67,7 +68,6 @@ TEMPLATE = go.layout.Template(
         "legend": {"bgcolor": _CLEAR},
         "modebar": {"bgcolor": _CLEAR, "color": "#999999", "activecolor": SKY},
         "hoverlabel": {"font": {"size": 12}},
-        "annotationdefaults": {"font": {"size": 12}},
     }
 )
 
@@ -275,7 +275,7 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
     Parameters
     ----------
     metrics : DataFrame
-        Of `Run.metrics()`: a column `step`, and one for each quantity; those not known here are shown by their
+        Of `Run.metrics()`: a column `step`, and one for each quantity; those not known here go by their own
         name. From 40 lines on a running mean is drawn over the raw values.
     """
     order = [*_OBJECTIVES, *(name for name in metrics if name not in _WATCHED), *_WATCHED]
@@ -291,24 +291,23 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
     )
     for index, name in enumerate(names):
         place = {"row": index // columns + 1, "col": index % columns + 1}
-        colour = GREEN if name in _WATCHED else BLUE
+        colour, label = GREEN if name in _WATCHED else BLUE, _escaped(str(name))
         smooth = len(metrics) >= _SMOOTH_FROM and name != "lr_share"
         figure.add_scatter(
-            x=metrics["step"], y=numeric[name], name=str(name), line={"color": colour, "width": 1.5},
+            x=metrics["step"], y=numeric[name], name=label, line={"color": colour, "width": 1.5},
             mode="lines" if len(metrics) > 5 else "lines+markers", opacity=0.35 if smooth else 1, **place,
         )  # fmt: skip
         if smooth:
             mean = numeric[name].rolling(max(5, len(metrics) // 12), center=True, min_periods=1).mean()
             line = {"color": colour, "width": 2}
             figure.add_scatter(
-                x=metrics["step"], y=mean, name=f"{name}, mean", mode="lines", line=line, **place
+                x=metrics["step"], y=mean, name=f"{label}, mean", mode="lines", line=line, **place
             )
         if name == "lr_share":
             figure.update_yaxes(tickformat=".0%", **place)
         if index + columns >= len(names):
             figure.update_xaxes(title_text="step", **place)
     figure.update_layout(showlegend=False)
-    figure.update_annotations(font_size=12)
     last = int(metrics["step"].iloc[-1])
     alt = f"{', '.join(map(str, names))} over {last} optimiser steps, one panel each."
     return _finish(figure, title=f"Training over {last:,} steps", alt=alt, height=90 + 145 * rows)
@@ -338,7 +337,7 @@ def held_out(held_out: HeldOut) -> go.Figure:
     figure.update_yaxes(title_text="words guessed right", col=2)
     figure.add_hline(
         0.5, line={"color": GREY, "dash": "dash", "width": 1.5}, row=1, col=1,
-        annotation={"text": "chance", "font": {"size": 11}}, annotation_position="top right",
+        annotation_text="chance", annotation_position="top right",
     )  # fmt: skip
     ratio = held_out.mlm_ratio
     more = f"{ratio.mean:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as often with its image"
@@ -550,7 +549,8 @@ def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, lay
         counts[name] = len(index)
         figure.add_scatter(
             x=points[index, 0], y=points[index, 1], customdata=index, mode="markers",
-            name=f"{name} ({len(index)})", marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.9},
+            name=f"{name} ({len(index)})",
+            marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.9},
             hovertemplate=f"{name} token %{{customdata}}<extra></extra>",
         )  # fmt: skip
     figure.update_xaxes(title_text="first principal component", constrain="domain")
@@ -628,7 +628,7 @@ def _panels(
 ) -> go.Figure:
     """Images in rows with their captions under them, every one on axes of its own.
 
-    Axes count tokens where there is a grid and pixels elsewhere, from the upper left corner; they are not shown.
+    Axes count tokens where there is a grid, pixels elsewhere, from the upper left corner; they are not shown.
     """
     images = [_checked_image(panel.image) for panel in panels]
     texts = [_wrapped(panel.captions, int(panel_px / _LETTER_PX)) for panel in panels]
@@ -699,9 +699,10 @@ def _cover(mask: np.ndarray, rows: int, columns: int) -> go.Heatmap:
 def _overlay(
     values: np.ndarray, rows: int, columns: int, scale: list[list], *, zmax: float, hover: str
 ) -> go.Heatmap:
+    numbers = np.arange(rows * columns).reshape(rows, columns).astype(str)
     return go.Heatmap(
         z=values.reshape(rows, columns), x0=0.5, y0=0.5, dx=1, dy=1, zmin=0, zmax=zmax, showscale=False,
-        colorscale=scale, hoverongaps=False, text=np.arange(rows * columns).reshape(rows, columns).astype(str),
+        colorscale=scale, hoverongaps=False, text=numbers,
         hovertemplate=f"token %{{text}}: {hover}<extra></extra>",
     )  # fmt: skip
 
@@ -934,13 +935,14 @@ def _ends(models: dict[str, np.ndarray], what: str) -> str:
 def _finish(
     figure: go.Figure, *, alt: str, title: str = "", width: int | None = None, height: int | None = None
 ) -> go.Figure:
-    """The look that all figures share. A figure of pictures has its size already, and gets room for the title."""
+    """The look that all figures share; one of pictures has its size already, and gets room for the title."""
     layout: dict[str, object] = {"template": TEMPLATE, "meta": {"alt": alt}}
     top = 44 if title else 10
     if figure.layout.width is not None:
         layout |= {"height": figure.layout.height + top, "margin": {"t": top}}
     else:
         top += 22 * bool(figure.layout.annotations)  # titles of panels
+        figure.update_annotations(font_size=12)
         layout |= {"width": width or _WIDTH, "height": height or _HEIGHT}
         layout |= {"margin": {"l": 60, "r": 20, "t": top, "b": 50}}
     if title:

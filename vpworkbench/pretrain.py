@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,18 +38,30 @@ from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, init
 log = logging.getLogger(__name__)
 
 LARGEST_VOCABULARY = 8_000
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def build_tokenizer(texts: Sequence[str], init_text: str = "") -> BertTokenizerFast:
-    """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone.
-
-    Texts are sorted first: the vocabulary does not depend on their order.
-    """
+def build_tokenizer(texts: Iterable[str], init_text: str = "") -> BertTokenizerFast:
+    """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone."""
     if init_text:
         return bert_tokenizer(init_text)
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(sorted(texts), vocab_size=LARGEST_VOCABULARY, min_frequency=2, show_progress=False)
-    return BertTokenizerFast(tokenizer_object=trainer._tokenizer)
+    tokenizer = BertWordPieceTokenizer(vocab=build_vocabulary(texts), lowercase=True)
+    return BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+
+
+def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
+    """Special tokens, every character (alone and as a continuation), then the words by falling frequency.
+
+    A word seen once is spelled by its characters. The trainer of `tokenizers` is not used: it breaks ties by the order
+    of a hash table, so that two runs get different vocabularies.
+    """
+    plain = BertWordPieceTokenizer(lowercase=True)
+    split = plain.pre_tokenizer.pre_tokenize_str
+    counts = Counter(word for text in texts for word, _ in split(plain.normalizer.normalize_str(text)))
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted((word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word))
+    entries = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
+    return {entry: number for number, entry in enumerate(entries[:LARGEST_VOCABULARY])}
 
 
 def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tuple[VisualParsingModel, list[KeyReport]]:
@@ -283,7 +296,9 @@ def evaluate(
     """
     model.eval()
     size = min(32, len(pictures))
-    batches = group_batches(pictures, model, data, images=size, seed=seed + 1)
+    texts = min(5, max(len(picture.captions) for picture in pictures))  # as many as there are: narrower intervals
+    groups = data.with_overrides({"grouped": True, "matched_per_image": texts, "unmatched_per_image": texts})
+    batches = group_batches(pictures, model, groups, images=size, seed=seed + 1)
     steps = max(1, min(images, len(pictures)) // size)
     right: dict[str, list[Tensor]] = {name: [] for name in HeldOut._fields[:4]}
     scored_ids = None if scored is None else torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(scored)))

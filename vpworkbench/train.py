@@ -149,7 +149,7 @@ def fit(
     done, window = _resume(run, model, optimiser, device)
     autocast = _autocast(device, train.bf16)
     started, seen = time.perf_counter(), 0
-    with tqdm(total=total, initial=done, desc=what, unit="step", smoothing=0.05) as bar:
+    with _deterministic(device), tqdm(total=total, initial=done, desc=what, unit="step", smoothing=0.05) as bar:
         for step, batch in _stream(batches, done, total, workers):
             batch = batch.to(device)
             torch.manual_seed(seed * 1_000_003 + step)
@@ -173,6 +173,22 @@ def fit(
                 _save(run, model, optimiser, done, window)
     _save_final(run, model, total)
     return total
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On a CPU, gradients of indexed tensors are added in a fixed order: else no two runs agree to the last bit."""
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def _autocast(device: torch.device, bf16: bool) -> Any:

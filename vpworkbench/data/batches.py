@@ -186,7 +186,11 @@ class GroupBatches(Dataset):
     ) -> None:
         if len(pictures) < 2:
             raise DataError(f"{len(pictures)} pictures: unmatched texts need at least two")
-        self.pictures, self.words, self.settings = list(pictures), words, settings
+        self.affirmed = _affirmed(pictures)
+        self.pictures = [picture for picture in pictures if picture.captions or self.affirmed[picture.id]]
+        if dropped := len(pictures) - len(self.pictures):
+            log.warning("%d of %d pictures left out: no text is known to be true of them", dropped, len(pictures))
+        self.words, self.settings = words, settings
         self.images, self.image_px, self.vision, self.seed = images, image_px, vision, seed
 
     @property
@@ -242,10 +246,8 @@ class GroupBatches(Dataset):
 
     def _matched(self, picture: Picture, rng: np.random.Generator, count: int) -> list[str]:
         """Its captions; for an image with a false statement alone, others' statements that are true of it."""
-        own = picture.captions
-        if own:
-            return [own[i] for i in rng.choice(len(own), count, replace=len(own) < count)]
-        return [self._text(rng, picture.affirms, f"text true of {picture.image}") for _ in range(count)]
+        texts = picture.captions or self.affirmed[picture.id]
+        return [texts[i] for i in rng.choice(len(texts), count, replace=len(texts) < count)]
 
     def _unmatched(self, picture: Picture, rng: np.random.Generator) -> str:
         if picture.foils:
@@ -267,6 +269,20 @@ class GroupBatches(Dataset):
             if found := test(other):
                 return other if found is True else found
         raise DataError(f"no {what} in {DRAWS} draws: the set needs more varied texts")
+
+
+def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
+    """For pictures without a caption of their own: all texts of the set that are true of them, by picture id.
+
+    With them a statement that is labelled false of its image still finds a matched partner; else the statements that
+    the ground truth cannot decide would only ever be seen matched, and the words alone would give the label away.
+    """
+    texts = sorted({text for picture in pictures for text in picture.captions + picture.foils})
+    by_truth: dict[int, tuple[str, ...]] = {}  # the pictures of one record share their truth
+    for picture in pictures:
+        if not picture.captions and id(picture.truth) not in by_truth:
+            by_truth[id(picture.truth)] = tuple(text for text in texts if picture.affirms(text))
+    return {picture.id: by_truth[id(picture.truth)] for picture in pictures if not picture.captions}
 
 
 def stack_images(pictures: Sequence[Picture], image_px: int) -> Tensor:

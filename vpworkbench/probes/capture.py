@@ -1,8 +1,8 @@
 """Reads attention and hidden states while a model runs, and leaves the model as it was.
 
 Transformers' models dispatch every attention layer by `config._attn_implementation`. Registered
-here is one more implementation, `ATTENTION`, which hands each layer's queries, keys, values and mask
-to a handler and otherwise computes what `sdpa` computes, on the same fused kernels and masks.
+here is one more implementation, `ATTENTION`, which hands each layer's queries, keys, values and
+mask to a handler and otherwise computes what `sdpa` computes, on the same fused kernels and masks.
 """
 
 from __future__ import annotations
@@ -235,7 +235,8 @@ class LayerChoice:
             name, (examples, queries, keys) = changed[0]
             raise ValueError(
                 f"{name} attends from {queries} to {keys} tokens in {examples} examples, but "
-                f"`vision` has {self.tokens} tokens in {self.examples}: a flow needs one sequence throughout"
+                f"`vision` has {self.tokens} tokens in {self.examples}: a flow needs "
+                "one sequence throughout"
             )
 
     def _nothing_counted(self, model: nn.Module, inputs: Mapping[str, Any]) -> str:
@@ -255,8 +256,8 @@ class LayerChoice:
         given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
         return (
             f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built "
-            f"sequences of other lengths from the inputs ({given}): {seen}. What the model's forward adds to "
-            "its inputs (image tokens, a class token) must be in `vision` and `tokens` too"
+            f"sequences of other lengths from the inputs ({given}): {seen}. What the model's "
+            "forward adds to its inputs (image tokens, a class token) must be in `vision` and `tokens` too"
         )
 
 
@@ -330,7 +331,7 @@ def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def refuse_randomness(model: nn.Module) -> None:
-    """Raise where dropout or a running statistic is on: the probe would read noise, or leave some."""
+    """Raise where dropout or a running statistic is on: it would read noise, or leave some."""
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
         rate = rate or getattr(module, "drop_prob", 0) or 0  # timm's stochastic depth

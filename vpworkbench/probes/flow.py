@@ -58,8 +58,8 @@ def flow_from_attention(
     """
     if attention.ndim != 4 or attention.shape[2:] != (len(vision), len(vision)):
         raise ValueError(
-            f"attention must be (layer, head, query, key) over the {len(vision)} tokens of `vision`, "
-            f"not {tuple(attention.shape)}"
+            f"attention must be (layer, head, query, key) over the {len(vision)} tokens of "
+            f"`vision`, not {tuple(attention.shape)}"
         )
     given = None if language is None else language[None]
     sets = both_modalities(vision[None], torch.ones_like(vision)[None], given)
@@ -126,7 +126,7 @@ class InterModalityFlow:
 
     @property
     def excess(self) -> Tensor:
-        """Flow over null, (example, layer, layer): comparable across token counts; nan at null 0."""
+        """Flow over null, (example, layer, layer): comparable across token counts; nan at 0."""
         return self.flow / self.null.masked_fill(self.null == 0, torch.nan)
 
 
@@ -245,8 +245,8 @@ def max_flow(attention: Tensor, *, queries: Sequence[int] | None = None) -> Tens
     """Attention flow of Abnar and Zuidema (2020): maximum flow from outputs to inputs, one example.
 
     The paper calls the roll-out (Eq. 4) a flow; this is the flow that the name comes from. Nodes
-    are tokens at every depth, capacities the entries of 0.5 (I + W), and each entry of the result is
-    one maximum-flow problem: seconds for tens of tokens, so pick `queries` beyond that.
+    are tokens at every depth, capacities the entries of 0.5 (I + W), and each entry of the result
+    is one maximum-flow problem: seconds for tens of tokens, so pick `queries` beyond that.
 
     Parameters
     ----------

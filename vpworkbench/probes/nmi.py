@@ -2,7 +2,7 @@
 
 For each sample and layer: k-means with k = 2 on the token features, then the normalised mutual
 information (NMI) between clusters and modalities. k-means only needs inner products, and a sample
-has fewer tokens than channels, so all restarts of all samples run at once on token x token products.
+has fewer tokens than channels, so all restarts of all samples run at once on products of tokens.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def _checked(
     if undefined.any():
         warnings.warn(
             f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or "
-            f"only one modality (examples {undefined.nonzero().flatten().tolist()}): their NMI is nan",
+            f"only one modality (examples {undefined.nonzero().flatten().tolist()}): their NMI "
+            "is nan",
             stacklevel=3,
         )
     return sets

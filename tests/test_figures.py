@@ -1,0 +1,478 @@
+"""Figures: what is drawn is what was given, nothing of the data is read as markup, and files stay small."""
+
+import base64
+import importlib.util
+import io
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+from PIL import Image
+
+from vpworkbench import figures
+from vpworkbench.probes.intervals import bootstrap_interval
+
+GRID = 4
+HOSTILE = '<img src=x onerror="alert(1)"> & $x^2$'
+SHOWN = '&lt;img src=x onerror="alert(1)"&gt; &amp; &#36;x^2&#36;'  # quotes are harmless in plotly's text
+
+
+class Bounds(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+class HeldOut(NamedTuple):
+    """The fields of pretrain.HeldOut, without its imports."""
+
+    itm_accuracy: Bounds = Bounds(0.9, 0.85, 0.93)
+    itm_other_image: Bounds = Bounds(0.52, 0.49, 0.55)
+    mlm_with_image: Bounds = Bounds(0.6, 0.55, 0.66)
+    mlm_other_image: Bounds = Bounds(0.2, 0.15, 0.22)
+    mlm_ratio: Bounds = Bounds(3.0, 2.5, 3.7)
+
+
+def generator():
+    return np.random.default_rng(0)
+
+
+def image(px=96, *, noise=True):
+    if noise:  # the worst case for a PNG
+        return generator().integers(0, 256, (px, px, 3), dtype=np.uint8)
+    return np.full((px, px, 3), 128, dtype=np.uint8)
+
+
+def attention(tokens=GRID**2):
+    return generator().dirichlet(np.ones(tokens), size=tokens)
+
+
+def samples(examples=12, layers=3, scale=0.3):
+    return scale * generator().random((examples, layers))
+
+
+def metrics(lines):
+    step = np.arange(1, lines + 1) * 20
+    noise = generator().random(lines)
+    return pd.DataFrame({"step": step, "mlm": 4 / step + noise, "itm": noise, "lr_share": step / step.max()})
+
+
+def triangle(layers=3):
+    flow = np.arange(layers**2, dtype=float).reshape(layers, layers) / 100
+    flow[np.tril_indices(layers, -1)] = np.nan
+    return flow
+
+
+def every_figure():
+    """One call of each public function."""
+    picked = np.arange(GRID**2) < 3
+    vision = np.arange(10) >= 4
+    return {
+        "pictures": figures.pictures(np.stack([image(), image()]), ["one", ["two", "three"]]),
+        "tokens": figures.tokens(image(), GRID),
+        "parsing": figures.parsing(image(), attention(), [0, 5], GRID),
+        "masks": figures.masks(image(), {"attention": picked, "random": ~picked}, pick=1, grid=GRID),
+        "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID),
+        "losses": figures.losses(metrics(60)),
+        "held_out": figures.held_out(HeldOut()),
+        "accuracy_bars": figures.accuracy_bars({"ours": Bounds(0.7, 0.6, 0.8)}, chance={"ours": 0.5}),
+        "flow_curves": figures.flow_curves(samples(), samples(), null_from_input=samples()),
+        "flow_triangle": figures.flow_triangle(triangle()),
+        "flow_directions": figures.flow_directions(samples(), samples()),
+        "nmi": figures.nmi(samples()),
+        "modality_map": figures.modality_map(generator().random((10, 2)), vision, vision | True, layer=0),
+        "word_attention": figures.word_attention(["a", "red", "cube"], [0.1, 0.7, 0.2]),
+    }
+
+
+def traces(figure, kind, mode=None):
+    return [trace for trace in figure.data if trace.type == kind and (mode is None or trace.mode == mode)]
+
+
+def picture_of(trace):
+    return Image.open(io.BytesIO(base64.b64decode(trace.source.partition(",")[2])))
+
+
+def texts(figure):
+    return " ".join(annotation.text for annotation in figure.layout.annotations)
+
+
+# ------------------------------------------------------------------------------------------ all figures alike
+
+
+def test_every_figure_is_plain_small_described_and_clear():
+    made = every_figure()
+    public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
+    assert set(made) == public and len(made) == 14
+    for name, figure in made.items():
+        assert type(figure) is go.Figure, name
+        alt = figure.layout.meta["alt"]
+        assert alt.endswith(".") and len(alt) > 20 and "nan" not in alt, name
+        assert len(figure.to_json()) < 200_000, name
+        assert figure.layout.width <= 960, name
+        assert figure.layout.height <= 450, name
+        assert figure.layout.template.layout.paper_bgcolor.endswith(", 0)"), name  # both themes shine through
+
+
+def _is_figure_function(value):
+    own = getattr(value, "__module__", "") == figures.__name__ and not value.__name__.startswith("_")
+    return own and getattr(value, "__annotations__", {}).get("return") == "go.Figure"
+
+
+def test_figures_take_tensors():
+    weights = torch.from_numpy(attention())
+    figure = figures.parsing(torch.from_numpy(image()), weights, torch.tensor([3]), GRID)
+    np.testing.assert_array_equal(traces(figure, "heatmap")[0].z.ravel(), weights[3])
+
+
+def luminance(colour):
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#111111"])
+def test_text_and_curves_are_seen_on_both_backgrounds(background):
+    def contrast(colour):
+        dark, light = sorted([luminance(colour), luminance(background)])
+        return (light + 0.05) / (dark + 0.05)
+
+    assert contrast(figures.GREY) > 4
+    assert min(contrast(colour) for colour in figures.PALETTE[:3]) > 3
+    assert min(contrast(colour) for colour in figures.PALETTE) > 2
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_embeds_the_pixels_and_places_them_side_by_side():
+    images = np.stack([image(), image(noise=False), image()])
+    figure = figures.pictures(images, ["one", "two", "three"], columns=2)
+    drawn = traces(figure, "image")
+    for given, trace in zip(images, drawn, strict=True):
+        assert trace.source.startswith("data:image/png;base64,") and trace.z is None
+        np.testing.assert_array_equal(np.asarray(picture_of(trace)), given)
+    first, second, third = (figure.layout[name].domain for name in ("xaxis", "xaxis2", "xaxis3"))
+    assert first == third and first[1] < second[0]
+    assert figure.layout.yaxis3.domain[1] < figure.layout.yaxis.domain[0]
+
+
+def test_pictures_shows_captions_as_text():
+    figure = figures.pictures([image()], [[HOSTILE, "a & b"]])
+    assert [part.strip() for part in texts(figure).replace("<br>", " ").split("•")] == [
+        "",
+        SHOWN,
+        "a &amp; b",
+    ]
+
+
+def test_a_wrapped_caption_keeps_its_entities_whole():
+    figure = figures.pictures([image()] * 6, ["x" * 17 + "<" * 40] * 6, columns=6)
+    lines = figure.layout.annotations[0].text.split("<br>")
+    assert len(lines) > 1 and "".join(lines) == "x" * 17 + "&lt;" * 40
+
+
+def test_a_large_photograph_is_made_small():
+    figure = figures.tokens(image(1500), GRID)
+    picture = picture_of(traces(figure, "image")[0])
+    assert picture.format == "JPEG" and max(picture.size) <= 720
+    assert traces(figure, "image")[0].dx * picture.width == pytest.approx(GRID)
+
+
+def test_images_keep_their_proportions():
+    wide = np.zeros((40, 80, 3), dtype=np.uint8)
+    figure = figures.pictures([wide], ["wide"])
+    x, y = figure.layout.xaxis, figure.layout.yaxis
+    margin = figure.layout.margin
+    across = (x.domain[1] - x.domain[0]) * figure.layout.width
+    down = (y.domain[1] - y.domain[0]) * (figure.layout.height - margin.t - margin.b)
+    assert across / down == pytest.approx(2)
+
+
+def test_tokens_are_numbered_row_by_row():
+    figure = figures.tokens(image(), (2, 3))
+    numbers = traces(figure, "scatter", "text")[0]
+    assert list(numbers.text) == ["0", "1", "2", "3", "4", "5"]
+    assert (numbers.x[4], numbers.y[4]) == (1.5, 1.5)
+    assert figure.layout.yaxis.range == (2, 0)  # row 0 on top
+
+
+def test_parsing_darkens_by_the_row_of_each_pick():
+    weights = attention()
+    figure = figures.parsing(image(), weights, [0, 9], GRID)
+    shades = traces(figure, "heatmap")
+    for pick, shade in zip([0, 9], shades, strict=True):
+        np.testing.assert_array_equal(shade.z.ravel(), weights[pick])
+        assert shade.zmax == weights[pick].max()
+    outline = next(trace for trace in figure.data if trace.name == "token 9")
+    assert (min(outline.x), max(outline.x), min(outline.y), max(outline.y)) == (1, 2, 2, 3)
+    assert outline.xaxis == shades[1].xaxis == "x3"  # after the plain image and the first pick
+
+
+def test_masks_covers_the_masked_tokens_and_counts_them():
+    hidden = np.zeros(GRID**2, dtype=bool)
+    hidden[[1, 6, 7]] = True
+    figure = figures.masks(image(), {"attention": hidden, "<b>none</b>": ~hidden}, pick=6, grid=GRID)
+    for cover, mask in zip(traces(figure, "heatmap"), (hidden, ~hidden), strict=True):
+        np.testing.assert_array_equal(cover.z.ravel() == 1, mask)
+        assert np.nansum(cover.z) == mask.sum()
+    assert "attention: 3 of 16" in texts(figure) and "&lt;b&gt;none&lt;/b&gt;: 13 of 16" in texts(figure)
+    assert len([trace for trace in figure.data if trace.name == "token 6"]) == 3
+
+
+def test_masks_shows_the_named_ones_in_order():
+    given = {name: np.arange(GRID**2) == place for place, name in enumerate("abc")}
+    covers = traces(figures.masks(image(), given, names=["c", "a"], grid=GRID), "heatmap")
+    assert [int(np.nanargmax(cover.z)) for cover in covers] == [2, 0]
+
+
+def test_attention_on_image_shades_by_the_weights():
+    weights = attention()[2] * 0.4
+    figure = figures.attention_on_image(image(), weights, GRID, title=HOSTILE)
+    np.testing.assert_array_equal(traces(figure, "heatmap")[0].z.ravel(), weights)
+    assert figure.layout.title.text == SHOWN
+    assert "40.0% in all" in texts(figure)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def test_losses_draws_each_quantity_over_the_steps():
+    given = metrics(10).assign(colour=2.0, empty=np.nan)
+    drawn = figures.losses(given).data
+    assert [trace.name for trace in drawn] == ["mlm", "itm", "colour", "lr_share"]
+    for trace in drawn:
+        np.testing.assert_array_equal(trace.x, given["step"])
+        np.testing.assert_array_equal(trace.y, given[trace.name])
+    assert len({trace.yaxis for trace in drawn}) == 4
+
+
+def test_losses_of_a_long_run_are_smoothed_over_faint_raw_values():
+    given = metrics(100)
+    drawn = {trace.name: trace for trace in figures.losses(given).data}
+    np.testing.assert_array_equal(drawn["mlm"].y, given["mlm"])
+    assert drawn["mlm"].opacity < 0.5
+    mean = given["mlm"].rolling(8, center=True, min_periods=1).mean()
+    np.testing.assert_allclose(drawn["mlm, mean"].y, mean)
+    assert "lr_share, mean" not in drawn  # a schedule has no noise, only corners
+
+
+@pytest.mark.parametrize("count, shape", [(1, (1, 1)), (4, (1, 4)), (6, (2, 3)), (8, (2, 4)), (9, (3, 3))])
+def test_small_multiples_leave_few_gaps(count, shape):
+    assert figures._small_multiples(count) == shape
+
+
+def test_held_out_draws_means_intervals_and_chance():
+    values = HeldOut()
+    figure = figures.held_out(values)
+    itm, mlm = traces(figure, "bar")
+    np.testing.assert_allclose(itm.y, [0.9, 0.52])
+    np.testing.assert_allclose(mlm.y, [0.6, 0.2])
+    np.testing.assert_allclose(itm.y + itm.error_y.array, [0.93, 0.55])
+    np.testing.assert_allclose(itm.y - itm.error_y.arrayminus, [0.85, 0.49])
+    (line,) = figure.layout.shapes
+    assert (line.y0, line.y1, line.yref) == (0.5, 0.5, "y")
+    assert "3.00 times [2.50, 3.70]" in figure.layout.xaxis2.title.text
+
+
+def test_held_out_has_the_fields_of_pretrain():
+    from vpworkbench import pretrain
+
+    assert pretrain.HeldOut._fields == HeldOut._fields
+    assert pretrain.Interval._fields == Bounds._fields
+
+
+def test_accuracy_bars_takes_numbers_and_both_kinds_of_intervals():
+    interval = bootstrap_interval(generator().random(50))
+    values = {"alone": 0.25, HOSTILE: Bounds(0.5, 0.4, 0.6), "bootstrap": interval}
+    figure = figures.accuracy_bars(values, chance={"bootstrap": 0.5})
+    (bars,) = traces(figure, "bar")
+    np.testing.assert_allclose(bars.y, [0.25, 0.5, interval.mean])
+    assert np.isnan(bars.error_y.array[0])
+    np.testing.assert_allclose(bars.y[2] + bars.error_y.array[2], interval.high)
+    labels = figure.layout.xaxis.ticktext
+    assert "<img" not in labels[1] and "<b>50.0%</b><br>[40.0, 60.0]" in labels[1]
+    chance = next(trace for trace in figure.data if trace.name == "chance")
+    assert (tuple(chance.x), tuple(chance.y)) == ((2,), (0.5,))
+
+
+# ----------------------------------------------------------------------------------------------------- probes
+
+
+def test_flow_curves_draws_means_inside_bands_from_layer_one():
+    from_input, within_layer = samples(), samples(scale=0.1)
+    figure = figures.flow_curves(from_input, within_layer)
+    for given, curve, band in zip(
+        (from_input, within_layer), traces(figure, "scatter", "lines+markers"), figure.data[::2], strict=True
+    ):
+        interval = bootstrap_interval(given)
+        np.testing.assert_array_equal(curve.x, [1, 2, 3])
+        np.testing.assert_allclose(curve.y, given.mean(axis=0))
+        high, low = band.y[:3], band.y[:2:-1]
+        np.testing.assert_allclose([low, high], [interval.low, interval.high])
+        assert (low < curve.y).all() and (curve.y < high).all()
+    assert figure.layout.xaxis.tick0 == 1 and figure.layout.xaxis.range == (0.5, 3.5)
+
+
+def test_flow_curves_draws_the_null_as_given():
+    null = np.array([0.1, 0.2, 0.3])
+    many = null + np.array([[-0.05], [0.05]])  # (example, layer)
+    figure = figures.flow_curves(samples(), samples(), null_from_input=null, null_within_layer=many)
+    dashed = [trace for trace in figure.data if trace.line.dash == "dash" and trace.x[0] is not None]
+    for line in dashed:
+        np.testing.assert_allclose(line.y, null)
+    assert [line.xaxis for line in dashed] == ["x", "x2"]
+
+
+def test_flow_curves_compares_models_of_any_depth():
+    models = {"ours": samples(layers=3), HOSTILE: samples(layers=5)}
+    figure = figures.flow_curves(models, models, null_from_input={"ours": np.zeros(3)})
+    curves = traces(figure, "scatter", "lines+markers")
+    assert [curve.name for curve in curves] == ["ours", SHOWN] * 2
+    assert [len(curve.x) for curve in curves] == [3, 5, 3, 5]
+    assert len({(curve.line.color, curve.marker.symbol) for curve in curves}) == 2
+    assert sum(curve.showlegend for curve in curves) == 2
+
+
+def test_flow_triangle_is_empty_below_the_diagonal_and_counts_from_one():
+    flow = triangle(4)
+    flow[3, 0] = 0.5  # whatever stands there
+    (cells,) = figures.flow_triangle(flow).data
+    np.testing.assert_array_equal(np.isnan(cells.z), np.tri(4, k=-1, dtype=bool))
+    np.testing.assert_array_equal(np.triu(cells.z)[np.triu_indices(4)], flow[np.triu_indices(4)])
+    assert (list(cells.x), list(cells.y)) == ([1, 2, 3, 4], [1, 2, 3, 4])
+    assert cells.text[0][3] == "3.0" and cells.text[3][0] == ""
+
+
+def test_flow_directions_add_up():
+    up, down = samples(), samples(scale=0.1)
+    figure = figures.flow_directions(up, down)
+    one, other = traces(figure, "bar")
+    assert figure.layout.barmode == "stack" and list(one.x) == [1, 2, 3]
+    np.testing.assert_allclose(one.y + other.y, (up + down).mean(axis=0))
+    top = one.y + other.y + other.error_y.array
+    np.testing.assert_allclose(top, bootstrap_interval(up + down).high)
+
+
+def test_nmi_leaves_out_nan_examples_and_can_begin_with_the_input():
+    values = samples(scale=1)
+    values[0] = np.nan
+    figure = figures.nmi(values, with_input=True)
+    (curve,) = traces(figure, "scatter", "lines+markers")
+    np.testing.assert_array_equal(curve.x, [0, 1, 2])
+    np.testing.assert_allclose(curve.y, values[1:].mean(axis=0))
+    low, high = figure.layout.yaxis.range
+    assert low <= 0 and high >= 1
+    assert list(traces(figures.nmi(values), "scatter", "lines+markers")[0].x) == [1, 2, 3]
+
+
+def test_modality_map_shows_real_tokens_by_modality():
+    points = generator().random((6, 2))
+    points[1] = np.nan
+    vision = np.array([0, 0, 0, 1, 1, 0], dtype=bool)
+    real = np.array([1, 1, 1, 1, 1, 0], dtype=bool)
+    figure = figures.modality_map(points, vision, real, layer=2)
+    language, visual = figure.data
+    np.testing.assert_array_equal(language.customdata, [0, 2])
+    np.testing.assert_array_equal(np.stack([visual.x, visual.y], axis=1), points[3:5])
+    assert figure.layout.title.text == "Tokens by modality, layer 3"
+
+
+def test_word_attention_keeps_equal_words_apart_and_escapes_them():
+    figure = figures.word_attention(["the", HOSTILE, "the"], [0.2, 0.5, 0.3])
+    (bars,) = figure.data
+    np.testing.assert_array_equal(bars.x, [0, 1, 2])
+    np.testing.assert_array_equal(bars.y, [0.2, 0.5, 0.3])
+    assert figure.layout.xaxis.ticktext == ("the", SHOWN, "the") == tuple(bars.customdata)
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: figures.pictures([image()], ["a", "b"]), "1 images need as many captions, not 2"),
+        (lambda: figures.pictures([], []), "not 0 images in 4 columns"),
+        (lambda: figures.pictures([image() / 255], ["a"]), r"uint8 .*, not float64 \(96, 96, 3\)"),
+        (lambda: figures.tokens(image().transpose(2, 0, 1), 4), r"not uint8 \(3, 96, 96\)"),
+        (lambda: figures.tokens(image(), (0, 4)), "not 0 x 4"),
+        (
+            lambda: figures.parsing(image(), attention(), [0], 5),
+            r"attention is \(16, 16\), but a grid of 5 x 5 needs \(25, 25\)",
+        ),
+        (lambda: figures.parsing(image(), attention(), [16], GRID), "pick 16 is not among the 16 tokens"),
+        (lambda: figures.parsing(image(), 2 * attention(), [0], GRID), "sum to 1"),
+        (lambda: figures.parsing(image(), attention(), [], GRID), "at least one pick"),
+        (lambda: figures.masks(image(), {"m": np.ones(9, bool)}, grid=4), r"'m' is \(9,\), .* needs \(16,\)"),
+        (lambda: figures.masks(image(), {"m": np.ones(16)}, grid=4), "'m' must be bool"),
+        (lambda: figures.masks(image(), {}, names=["m"], grid=4), r"\['m'\] are not among the masks \[\]"),
+        (lambda: figures.attention_on_image(image(), np.ones(9), 4), r"weights is \(9,\), .* needs \(16,\)"),
+        (lambda: figures.attention_on_image(image(), -np.ones(16), 4), "not negative"),
+        (lambda: figures.losses(pd.DataFrame({"step": []})), r"not \['step'\]"),
+        (lambda: figures.losses(pd.DataFrame({"mlm": [1.0]})), r"column `step` .* not \['mlm'\]"),
+        (lambda: figures.accuracy_bars({"a": 89.0}), "'a' is 89; shares"),
+        (lambda: figures.accuracy_bars({"a": 0.5}, chance={"b": 0.5}), r"\['b'\], .* values \['a'\]"),
+        (
+            lambda: figures.flow_curves(samples(), samples(layers=4)),
+            r"from_input is \(12, 3\), within_layer \(12, 4\)",
+        ),
+        (
+            lambda: figures.flow_curves({"a": samples()}, {"b": samples()}),
+            r"from_input has the models \['a'\], within_layer \['b'\]",
+        ),
+        (
+            lambda: figures.flow_curves(samples(), samples(), null_from_input=np.zeros(4)),
+            r"null_from_input has layers \(4,\), from_input \(3,\)",
+        ),
+        (lambda: figures.flow_curves(np.zeros(3), np.zeros(3)), r"must be \(example, layer\), not \(3,\)"),
+        (lambda: figures.flow_triangle(np.zeros((2, 3, 3))), r"not \(2, 3, 3\)"),
+        (lambda: figures.flow_directions(samples(), samples(layers=2)), r"\(12, 3\), .* \(12, 2\)"),
+        (
+            lambda: figures.modality_map(np.zeros((4, 2)), np.ones(5, bool), np.ones(5, bool), layer=0),
+            r"points is \(4, 2\), vision \(5,\)",
+        ),
+        (lambda: figures.word_attention(["a"], [0.1, 0.2]), r"1 words .* not \(2,\)"),
+    ],
+)
+def test_what_does_not_agree_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# ----------------------------------------------------------------------------------------------------- export
+
+
+def test_png_without_kaleido_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(figures.ExportError, match="pip install kaleido.*own menu"):
+        figures.to_png(go.Figure(), tmp_path / "figure.png")
+
+
+def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
+    def no_chrome(*_, **__):
+        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(go.Figure, "write_image", no_chrome)
+    with pytest.raises(figures.ExportError, match="apt install chromium.*own menu"):
+        figures.to_png(go.Figure(), tmp_path / "figure.png")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(
+    importlib.util.find_spec("kaleido") is None or not any(map(shutil.which, ("chromium", "google-chrome"))),
+    reason="needs kaleido and Chromium",
+)
+def test_png_is_transparent_and_shows_the_picture(tmp_path):
+    red = np.full((32, 32, 3), (200, 0, 0), dtype=np.uint8)
+    figure = figures.tokens(red, 2)
+    png = Image.open(figures.to_png(figure, tmp_path / "figure.png", scale=1)).convert("RGBA")
+    assert png.size == (figure.layout.width, figure.layout.height)
+    assert png.getpixel((1, png.height - 1))[3] == 0
+    red_pixels = (np.asarray(png)[..., :3] == (200, 0, 0)).all(axis=-1).mean()
+    assert red_pixels > 0.5
