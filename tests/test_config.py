@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from vpworkbench.config import PRESETS, PretrainSettings, SettingsError, pretrain_settings, probe_settings, visual_init_settings
+from vpworkbench.config import (
+    PRESETS,
+    PretrainSettings,
+    SettingsError,
+    pretrain_settings,
+    probe_settings,
+    visual_init_settings,
+)
 
 
 def test_presets_state_the_paper():
@@ -63,6 +70,10 @@ def test_settings_are_frozen_and_written_back():
 
 
 def test_other_notebooks_have_settings_too():
-    assert visual_init_settings(preset="small").visual.image_px == visual_init_settings(preset="small").scenes.image_px == 128
+    assert (
+        visual_init_settings(preset="small").visual.image_px
+        == visual_init_settings(preset="small").scenes.image_px
+        == 128
+    )
     with pytest.raises(SettingsError, match="images"):
         probe_settings(images=1)

@@ -20,7 +20,9 @@ def karpathy(folder, **changes):
         Image.new("RGB", (5, 5), (number, 0, 0)).save(folder / "images" / f"{number}.png")
         raw = f"A dog  runs {number} ."
         sentence = {"raw": raw, "tokens": raw.lower().split(), "imgid": number, "sentid": number}
-        images.append({"filename": f"{number}.png", "imgid": number, "split": split, "sentids": [number], "sentences": [sentence]})
+        images.append(
+            {"filename": f"{number}.png", "imgid": number, "split": split, "sentids": [number], "sentences": [sentence]}
+        )
     images[1] |= changes
     path = folder / "dataset_mine.json"
     path.write_text(json.dumps({"dataset": "mine", "images": images}))
@@ -134,7 +136,10 @@ def test_flickr_1k(real_data):
 
 def test_nlvr_v1_is_split_by_directory(real_data):
     pictures = read_pictures(real_data / "nlvr1")
-    statements = {split: {p.id.rsplit("-", 2)[0] for p in pictures if p.split == split and not p.id.startswith("t")} for split in ("train", "val")}
+    statements = {
+        split: {p.id.rsplit("-", 2)[0] for p in pictures if p.split == split and not p.id.startswith("t")}
+        for split in ("train", "val")
+    }
     assert Counter(p.split for p in pictures)["train"] == 6 * (989 - 163)
     assert len(statements["train"]) > 150
     assert Counter(p.split for p in pictures)["val"] == 163

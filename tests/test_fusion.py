@@ -15,10 +15,17 @@ SETTINGS = FusionSettings(layers=3, width=48, heads=4, feed_forward=96, position
 
 def test_text_alone_equals_bert():
     torch.manual_seed(0)
-    bert = BertModel(BertConfig(vocab_size=50, hidden_size=48, num_hidden_layers=5, num_attention_heads=4,
-                                intermediate_size=96, max_position_embeddings=64), add_pooling_layer=False).eval()  # fmt: skip
+    config = BertConfig(
+        vocab_size=50, hidden_size=48, num_hidden_layers=5, num_attention_heads=4,
+        intermediate_size=96, max_position_embeddings=64,
+    )  # fmt: skip
+    bert = BertModel(config, add_pooling_layer=False).eval()
     fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()
-    first = {name: value for name, value in bert.state_dict().items() if not name.startswith(("encoder.layer.3", "encoder.layer.4"))}
+    first = {
+        name: value
+        for name, value in bert.state_dict().items()
+        if not name.startswith(("encoder.layer.3", "encoder.layer.4"))
+    }
     fusion.bert.load_state_dict(first)
     words = torch.randint(5, 50, (2, 9))
     tokens = torch.ones(2, 9, dtype=torch.bool)

@@ -21,7 +21,9 @@ def test_every_preset_builds(model):
         settings = ModelSettings(visual=preset.visual, fusion=preset.fusion, text_tokens=preset.data.text_tokens)
         with torch.device("meta"):
             made = VisualParsingModel(settings, model.tokenizer)
-        assert made.visual.settings == preset.visual and len(made.fusion.bert.encoder.layer) == preset.fusion.layers, name
+        assert made.visual.settings == preset.visual and len(made.fusion.bert.encoder.layer) == preset.fusion.layers, (
+            name
+        )
         built += 1
     assert built == 4
 
@@ -29,7 +31,9 @@ def test_every_preset_builds(model):
 def test_saved_and_loaded_again(model, scenes, tmp_path):
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "two")
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
     again = VisualParsingModel.from_pretrained(tmp_path / "one")
     assert again.settings == model.settings and again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     with torch.no_grad():

@@ -72,7 +72,10 @@ def test_transport_distance_is_within_a_percent_of_the_exact_lp(words, vision):
 
 def test_transport_plan_has_the_marginals_and_skips_padding():
     cost = cosine_cost(torch.randn(3, 7, 16), torch.randn(3, 11, 16))
-    words, vision = torch.arange(7)[None] < torch.tensor([[7], [5], [3]]), torch.arange(11)[None] < torch.tensor([[11], [4], [9]])
+    words, vision = (
+        torch.arange(7)[None] < torch.tensor([[7], [5], [3]]),
+        torch.arange(11)[None] < torch.tensor([[11], [4], [9]]),
+    )
     plan = transport_plan(cost, words, vision)
     assert (plan[~(words[:, :, None] & vision[:, None])] == 0).all()
     # the last half-step makes the columns exact; the rows converge
@@ -97,7 +100,12 @@ def test_transport_distance_is_zero_on_identical_sets():
 
 
 def test_transport_distance_of_an_empty_set_is_zero():
-    distance = transport_distance(torch.randn(1, 4, 8), torch.randn(1, 5, 8), torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 5, dtype=torch.bool))
+    distance = transport_distance(
+        torch.randn(1, 4, 8),
+        torch.randn(1, 5, 8),
+        torch.zeros(1, 4, dtype=torch.bool),
+        torch.ones(1, 5, dtype=torch.bool),
+    )
     assert distance.item() == 0
 
 

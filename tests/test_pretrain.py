@@ -58,10 +58,14 @@ def test_run_is_found_by_name_and_by_folder():
 
 def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
     script = (
-        "import sys; from vpworkbench.data.formats import read_pictures; from vpworkbench.pretrain import build_tokenizer;"
-        "t = build_tokenizer([x for p in read_pictures(sys.argv[1]) for x in p.captions]); print(sorted(t.get_vocab().items()))"
+        "import sys; from vpworkbench.data.formats import read_pictures;"
+        "from vpworkbench.pretrain import build_tokenizer;"
+        "t = build_tokenizer([x for p in read_pictures(sys.argv[1]) for x in p.captions]);"
+        "print(sorted(t.get_vocab().items()))"
     )
-    other = subprocess.run([sys.executable, "-c", script, str(scenes_folder)], capture_output=True, text=True, check=True).stdout
+    other = subprocess.run(
+        [sys.executable, "-c", script, str(scenes_folder)], capture_output=True, text=True, check=True
+    ).stdout
     texts = [text for picture in reversed(scenes) for text in picture.captions]
     vocabulary = build_tokenizer(texts).get_vocab()
     assert other.strip() == str(sorted(vocabulary.items()))
@@ -84,7 +88,9 @@ def test_the_shipped_model_has_learnt_to_look():
     """Fresh held-out scenes: lower 95% bounds of ITM accuracy >= 0.90 and of the MLM ratio >= 4."""
     model, settings = load_run()
     scenes = SceneSettings(**settings.data.scenes.model_dump() | {"images": 2, "val": 500, "test": 2, "seed": 1_000})
-    pictures = [p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes, progress=False)) if p.split == "val"]
+    pictures = [
+        p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes, progress=False)) if p.split == "val"
+    ]
     result = evaluate(model, pictures, settings.data, scored=ATTRIBUTE_WORDS)
     print(result)
     assert result.itm_accuracy.low >= 0.90 and result.mlm_ratio.low >= 4

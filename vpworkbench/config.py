@@ -270,7 +270,9 @@ class PretrainSettings(Settings):
                 "use masking='random' or visual='swin'"
             )
         if self.data.text_tokens > self.fusion.positions:
-            raise ValueError(f"data.text_tokens {self.data.text_tokens} exceeds fusion.positions {self.fusion.positions}")
+            raise ValueError(
+                f"data.text_tokens {self.data.text_tokens} exceeds fusion.positions {self.fusion.positions}"
+            )
         return self
 
 

@@ -108,7 +108,9 @@ def mask_shares(
     objects = token_objects(pictures, model.settings.visual.grid)
     noise = pick_objects(objects, seed=seed)
     mask: MaskSettings = settings.mask
-    parsing = torch.cat([parsing_attention(model, pictures[start : start + 32]) for start in range(0, len(pictures), 32)])
+    parsing = torch.cat(
+        [parsing_attention(model, pictures[start : start + 32]) for start in range(0, len(pictures), 32)]
+    )
     masked = visual_mask(noise, mask.tokens_of(settings.visual), parsing=parsing, select=mask.select)
     compared = compare_masks(masked, noise.argmax(dim=1), objects, seed=seed)
     return {"attention": compared.share, "random": compared.random}
@@ -142,7 +144,9 @@ def fill_mask(model: VisualParsingModel, picture: Picture, text: str, *, top: in
 
 def answers(model: VisualParsingModel, picture: Picture, others: Sequence[Picture]) -> pd.DataFrame:
     """What the model says of one image: each text, whether it is true, the probability that it gives."""
-    texts = list(picture.captions[:3]) + [text for other in others for text in other.captions if picture.denies(text)][:3]
+    texts = (
+        list(picture.captions[:3]) + [text for other in others for text in other.captions if picture.denies(text)][:3]
+    )
     return pd.DataFrame({
         "text": texts,
         "true": [text in picture.captions for text in texts],

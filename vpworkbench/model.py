@@ -205,14 +205,18 @@ class VisualParsingModel(nn.Module):
         settings = _read_settings(folder)
         weights = folder / "model.safetensors"
         if not weights.exists():
-            pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(pattern)]
+            pickles = [
+                path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(pattern)
+            ]
             hint = f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors" if pickles else ""
             raise CheckpointError(f"{weights}: no such file{hint}")
         model = cls(settings, BertTokenizerFast.from_pretrained(folder, local_files_only=True))
         try:
             missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise CheckpointError(f"{weights}: does not fit {folder / 'config.json'} or is not whole: {error}") from None
+            raise CheckpointError(
+                f"{weights}: does not fit {folder / 'config.json'} or is not whole: {error}"
+            ) from None
         if missing or unexpected:
             raise CheckpointError(
                 f"{weights}: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}; a file of another model?"

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
-from vpworkbench.data.batches import Batch, GroupBatches, Words
+from vpworkbench.data.batches import Batch, GroupBatches
 from vpworkbench.data.formats import load_splits
+from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
@@ -31,6 +32,7 @@ from vpworkbench.objectives import (
     visual_mask,
 )
 from vpworkbench.probes.dataset import Probed, probe_dataset
+from vpworkbench.probes.intervals import Interval
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
 from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, initialise_visual
@@ -59,7 +61,9 @@ def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
     split = plain.pre_tokenizer.pre_tokenize_str
     counts = Counter(word for text in texts for word, _ in split(plain.normalizer.normalize_str(text)))
     letters = sorted({letter for word in counts for letter in word})
-    words = sorted((word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word))
+    words = sorted(
+        (word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word)
+    )
     entries = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
     return {entry: number for number, entry in enumerate(entries[:LARGEST_VOCABULARY])}
 
@@ -197,8 +201,6 @@ def prepare(settings: PretrainSettings) -> Prepared:
 
 def scored_words(data: DataSettings) -> frozenset[str] | None:
     """The words that held-out MLM is scored on: colours and shapes in scenes, any word (None) elsewhere."""
-    from vpworkbench.data.language import ATTRIBUTE_WORDS
-
     return ATTRIBUTE_WORDS if data.sets == ("scenes",) else None
 
 
@@ -215,7 +217,9 @@ def group_batches(
 def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> int:
     """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run."""
     train = settings.train
-    batches = group_batches(prepared.splits["train"], prepared.model, settings.data, images=train.images, seed=settings.seed)
+    batches = group_batches(
+        prepared.splits["train"], prepared.model, settings.data, images=train.images, seed=settings.seed
+    )
     return fit(
         prepared.model, Pretraining(settings), batches, run,
         optim=settings.optim, train=train, seed=settings.seed, workers=settings.data.workers, what="pre-training",
@@ -235,14 +239,6 @@ def probe(
     parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
     batches = (model.prepare(part, [picture.captions[0] for picture in part]) for part in parts)
     return probe_dataset(model.eval(), batches, total=len(parts), seed=seed, progress=progress)
-
-
-class Interval(NamedTuple):
-    """A mean and its bootstrap 95% interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 class HeldOut(NamedTuple):
@@ -269,7 +265,7 @@ class HeldOut(NamedTuple):
     def summary(self) -> dict[str, float]:
         """Flat: each mean under its name, the bounds under `_low` and `_high`."""
         flat = {}
-        for name, (mean, low, high) in self._asdict().items():
+        for name, (mean, low, high, _) in self._asdict().items():
             flat |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         return flat
 
@@ -308,7 +304,10 @@ def evaluate(
         hidden, labels = _hide_one(model, original, batch.noise[:, 0], scored_ids)
         visual = model.visual(batch.images.to(model.device))
         other = batch.image_index.roll(-int((batch.image_index == 0).sum()))
-        for image, itm, mlm in ((batch.image_index, "itm_accuracy", "mlm_with_image"), (other, "itm_other_image", "mlm_other_image")):
+        for image, itm, mlm in (
+            (batch.image_index, "itm_accuracy", "mlm_with_image"),
+            (other, "itm_other_image", "mlm_other_image"),
+        ):
             inputs = {"word_tokens": batch.word_tokens.to(model.device), "image_index": image.to(model.device)}
             matches = model.itm(model.fuse(visual, original.to(model.device), **inputs).cls).argmax(dim=-1).cpu()
             right[itm].append((matches.bool() == batch.matched).float().view(size, -1).mean(dim=1))
@@ -344,7 +343,7 @@ def _intervals(values: dict[str, np.ndarray], seed: int, draws: int = 2_000) -> 
 
     def interval(of: Callable[[np.ndarray], np.ndarray]) -> Interval:
         low, high = np.quantile(of(rows), (0.025, 0.975))
-        return Interval(float(of(np.arange(count))), float(low), float(high))
+        return Interval(float(of(np.arange(count))), float(low), float(high), count)
 
     def ratio(index: np.ndarray) -> np.ndarray:
         return share("mlm_with_image", index) / np.maximum(share("mlm_other_image", index), 1e-9)

@@ -64,7 +64,7 @@ class Run:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self.settings = settings
-        self._opened_s = time.monotonic()
+        self._opened_s = time.monotonic() - _seconds_trained(folder / "metrics.jsonl")
         self._began: tuple[str, float, int] = ("", 0.0, 0)  # what, when, and at how many it was first seen
         self._shown_s = -math.inf
 
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def wall_s(self) -> float:
-        """Seconds since this process opened the run; what an interrupted process spent is not in it."""
+        """Seconds since the run was opened, and what earlier processes trained: `step_s` of their metrics, added up."""
         return round(time.monotonic() - self._opened_s, 1)
 
     def log(self, step: int, **values: float) -> None:
@@ -342,6 +342,14 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, (bool, int, float)):
         raise TypeError(f"a number is wanted, not {value!r:.60}")
     return value if math.isfinite(value) else None  # JSON has neither nan nor inf
+
+
+def _seconds_trained(path: Path) -> float:
+    seconds, before = 0.0, 0
+    for line in map(json.loads, _metric_lines(path)):
+        seconds += (line.get("step_s") or 0.0) * (line["step"] - before)
+        before = line["step"]
+    return seconds
 
 
 def _metric_lines(path: Path) -> list[str]:

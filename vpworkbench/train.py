@@ -101,7 +101,9 @@ def build_optimiser(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW
     )
 
 
-def accumulate_gradients(model: nn.Module, objective: Objective, batch: Any, count: int, autocast: Any) -> dict[str, Tensor]:
+def accumulate_gradients(
+    model: nn.Module, objective: Objective, batch: Any, count: int, autocast: Any
+) -> dict[str, Tensor]:
     """Gradients of one optimiser step over `count` micro-batches; the mean losses, detached.
 
     Each loss is divided by its count over the whole step, so the micro-batches' own counts do not matter.
@@ -203,13 +205,15 @@ def _stream(batches: Steps, done: int, total: int, workers: int) -> Iterator[tup
     yield from zip(range(done, total), loader, strict=True)
 
 
-def _log(run: Run, model: nn.Module, objective: Objective, batch: Any, step: int, means: dict[str, Tensor], **more: float) -> None:
+def _log(
+    run: Run, model: nn.Module, objective: Objective, batch: Any, step: int, means: dict[str, Tensor], **more: float
+) -> None:
     values = {name: float(value) for name, value in means.items()}
     bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
     if bad:
         raise TrainingError(
-            f"{', '.join(bad)} not finite within the steps up to {step}; the last checkpoint in {run.folder / 'checkpoint'} "
-            "is good: lower optim.lr_fusion / optim.lr_visual, or look at the data"
+            f"{', '.join(bad)} not finite within the steps up to {step}; the last checkpoint in "
+            f"{run.folder / 'checkpoint'} is good: lower optim.lr_fusion / optim.lr_visual, or look at the data"
         )
     run.log(step, **values, **objective.watch(model, batch), **more)
 
@@ -230,7 +234,9 @@ def _save(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, step: in
         model.save_pretrained(temporary)
         state = optimiser.state_dict()["state"]
         tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, temporary / "optimiser.safetensors")
+        save_file(
+            {name: value.contiguous().cpu() for name, value in tensors.items()}, temporary / "optimiser.safetensors"
+        )
         progress = {"step": step, "window": {name: float(value) for name, value in window.items()}}
         (temporary / "progress.json").write_text(json.dumps(progress))
         for file in temporary.iterdir():
@@ -239,7 +245,9 @@ def _save(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, step: in
         os.replace(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(f"{folder}: checkpoint not written ({error}); free space there, then run the same call again") from error
+        raise TrainingError(
+            f"{folder}: checkpoint not written ({error}); free space there, then run the same call again"
+        ) from error
     _drop_checkpoints(run, keep=folder)
 
 
@@ -249,7 +257,9 @@ def _drop_checkpoints(run: Run, keep: Path | None) -> None:
             shutil.rmtree(folder)
 
 
-def _resume(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> tuple[int, dict[str, Tensor]]:
+def _resume(
+    run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, dict[str, Tensor]]:
     """Load the last checkpoint, if any; the steps done and the sums that the next line of metrics begins with."""
     final = run.folder / "checkpoint"
     if (final / "progress.json").exists():
@@ -269,5 +279,7 @@ def _resume(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, device
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     run.truncate_metrics(progress["step"])
     log.info("resumed from %s", folder)
-    window = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["window"].items()}
+    window = {
+        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["window"].items()
+    }
     return progress["step"], window

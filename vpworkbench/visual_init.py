@@ -144,7 +144,9 @@ class TokenLabelling:
 
 
 @torch.no_grad()
-def token_accuracy(model: TokenClassifier, pictures: Sequence[Picture], settings: VisualInitSettings) -> dict[str, float]:
+def token_accuracy(
+    model: TokenClassifier, pictures: Sequence[Picture], settings: VisualInitSettings
+) -> dict[str, float]:
     """Share of object tokens whose colour, and whose shape, is right; background tokens do not count."""
     model.eval()
     visual, hits, seen = settings.visual, np.zeros(2), np.zeros(2)
@@ -152,7 +154,9 @@ def token_accuracy(model: TokenClassifier, pictures: Sequence[Picture], settings
     for start in range(0, len(pictures), 100):
         some = pictures[start : start + 100]
         labels = token_labels(some, visual.grid)
-        for index, (scores, label) in enumerate(zip(model(stack_images(some, visual.image_px).to(device)), labels, strict=True)):
+        for index, (scores, label) in enumerate(
+            zip(model(stack_images(some, visual.image_px).to(device)), labels, strict=True)
+        ):
             asked = label != BACKGROUND
             hits[index] += (scores.argmax(-1).cpu()[asked] == label[asked]).sum().item()
             seen[index] += asked.sum().item()

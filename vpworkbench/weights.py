@@ -120,8 +120,10 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
     if source == "scenes":
         file = shipped_visual(preset, settings.family)
         if not file.exists():
-            raise SettingsError(f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {settings.family!r}; "
-                                "make them by 00_visual_init, or start from scratch with init_visual=''")  # fmt: skip
+            raise SettingsError(
+                f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {settings.family!r}; make them "
+                "by 00_visual_init and give their file, or start from scratch with init_visual=''"
+            )
         return load_into(visual, read_weights(file), file.name)
     if source == "efficientnet-lite0":
         return load_into(visual.network, efficientnet_lite0(), source)
@@ -204,7 +206,9 @@ def initialise_text(fusion: Fusion, source: str) -> KeyReport:
     if ours.num_hidden_layers > theirs.num_hidden_layers:
         faults.append(f"fusion.layers is {ours.num_hidden_layers}, the BERT has {theirs.num_hidden_layers}")
     if faults:
-        raise CheckpointError(f"init_text {source!r} does not fit: {'; '.join(faults)}; set these by `overrides` or preset")
+        raise CheckpointError(
+            f"init_text {source!r} does not fit: {'; '.join(faults)}; set these by `overrides` or preset"
+        )
     bert = BertModel.from_pretrained(folder, local_files_only=True)
     return load_into(fusion.bert, bert.state_dict(), source)
 

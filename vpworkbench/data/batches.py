@@ -149,7 +149,8 @@ class Words:
         if share > LARGEST_UNKNOWN_SHARE:
             raise DataError(
                 f"{source}: {share:.1%} of the words are not in the vocabulary, e.g. in {texts[unknown[0]]!r:.80}; "
-                "leave `init_text` empty, so that the vocabulary is built from these texts, or name a BERT that knows them"
+                "leave `init_text` empty, so that the vocabulary is built from these texts, or name a "
+                "BERT that knows them"
             )
         if cut := sum(len(ids) > self.longest for ids in encoded):
             log.warning("%s: %d of %d texts are cut at %d tokens", source, cut, len(texts), self.longest)
@@ -238,10 +239,14 @@ class GroupBatches(Dataset):
         """The image that is shown and its texts, each with whether it matches."""
         if self.settings.grouped:
             matched = [(text, True) for text in self._matched(picture, rng, self.settings.matched_per_image)]
-            return picture, matched + [(self._unmatched(picture, rng), False) for _ in range(self.settings.unmatched_per_image)]
+            return picture, matched + [
+                (self._unmatched(picture, rng), False) for _ in range(self.settings.unmatched_per_image)
+            ]
         text = self._matched(picture, rng, 1)[0]
         if rng.random() < 0.5:  # paper Sec. 3.3: replace the image
-            return self._find(rng, lambda other: other.denies(text), f"image that {text!r} is false of"), [(text, False)]
+            return self._find(rng, lambda other: other.denies(text), f"image that {text!r} is false of"), [
+                (text, False)
+            ]
         return picture, [(text, True)]
 
     def _matched(self, picture: Picture, rng: np.random.Generator, count: int) -> list[str]:

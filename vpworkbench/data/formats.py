@@ -107,7 +107,9 @@ def _karpathy(file: Path, content: Any) -> Iterator[Picture]:
         raise json.JSONDecodeError("one json line", "", 0)
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not images:
-        raise DataError(f"{file}: a Karpathy json has a list `images`; this one has not (other formats: see the README)")
+        raise DataError(
+            f"{file}: a Karpathy json has a list `images`; this one has not (other formats: see the README)"
+        )
     folder, names = _image_folder(file)
     prefix = "images/" if folder.suffix == ".zip" and any(name.startswith("images/") for name in names) else ""
     for number, raw in enumerate(images):

@@ -257,7 +257,8 @@ class LayerChoice:
         return (
             f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built "
             f"sequences of other lengths from the inputs ({given}): {seen}. What the model's "
-            "forward adds to its inputs (image tokens, a class token) must be in `vision` and `tokens` too"
+            "forward adds to its inputs (image tokens, a class token) belongs in `vision` and "
+            "`tokens` too"
         )
 
 

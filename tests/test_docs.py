@@ -1,0 +1,117 @@
+"""`docs/paper_to_code.md` and the README name only what is there, and the paper is covered."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from functools import cache, reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from pydantic import BaseModel
+
+from vpworkbench.config import PretrainSettings, ProbeSettings, VisualInitSettings
+
+REPOSITORY = Path(__file__).parents[1]
+STATUSES = {"stated", "inferred", "ours", "not yet"}
+NOTHING = "–"
+
+
+class Row(NamedTuple):
+    """One line of one table."""
+
+    paper: str
+    says: str
+    status: str
+    keys: str
+    functions: str
+    tests: str
+
+
+def rows() -> list[Row]:
+    text = (REPOSITORY / "docs" / "paper_to_code.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    assert {len(line) for line in cells} == {2, 6}, "a table has a row of another length"
+    return [Row(*line) for line in cells if len(line) == 6 and line[2] not in ("status", "---")]
+
+
+ROWS = rows()
+
+
+def named(cell: str) -> list[str]:
+    """The names in backticks, of which a cell must consist, or of a dash."""
+    names = re.findall(r"`([^`]+)`", cell)
+    assert cell == (", ".join(f"`{name}`" for name in names) or NOTHING), cell
+    return names
+
+
+def all_named(column: str) -> list[str]:
+    return sorted({name for row in ROWS for name in named(getattr(row, column))})
+
+
+@cache
+def tests_in(file: str) -> set[str]:
+    tree = ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def leaves(settings: BaseModel, prefix: str = "") -> set[str]:
+    found = set()
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name}
+    return found
+
+
+def test_every_test_exists():
+    names = all_named("tests")
+    for name in names:
+        file, _, function = name.partition("::")
+        assert function in tests_in(file), name
+    assert len(names) > 50
+
+
+def test_every_function_exists():
+    names = all_named("functions")
+    for name in names:
+        parts = name.split(".")
+        # modules are written small, classes are not: the module ends before the last small name or a class
+        depth = 2 if parts[0] in ("data", "probes") else 1
+        module = importlib.import_module(".".join(["vpworkbench", *parts[:depth]]))
+        assert parts[depth:], f"{name} is a module"
+        assert callable(found := reduce(getattr, parts[depth:], module)) or hasattr(found, "__get__"), name
+    assert len(names) > 50
+
+
+def test_every_config_key_exists():
+    valid = set().union(*(leaves(kind()) for kind in (PretrainSettings, VisualInitSettings, ProbeSettings)))
+    unknown = set(all_named("keys")) - valid
+    assert not unknown
+
+
+@pytest.mark.parametrize("kind, count", [("Eq.", 10), ("Fig.", 5), ("Table", 6)])
+def test_the_paper_is_covered(kind, count):
+    for number in range(1, count + 1):
+        assert any(re.match(rf"{re.escape(kind)} {number}\b", row.paper) for row in ROWS), f"{kind} {number}"
+
+
+def test_a_row_says_where_it_lives_or_that_it_does_not():
+    assert {row.status for row in ROWS} == STATUSES
+    for row in ROWS:
+        links = named(row.keys) + named(row.functions) + named(row.tests)
+        assert bool(links) == (row.status != "not yet"), row
+
+
+def test_the_readme_names_make_targets_that_are_there():
+    readme = REPOSITORY / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md")
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, flags=re.MULTILINE))
+    text = readme.read_text(encoding="utf-8")
+    code = re.findall(r"^```.*?^```", text, flags=re.MULTILINE | re.DOTALL) + re.findall(r"`[^`\n]+`", text)
+    named_there = {target for part in code for target in re.findall(r"\bmake ([a-z][\w-]*)", part)}
+    assert named_there <= targets

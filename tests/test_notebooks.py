@@ -1,0 +1,90 @@
+"""The notebooks: as stored, as papermill reads them, and executed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from vpworkbench.runs import CHECKS, _imported, find_notebook, notebook_parameters, run_folder, run_notebook
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+FEW = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}
+
+
+def test_there_are_as_many_as_have_a_check():
+    assert {path.stem for path in NOTEBOOKS} == set(CHECKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stored_without_outputs_and_with_explained_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    for line in tagged[0].source.splitlines():
+        assert "  # " in line, f"{line}: a comment tells users what it is"
+    for cell in code:
+        assert len(cell.source.splitlines()) <= 15 and "def " not in cell.source and "import *" not in cell.source
+        assert max(map(len, cell.source.splitlines()), default=0) <= 110
+    help_names = set(papermill.inspect_notebook(str(path)))
+    assert help_names == set(notebook_parameters(path))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_defaults_are_those_of_the_check(name):
+    """The settings of a notebook's defaults and of a bare call are the same."""
+    check, defaults = _imported(CHECKS[name]), notebook_parameters(find_notebook(name))
+    accepted = inspect.signature(check).parameters
+    assert check(**{key: value for key, value in defaults.items() if key in accepted}) == check()
+
+
+@pytest.fixture(scope="module")
+def pretrained(scratch) -> Path:
+    parameters = {"steps": 2, "overrides": FEW, "examples": 2}
+    return run_notebook("01_pretrain", name="by-vpw", parameters=parameters)
+
+
+def figures_in(executed: Path) -> int:
+    outputs = [output for cell in nbformat.read(executed, as_version=4).cells for output in cell.get("outputs", [])]
+    return sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)
+
+
+def test_pretraining_writes_its_run_folder(pretrained):
+    folder = pretrained.parent
+    assert {"config.json", "metrics.jsonl", "summary.json", "checkpoint"} <= {path.name for path in folder.iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"itm_accuracy", "mlm_with_image", "mlm_other_image", "steps", "seed", "wall_s"} <= set(summary)
+    assert summary["steps"] == 2 and figures_in(pretrained) >= 4
+    assert pretrained.stat().st_size < 2e6
+
+
+def test_plain_papermill_gives_the_same_result(pretrained, tmp_path):
+    path = find_notebook("01_pretrain")
+    parameters = {"name": "by-papermill", "steps": 2, "overrides": FEW, "examples": 2}
+    papermill.execute_notebook(
+        str(path), str(tmp_path / "out.ipynb"), parameters, kernel_name="python3", progress_bar=False
+    )
+    ours, theirs = pretrained.parent, run_folder("01_pretrain", "by-papermill")
+    weights = [folder / "checkpoint" / "model.safetensors" for folder in (ours, theirs)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (ours, theirs)]
+    assert {**summaries[0], "wall_s": 0} == {**summaries[1], "wall_s": 0}
+
+
+@pytest.mark.parametrize("name, figures", [("02_probe", 5), ("00_tour", 8)])
+def test_probe_and_tour(pretrained, name, figures):
+    executed = run_notebook(name, name="tested", parameters={"checkpoint": "by-vpw", "images": 16})
+    assert figures_in(executed) >= figures and (executed.parent / "summary.json").exists()
+    assert executed.stat().st_size < 2e6
+
+
+def test_visual_init(scratch):
+    few = {"train.images": 8, "scenes.val": 10, "scenes.test": 10, "workers": 0}
+    executed = run_notebook("00_visual_init", name="tested", parameters={"images": 16, "epochs": 1, "overrides": few})
+    assert (executed.parent / "checkpoint" / "visual.safetensors").exists() and figures_in(executed) == 2
