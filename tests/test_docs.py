@@ -53,7 +53,7 @@ def all_named(column: str) -> list[str]:
 
 
 @cache
-def tests_in(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     tree = ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -70,7 +70,7 @@ def test_every_test_exists():
     names = all_named("tests")
     for name in names:
         file, _, function = name.partition("::")
-        assert function in tests_in(file), name
+        assert function in functions_of(file), name
     assert len(names) > 50
 
 

@@ -14,27 +14,21 @@ import torch
 from PIL import Image
 
 from vpworkbench import figures
-from vpworkbench.probes.intervals import bootstrap_interval
+from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
 GRID = 4
 HOSTILE = '<img src=x onerror="alert(1)"> & $x^2$'
 SHOWN = '&lt;img src=x onerror="alert(1)"&gt; &amp; &#36;x^2&#36;'  # quotes are harmless in plotly's text
 
 
-class Bounds(NamedTuple):
-    mean: float
-    low: float
-    high: float
-
-
 class HeldOut(NamedTuple):
     """The fields of pretrain.HeldOut, without its imports."""
 
-    itm_accuracy: Bounds = Bounds(0.9, 0.85, 0.93)
-    itm_other_image: Bounds = Bounds(0.52, 0.49, 0.55)
-    mlm_with_image: Bounds = Bounds(0.6, 0.55, 0.66)
-    mlm_other_image: Bounds = Bounds(0.2, 0.15, 0.22)
-    mlm_ratio: Bounds = Bounds(3.0, 2.5, 3.7)
+    itm_accuracy: Interval = Interval(0.9, 0.85, 0.93, 50)
+    itm_other_image: Interval = Interval(0.52, 0.49, 0.55, 50)
+    mlm_with_image: Interval = Interval(0.6, 0.55, 0.66, 50)
+    mlm_other_image: Interval = Interval(0.2, 0.15, 0.22, 50)
+    mlm_ratio: Interval = Interval(3.0, 2.5, 3.7, 50)
 
 
 def generator():
@@ -79,7 +73,7 @@ def every_figure():
         "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID),
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
-        "accuracy_bars": figures.accuracy_bars({"ours": Bounds(0.7, 0.6, 0.8)}, chance={"ours": 0.5}),
+        "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
         "flow_curves": figures.flow_curves(samples(), samples(), null_from_input=samples()),
         "flow_triangle": figures.flow_triangle(triangle()),
         "flow_directions": figures.flow_directions(samples(), samples()),
@@ -283,19 +277,21 @@ def test_held_out_has_the_fields_of_pretrain():
     from vpworkbench import pretrain
 
     assert pretrain.HeldOut._fields == HeldOut._fields
-    assert pretrain.Interval._fields == Bounds._fields
+    assert pretrain.Interval is Interval
 
 
-def test_accuracy_bars_takes_numbers_and_both_kinds_of_intervals():
+def test_accuracy_bars_takes_numbers_and_intervals():
     interval = bootstrap_interval(generator().random(50))
-    values = {"alone": 0.25, HOSTILE: Bounds(0.5, 0.4, 0.6), "bootstrap": interval}
-    figure = figures.accuracy_bars(values, chance={"bootstrap": 0.5})
+    values = {"alone": 0.25, HOSTILE: Interval(0.5, 0.4, 0.6, 50), "bootstrap": interval}
+    figure = figures.accuracy_bars(values, chance={"bootstrap": 0.5}, title="Masks", axis="hidden tokens")
     (bars,) = traces(figure, "bar")
     np.testing.assert_allclose(bars.y, [0.25, 0.5, interval.mean])
     assert np.isnan(bars.error_y.array[0])
     np.testing.assert_allclose(bars.y[2] + bars.error_y.array[2], interval.high)
     labels = figure.layout.xaxis.ticktext
     assert "<img" not in labels[1] and "<b>50.0%</b><br>[40.0, 60.0]" in labels[1]
+    assert figure.layout.yaxis.title.text == "hidden tokens"
+    assert figure.layout.meta["alt"].startswith("Masks: alone 25.0%")
     chance = next(trace for trace in figure.data if trace.name == "chance")
     assert (tuple(chance.x), tuple(chance.y)) == ((2,), (0.5,))
 

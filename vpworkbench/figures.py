@@ -17,7 +17,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -74,14 +74,6 @@ TEMPLATE = go.layout.Template(
 
 class ExportError(RuntimeError):
     """A picture of a figure that cannot be made here; the message says what is missing."""
-
-
-class HasBounds(Protocol):
-    """A mean with its interval: those of `probes.intervals` and of `pretrain`."""
-
-    mean: float
-    low: float
-    high: float
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -352,19 +344,22 @@ def held_out(held_out: HeldOut) -> go.Figure:
 
 
 def accuracy_bars(
-    values: Mapping[str, float | HasBounds],
+    values: Mapping[str, float | Interval],
     *,
     chance: Mapping[str, float] | None = None,
     title: str = "Accuracy",
+    axis: str = "accuracy",
 ) -> go.Figure:
     """Accuracies by name, with intervals where there are some.
 
     Parameters
     ----------
-    values : mapping of str to float or interval
+    values : mapping of str to float or probes.intervals.Interval
         Shares in [0, 1].
     chance : mapping of str to float, optional
         Marked over the bars of the same names.
+    title, axis : str
+        What the shares are, where they are no accuracies.
     """
     chance = dict(chance or {})
     if unknown := [name for name in chance if name not in values]:
@@ -381,9 +376,9 @@ def accuracy_bars(
             marker={"symbol": "line-ew", "size": 46, "line": {"color": VERMILLION, "width": 2.5}},
             hovertemplate="chance %{y:.1%}<extra></extra>", showlegend=True,
         )  # fmt: skip
-    figure.update_yaxes(title_text="accuracy")
+    figure.update_yaxes(title_text=_escaped(axis))
     told = ", ".join(f"{name} {_percent(mean)}" for name, mean in zip(values, means, strict=True))
-    alt = f"Accuracy: {told}."
+    alt = f"{title}: {told}."
     return _finish(figure, title=_escaped(title), alt=alt, width=width)
 
 
@@ -856,7 +851,7 @@ def _layer_ticks(layers: int, first: int = 1) -> dict[str, object]:
 
 def _add_bars(
     figure: go.Figure,
-    values: Mapping[str, float | HasBounds],
+    values: Mapping[str, float | Interval],
     colours: Sequence[str],
     *,
     letters: int,
@@ -883,10 +878,8 @@ def _add_bars(
     return stacked.mean.tolist()
 
 
-def _bounds(value: float | HasBounds) -> Interval:
-    if hasattr(value, "mean") and hasattr(value, "low"):
-        return Interval(float(value.mean), float(value.low), float(value.high), 0)
-    return Interval(float(value), math.nan, math.nan, 0)
+def _bounds(value: float | Interval) -> Interval:
+    return value if isinstance(value, Interval) else Interval(float(value), math.nan, math.nan, 1)
 
 
 def _error_bars(interval: Interval) -> dict[str, object]:

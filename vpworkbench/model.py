@@ -183,11 +183,20 @@ class VisualParsingModel(nn.Module):
         forward = {name: tensor.to(self.device) for name, tensor in inputs.forward.items()}
         return Inputs(forward, *(mask.to(self.device) for mask in inputs[1:]))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes."""
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes.
+
+        Parameters
+        ----------
+        dtype
+            Of the weights in the file, e.g. `torch.float16` for one of half the size; loading widens them again.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        tensors = {
+            name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous().cpu()
+            for name, tensor in self.state_dict().items()
+        }
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(self.settings.model_dump_json(indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)

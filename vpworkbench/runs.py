@@ -64,7 +64,8 @@ class Run:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self.settings = settings
-        self._opened_s = time.monotonic() - _seconds_trained(folder / "metrics.jsonl")
+        self.earlier_s = 0.0  # what earlier processes trained
+        self._opened_s = time.monotonic()
         self._began: tuple[str, float, int] = ("", 0.0, 0)  # what, when, and at how many it was first seen
         self._shown_s = -math.inf
 
@@ -79,7 +80,7 @@ class Run:
     @property
     def wall_s(self) -> float:
         """Seconds since the run was opened, and what earlier processes trained: `step_s` of their metrics, added up."""
-        return round(time.monotonic() - self._opened_s, 1)
+        return round(time.monotonic() - self._opened_s + self.earlier_s, 1)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to `metrics.jsonl`: the step and any numbers (scalar tensors and arrays too)."""
@@ -162,7 +163,9 @@ def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(config, json.dumps(_config(notebook, settings), indent=2) + "\n")
-    return Run(folder, settings)
+    run = Run(folder, settings)
+    run.earlier_s = _seconds_trained(folder / "metrics.jsonl")
+    return run
 
 
 def settings_hash(settings: Settings) -> str:
