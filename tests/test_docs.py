@@ -78,8 +78,7 @@ def test_every_function_exists():
     names = all_named("functions")
     for name in names:
         parts = name.split(".")
-        # modules are written small, classes are not: the module ends before the last small name or a class
-        depth = 2 if parts[0] in ("data", "probes") else 1
+        depth = 2 if parts[0] in ("data", "probes") else 1  # parts that name the module
         module = importlib.import_module(".".join(["vpworkbench", *parts[:depth]]))
         assert parts[depth:], f"{name} is a module"
         assert callable(found := reduce(getattr, parts[depth:], module)) or hasattr(found, "__get__"), name

@@ -10,7 +10,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONDA_NAMES = {"torch": "pytorch"}
+CONDA_NAMES = {"torch": "pytorch", "kaleido": "python-kaleido"}
 
 
 def floors(requirements: list[str]) -> dict[str, str]:

@@ -17,7 +17,14 @@ from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import build_tokenizer, evaluate, load_run, prepare, pretrain, probe
 from vpworkbench.runs import open_run
 
-FEW = {"data.scenes": {"images": 60, "val": 20, "test": 10}, "data.workers": 0, "train.images": 4, "train.log_every": 2}
+FEW = {
+    "data.scenes.images": 60,
+    "data.scenes.val": 20,
+    "data.scenes.test": 10,
+    "data.workers": 0,
+    "train.images": 4,
+    "train.log_every": 2,
+}
 
 
 def few(**parameters):
