@@ -47,6 +47,11 @@ def test_without_ground_truth_the_plain_rule_holds(model, scenes):
             assert (text in pictures[row].captions) == bool(match)
 
 
+def test_case_makes_no_other_text(scenes):
+    picture = Picture("p", scenes[0].image, "train", ("A dog runs.",))
+    assert not picture.denies("a dog RUNS.") and picture.denies("a cat runs.")
+
+
 def test_ungrouped_replaces_half_of_the_images(model, scenes):
     batches = groups(model, scenes, grouped=False)
     matched = torch.cat([batches[step].matched for step in range(60)])

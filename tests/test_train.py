@@ -83,6 +83,43 @@ def test_image_is_encoded_once_for_its_four_texts(scenes):
     assert seen == [8] and len(batch.matched) == 32
 
 
+def test_total_is_eq_10(scenes):
+    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, each a mean: the gradient of the sum written out."""
+    model = narrow_model(scenes)
+    batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
+    objective = Pretraining(settings())
+    ours = gradients(model, objective, batch, 1)
+    model.zero_grad()
+    sums, counts = objective.losses(model, batch), objective.counts(batch)
+    mlm, itm, vla, mfr = (sums[name] / counts[name] for name in ("mlm", "itm", "vla", "mfr"))
+    (mlm + 1 * (itm + 0.1 * vla) + 0.01 * mfr).backward()
+    written = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert largest_difference(ours, written) < 1e-4
+    assert counts["itm"] == counts["vla"] == 16 and counts["mfr"] == 8
+
+
+def test_alignment_stays_in_float32_under_autocast(scenes):
+    model = narrow_model(scenes)
+    batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Pretraining(settings()).losses(model, batch)["vla"].dtype == torch.float32
+
+
+def test_pretrained_batch_norm_is_frozen_and_then_accumulation_is_exact(scenes):
+    model = narrow_model(scenes, family="grid").double()
+    model.visual.freeze_norm = True
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
+    objective = Pretraining(pretrain_settings(visual="grid", init_visual=""))
+    before = model.visual.network.bn1.running_mean.clone()
+    four, one = (gradients(model, objective, batch, count) for count in (4, 1))
+    assert largest_difference(four, one) < 1e-9
+    assert torch.equal(model.visual.network.bn1.running_mean, before)
+
+
 def test_every_objective_reaches_the_visual_side(double_model, scenes):
     batch = group_batches(scenes, double_model, settings().data, images=4, seed=0)[0]
     sums = Pretraining(settings()).losses(double_model, batch)

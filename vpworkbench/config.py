@@ -311,7 +311,7 @@ PRESETS: dict[str, PretrainSettings] = {
     ),
     "ablation-224": PretrainSettings(
         preset="ablation-224",
-        data=DataSettings(text_tokens=40),
+        data=DataSettings(scenes=SceneSettings(images=12_000, val=500, test=500, image_px=224), text_tokens=40),
         visual=VisualSettings(
             image_px=224, patch_px=4, width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7,
             drop_path=0.2, backbone="resnet50", stride=32, patch_width=768,
@@ -321,7 +321,7 @@ PRESETS: dict[str, PretrainSettings] = {
     ),
     "paper-384": PretrainSettings(
         preset="paper-384",
-        data=DataSettings(text_tokens=40),
+        data=DataSettings(scenes=SceneSettings(images=12_000, val=500, test=500, image_px=384), text_tokens=40),
         visual=VisualSettings(
             image_px=384, patch_px=4, width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12,
             drop_path=0.2, backbone="resnet101", stride=32, patch_width=768,

@@ -65,7 +65,7 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
         grid=model.settings.visual.grid,
         parsing=parsing[0].numpy(),
         pick=int(noise[0].argmax()),
-        attention_mask=visual_mask(noise, budget, parsing=parsing)[0].numpy(),
+        attention_mask=visual_mask(noise, budget, parsing=parsing, select=settings.mask.select)[0].numpy(),
         random_mask=visual_mask(noise, budget)[0].numpy(),
         words=model.tokenizer.convert_ids_to_tokens(words.tolist()),
         word_attention=flow.rows[0, -1].mean(dim=0)[:, len(words) :].cpu().numpy(),

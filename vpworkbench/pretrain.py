@@ -70,6 +70,12 @@ def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
 
 def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tuple[VisualParsingModel, list[KeyReport]]:
     """The model of a run, seeded and started from `init_visual` and `init_text`; with the reports of keys."""
+    if not settings.init_visual and settings.optim.lr_visual < 5e-5:
+        log.warning(
+            "visual side from scratch at optim.lr_visual %g: it will hardly learn; the paper starts from ImageNet "
+            "(init_visual), a start from scratch needs a rate of about 2e-4",
+            settings.optim.lr_visual,
+        )
     torch.manual_seed(settings.seed)
     shape = ModelSettings(visual=settings.visual, fusion=settings.fusion, text_tokens=settings.data.text_tokens)
     model = VisualParsingModel(shape, tokenizer)
@@ -150,7 +156,9 @@ class Pretraining:
     @torch.no_grad()
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
         """Variance and effective rank of the visual features: the target of MFR collapses where they fall."""
-        features = model.visual(batch.images[:16]).features.float().flatten(0, 1)
+        training = model.training
+        features = model.eval().visual(batch.images[:16]).features.float().flatten(0, 1)
+        model.train(training)
         return {
             "target_variance": features.var(dim=0).mean().item(),
             "target_rank": effective_rank(features),
@@ -161,7 +169,8 @@ def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tens
     """OT distance of each pair, [CLS], [SEP] and pads left out; (text,)."""
     special = torch.tensor([model.tokenizer.cls_token_id, model.tokenizer.sep_token_id], device=batch.words.device)
     words = batch.word_tokens & ~torch.isin(batch.words, special)
-    return transport_distance(joint.text, joint.vision, words, words.new_ones(joint.vision.shape[:2]))
+    with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
+        return transport_distance(joint.text, joint.vision, words, words.new_ones(joint.vision.shape[:2]))
 
 
 def effective_rank(features: Tensor) -> float:

@@ -144,6 +144,19 @@ class GridFeatures(_Visual):
         super().__init__(settings, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
         self.network = network
         self.width = network.num_features
+        self.freeze_norm = False
+
+    def train(self, mode: bool = True) -> GridFeatures:
+        """With `freeze_norm` (set where weights are taken over) batch norm keeps its statistics, as in DETR.
+
+        From scratch it must follow its batches, and then accumulation is not exact.
+        """
+        super().train(mode)
+        if self.freeze_norm:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c)."""

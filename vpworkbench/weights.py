@@ -117,6 +117,8 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
         For weights that are not there or fit nothing; the remedy is named.
     """
     settings: VisualSettings = visual.settings
+    if hasattr(visual, "freeze_norm"):
+        visual.freeze_norm = True
     if source == "scenes":
         file = shipped_visual(preset, settings.family)
         if not file.exists():

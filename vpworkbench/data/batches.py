@@ -188,7 +188,7 @@ class GroupBatches(Dataset):
         if len(pictures) < 2:
             raise DataError(f"{len(pictures)} pictures: unmatched texts need at least two")
         self.affirmed = _affirmed(pictures)
-        self.pictures = [picture for picture in pictures if picture.captions or self.affirmed[picture.id]]
+        self.pictures = [picture for picture in pictures if picture.captions or self.affirmed[str(picture.image)]]
         if dropped := len(pictures) - len(self.pictures):
             log.warning("%d of %d pictures left out: no text is known to be true of them", dropped, len(pictures))
         self.words, self.settings = words, settings
@@ -251,7 +251,7 @@ class GroupBatches(Dataset):
 
     def _matched(self, picture: Picture, rng: np.random.Generator, count: int) -> list[str]:
         """Its captions; for an image with a false statement alone, others' statements that are true of it."""
-        texts = picture.captions or self.affirmed[picture.id]
+        texts = picture.captions or self.affirmed[str(picture.image)]
         return [texts[i] for i in rng.choice(len(texts), count, replace=len(texts) < count)]
 
     def _unmatched(self, picture: Picture, rng: np.random.Generator) -> str:
@@ -277,7 +277,7 @@ class GroupBatches(Dataset):
 
 
 def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
-    """For pictures without a caption of their own: all texts of the set that are true of them, by picture id.
+    """For pictures without a caption of their own: all texts of the set that are true of them, by image file.
 
     With them a statement that is labelled false of its image still finds a matched partner; else the statements that
     the ground truth cannot decide would only ever be seen matched, and the words alone would give the label away.
@@ -287,7 +287,7 @@ def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
     for picture in pictures:
         if not picture.captions and id(picture.truth) not in by_truth:
             by_truth[id(picture.truth)] = tuple(text for text in texts if picture.affirms(text))
-    return {picture.id: by_truth[id(picture.truth)] for picture in pictures if not picture.captions}
+    return {str(picture.image): by_truth[id(picture.truth)] for picture in pictures if not picture.captions}
 
 
 def stack_images(pictures: Sequence[Picture], image_px: int) -> Tensor:

@@ -151,12 +151,17 @@ class Picture:
 
         By ground truth where there is one; else by the field's plain rule, any text that is not this image's own.
         """
-        if text in self.captions:
+        if _is_among(text, self.captions):
             return False
-        if text in self.foils:
+        if _is_among(text, self.foils):
             return True
         return self.truth is None or self.truth(text) is False
 
     def affirms(self, text: str) -> bool:
         """Whether `text` is known to be true of this image."""
-        return text in self.captions or (self.truth is not None and self.truth(text) is True)
+        return _is_among(text, self.captions) or (self.truth is not None and self.truth(text) is True)
+
+
+def _is_among(text: str, texts: tuple[str, ...]) -> bool:
+    """Case does not count: the tokenizer would make the same words of both."""
+    return text.lower() in (other.lower() for other in texts)
