@@ -129,6 +129,11 @@ class Run:
             raise RunError(f"{self.folder}: not complete (no summary.json); call the run again, it resumes")
         return _read_json(self.folder / "summary.json")
 
+    def show(self, name: str, figure: plotly.graph_objects.Figure) -> plotly.graph_objects.Figure:
+        """Save a figure as a page of the run, and give it back for the notebook to draw."""
+        self.save_figure(name, figure)
+        return figure
+
     def save_figure(self, name: str, figure: plotly.graph_objects.Figure) -> Path:
         """Save a plotly figure as `figures/<name>.html`; the pages share plotly.min.js, no network needed."""
         path = self.folder / "figures" / f"{_safe_name(name)}.html"
