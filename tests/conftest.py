@@ -11,7 +11,8 @@ import torch
 from vpworkbench.config import DataSettings, FusionSettings, ModelSettings, VisualSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.records import Picture
-from vpworkbench.data.scenes import SceneSettings, write_scenes
+from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.pretrain import build_tokenizer
 

@@ -21,9 +21,7 @@ def item(type_: str, color: str, x: float, y: float, size: float = 20) -> dict:
 
 def towers(*columns: str):
     """Towers of blocks, each named from the base up: "yk" is black on yellow."""
-    return read_boxes(
-        [[item("square", COLOUR[c], 40, 80 - 21 * n) for n, c in enumerate(col)] for col in columns]
-    )
+    return read_boxes([[item("square", COLOUR[c], 40, 80 - 21 * n) for n, c in enumerate(col)] for col in columns])
 
 
 TOWERS = towers("yk", "b", "ykk")

@@ -12,7 +12,8 @@ import torch
 from vpworkbench.config import SettingsError, pretrain_settings
 from vpworkbench.data.formats import read_pictures, scenes_folder
 from vpworkbench.data.language import ATTRIBUTE_WORDS
-from vpworkbench.data.scenes import SceneSettings, write_scenes
+from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import build_tokenizer, evaluate, load_run, prepare, pretrain, probe
 from vpworkbench.runs import open_run

@@ -217,9 +217,7 @@ def test_flow_from_attention_equals_the_printed_formula(words, patches):
     vision = torch.arange(size) >= words
     flow = flow_from_attention(attention, vision)
     for start, stop in combinations_with_replacement(range(4), 2):
-        torch.testing.assert_close(
-            flow[start, stop], sum(naive_flow(attention, vision, ~vision, start, stop))
-        )
+        torch.testing.assert_close(flow[start, stop], sum(naive_flow(attention, vision, ~vision, start, stop)))
 
 
 def test_uniform_attention_has_closed_forms():
@@ -261,9 +259,7 @@ def test_max_flow_bounds_and_closed_form():
         torch.testing.assert_close(two[query], through, atol=1e-5, rtol=0)
     vision = torch.arange(6) < 2
     assert 0 < crossing_share(one, vision) < 1
-    torch.testing.assert_close(
-        crossing_share(expected, vision), flow_from_attention(attention[:1], vision)[0, 0]
-    )
+    torch.testing.assert_close(crossing_share(expected, vision), flow_from_attention(attention[:1], vision)[0, 0])
 
 
 def test_shuffled_labels_keep_their_numbers(bert):

@@ -21,8 +21,7 @@ def features(apart=1.0, dtype=torch.float32):
     tokens[1, 30:], tokens[2, :7], tokens[3, 10:14] = False, False, False
     vision = (torch.arange(LENGTH) >= 16).expand(EXAMPLES, -1) & tokens
     hidden = [
-        torch.randn(EXAMPLES, LENGTH, CHANNELS, generator=generator)
-        + vision[..., None] * apart / (layer + 1)
+        torch.randn(EXAMPLES, LENGTH, CHANNELS, generator=generator) + vision[..., None] * apart / (layer + 1)
         for layer in range(LAYERS)
     ]
     return [(part + 3).to(dtype) for part in hidden], vision, tokens
@@ -55,6 +54,18 @@ def test_same_starts_give_scikit_learns_labels_and_nmi():
                 assert (clusters.labels[example][~real] == -1).all()
                 assert clusters.inertia[example] == pytest.approx(found.inertia_, rel=1e-9)
                 assert abs(nmi[example, layer] - expected) <= 1e-6
+
+
+def test_a_run_stops_where_scikit_learns_tolerance_stops_it():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1500, 2, generator=generator, dtype=torch.double)  # settles slowly
+    tokens = torch.ones(1, 1500, dtype=torch.bool)
+    start = torch.tensor([[-0.5, 3.0], [0.0, 2.0]], dtype=torch.float64)
+    labels = cluster_tokens(hidden, tokens, starts=start[None, None]).labels[0].numpy()
+    options = {"init": start.numpy(), "n_init": 1, "algorithm": "lloyd"}
+    stopped = KMeans(2, **options).fit_predict(hidden[0].numpy())
+    assert (labels == stopped).all()
+    assert (labels != KMeans(2, tol=0, **options).fit_predict(hidden[0].numpy())).any()
 
 
 def test_an_empty_cluster_takes_the_farthest_token_as_in_scikit_learn():

@@ -74,7 +74,8 @@ def scenes(
 ) -> None:
     """Generate scenes with exact ground truth, in the published formats."""
     from vpworkbench.config import checked
-    from vpworkbench.data.scenes import SceneSettings, write_scenes
+    from vpworkbench.data.scene_files import write_scenes
+    from vpworkbench.data.scenes import SceneSettings
 
     given = {
         "images": images, "val": val, "test": test,

@@ -128,9 +128,7 @@ def tokens(image: np.ndarray, grid: int | tuple[int, int]) -> go.Figure:
     return _finish(figure, title="Visual tokens", alt=alt)
 
 
-def parsing(
-    image: np.ndarray, attention: ArrayLike, picks: Sequence[int], grid: int | tuple[int, int]
-) -> go.Figure:
+def parsing(image: np.ndarray, attention: ArrayLike, picks: Sequence[int], grid: int | tuple[int, int]) -> go.Figure:
     """Where picked visual tokens look: the image, darkened by each pick's row of the parsing attention.
 
     Parameters
@@ -292,9 +290,7 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
         if smooth:
             mean = numeric[name].rolling(max(5, len(metrics) // 12), center=True, min_periods=1).mean()
             line = {"color": colour, "width": 2}
-            figure.add_scatter(
-                x=metrics["step"], y=mean, name=f"{label}, mean", mode="lines", line=line, **place
-            )
+            figure.add_scatter(x=metrics["step"], y=mean, name=f"{label}, mean", mode="lines", line=line, **place)
         if name == "lr_share":
             figure.update_yaxes(tickformat=".0%", **place)
         if index + columns >= len(names):
@@ -425,9 +421,7 @@ def flow_curves(
     figure.update_yaxes(title_text="attention that crosses", col=1)
     ends = f"{_ends(curves[0], 'from the input')}; {_ends(curves[1], 'within a layer')}"
     title = f"Inter-Modality Flow, mean and 95% band over {_examples(curves[0])}"
-    return _finish(
-        figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}."
-    )
+    return _finish(figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}.")
 
 
 def flow_triangle(flow: ArrayLike) -> go.Figure:
@@ -557,9 +551,7 @@ def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, lay
     return _finish(figure, title=f"Tokens by modality, layer {layer + 1}", alt=alt, width=560, height=400)
 
 
-def word_attention(
-    words: Sequence[str], weights: ArrayLike, *, title: str = "Attention on words"
-) -> go.Figure:
+def word_attention(words: Sequence[str], weights: ArrayLike, *, title: str = "Attention on words") -> go.Figure:
     """Attention on each token of a sentence.
 
     Parameters
@@ -618,9 +610,7 @@ class _Panel(NamedTuple):
     captions: str | Sequence[str]
 
 
-def _panels(
-    panels: Sequence[_Panel], *, columns: int, panel_px: int, grid: tuple[int, int] | None = None
-) -> go.Figure:
+def _panels(panels: Sequence[_Panel], *, columns: int, panel_px: int, grid: tuple[int, int] | None = None) -> go.Figure:
     """Images in rows with their captions under them, every one on axes of its own.
 
     Axes count tokens where there is a grid, pixels elsewhere, from the upper left corner; they are not shown.
@@ -655,9 +645,7 @@ def _add(figure: go.Figure, panel: int, *traces: go.Scatter | go.Heatmap | go.Im
         figure.add_trace(trace.update(xaxis=f"x{number}", yaxis=f"y{number}"))
 
 
-def _add_hidden_axes(
-    figure: go.Figure, panel: int, x: list[float], y: list[float], extent: tuple[int, int]
-) -> None:
+def _add_hidden_axes(figure: go.Figure, panel: int, x: list[float], y: list[float], extent: tuple[int, int]) -> None:
     number = "" if panel == 0 else str(panel + 1)
     rows, columns = extent
     axis = {"visible": False, "constrain": "domain"}
@@ -691,9 +679,7 @@ def _cover(mask: np.ndarray, rows: int, columns: int) -> go.Heatmap:
     return _overlay(np.where(mask, 1.0, np.nan), rows, columns, scale, zmax=1, hover="hidden")
 
 
-def _overlay(
-    values: np.ndarray, rows: int, columns: int, scale: list[list], *, zmax: float, hover: str
-) -> go.Heatmap:
+def _overlay(values: np.ndarray, rows: int, columns: int, scale: list[list], *, zmax: float, hover: str) -> go.Heatmap:
     numbers = np.arange(rows * columns).reshape(rows, columns).astype(str)
     return go.Heatmap(
         z=values.reshape(rows, columns), x0=0.5, y0=0.5, dx=1, dy=1, zmin=0, zmax=zmax, showscale=False,

@@ -207,9 +207,7 @@ def shipped_run() -> Path:
     """The run of the tiny model that ships with the repository, in `papermill_runs/gallery/`."""
     for root in _repositories():
         return root / "papermill_runs" / GALLERY / "01_pretrain-tiny"
-    raise FileNotFoundError(
-        "the tiny model ships with the repository: work in a clone of it, or name a checkpoint"
-    )
+    raise FileNotFoundError("the tiny model ships with the repository: work in a clone of it, or name a checkpoint")
 
 
 def list_runs(root: Path | None = None) -> pd.DataFrame:
@@ -219,9 +217,7 @@ def list_runs(root: Path | None = None) -> pd.DataFrame:
     """
     root = Path(root) if root else runs_root()
     rows = [
-        _row(config.parent)
-        for config in sorted(root.glob("*/*/config.json"))
-        if config.parent.parent.name != GALLERY
+        _row(config.parent) for config in sorted(root.glob("*/*/config.json")) if config.parent.parent.name != GALLERY
     ]
     return pd.DataFrame(rows, columns=None if rows else ["notebook", "name", "complete", "seed"])
 
@@ -453,9 +449,7 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
             for statement in ast.parse("".join(cell["source"])).body:
                 if isinstance(statement, ast.AnnAssign) and statement.value:
                     value = ast.literal_eval(statement.value)
-                    a_float = (
-                        ast.unparse(statement.annotation) == "float"
-                    )  # `epochs: float = 0` takes 0.5 too
+                    a_float = ast.unparse(statement.annotation) == "float"  # `epochs: float = 0` takes 0.5 too
                     values[ast.unparse(statement.target)] = float(value) if a_float else value
                 elif isinstance(statement, ast.Assign):
                     values[ast.unparse(statement.targets[0])] = ast.literal_eval(statement.value)

@@ -22,7 +22,8 @@ from vpworkbench.config import VisualInitSettings
 from vpworkbench.data.batches import stack_images
 from vpworkbench.data.formats import read_pictures, scenes_folder
 from vpworkbench.data.records import Picture
-from vpworkbench.data.scenes import COLOURS, SHAPES, write_scenes
+from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.data.scenes import COLOURS, SHAPES
 from vpworkbench.runs import Run
 from vpworkbench.train import fit
 from vpworkbench.visual import build_visual

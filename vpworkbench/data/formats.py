@@ -20,7 +20,8 @@ from pydantic import BaseModel, Field, ValidationError
 from vpworkbench.config import DataSettings
 from vpworkbench.data import language, nlvr1
 from vpworkbench.data.records import DataError, Picture, archive, image_file
-from vpworkbench.data.scenes import Scene, SceneSettings, write_scenes
+from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.data.scenes import Scene, SceneSettings
 
 log = logging.getLogger(__name__)
 

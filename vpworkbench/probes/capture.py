@@ -68,9 +68,7 @@ class AttentionCall:
         """What the model expects: (example, query, head, channel)."""
         return self._fused(self.query, self.key, self.value)
 
-    def carry(
-        self, columns: Tensor, scratch: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def carry(self, columns: Tensor, scratch: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The layer's output, and `softmax(Q K^T) columns` for every head, from one fused call.
 
         The columns ride as extra values. The fused kernels want one width for queries, keys and
@@ -411,10 +409,7 @@ def _hidden_states_of_blocks(
             for block in blocks:
                 block.register_forward_hook(hook(name), with_kwargs=True)
         run_model(model, inputs)
-    owners = {
-        max((name for name in states if layer.startswith(name + ".")), key=len, default="")
-        for layer in attended
-    }
+    owners = {max((name for name in states if layer.startswith(name + ".")), key=len, default="") for layer in attended}
     if len(owners) != 1 or not owners <= set(states):
         raise ValueError(
             f"{type(model).__name__} has {len(owners)} stacks of layers that match "
@@ -463,9 +458,7 @@ def _attend(
     return handler(call), None
 
 
-def _with_bias(
-    bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor
-) -> Tensor:
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
     from transformers.integrations.sdpa_attention import create_position_bias_mask  # since 5.x
 
     return create_position_bias_mask(bias, mask, causal, query, key)

@@ -32,9 +32,7 @@ from vpworkbench.probes.capture import (
 from vpworkbench.probes.modality import Modalities, both_modalities
 
 
-def flow_from_attention(
-    attention: Tensor, vision: Tensor, *, language: Tensor | None = None
-) -> Tensor:
+def flow_from_attention(attention: Tensor, vision: Tensor, *, language: Tensor | None = None) -> Tensor:
     """Share of attention that crosses the modalities, for every span of layers (paper Eq. 2-6).
 
     Parameters
@@ -228,9 +226,7 @@ def check(
 
     tensors = [value for value in inputs.values() if torch.is_tensor(value)]
     count = examples if all(len(value) == len(vision) for value in tensors) else len(vision)
-    short = {
-        key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()
-    }
+    short = {key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()}
     sets = Modalities(*(part[:count] for part in sets))
     fused = inter_modality_flow(model, short, sets.vision, sets.tokens, language=sets.language,
                                 layers=layers)  # fmt: skip
@@ -350,9 +346,7 @@ class _Recorder:
             rows=None if self.rows is None else torch.stack(self.rows.weights, dim=1),
             columns=None if self.columns is None else torch.stack(self.columns.weights, dim=1),
             rows_from_input=None if self.rows is None else self.rows.from_input(),
-            columns_from_input=(
-                None if self.columns is None else torch.stack(self.columns.from_input, dim=1)
-            ),
+            columns_from_input=(None if self.columns is None else torch.stack(self.columns.from_input, dim=1)),
         )
 
     def _move_to(self, query: Tensor) -> None:
@@ -537,10 +531,7 @@ def _crossing_by_head(reach: Tensor, sets: Modalities) -> Tensor:
 
 def _sums(reach: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
     """`reach` (example, token, ..., set) summed over the queries in L and over those in V."""
-    return tuple(
-        torch.einsum("et,et...->e...", queries.to(reach), reach)
-        for queries in (sets.language, sets.vision)
-    )
+    return tuple(torch.einsum("et,et...->e...", queries.to(reach), reach) for queries in (sets.language, sets.vision))
 
 
 def _crossing_by_token(reach: Tensor, sets: Modalities) -> Tensor:

@@ -17,9 +17,7 @@ class Interval(NamedTuple):
     count: np.ndarray  # samples that were not nan
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = 2000
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = 2000) -> Interval:
     """Percentile bootstrap of the mean over samples.
 
     Parameters

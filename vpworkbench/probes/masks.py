@@ -36,9 +36,7 @@ def object_tokens(object_map: Tensor, grid: tuple[int, int]) -> Tensor:
     if object_map.is_floating_point() or object_map.dtype == torch.bool:
         raise ValueError(f"object_map must hold whole numbers, not {object_map.dtype}")
     if not (0 < rows <= height and 0 < columns <= width):
-        raise ValueError(
-            f"{height} x {width} pixels cannot be divided by {rows} x {columns} tokens"
-        )
+        raise ValueError(f"{height} x {width} pixels cannot be divided by {rows} x {columns} tokens")
     device = object_map.device
     row = torch.arange(height, device=device) * rows // height
     column = torch.arange(width, device=device) * columns // width
@@ -95,9 +93,7 @@ class MaskComparison(NamedTuple):
     on_background: int  # images left out because the pick lies on no object
 
 
-def compare_masks(
-    masked: Tensor, pick: Tensor, objects: Tensor, *, seed: int = 0
-) -> MaskComparison:
+def compare_masks(masked: Tensor, pick: Tensor, objects: Tensor, *, seed: int = 0) -> MaskComparison:
     """Mask probe over images, against its random control; parameters as for `mask_on_object`."""
     share = mask_on_object(masked, pick, objects).cpu().double().numpy()
     control = random_on_object(masked, pick, objects).cpu().double().numpy()

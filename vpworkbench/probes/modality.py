@@ -44,10 +44,7 @@ def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -
         if value is None:
             continue
         if value.dtype != torch.bool or value.ndim != 2:
-            raise ValueError(
-                f"{name} must be bool of shape (example, token), not {value.dtype} "
-                f"{tuple(value.shape)}"
-            )
+            raise ValueError(f"{name} must be bool of shape (example, token), not {value.dtype} {tuple(value.shape)}")
         if value.shape != vision.shape:
             raise ValueError(
                 f"vision is {tuple(vision.shape)} but {name} is {tuple(value.shape)}: both cover "

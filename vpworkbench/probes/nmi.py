@@ -146,9 +146,7 @@ def _two_components(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return coordinates.masked_fill(~real[..., None], torch.nan), explained
 
 
-def _checked(
-    hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, language: Tensor | None
-) -> Modalities:
+def _checked(hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, language: Tensor | None) -> Modalities:
     sets = modalities(vision, tokens, language)
     counted = sets.vision | sets.language
     if len(hidden_states) == 0:
@@ -229,9 +227,7 @@ def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Cen
     cumulated = near.cumsum(dim=-1)
     wanted = draws[:, 1:] * cumulated[..., -1:]  # example restart trial
     candidates = torch.searchsorted(cumulated, wanted).clamp(max=real.shape[1] - 1)
-    left = [
-        torch.minimum(near, distances(candidate)).sum(dim=-1) for candidate in candidates.unbind(-1)
-    ]
+    left = [torch.minimum(near, distances(candidate)).sum(dim=-1) for candidate in candidates.unbind(-1)]
     best = torch.stack(left, dim=-1).argmin(dim=-1, keepdim=True)
     picked = torch.cat([first[..., None], candidates.gather(2, best)], dim=-1)  # example restart 2
     index = picked.flatten(1)[:, None].expand(-1, real.shape[1], -1)
@@ -301,9 +297,7 @@ def _means(products: Tensor, real: Tensor, members: Tensor) -> _Centres:
     )
     towards = products @ one
     square = (one * towards).sum(dim=1)
-    return _Centres(
-        towards[..., None] * sign_over_count[:, None], square[..., None] * sign_over_count.square()
-    )
+    return _Centres(towards[..., None] * sign_over_count[:, None], square[..., None] * sign_over_count.square())
 
 
 def _shift(old: _Centres, new: _Centres, real: Tensor, members: Tensor) -> Tensor:
