@@ -35,8 +35,9 @@ def sklearn_run(hidden, vision, tokens, **options):
     return found, normalized_mutual_info_score(truth, found.labels_)
 
 
-def test_same_starts_give_scikit_learns_labels_and_nmi():
-    hidden, vision, tokens = features()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_starts_give_scikit_learns_labels_and_nmi(dtype):
+    hidden, vision, tokens = features(dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     starts = torch.randn(LAYERS, EXAMPLES, 2, 2, CHANNELS, generator=generator) + 3
     for restart in range(2):
@@ -52,7 +53,7 @@ def test_same_starts_give_scikit_learns_labels_and_nmi():
                 )  # fmt: skip
                 assert (clusters.labels[example][real].numpy() == found.labels_).all()
                 assert (clusters.labels[example][~real] == -1).all()
-                assert clusters.inertia[example] == pytest.approx(found.inertia_, rel=1e-9)
+                assert clusters.inertia[example] == pytest.approx(found.inertia_, rel=1e-5)
                 assert abs(nmi[example, layer] - expected) <= 1e-6
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vpworkbench.probes.modality import Modalities, modalities
 
 _ITERATIONS, _TOLERANCE, _TRIALS = 300, 1e-4, 2  # scikit-learn's; 2 + log(k) trials of k-means++
-_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}  # a processor's cache likes small ones
 
 
 class Clusters(NamedTuple):
@@ -100,13 +100,16 @@ def cluster_tokens(
     """
     parts = []
     for chunk in _chunks(hidden):
-        centred, real = _centred(hidden[chunk], tokens.to(hidden.device)[chunk])
+        real = tokens.to(hidden.device)[chunk]
+        centred, mean = _centred(hidden[chunk], real)
         products = centred @ centred.transpose(1, 2)  # example token token
+        if hidden.device.type != "mps":  # differences of squares below need the digits
+            products = products.double()
         if starts is None:
             begun = _plus_plus(products, real, restarts, seed)
         else:
-            mean = _mean(hidden[chunk].to(centred), real)
-            begun = _from_centres(centred, starts[chunk].to(centred) - mean[:, None, None])
+            centres = starts[chunk].to(products) - mean[:, None, None].to(products)
+            begun = _from_centres(centred.to(products), centres)
         scale = _TOLERANCE / hidden.shape[-1]
         parts.append(_lloyd(products, real, begun, scale))
     return Clusters(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -137,7 +140,8 @@ def modality_pca(
 
 
 def _two_components(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    centred, real = _centred(hidden, tokens.to(hidden.device))
+    real = tokens.to(hidden.device)
+    centred, _ = _centred(hidden, real)
     left, singular, loadings = torch.linalg.svd(centred, full_matrices=False)
     left, loadings = left[..., :2], loadings[:, :2]
     largest = loadings.gather(2, loadings.abs().argmax(dim=2, keepdim=True))[..., 0]
@@ -157,7 +161,8 @@ def _checked(hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, la
                 f"hidden_states[{layer}] is {tuple(hidden.shape)}, but vision covers "
                 f"{tuple(vision.shape)}: (example, token, channel) and (example, token) are needed"
             )
-        broken = ~hidden.isfinite().all(dim=2) & counted.to(hidden.device)
+        total = hidden.sum(dim=2, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        broken = ~total.isfinite() & counted.to(hidden.device)
         if broken.any():
             examples = broken.any(dim=1).nonzero().flatten().tolist()
             raise ValueError(f"hidden_states[{layer}] holds nan or infinity in examples {examples}")
@@ -175,20 +180,21 @@ def _checked(hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, la
 def _chunks(hidden: Tensor) -> Iterator[slice]:
     """Slices of examples whose features and products fit in a bounded memory."""
     examples, tokens, channels = hidden.shape
-    size = max(1, _CHUNK_BYTES // (8 * tokens * (tokens + channels)))
+    budget = _CHUNK_BYTES.get(hidden.device.type, 2**28)
+    size = max(1, budget // (8 * tokens * (tokens + channels)))
     return (slice(start, start + size) for start in range(0, examples, size))
 
 
 def _centred(hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Features less their mean over real tokens, so that products lose no digits; 0 elsewhere."""
-    dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
-    hidden = hidden.detach().masked_fill(~real[..., None], 0).to(dtype)
-    return (hidden - _mean(hidden, real)[:, None]).masked_fill_(~real[..., None], 0), real
+    """Features less their mean over real tokens, so that products lose no digits; 0 elsewhere.
 
-
-def _mean(hidden: Tensor, real: Tensor) -> Tensor:
-    total = hidden.masked_fill(~real[..., None], 0).sum(dim=1)
-    return total / real.sum(dim=1, keepdim=True).clamp(min=1)
+    In place on one copy: copying is a third of the work otherwise. Returns the mean too.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)  # as scikit-learn: the data's own
+    padding = ~real[..., None]
+    centred = hidden.detach().to(dtype, copy=True).masked_fill_(padding, 0)
+    mean = centred.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
+    return centred.sub_(mean[:, None]).masked_fill_(padding, 0), mean
 
 
 class _Centres(NamedTuple):
@@ -235,7 +241,19 @@ def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Cen
     return _Centres(towards, square.gather(1, picked.flatten(1)).unflatten(1, (restarts, 2)))
 
 
-def _lloyd(products: Tensor, real: Tensor, centres: _Centres, scale: float) -> Clusters:
+class _Means(NamedTuple):
+    """Two cluster means for each restart.
+
+    Centred tokens add up to 0, so the sum of cluster 0 is minus that of cluster 1, and the inner
+    products with one of them give everything.
+    """
+
+    towards: Tensor  # (example, token, restart) inner product of token and sum of cluster 1
+    square: Tensor  # (example, restart) squared length of that sum
+    share: Tensor  # (example, restart, 2) 1 / size of each cluster
+
+
+def _lloyd(products: Tensor, real: Tensor, starts: _Centres, scale: float) -> Clusters:
     """Lloyd's algorithm for all restarts of all examples at once, with scikit-learn's rules.
 
     Parameters
@@ -244,31 +262,68 @@ def _lloyd(products: Tensor, real: Tensor, centres: _Centres, scale: float) -> C
         Times the mean squared length of a token: shift of the centres at which a run stops.
     """
     square = products.diagonal(dim1=1, dim2=2)  # example token
-    limit = scale * square.sum(dim=1) / real.sum(dim=1).clamp(min=1)
-    labels = torch.zeros_like(centres.towards[..., 0], dtype=torch.bool)  # example token restart
-    running = torch.ones_like(centres.square[..., 0], dtype=torch.bool)  # example restart
-    for step in range(_ITERATIONS):
-        assigned = _nearest(centres, real)
-        members = _without_empty(assigned, real, square, centres)
-        moved = _means(products, real, members)
-        shift = _shift(centres, moved, real, members)
-        unchanged = (assigned == labels).all(dim=1) & (step > 0)
-        labels = assigned
-        # a run that has stopped keeps its centres while its neighbours go on
-        centres = _Centres(
-            torch.where(running[:, None, :, None], moved.towards, centres.towards),
-            torch.where(running[..., None], moved.square, centres.square),
-        )
-        running = running & ~unchanged & (shift > limit[:, None])
-        if not running.any():
+    limit = (scale * square.sum(dim=1) / real.sum(dim=1).clamp(min=1))[:, None]
+    members = _without_empty(_nearest(starts, real), real, square, starts)
+    means = done = _means(products, real, members)
+    running = _first_shift(starts, means, real, members) > limit  # example restart
+    alive = torch.arange(len(real), device=real.device)  # examples with a run still going
+    going = _Going(products, real, square, limit, members, running)
+    for _ in range(_ITERATIONS - 1):
+        keep = going.running.any(dim=1)
+        if not keep.any():
             break
-    return _best(_nearest(centres, real), real, square, centres)
+        if 2 * int(keep.sum()) <= len(alive):  # else the copy costs more than it saves
+            done = _put(done, alive, means)
+            alive, means = alive[keep], _Means(*(part[keep] for part in means))
+            going = _Going(*(part[keep] for part in going))
+        means, going = _step(means, going)
+    return _best(_put(done, alive, means), real, square)
+
+
+class _Going(NamedTuple):
+    """What a step of Lloyd's algorithm reads, for the examples that have not settled."""
+
+    products: Tensor  # (example, token, token)
+    real: Tensor  # (example, token)
+    square: Tensor  # (example, token)
+    limit: Tensor  # (example, 1)
+    members: Tensor  # (example, token, restart) bool: cluster 1
+    running: Tensor  # (example, restart) bool
+
+
+def _step(means: _Means, going: _Going) -> tuple[_Means, _Going]:
+    products, real, square, limit, members, running = going
+    assigned = _nearer(means, real)
+    count = assigned.sum(dim=1)
+    if ((count == 0) | (count == real.sum(dim=1, keepdim=True))).any():
+        assigned = _without_empty(assigned, real, square, _as_centres(means))
+    moved = _means(products, real, assigned)
+    changed = (assigned != members).any(dim=1)
+    still = running & changed & (_shift(means, moved, assigned) > limit)
+    # a run that has stopped keeps its means while its neighbours go on
+    means = _Means(
+        torch.where(running[:, None], moved.towards, means.towards),
+        torch.where(running, moved.square, means.square),
+        torch.where(running[..., None], moved.share, means.share),
+    )
+    return means, going._replace(members=assigned, running=still)
+
+
+def _put(done: _Means, alive: Tensor, means: _Means) -> _Means:
+    """`done` with the examples in `alive` brought up to date."""
+    return _Means(*(old.index_copy(0, alive, new) for old, new in zip(done, means, strict=True)))
 
 
 def _nearest(centres: _Centres, real: Tensor) -> Tensor:
     """(example, token, restart) bool: True where the second centre is strictly nearer."""
     away = centres.square[:, None] - 2 * centres.towards  # squared distance less the token's own
     return (away[..., 1] < away[..., 0]) & real[..., None]
+
+
+def _nearer(means: _Means, real: Tensor) -> Tensor:
+    """As `_nearest`, with both distances worked out into one comparison."""
+    threshold = means.square * (means.share[..., 1] - means.share[..., 0]) / 2
+    return (means.towards > threshold[:, None]) & real[..., None]
 
 
 def _without_empty(assigned: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Tensor:
@@ -284,27 +339,34 @@ def _without_empty(assigned: Tensor, real: Tensor, square: Tensor, centres: _Cen
     return torch.where((empty & ~pointless)[:, None], swapped, assigned)
 
 
-def _means(products: Tensor, real: Tensor, members: Tensor) -> _Centres:
-    """Means of both clusters.
-
-    Centred tokens add up to 0, so the sum of cluster 0 is minus that of cluster 1, and one product
-    serves both.
-    """
+def _means(products: Tensor, real: Tensor, members: Tensor) -> _Means:
     one = members.to(products)
     ones = one.sum(dim=1)  # example restart
-    sign_over_count = torch.stack(
-        [-1 / (real.sum(dim=1, keepdim=True) - ones).clamp(min=1), 1 / ones.clamp(min=1)], dim=-1
-    )
+    sizes = torch.stack([real.sum(dim=1, keepdim=True) - ones, ones], dim=-1)
     towards = products @ one
-    square = (one * towards).sum(dim=1)
-    return _Centres(towards[..., None] * sign_over_count[:, None], square[..., None] * sign_over_count.square())
+    return _Means(towards, (one * towards).sum(dim=1), 1 / sizes.clamp(min=1))
 
 
-def _shift(old: _Centres, new: _Centres, real: Tensor, members: Tensor) -> Tensor:
-    """(example, restart): squared distance that both centres moved, the new means of `members`."""
+def _as_centres(means: _Means) -> _Centres:
+    signed = means.share * means.share.new_tensor([-1.0, 1.0])
+    return _Centres(means.towards[..., None] * signed[:, None], means.square[..., None] * signed**2)
+
+
+def _first_shift(old: _Centres, new: _Means, real: Tensor, members: Tensor) -> Tensor:
+    """(example, restart): squared distance from the starts to the means of `members`."""
     both = torch.stack([real[..., None] & ~members, members], dim=-1).to(old.towards)
-    between = (both * old.towards).sum(dim=1) / both.sum(dim=1).clamp(min=1)
-    return (new.square - 2 * between + old.square).sum(dim=-1)
+    between = (both * old.towards).sum(dim=1) * new.share
+    return (_as_centres(new).square - 2 * between + old.square).sum(dim=-1)
+
+
+def _shift(old: _Means, new: _Means, members: Tensor) -> Tensor:
+    """As `_first_shift`, from means to means."""
+    between = (members * old.towards).sum(dim=1)
+    return (
+        new.square * new.share.square().sum(dim=-1)
+        - 2 * between * (old.share * new.share).sum(dim=-1)
+        + old.square * old.share.square().sum(dim=-1)
+    )
 
 
 def _distances(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Tensor:
@@ -314,8 +376,9 @@ def _distances(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) 
     return own.clamp(min=0) * real[..., None]
 
 
-def _best(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Clusters:
-    inertia = _distances(labels, real, square, centres).sum(dim=1)  # example restart
+def _best(means: _Means, real: Tensor, square: Tensor) -> Clusters:
+    labels = _nearer(means, real)
+    inertia = _distances(labels, real, square, _as_centres(means)).sum(dim=1)  # example restart
     best = inertia.argmin(dim=1, keepdim=True)
     index = best[:, None].expand(-1, labels.shape[1], -1)
     chosen = labels.gather(2, index)[..., 0].long().masked_fill(~real, -1)
