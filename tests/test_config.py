@@ -24,6 +24,9 @@ def test_presets_state_the_paper():
     assert paper.mask.budget == 7 and paper.loss.itm == 1 and paper.loss.mfr == 0.01 and paper.loss.vla == 0.1
     assert (paper.data.matched_per_image, paper.data.unmatched_per_image) == (2, 2)
     assert paper.train.images * 4 == 2048  # Sec. 4.1: batch size 2048, in pairs
+    assert paper.step_size() == {
+        "images_per_step": 512, "pairs_per_step": 2048, "tokens_per_step": 2048 * (40 + 144)
+    }  # fmt: skip
     ablation = PRESETS["ablation-224"]
     assert ablation.visual.tokens == 49 and ablation.fusion.layers == 3
     assert ablation.mask.tokens_of(ablation.visual) == 7
@@ -67,6 +70,16 @@ def test_settings_are_frozen_and_written_back():
     with pytest.raises(ValidationError):
         settings.seed = 5
     assert PretrainSettings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_only_paths_are_made_absolute(tmp_path, monkeypatch):
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "sets" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    settings = pretrain_settings(data=["scenes", "sets/mine", "sets/other"], init_text="./sets", init_visual="scenes")
+    assert settings.data.sets == ("scenes", str(tmp_path / "sets" / "mine"), "sets/other")
+    assert settings.init_text == str(tmp_path / "sets") and settings.init_visual == "scenes"
+    assert probe_settings(checkpoint="sets/mine").checkpoint == str(tmp_path / "sets" / "mine")
 
 
 def test_other_notebooks_have_settings_too():

@@ -120,6 +120,15 @@ def test_training_images_of_an_evaluation_split_are_dropped(tmp_path, caplog):
     assert "1 training images are also in val or test" in caplog.text
 
 
+def test_copies_in_training_become_one_picture(tmp_path, caplog):
+    """Else one copy's caption could serve as an unmatched text of the other."""
+    path = karpathy(tmp_path)
+    (tmp_path / "images" / "2.png").write_bytes((tmp_path / "images" / "0.png").read_bytes())
+    splits = split_pictures([read_pictures(path)])
+    assert [picture.captions for picture in splits["train"]] == [("A dog runs 0 .", "A dog runs 2 .")]
+    assert "1 training images are copies of others" in caplog.text
+
+
 def test_scenes_are_read_with_their_truth(scenes):
     assert Counter(picture.split for picture in scenes) == {"train": 60, "val": 20, "test": 10}
     assert all(len(picture.captions) == 5 for picture in scenes)

@@ -62,6 +62,13 @@ def test_sine_position_is_detrs():
                     assert abs(code[row * grid + column, half * width // 2 + channel].item() - expected) < 1e-5
 
 
+def test_position_is_added_behind_the_linear_layer_and_before_the_norm():
+    fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()
+    features = torch.randn(2, 9, 32)
+    written = fusion.vision_norm(fusion.vision_in(features) + sine_position(3, 48))
+    torch.testing.assert_close(fusion.embed_vision(features), written)
+
+
 def test_masked_tokens_look_alike():
     """What a masked token held cannot be read from its embedding."""
     fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()

@@ -55,7 +55,19 @@ def test_prepared_sets_are_words_and_visual_tokens(model, scenes):
     words = inputs.forward["words"].shape[1]
     assert inputs.vision[:, words:].all() and not inputs.vision[:, :words].any()
     assert (inputs.tokens[:, :words] == (inputs.forward["words"] != 0)).all()
-    assert (inputs.special.sum(dim=1) == 2).all()
+    assert (inputs.language == inputs.tokens & ~inputs.vision).all()
+    without = model.prepare(scenes[:1], [scenes[0].captions[0]], special_tokens="exclude")
+    left_out = without.tokens & ~without.vision & ~without.language
+    ids = without.forward["words"][0][left_out[0, : without.forward["words"].shape[1]]]
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "[SEP]"]
+
+
+def test_word_head_is_the_transposed_embedding_and_itm_reads_the_raw_cls(model, scenes):
+    with torch.no_grad():
+        joint = model(**pairs(model, scenes).forward)
+        written = joint.text @ model.fusion.bert.embeddings.word_embeddings.weight.T + model.mlm_bias
+    torch.testing.assert_close(model.word_logits(joint.text), written)
+    assert torch.equal(joint.cls, joint.hidden[-1][:, 0]) and model.itm.out_features == 2
 
 
 def test_as_many_texts_as_images(model, scenes):

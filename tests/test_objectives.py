@@ -11,6 +11,7 @@ from torch.nn import functional
 from vpworkbench.objectives import (
     cosine_cost,
     hidden_words,
+    hide_pixels,
     image_text_matching,
     masked_feature_regression,
     masked_language_modeling,
@@ -139,6 +140,15 @@ def test_mfr_is_eq_9():
     printed = sum(torch.linalg.vector_norm(p - t) ** 2 for p, t in zip(predicted, target, strict=True))
     torch.testing.assert_close(masked_feature_regression(predicted, target, reduction="sum"), printed)
     torch.testing.assert_close(masked_feature_regression(predicted, target), printed / 8)
+
+
+def test_hidden_pixels_are_the_squares_of_hidden_tokens():
+    images = torch.randint(0, 100, (2, 3, 12, 12), dtype=torch.uint8)
+    masked = torch.zeros(2, 9, dtype=torch.bool)
+    masked[0, 5] = masked[1, 0] = True
+    hidden = hide_pixels(images, masked)
+    assert (hidden[0, :, 4:8, 8:] == 128).all() and (hidden[1, :, :4, :4] == 128).all()
+    assert int((hidden != images).sum()) == 2 * 3 * 16 and not (images == 128).any()
 
 
 def test_likelihoods_are_eq_7_and_8():

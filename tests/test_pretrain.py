@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import narrow_model
 
 from vpworkbench.config import SettingsError, pretrain_settings
 from vpworkbench.data.formats import read_pictures, scenes_folder
@@ -15,7 +16,17 @@ from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.model import CheckpointError
-from vpworkbench.pretrain import build_tokenizer, evaluate, load_run, prepare, pretrain, probe
+from vpworkbench.pretrain import (
+    Pretraining,
+    build_tokenizer,
+    effective_rank,
+    evaluate,
+    group_batches,
+    load_run,
+    prepare,
+    pretrain,
+    probe,
+)
 from vpworkbench.runs import open_run
 
 FEW = {
@@ -35,7 +46,7 @@ def few(**parameters):
 @pytest.mark.parametrize(
     "parameters",
     [{"masking": "none"}, {"masking": "random"}, {"masking": "attention"}, {"visual": "grid", "init_visual": ""},
-     {"visual": "patch", "init_visual": ""}, {"overrides": {"data.grouped": False}},
+     {"visual": "patch", "init_visual": ""}, {"overrides": {"mask.where": "pixels"}}, {"overrides": {"data.grouped": False}},
      {"overrides": {"loss.vla": 0.0, "mask.select": "symmetric", "fusion.visual_type": True}}],
 )  # fmt: skip
 def test_trains_and_is_probed(parameters):
@@ -50,6 +61,42 @@ def test_trains_and_is_probed(parameters):
     probed = probe(prepared.model, prepared.splits["val"], images=20)
     assert probed.flow.shape == (20, 3, 3) and probed.nmi.shape == (20, 4)
     assert (probed.within_layer > 0).all() and (probed.within_layer < 1).all()
+
+
+def test_effective_rank_counts_directions():
+    """exp of the spectrum's entropy: n equal directions count n, whatever their length."""
+    directions = torch.eye(6)[:4] * torch.tensor([1.0, 1.0, 1.0, 1.0])[:, None]
+    assert effective_rank(torch.cat([directions, -directions]) * 3) == pytest.approx(4, rel=1e-6)
+    assert effective_rank(torch.linspace(-1, 1, 9)[:, None] * torch.ones(6)) == pytest.approx(1, rel=1e-6)
+
+
+def test_parsing_is_averaged_over_heads_before_it_ranks(scenes):
+    settings = few()
+    model = narrow_model(scenes)
+    batch = group_batches(scenes, model, settings.data, images=4, seed=0)[0]
+    parsing = model.visual(batch.images).parsing
+    objective = Pretraining(settings)
+    averaged = parsing.mean(dim=1, keepdim=True).expand_as(parsing)
+    assert parsing.shape[1] > 1 and not torch.allclose(parsing, averaged)
+    assert torch.equal(objective.masked(parsing, batch), objective.masked(averaged, batch))
+
+
+def test_mirrored_images_are_about_half(model, scenes):
+    settings = few(overrides={"data.flip": True}).data
+    plain, mirrored = (
+        group_batches(scenes, model, settings.model_copy(update={"flip": flip}), images=20, seed=0)[0].images
+        for flip in (False, True)
+    )
+    flipped = (mirrored == plain.flip(-1)).flatten(1).all(dim=1)
+    assert ((mirrored == plain).flatten(1).all(dim=1) | flipped).all() and 3 < flipped.sum() < 17
+
+
+def test_bfloat16_trains():
+    settings = few(overrides={"train.bf16": True})
+    run, prepared = open_run("01_pretrain", settings, name="bf16"), prepare(settings)
+    assert pretrain(run, prepared, settings) == 4
+    assert np.isfinite(run.metrics().to_numpy(dtype=float)).all()
+    assert all(p.dtype == torch.float32 for p in prepared.model.parameters())
 
 
 def test_run_is_found_by_name_and_by_folder():

@@ -427,17 +427,6 @@ def test_wrong_parameters_start_nothing(notebook, scratch):
     assert not scratch.exists()
 
 
-def test_only_paths_are_made_absolute(tmp_path, monkeypatch):
-    (tmp_path / "scenes").mkdir()
-    (tmp_path / "sets" / "mine").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    given = {"data": ["scenes", "sets/mine", "sets/other"], "overrides": {"init": "./sets"}, "steps": 3}
-    mine, init = str(tmp_path / "sets" / "mine"), str(tmp_path / "sets")
-    assert runs._anchored(given) == {
-        "data": ["scenes", mine, "sets/other"], "overrides": {"init": init}, "steps": 3,
-    }  # fmt: skip
-
-
 OURS = sorted((Path(runs.__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import resource
 
 import pytest
@@ -81,6 +82,27 @@ def test_image_is_encoded_once_for_its_four_texts(scenes):
     batch = group_batches(scenes, model, settings().data, images=8, seed=0)[0]
     Pretraining(settings()).losses(model, batch)
     assert seen == [8] and len(batch.matched) == 32
+
+
+def test_hidden_pixels_reach_no_neighbour(scenes):
+    """One mask an image; what it hides changes neither the parsed tokens around it nor the words' losses."""
+    model, parsed = narrow_model(scenes), []
+    model.visual.register_forward_hook(lambda module, args, output: parsed.append(output.features))
+    chosen = settings()
+    chosen = chosen.model_copy(update={"mask": chosen.mask.model_copy(update={"where": "pixels", "mode": "random"})})
+    objective = Pretraining(chosen)
+    batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0]
+    masked = objective.masked(None, batch)
+    assert (masked.view(4, 4, -1) == masked.view(4, 4, -1)[:, :1]).all() and (masked.sum(dim=1) == 5).all()
+    sums = objective.losses(model, batch)
+    whole, hidden = parsed
+    assert not torch.equal(whole, hidden)
+    hidden.sum().backward(retain_graph=True)
+    assert not whole.requires_grad and sums["mfr"] > 0
+    squares = masked[::4].view(4, 1, 6, 6).repeat_interleave(16, -1).repeat_interleave(16, -2)
+    changed = torch.where(squares, 255 - batch.images, batch.images)
+    objective.losses(model, dataclasses.replace(batch, images=changed))
+    assert torch.equal(parsed[3], hidden) and not torch.equal(parsed[2], whole)
 
 
 def test_total_is_eq_10(scenes):

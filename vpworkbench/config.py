@@ -7,6 +7,8 @@ whole tree. Everything a run was made with is written back by `model_dump`.
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -98,8 +100,24 @@ def _leaf_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+def _anchored(value: Any) -> Any:
+    """A relative path that exists, made absolute; a bare word is left alone: `scenes` is a set even beside a folder.
+
+    So a run is found again from any folder, and has one hash however it was started.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_anchored(item) for item in value]
+    if isinstance(value, str) and re.search(r"[/\\]", value) and os.path.exists(os.path.expanduser(value)):
+        return os.path.abspath(os.path.expanduser(value))
+    return value
+
+
 def _one_or_many(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+    return _anchored((value,) if isinstance(value, str) else value)
+
+
+Place = Annotated[str, BeforeValidator(_anchored)]
+"""A path, or a word that stands for something installed or shipped."""
 
 
 class VisualSettings(Settings):
@@ -190,6 +208,11 @@ class MaskSettings(Settings):
     """Which visual tokens are masked for feature regression (paper Eq. 9)."""
 
     mode: Literal["none", "random", "attention"] = "attention"
+    where: Literal["tokens", "pixels"] = Field(
+        "tokens",
+        description="tokens: behind the parser, whose neighbours have seen them; pixels: before it too, one mask an "
+        "image, for one more pass of the parser",
+    )
     budget: int | None = Field(
         None, ge=1, description="k, tokens per image, the picked one included; default round(0.15 m), at least 2"
     )
@@ -249,8 +272,8 @@ class PretrainSettings(Settings):
 
     preset: str = "tiny"
     seed: int = Field(0, ge=0, lt=2**31)
-    init_visual: str = Field("", description="'' scratch, 'scenes' (shipped), 'efficientnet-lite0', or a file")
-    init_text: str = Field("", description="'' scratch, 'minilm' (extra `weights`), or a folder of a BERT")
+    init_visual: Place = Field("", description="'' scratch, 'scenes' (shipped), 'efficientnet-lite0', or a file")
+    init_text: Place = Field("", description="'' scratch, 'minilm' (extra `weights`), or a folder of a BERT")
     data: DataSettings = DataSettings()
     visual: VisualSettings = VisualSettings()
     fusion: FusionSettings = FusionSettings()
@@ -258,6 +281,14 @@ class PretrainSettings(Settings):
     loss: LossSettings = LossSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings(steps=200)
+
+    def step_size(self) -> dict[str, int]:
+        """Batch size of an optimiser step, in images, in pairs, and in tokens: places, padding included, at most."""
+        data = self.data
+        texts = data.matched_per_image + data.unmatched_per_image if data.grouped else 1
+        pairs = self.train.images * texts
+        tokens = pairs * (data.text_tokens + self.visual.tokens)
+        return {"images_per_step": self.train.images, "pairs_per_step": pairs, "tokens_per_step": tokens}
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -409,11 +440,19 @@ def visual_init_settings(
 class ProbeSettings(Settings):
     """Which model is probed, on how many held-out pictures."""
 
-    checkpoint: str = Field("", description="a checkpoint folder, or the name of a 01_pretrain run; '' the shipped one")
+    checkpoint: Place = Field(
+        "", description="a checkpoint folder, or the name of a 01_pretrain run; '' the shipped one"
+    )
     images: int = Field(64, ge=2, le=100_000)
+    special_tokens: Literal["language", "exclude"] = Field(
+        "language", description="[CLS] and [SEP] count as language, or in neither modality"
+    )
     seed: int = Field(0, ge=0, lt=2**31)
 
 
-def probe_settings(*, checkpoint: str = "", images: int = 64, seed: int = 0) -> ProbeSettings:
+def probe_settings(
+    *, checkpoint: str = "", images: int = 64, special_tokens: str = "language", seed: int = 0
+) -> ProbeSettings:
     """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
-    return checked(ProbeSettings, {"checkpoint": checkpoint, "images": images, "seed": seed})
+    given = {"checkpoint": checkpoint, "images": images, "special_tokens": special_tokens, "seed": seed}
+    return checked(ProbeSettings, given)

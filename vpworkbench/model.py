@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -71,14 +71,14 @@ class Inputs(NamedTuple):
         Keyword arguments of `VisualParsingModel.forward`.
     vision, tokens : bool Tensor, (text, word + vision)
         The visual places; the real (non-padding) places.
-    special : bool Tensor, (text, word + vision)
-        [CLS] and [SEP].
+    language : bool Tensor, (text, word + vision)
+        The real words; [CLS] and [SEP] only where they count as language.
     """
 
     forward: dict[str, Tensor]
     vision: Tensor
     tokens: Tensor
-    special: Tensor
+    language: Tensor
 
 
 class VisualParsingModel(nn.Module):
@@ -155,12 +155,20 @@ class VisualParsingModel(nn.Module):
         """(..., d) -> (..., vocabulary), by the transposed word embedding (paper Eq. 7)."""
         return nn.functional.linear(states, self.fusion.bert.embeddings.word_embeddings.weight, self.mlm_bias)
 
-    def prepare(self, images: Tensor | list[Picture], texts: list[str]) -> Inputs:
+    def prepare(
+        self,
+        images: Tensor | list[Picture],
+        texts: list[str],
+        *,
+        special_tokens: Literal["language", "exclude"] = "language",
+    ) -> Inputs:
         """Pair image i with text i.
 
         Parameters
         ----------
         images : uint8 Tensor (image, 3, height, width), or pictures to read
+        special_tokens
+            [CLS] and [SEP] count as language (the default of Eq. 5), or in neither modality.
 
         Raises
         ------
@@ -173,12 +181,15 @@ class VisualParsingModel(nn.Module):
             images = stack_images(images, self.settings.visual.image_px)
         words, word_tokens = self.words.tensors(texts)
         seen = torch.ones(len(texts), self.settings.visual.tokens, dtype=torch.bool)
-        specials = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id])
+        specials = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]
+        counted = word_tokens
+        if special_tokens == "exclude":
+            counted = word_tokens & ~torch.isin(words, torch.tensor(specials))
         inputs = Inputs(
             forward={"images": images, "words": words, "word_tokens": word_tokens},
             vision=torch.cat([torch.zeros_like(word_tokens), seen], dim=1),
             tokens=torch.cat([word_tokens, seen], dim=1),
-            special=torch.cat([torch.isin(words, specials), ~seen], dim=1),
+            language=torch.cat([counted, ~seen], dim=1),
         )
         forward = {name: tensor.to(self.device) for name, tensor in inputs.forward.items()}
         return Inputs(forward, *(mask.to(self.device) for mask in inputs[1:]))

@@ -59,6 +59,21 @@ def visual_mask(
     return torch.zeros_like(noise, dtype=torch.bool).scatter_(1, rank.topk(budget, dim=1).indices, True)
 
 
+def hide_pixels(images: Tensor, masked: Tensor) -> Tensor:
+    """Paint the squares of hidden visual tokens mid-grey, so that no neighbour has seen them.
+
+    Parameters
+    ----------
+    images : uint8 Tensor, (image, 3, height, width)
+    masked : bool Tensor, (image, vision)
+        A square grid of tokens, row by row.
+    """
+    side = round(masked.shape[1] ** 0.5)
+    squares = masked.view(-1, 1, side, side)
+    pixels = images.shape[-1] // side
+    return images.masked_fill(squares.repeat_interleave(pixels, -1).repeat_interleave(pixels, -2), 128)
+
+
 def masked_language_modeling(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log likelihood of the hidden words (paper Eq. 7).
 

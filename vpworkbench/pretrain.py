@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vpworkbench.data.records import DataError, Picture
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
     hidden_words,
+    hide_pixels,
     image_text_matching,
     masked_feature_regression,
     masked_language_modeling,
@@ -125,10 +126,19 @@ class Pretraining:
         return {"mlm": int(hidden_words(batch.labels, batch.matched).sum()), "itm": pairs, "vla": pairs, "mfr": matched}
 
     def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
-        """Sums over a batch; the image is encoded once for all its texts."""
-        visual = model.visual(batch.images)
+        """Sums over a batch; the image is encoded once for all its texts.
+
+        With masks in the pixels it is parsed twice, whole for the masks and the target of MFR, hidden for the fusion.
+        """
+        in_pixels = self.settings.mask.mode != "none" and self.settings.mask.where == "pixels"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not in_pixels):
+            visual = model.visual(batch.images)
         masked = self.masked(visual.parsing, batch)
-        joint = model.fuse(visual, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
+        seen = visual
+        if in_pixels:
+            first = torch.searchsorted(batch.image_index, torch.arange(len(batch.images), device=batch.words.device))
+            seen = model.visual(hide_pixels(batch.images, masked[first]))
+        joint = model.fuse(seen, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
         scored = hidden_words(batch.labels, batch.matched)
         sums = {
             "mlm": masked_language_modeling(model.word_logits(joint.text[scored]), batch.labels[scored]),
@@ -144,14 +154,20 @@ class Pretraining:
         return sums
 
     def masked(self, parsing: Tensor | None, batch: Batch) -> Tensor | None:
-        """Visual tokens to hide, bool (text, vision), in matched and unmatched pairs alike; None in mode `none`."""
+        """Visual tokens to hide, bool (text, vision), in matched and unmatched pairs alike; None in mode `none`.
+
+        In the pixels the texts of an image share its mask.
+        """
         mask = self.settings.mask
         if mask.mode == "none":
             return None
         ranked = None
         if mask.mode == "attention":
             ranked = parsing.detach().mean(dim=1)[batch.image_index]
-        return visual_mask(batch.noise, self.budget, parsing=ranked, select=mask.select)
+        masked = visual_mask(batch.noise, self.budget, parsing=ranked, select=mask.select)
+        if mask.where == "pixels":
+            masked = masked[torch.searchsorted(batch.image_index, batch.image_index)]  # that of the first text
+        return masked
 
     @torch.no_grad()
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
@@ -240,13 +256,22 @@ def probe(
     pictures: Sequence[Picture],
     *,
     images: int = 64,
+    special_tokens: Literal["language", "exclude"] = "language",
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Probed:
-    """Inter-Modality Flow and NMI of held-out pictures, each with the first text that is true of it."""
+    """Inter-Modality Flow and NMI of held-out pictures, each with the first text that is true of it.
+
+    Parameters
+    ----------
+    special_tokens
+        [CLS] and [SEP] count as language, or in neither modality.
+    """
     chosen = [picture for picture in pictures if picture.captions][:images]
     parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
-    batches = (model.prepare(part, [picture.captions[0] for picture in part]) for part in parts)
+    batches = (
+        model.prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
+    )
     return probe_dataset(model.eval(), batches, total=len(parts), seed=seed, progress=progress)
 
 

@@ -381,8 +381,7 @@ def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | 
     name : str
         The run's name; empty takes a hash of the settings.
     parameters : dict
-        Values for the notebook's cell tagged `parameters`. Relative paths (with a separator in them) that
-        exist are taken from the current folder.
+        Values for the notebook's cell tagged `parameters`. Relative paths are taken from the current folder.
 
     Returns
     -------
@@ -399,7 +398,7 @@ def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | 
         If a cell fails, or the kernel is stopped.
     """
     path = find_notebook(notebook)
-    given = {key: _anchored(value) for key, value in (parameters or {}).items()}
+    given = dict(parameters or {})
     if "name" in given:
         name = name or str(given.pop("name"))
     defaults = notebook_parameters(path)
@@ -507,17 +506,6 @@ def _notebooks(root: Path) -> Iterable[Path]:
 def _imported(place: str) -> Callable[..., Settings]:
     module, function = place.split(":")
     return getattr(importlib.import_module(module), function)
-
-
-def _anchored(value: Any) -> Any:
-    """Relative paths made absolute; a bare word is left alone: `scenes` is a set even beside a folder."""
-    if isinstance(value, list):
-        return [_anchored(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _anchored(item) for key, item in value.items()}
-    if isinstance(value, str) and re.search(r"[/\\]", value) and os.path.exists(value):
-        return os.path.abspath(value)
-    return value
 
 
 def _parsed(text: str, default: Any) -> Any:

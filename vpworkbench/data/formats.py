@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -204,8 +205,9 @@ def _refuse_duplicates(pictures: Sequence[Picture], path: Path) -> None:
 def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]]:
     """Join sets into `train`, `val` and `test`; training images that an evaluation split holds are dropped.
 
-    An image can be in several sets under several names, so copies are found by content (CRC-32 and length); how
-    many were dropped is logged.
+    An image can be in several sets under several names, so copies are found by content (CRC-32 and length). Copies
+    in training become one picture with the texts of all: else one copy's caption could serve as unmatched text of the
+    other. How many were dropped and joined is logged.
     """
     splits: dict[str, list[Picture]] = {"train": [], "val": [], "test": []}
     for pictures in sets:
@@ -215,7 +217,24 @@ def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]
     kept = [picture for picture in splits["train"] if picture.image.content() not in held_out]
     if dropped := len(splits["train"]) - len(kept):
         log.warning("%d training images are also in val or test: dropped from training", dropped)
-    return splits | {"train": kept}
+    joined = _joined(kept)
+    if copies := len(kept) - len(joined):
+        log.warning("%d training images are copies of others: joined with them", copies)
+    return splits | {"train": joined}
+
+
+def _joined(pictures: Sequence[Picture]) -> list[Picture]:
+    """One picture for each content; the first of its copies names it."""
+    by_content: dict[tuple[int, int], list[Picture]] = {}
+    for picture in pictures:
+        by_content.setdefault(picture.image.content(), []).append(picture)
+    return [first if not rest else _merged(first, rest) for first, *rest in by_content.values()]
+
+
+def _merged(first: Picture, rest: Sequence[Picture]) -> Picture:
+    captions = dict.fromkeys(text for picture in (first, *rest) for text in picture.captions)
+    foils = dict.fromkeys(text for picture in (first, *rest) for text in picture.foils if text not in captions)
+    return replace(first, captions=tuple(captions), foils=tuple(foils))
 
 
 def scenes_folder(settings: SceneSettings) -> Path:

@@ -15,11 +15,12 @@ from vpworkbench.probes.nmi import modality_nmi
 
 
 class ProbeInputs(Protocol):
-    """A batch: keyword arguments of the model's forward, and the sets V and V + L; bool (example, token)."""
+    """A batch: keyword arguments of the model's forward, and V, the real places and L; bool (example, token)."""
 
     forward: Mapping[str, Any]
     vision: Tensor
     tokens: Tensor
+    language: Tensor
 
 
 class Probed(NamedTuple):
@@ -83,9 +84,9 @@ def probe_dataset(
     """
     parts: list[tuple[Tensor, ...]] = []
     for number, inputs in enumerate(batches):
-        flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens)
+        flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
         hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
-        nmi = modality_nmi(hidden, inputs.vision, inputs.tokens, seed=seed)
+        nmi = modality_nmi(hidden, inputs.vision, inputs.tokens, language=inputs.language, seed=seed)
         parts.append((flow.flow, flow.null, flow.text_to_vision, flow.vision_to_text, nmi))
         if progress:
             progress("probing", number + 1, total)
