@@ -1,15 +1,9 @@
 """Probes of how vision and language fuse, for our model and for any transformers model."""
 
-from vpworkbench.probes.capture import hidden_states
-from vpworkbench.probes.flow import (
-    Check,
-    InterModalityFlow,
-    check,
-    crossing_share,
-    flow_from_attention,
-    inter_modality_flow,
-    max_flow,
-)
+from vpworkbench.probes.flow import Check, InterModalityFlow, check, inter_modality_flow
+from vpworkbench.probes.formula import crossing_share, flow_from_attention, max_flow
+from vpworkbench.probes.geometry import ModalityMasks, modality_masks
+from vpworkbench.probes.hidden import hidden_states
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 from vpworkbench.probes.masks import (
     MaskComparison,
@@ -27,6 +21,7 @@ __all__ = [
     "InterModalityFlow",
     "Interval",
     "MaskComparison",
+    "ModalityMasks",
     "Picture",
     "bootstrap_interval",
     "check",
@@ -38,6 +33,7 @@ __all__ = [
     "inter_modality_flow",
     "mask_on_object",
     "max_flow",
+    "modality_masks",
     "modality_nmi",
     "modality_pca",
     "object_tokens",

@@ -7,11 +7,10 @@ mask to a handler and otherwise computes what `sdpa` computes, on the same fused
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     PretrainedConfig,
-    PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vpworkbench.probes.own_attention import own_attention_handled
+
 ATTENTION = "vpworkbench_probe"
-LayerNames = str | Sequence[str] | Callable[[str], bool]
 
 # Additive masks in the field: -inf, the dtype's minimum, BERT's old -10,000 (-9,984 in bfloat16).
 _HIDDEN_BELOW = -5000.0
@@ -125,19 +124,17 @@ class AttentionCall:
         return scores.softmax(dim=-1)
 
     def uniform(self, columns: Tensor) -> Tensor:
-        """`columns` under attention that spreads evenly over the keys each query may see.
-
-        Parameters and result have the shape (example, token, column).
-        """
+        """(example, key, column) -> (example, query, column): attention that spreads evenly over what each may see."""
+        queries = self.lengths[1]
         if self.mask is None and not self.causal:
-            return columns.mean(dim=1, keepdim=True).expand_as(columns)
+            return columns.mean(dim=1, keepdim=True).expand(-1, queries, -1)
         if self.mask is None:
             seen = torch.arange(1, columns.shape[1] + 1, device=columns.device)
             return columns.cumsum(dim=1) / seen[:, None]
         if self._same_for_every_query:
             allowed = _allowed(self.mask[:, :, 0]).to(columns)  # example head key
             share = allowed / allowed.sum(dim=-1, keepdim=True)
-            return (share.mean(dim=1, keepdim=True) @ columns).expand_as(columns)
+            return (share.mean(dim=1, keepdim=True) @ columns).expand(-1, queries, -1)
         return self._uniform_by_zero_queries(columns)
 
     def can_attend(self, queries: Tensor, keys: Tensor) -> bool:
@@ -163,11 +160,10 @@ class AttentionCall:
     def _uniform_by_zero_queries(self, columns: Tensor) -> Tensor:
         """Equal scores are uniform weights, and the fused kernel needs no query x key memory."""
         allowed = _allowed(self.mask)
-        examples, tokens, count = columns.shape
+        count = columns.shape[2]
         values = F.pad(columns, (0, -count % 8))[:, None].expand(-1, allowed.shape[1], -1, -1)
-        spread = F.scaled_dot_product_attention(
-            torch.zeros_like(values), torch.zeros_like(values), values, attn_mask=allowed
-        )
+        queries = values.new_zeros(*values.shape[:2], self.lengths[1], values.shape[3])
+        spread = F.scaled_dot_product_attention(queries, torch.zeros_like(values), values, attn_mask=allowed)
         return spread.mean(dim=1)[..., :count]
 
     def _mask_rows(self, picked: Tensor) -> Tensor | None:
@@ -186,78 +182,6 @@ class AttentionCall:
 
 
 Handler = Callable[[AttentionCall], Tensor]
-
-
-@dataclass
-class LayerChoice:
-    """Which attention layers of a pass count: those in which the probed sequence attends to itself.
-
-    Parameters
-    ----------
-    examples, tokens : int
-        Size of the probed batch; other layers (a vision tower, cross attention) run plainly.
-    layers : str, list of str or callable, optional
-        Names of modules (a prefix such as "language_model" will do) or a predicate on names, where
-        the length alone does not tell the layers apart.
-    """
-
-    examples: int
-    tokens: int
-    layers: LayerNames | None = None
-    names: list[str] = field(default_factory=list)
-    _others: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
-
-    def counts(self, call: AttentionCall) -> bool:
-        """Whether this layer counts; remembers the answer for `close`."""
-        named = self.layers is None or _is_named(call.name, self.layers)
-        if named and call.lengths == (self.examples, self.tokens, self.tokens):
-            self.names.append(call.name)
-            return True
-        if named:
-            self._others.append((call.name, call.lengths))
-        return False
-
-    def close(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """After the pass: raise where the layers that counted are not one stack of layers."""
-        stacks = list(dict.fromkeys(_stack(name) for name in self.names))
-        if not stacks:
-            raise ValueError(self._nothing_counted(model, inputs))
-        if len(stacks) > 1 and self.layers is None:
-            raise ValueError(
-                f"{len(stacks)} stacks of attention layers run on {self.tokens} tokens: "
-                f"{', '.join(stacks)}; name those in which the modalities meet, e.g. "
-                f"layers={stacks[-1].split('.*')[0]!r}"
-            )
-        changed = [(name, size) for name, size in self._others if _stack(name) in stacks]
-        if changed:
-            name, (examples, queries, keys) = changed[0]
-            raise ValueError(
-                f"{name} attends from {queries} to {keys} tokens in {examples} examples, but "
-                f"`vision` has {self.tokens} tokens in {self.examples}: a flow needs "
-                "one sequence throughout"
-            )
-
-    def _nothing_counted(self, model: nn.Module, inputs: Mapping[str, Any]) -> str:
-        kind = type(model).__name__
-        if not self._others:
-            chosen = "" if self.layers is None else f" chosen by layers={self.layers!r}"
-            return (
-                f"no attention layer of {kind}{chosen} went through transformers' attention "
-                "interface; pass its attention maps to flow_from_attention instead"
-            )
-        sizes = {(_stack(name), size) for name, size in self._others}
-        seen = "; ".join(
-            f"{stack}: {queries} queries x {keys} keys in {examples} examples"
-            for stack, (examples, queries, keys) in sorted(sizes)
-        )
-        shapes = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
-        given = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        return (
-            f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built "
-            f"sequences of other lengths from the inputs ({given}): {seen}. What the model's "
-            "forward adds to its inputs (image tokens, a class token) belongs in `vision` and "
-            "`tokens` too"
-        )
 
 
 @contextmanager
@@ -282,7 +206,8 @@ def attention_handled(model: nn.Module, handler: Handler) -> Iterator[None]:
                 config.__dict__["use_cache"] = False  # a cache would keep all keys and values
         token = _HANDLER.set((handler, names))
         try:
-            yield
+            with own_attention_handled(model, _attend_own):
+                yield
         finally:
             _HANDLER.reset(token)
 
@@ -350,74 +275,6 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return model(**{**inputs, **cache})
 
 
-def hidden_states(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    *,
-    tokens: Tensor | None = None,
-    layers: LayerNames | None = None,
-) -> tuple[Tensor, ...]:
-    """Features at the input of the first layer and at the output of every layer.
-
-    A transformers model answers by its own `output_hidden_states`. From any other module with a
-    transformers encoder inside (ours) they are read off the blocks of that encoder.
-
-    Parameters
-    ----------
-    tokens : BoolTensor, shape (example, token), optional
-    layers : str, list of str or callable, optional
-        Either tells the stack of layers apart where a model has several, see `LayerChoice`.
-
-    Returns
-    -------
-    tuple over layer + 1 of Tensor, shape (example, token, channel)
-    """
-    if isinstance(model, PreTrainedModel) and layers is None:
-        refuse_randomness(model)
-        with untouched(model), torch.no_grad():
-            asked = {"output_hidden_states": True, "return_dict": True}
-            outputs = run_model(model, {**inputs, **asked})
-        if outputs.get("hidden_states"):
-            return tuple(outputs["hidden_states"])
-    return _hidden_states_of_blocks(model, inputs, tokens, layers)
-
-
-def _hidden_states_of_blocks(
-    model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None, layers: LayerNames | None
-) -> tuple[Tensor, ...]:
-    attended: list[str] = []
-    states: dict[str, list[Tensor]] = {}  # name of a list of blocks -> input of its first, outputs
-
-    def remember(call: AttentionCall) -> Tensor:
-        wanted = tokens is None or call.lengths[:2] == tuple(tokens.shape)
-        if wanted and (layers is None or _is_named(call.name, layers)):
-            attended.append(call.name)
-        return call.output()
-
-    def hook(name: str) -> Callable[..., None]:
-        def read(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            stack = states.setdefault(name, [])
-            if not stack:
-                stack.append(args[0] if args else kwargs["hidden_states"])
-            stack.append(output if torch.is_tensor(output) else output[0])
-
-        return read
-
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    with attention_handled(model, remember):
-        for name, blocks in lists.items():
-            for block in blocks:
-                block.register_forward_hook(hook(name), with_kwargs=True)
-        run_model(model, inputs)
-    owners = {max((name for name in states if layer.startswith(name + ".")), key=len, default="") for layer in attended}
-    if len(owners) != 1 or not owners <= set(states):
-        raise ValueError(
-            f"{type(model).__name__} has {len(owners)} stacks of layers that match "
-            f"({', '.join(sorted(owners))}); choose one by `tokens` or `layers`"
-        )
-    return tuple(states[owners.pop()])
-
-
 # The running pass of this thread: its handler and the names of the model's modules by id.
 _HANDLER: ContextVar[tuple[Handler, dict[int, str]] | None] = ContextVar("handler", default=None)
 
@@ -458,6 +315,13 @@ def _attend(
     return handler(call), None
 
 
+def _attend_own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """An attention outside the interface: always BERT's, scaled by the root of the channels and never causal."""
+    handler, names = _HANDLER.get()
+    name = names.get(id(module), type(module).__name__)
+    return handler(AttentionCall(module, name, query, key, value, mask, query.shape[-1] ** -0.5, causal=False))
+
+
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
     from transformers.integrations.sdpa_attention import create_position_bias_mask  # since 5.x
 
@@ -478,18 +342,6 @@ def _widened(tensor: Tensor, width: int, name: str, scratch: dict[str, Tensor]) 
         buffer = scratch[name] = tensor.new_zeros(shape)
     buffer[..., : tensor.shape[-1]] = tensor
     return buffer
-
-
-def _stack(name: str) -> str:
-    """Name of a module without its layer's number: equal for all layers of one stack."""
-    return re.sub(r"\d+", "*", name)
-
-
-def _is_named(name: str, layers: LayerNames) -> bool:
-    if callable(layers):
-        return bool(layers(name))
-    prefixes = [layers] if isinstance(layers, str) else layers
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.capture import hidden_states
 from vpworkbench.probes.flow import inter_modality_flow
+from vpworkbench.probes.hidden import hidden_states
 from vpworkbench.probes.nmi import modality_nmi
 
 
