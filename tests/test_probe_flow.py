@@ -365,7 +365,7 @@ def test_the_model_is_as_before_afterwards_also_after_an_exception(bert, setting
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"), attention_handled(bert, fail):
-        assert bert.config._attn_implementation == ATTENTION
+        assert bert.config._attn_implementation.startswith(ATTENTION)
         bert(**inputs)
     assert state_of(bert) == before
     assert bert(**inputs).last_hidden_state.requires_grad

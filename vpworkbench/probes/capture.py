@@ -27,6 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from vpworkbench.probes.own_attention import own_attention_handled
 
 ATTENTION = "vpworkbench_probe"
+# The same for models set to eager attention, where a mask of None means that all is seen; in sdpa it may mean causal.
+AS_EAGER = f"{ATTENTION}_eager"
 
 # Additive masks in the field: -inf, the dtype's minimum, BERT's old -10,000 (-9,984 in bfloat16).
 _HIDDEN_BELOW = -5000.0
@@ -201,7 +203,8 @@ def attention_handled(model: nn.Module, handler: Handler) -> Iterator[None]:
         )
     with untouched(model), torch.no_grad():
         for config in configs:
-            config.__dict__["_attn_implementation_internal"] = ATTENTION
+            eager = config.__dict__.get("_attn_implementation_internal") in (None, "eager")
+            config.__dict__["_attn_implementation_internal"] = AS_EAGER if eager else ATTENTION
             if "use_cache" in config.__dict__:
                 config.__dict__["use_cache"] = False  # a cache would keep all keys and values
         token = _HANDLER.set((handler, names))
@@ -344,5 +347,15 @@ def _widened(tensor: Tensor, width: int, name: str, scratch: dict[str, Tensor]) 
     return buffer
 
 
+def _attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _attend(module, *args, **{**kwargs, "is_causal": False})
+
+
+def _mask_as_eager(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionInterface.register(AS_EAGER, _attend_as_eager)
+AttentionMaskInterface.register(AS_EAGER, _mask_as_eager)

@@ -209,11 +209,14 @@ def check(
     with attention_handled(model, recorder):
         probed = _floating(run_model(model, inputs))
     recorder.choice.close(model, inputs)
-    outputs = max((_difference(*pair) for pair in zip(plain, probed, strict=True)), default=0.0)
+    # Attention maps that an eager model hands out are all that a probed one leaves away.
+    outputs = max((_difference(plain[at], tensor) for at, tensor in probed.items()), default=0.0)
 
     tensors = [value for value in inputs.values() if torch.is_tensor(value)]
-    count = examples if all(len(value) == len(vision) for value in tensors) else len(vision)
-    short = {key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()}
+    short, count = inputs, len(vision)
+    if all(len(value) == len(vision) for value in tensors):
+        count = min(examples, count)
+        short = {key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()}
     sets = Modalities(*(part[:count] for part in sets))
     fused = inter_modality_flow(model, short, sets.vision, sets.tokens, language=sets.language,
                                 layers=layers)  # fmt: skip
@@ -276,17 +279,19 @@ def _printed_formula(
     return torch.stack(padded, dim=-1)
 
 
-def _floating(outputs: Any) -> list[Tensor]:
-    """All floating point tensors in a model's output, in order."""
+def _floating(outputs: Any, path: str = "") -> dict[str, Tensor]:
+    """All floating point tensors in a model's output, by where they stand in it."""
     if torch.is_tensor(outputs):
-        return [outputs] if outputs.is_floating_point() else []
+        return {path: outputs} if outputs.is_floating_point() else {}
+    if hasattr(outputs, "__dataclass_fields__") and not isinstance(outputs, Mapping):
+        outputs = vars(outputs)
     if isinstance(outputs, Mapping):
-        outputs = outputs.values()
-    elif hasattr(outputs, "__dataclass_fields__"):
-        outputs = vars(outputs).values()
-    elif not isinstance(outputs, list | tuple):
-        return []
-    return [tensor for part in outputs for tensor in _floating(part)]
+        parts = outputs.items()
+    elif isinstance(outputs, list | tuple):
+        parts = enumerate(outputs)
+    else:
+        return {}
+    return {at: tensor for name, part in parts for at, tensor in _floating(part, f"{path}.{name}").items()}
 
 
 def _difference(one: Tensor, other: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vpworkbench.probes.capture import AttentionCall, attention_handled, refuse_randomness, run_model, untouched
-from vpworkbench.probes.layers import LayerNames, is_named
+from vpworkbench.probes.layers import LayerNames, is_named, streams_of
 
 
 def hidden_states(
@@ -40,9 +40,23 @@ def hidden_states(
         with untouched(model), torch.no_grad():
             asked = {"output_hidden_states": True, "return_dict": True}
             outputs = run_model(model, {**inputs, **asked})
+        if streams_of(model):
+            return _of_streams(model, outputs)
         if outputs.get("hidden_states"):
             return tuple(outputs["hidden_states"])
     return _hidden_states_of_blocks(model, inputs, tokens, layers)
+
+
+def _of_streams(model: nn.Module, outputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Words and image of the layers that meet, joined: LXMERT lists its streams apart, BridgeTower in pairs."""
+    if outputs.get("language_hidden_states") and outputs.get("vision_hidden_states"):
+        met = model.config.x_layers
+        pairs = zip(
+            outputs["language_hidden_states"][-met - 1 :], outputs["vision_hidden_states"][-met - 1 :], strict=True
+        )
+    else:
+        pairs = outputs["hidden_states"][2]
+    return tuple(torch.cat(pair, dim=1) for pair in pairs)
 
 
 def _hidden_states_of_blocks(
