@@ -46,7 +46,8 @@ def few(**parameters):
 @pytest.mark.parametrize(
     "parameters",
     [{"masking": "none"}, {"masking": "random"}, {"masking": "attention"}, {"visual": "grid", "init_visual": ""},
-     {"visual": "patch", "init_visual": ""}, {"overrides": {"mask.where": "pixels"}}, {"overrides": {"data.grouped": False}},
+     {"visual": "patch", "init_visual": ""}, {"overrides": {"mask.where": "pixels"}},
+     {"overrides": {"data.grouped": False}},
      {"overrides": {"loss.vla": 0.0, "mask.select": "symmetric", "fusion.visual_type": True}}],
 )  # fmt: skip
 def test_trains_and_is_probed(parameters):

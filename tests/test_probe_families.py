@@ -121,7 +121,8 @@ def idefics3(kind: str) -> Family:
         model = hf.Idefics3ForConditionalGeneration
     tile, around, line = [IMAGE] * 4, 80, 85  # 2 x 2 tokens a tile; 81... name rows and columns, 79 the whole
     split = [around, 81, *tile, around, 82, *tile, around, 83, *tile, line,
-             around, 86, *tile, around, 87, *tile, around, 88, *tile, line, line, around, 79, *tile, around]  # fmt: skip
+             around, 86, *tile, around, 87, *tile, around, 88, *tile, line, line,
+             around, 79, *tile, around]  # fmt: skip
     single = [around, 79, *tile, around]
     first = [5, *split, 6, 7]
     second = [5, *single, 6, *single, 8]

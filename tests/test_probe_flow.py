@@ -22,6 +22,7 @@ from vpworkbench.probes import (
     check,
     crossing_share,
     flow_from_attention,
+    gradient_weighted_flow,
     hidden_states,
     inter_modality_flow,
     max_flow,
@@ -272,6 +273,31 @@ def test_shuffled_labels_keep_their_numbers(bert):
     flow = inter_modality_flow(bert, inputs, shuffled, tokens, language=language)
     true = inter_modality_flow(bert, inputs, vision, tokens)
     torch.testing.assert_close(flow.null, true.null, equal_nan=True)
+
+
+def test_gradient_weighted_flow_is_chefers_rule(bert):
+    """R = (I + mean over heads of relu(W * dy/dW)) R, on the eager maps and their gradients."""
+    inputs, vision, tokens = batch()
+    bert.requires_grad_(False)  # frozen weights have no graph of their own
+    flow = gradient_weighted_flow(bert, inputs, vision, tokens, lambda out: out.last_hidden_state[:, 0].sum(dim=1))
+    assert not torch.is_grad_enabled() or flow.requires_grad is False
+    bert.requires_grad_(True).set_attn_implementation("eager")
+    outputs = bert(**inputs, output_attentions=True)
+    gradients = torch.autograd.grad(outputs.last_hidden_state[:, 0].sum(), outputs.attentions)
+    for example in range(3):
+        seen, said = vision[example] & tokens[example], tokens[example] & ~vision[example]
+        for start, stop in combinations_with_replacement(range(LAYERS), 2):
+            product = torch.eye(LENGTH, dtype=torch.float64)
+            for layer in range(start, stop + 1):
+                weights, gradient = outputs.attentions[layer][example], gradients[layer][example]
+                relevance = (weights * gradient).clamp(min=0).mean(0).double()
+                product = (torch.eye(LENGTH, dtype=torch.float64) + relevance) @ product
+            cross = product[said][:, seen].sum() + product[seen][:, said].sum()
+            intra = product[said][:, said].sum() + product[seen][:, seen].sum()
+            assert abs(flow[example, start, stop] - cross / (cross + intra)) <= 1e-5
+    assert flow[:, *torch.tril_indices(LAYERS, LAYERS, -1)].isnan().all()
+    with pytest.raises(ValueError, match="does not depend"):
+        gradient_weighted_flow(bert, inputs, vision, tokens, lambda out: torch.zeros(3))
 
 
 # --- what the pass leaves alone ------------------------------------------------------------------

@@ -258,6 +258,7 @@ def probe(
     images: int = 64,
     special_tokens: Literal["language", "exclude"] = "language",
     seed: int = 0,
+    folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Probed:
     """Inter-Modality Flow and NMI of held-out pictures, each with the first text that is true of it.
@@ -266,13 +267,24 @@ def probe(
     ----------
     special_tokens
         [CLS] and [SEP] count as language, or in neither modality.
+    folder : Path or None
+        Keeps `probes.parquet`, and what is done of it while it is not complete.
     """
     chosen = [picture for picture in pictures if picture.captions][:images]
     parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
     batches = (
         model.prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
     )
-    return probe_dataset(model.eval(), batches, total=len(parts), seed=seed, progress=progress)
+    return probe_dataset(
+        model.eval(),
+        batches,
+        total=len(parts),
+        folder=folder,
+        config={"images": len(chosen), "special_tokens": special_tokens},
+        examples=[f"{number}/{picture.id}" for number, picture in enumerate(chosen)],
+        seed=seed,
+        progress=progress,
+    )
 
 
 class HeldOut(NamedTuple):

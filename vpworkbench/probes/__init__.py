@@ -3,6 +3,7 @@
 from vpworkbench.probes.flow import Check, InterModalityFlow, check, inter_modality_flow
 from vpworkbench.probes.formula import crossing_share, flow_from_attention, max_flow
 from vpworkbench.probes.geometry import ModalityMasks, modality_masks
+from vpworkbench.probes.gradient import gradient_weighted_flow
 from vpworkbench.probes.hidden import hidden_states
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 from vpworkbench.probes.masks import (
@@ -29,6 +30,7 @@ __all__ = [
     "compare_masks",
     "crossing_share",
     "flow_from_attention",
+    "gradient_weighted_flow",
     "hidden_states",
     "inter_modality_flow",
     "mask_on_object",

@@ -187,8 +187,8 @@ Handler = Callable[[AttentionCall], Tensor]
 
 
 @contextmanager
-def attention_handled(model: nn.Module, handler: Handler) -> Iterator[None]:
-    """In the block `handler` answers every attention layer of `model`, without gradients.
+def attention_handled(model: nn.Module, handler: Handler, *, gradients: bool = False) -> Iterator[None]:
+    """In the block `handler` answers every attention layer of `model`, without gradients unless asked for.
 
     Afterwards, also after an exception, the model's attention setting, cache setting, hooks and
     training mode and the random state are as before.
@@ -201,7 +201,7 @@ def attention_handled(model: nn.Module, handler: Handler) -> Iterator[None]:
             f"{type(model).__name__} holds no transformers config, so its attention cannot be read "
             "in the pass; pass its attention maps to flow_from_attention instead"
         )
-    with untouched(model), torch.no_grad():
+    with untouched(model), torch.set_grad_enabled(gradients):
         for config in configs:
             eager = config.__dict__.get("_attn_implementation_internal") in (None, "eager")
             config.__dict__["_attn_implementation_internal"] = AS_EAGER if eager else ATTENTION

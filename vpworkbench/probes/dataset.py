@@ -1,17 +1,29 @@
-"""Probes over many examples: one pass for each batch, then everything by example."""
+"""Probes over many examples: one pass for each batch, then everything by example; saved, resumed and merged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.hidden import hidden_states
+from vpworkbench.probes.intervals import bootstrap_interval
+from vpworkbench.probes.layers import LayerNames
 from vpworkbench.probes.nmi import modality_nmi
+
+SPANS = ("flow", "null", "text_to_vision", "vision_to_text")
+_CONFIG = b"vpworkbench"  # key of the config in a file's schema
 
 
 class ProbeInputs(Protocol):
@@ -23,8 +35,9 @@ class ProbeInputs(Protocol):
     language: Tensor
 
 
-class Probed(NamedTuple):
-    """Probes of a set of examples, as float arrays.
+@dataclass(frozen=True)
+class Probed:
+    """Probes of a set of examples, as float64 arrays.
 
     Attributes
     ----------
@@ -33,7 +46,12 @@ class Probed(NamedTuple):
     text_to_vision, vision_to_text : array, (example, layer, layer)
         The two directions, adding up to `flow`.
     nmi : array, (example, layer + 1)
-        Fig. 5; the first column is the embedding.
+        Fig. 5; the first column is the embedding; nan where it is undefined. LXMERT attends twice in each of its
+        layers: there a column is a layer, and a step of a span half of one.
+    examples : tuple of str
+        Their names; positions where none were given.
+    config : dict
+        What made them, as given to `probe_dataset`; a list of all where several runs were merged.
     """
 
     flow: np.ndarray
@@ -41,6 +59,8 @@ class Probed(NamedTuple):
     text_to_vision: np.ndarray
     vision_to_text: np.ndarray
     nmi: np.ndarray
+    examples: tuple[str, ...]
+    config: Any = None
 
     @property
     def from_input(self) -> np.ndarray:
@@ -52,18 +72,106 @@ class Probed(NamedTuple):
         """F^{i,i} (Fig. 4), (example, layer)."""
         return np.diagonal(self.flow, axis1=1, axis2=2)
 
+    @property
+    def null_from_input(self) -> np.ndarray:
+        """F^{1,j} under uniform attention, (example, layer)."""
+        return self.null[:, 0]
+
+    @property
+    def null_within_layer(self) -> np.ndarray:
+        """F^{i,i} under uniform attention, (example, layer)."""
+        return np.diagonal(self.null, axis1=1, axis2=2)
+
     def summary(self) -> dict[str, float]:
         """Means over the examples: F^{1,L} with its null, and NMI at the last layer."""
         last = {"flow_from_input": self.from_input, "null_from_input": self.null_from_input, "nmi": self.nmi}
         return {f"{name}_last_layer": float(np.nanmean(values[:, -1])) for name, values in last.items()}
 
-    @property
-    def null_from_input(self) -> np.ndarray:
-        return self.null[:, 0]
+    def means(self, *, seed: int = 0) -> pd.DataFrame:
+        """Mean over the examples with a bootstrap 95% interval, one row for each quantity and span of layers.
 
-    @property
-    def null_within_layer(self) -> np.ndarray:
-        return np.diagonal(self.null, axis1=1, axis2=2)
+        Columns `quantity` (flow, null, excess, text_to_vision, vision_to_text, nmi), `start` and `stop` (layers from
+        1 as in the paper; of nmi both the layer, 0 the embedding), `mean`, `low`, `high`, `count`.
+        """
+        rows = []
+        with np.errstate(invalid="ignore", divide="ignore"):
+            excess = self.flow / self.null
+        for quantity, values in {**{name: getattr(self, name) for name in SPANS}, "excess": excess}.items():
+            interval = bootstrap_interval(values, seed)
+            for start, stop in zip(*np.triu_indices(values.shape[1]), strict=True):
+                rows.append((quantity, start + 1, stop + 1, *(part[start, stop] for part in interval)))
+        interval = bootstrap_interval(self.nmi, seed)
+        rows += [("nmi", layer, layer, *(part[layer] for part in interval)) for layer in range(self.nmi.shape[1])]
+        return pd.DataFrame(rows, columns=["quantity", "start", "stop", "mean", "low", "high", "count"])
+
+    def table(self) -> pd.DataFrame:
+        """Every number, one row each: `example`, `quantity`, `start`, `stop`, `value`; spans as in `means`."""
+        starts, stops = np.triu_indices(self.flow.shape[1])
+        layers = np.arange(self.nmi.shape[1])
+        parts = [(name, starts + 1, stops + 1, getattr(self, name)[:, starts, stops]) for name in SPANS]
+        parts.append(("nmi", layers, layers, self.nmi))
+        frames = [
+            pd.DataFrame({
+                "example": np.repeat(self.examples, values.shape[1]),
+                "quantity": name,
+                "start": np.tile(start, len(values)),
+                "stop": np.tile(stop, len(values)),
+                "value": values.ravel(),
+            })
+            for name, start, stop, values in parts
+        ]  # fmt: skip
+        return pd.concat(frames, ignore_index=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write `table` as parquet, the config inside; as a whole or not at all."""
+        path = Path(path)
+        table = pa.Table.from_pandas(self.table(), preserve_index=False)
+        config = {_CONFIG: json.dumps(self.config, sort_keys=True, default=str).encode()}
+        draft = path.with_name(f".{path.name}.draft")
+        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **config}), draft)
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Probed:
+        """Read what `save` wrote; ValueError for another file."""
+        path = Path(path)
+        try:
+            read = pq.read_table(path)
+            config = json.loads(read.schema.metadata[_CONFIG])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: no probes that this package saved ({error}); probe again") from None
+        frame = read.to_pandas()
+        examples = tuple(frame.loc[frame["quantity"] == "nmi", "example"].drop_duplicates())
+        parts = {name: rows for name, rows in frame.groupby("quantity", sort=False)}
+        layers = int(parts["flow"]["stop"].max())
+        spans = np.triu_indices(layers)
+        squares = {}
+        for name in SPANS:
+            squares[name] = np.full((len(examples), layers, layers), np.nan)
+            squares[name][:, spans[0], spans[1]] = parts[name]["value"].to_numpy().reshape(len(examples), -1)
+        nmi = parts["nmi"]["value"].to_numpy().reshape(len(examples), -1)
+        return cls(**squares, nmi=nmi, examples=examples, config=config)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Probed]) -> Probed:
+        """The examples of several runs as one set.
+
+        Raises
+        ------
+        ValueError
+            Where their layers differ, or an example is in more than one of them.
+        """
+        if not parts:
+            raise ValueError("nothing to merge")
+        depths = {part.flow.shape[1] for part in parts}
+        if len(depths) > 1:
+            raise ValueError(f"runs of models with {sorted(depths)} layers cannot be merged: compare them instead")
+        examples = [name for part in parts for name in part.examples]
+        if len(set(examples)) < len(examples):
+            twice = next(name for name in examples if examples.count(name) > 1)
+            raise ValueError(f"example {twice!r} is in more than one of the runs: it would count twice")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*SPANS, "nmi")}
+        return cls(**joined, examples=tuple(examples), config=[part.config for part in parts])
 
 
 @torch.no_grad()
@@ -72,22 +180,80 @@ def probe_dataset(
     batches: Iterable[ProbeInputs],
     *,
     total: int,
+    folder: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    examples: Sequence[str] | None = None,
+    layers: LayerNames | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Probed:
-    """Inter-Modality Flow and NMI of every example.
+    """Inter-Modality Flow and NMI of every example, batch by batch.
 
     Parameters
     ----------
+    batches : iterable of ProbeInputs
+        The same ones in the same order where a stopped call is to go on.
     total : int
         Number of batches, for the progress bar.
+    folder : path, optional
+        Takes `probes.parquet`; until it is complete, one part for each batch. The same call again goes on behind the
+        last part, or reads what is complete.
+    config : mapping, optional
+        Whatever decides the numbers; saved with them. A folder that holds those of another config is refused.
+    examples : sequence of str, optional
+        Names of the examples, in their order.
+    layers : str, list of str or callable, optional
+        As of `inter_modality_flow`.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds probes of another config, or `examples` does not name every example once.
     """
-    parts: list[tuple[Tensor, ...]] = []
-    for number, inputs in enumerate(batches):
-        flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
-        hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
-        nmi = modality_nmi(hidden, inputs.vision, inputs.tokens, language=inputs.language, seed=seed)
-        parts.append((flow.flow, flow.null, flow.text_to_vision, flow.vision_to_text, nmi))
+    settings = json.loads(json.dumps({**(config or {}), "seed": seed}, default=str))
+    folder = None if folder is None else Path(folder)
+    parts = [] if folder is None else _parts(folder, settings)
+    if folder is not None and (folder / "probes.parquet").exists():
+        return parts[0]
+    for number, inputs in enumerate(islice(batches, len(parts), None), start=len(parts)):
+        before = sum(len(part.examples) for part in parts)
+        part = _probe(model, inputs, layers, seed, first=before)
+        if examples is not None:
+            part = replace(part, examples=tuple(examples[before : before + len(part.examples)]))
+        if len(part.examples) != len(part.nmi):
+            raise ValueError(f"examples names {len(examples or ())} of more than {before + len(part.nmi)} examples")
+        parts.append(replace(part, config=settings))
+        if folder is not None:
+            parts[-1].save(folder / f"part-{number:06}.parquet")
         if progress:
             progress("probing", number + 1, total)
-    return Probed(*(torch.cat(column).double().cpu().numpy() for column in zip(*parts, strict=True)))
+    if not parts:
+        raise ValueError("batches is empty: nothing was probed")
+    whole = replace(Probed.merge(parts), config=settings)
+    if folder is not None:
+        whole.save(folder / "probes.parquet")
+        for file in folder.glob("part-*.parquet"):
+            file.unlink()
+    return whole
+
+
+def _parts(folder: Path, settings: Mapping[str, Any]) -> list[Probed]:
+    """What an earlier call left: the whole, or its parts in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder / "probes.parquet"
+    files = [whole] if whole.exists() else sorted(folder.glob("part-*.parquet"))
+    parts = [Probed.load(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.config != settings:
+            raise ValueError(f"{file}: probes of another config ({part.config}, now {settings}); take another folder")
+    return parts
+
+
+def _probe(model: nn.Module, inputs: ProbeInputs, layers: LayerNames | None, seed: int, *, first: int) -> Probed:
+    sets = inputs.vision, inputs.tokens
+    flow = inter_modality_flow(model, inputs.forward, *sets, language=inputs.language, layers=layers)
+    hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens, layers=layers)
+    nmi = modality_nmi(hidden, *sets, language=inputs.language, seed=seed)
+    arrays = (flow.flow, flow.null, flow.text_to_vision, flow.vision_to_text, nmi)
+    names = tuple(str(number) for number in range(first, first + len(nmi)))
+    return Probed(*(array.double().cpu().numpy() for array in arrays), examples=names)
