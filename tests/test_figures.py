@@ -446,7 +446,7 @@ def test_what_does_not_agree_is_refused_by_name(call, message):
 def test_png_without_kaleido_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(figures.ExportError, match="pip install kaleido.*own menu"):
-        figures.to_png(go.Figure(), tmp_path / "figure.png")
+        figures.to_image(go.Figure(), tmp_path / "figure.png")
 
 
 def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
@@ -456,7 +456,7 @@ def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(go.Figure, "write_image", no_chrome)
     with pytest.raises(figures.ExportError, match="apt install chromium.*own menu"):
-        figures.to_png(go.Figure(), tmp_path / "figure.png")
+        figures.to_image(go.Figure(), tmp_path / "figure.png")
 
 
 @pytest.mark.browser
@@ -467,7 +467,7 @@ def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
 def test_png_is_transparent_and_shows_the_picture(tmp_path):
     red = np.full((32, 32, 3), (200, 0, 0), dtype=np.uint8)
     figure = figures.tokens(red, 2)
-    png = Image.open(figures.to_png(figure, tmp_path / "figure.png", scale=1)).convert("RGBA")
+    png = Image.open(figures.to_image(figure, tmp_path / "figure.png", scale=1)).convert("RGBA")
     assert png.size == (figure.layout.width, figure.layout.height)
     assert png.getpixel((1, png.height - 1))[3] == 0
     red_pixels = (np.asarray(png)[..., :3] == (200, 0, 0)).all(axis=-1).mean()

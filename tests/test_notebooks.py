@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from shutil import which
 
 import nbformat
 import papermill
@@ -82,6 +83,16 @@ def test_probe_and_tour(pretrained, name, figures):
     executed = run_notebook(name, name="tested", parameters={"checkpoint": "by-vpw", "images": 16})
     assert figures_in(executed) >= figures and (executed.parent / "summary.json").exists()
     assert executed.stat().st_size < 2e6
+
+
+def test_comparison_of_two_models(pretrained):
+    parameters = {"models": ["by-vpw", ""], "images": 8}
+    executed = run_notebook("03_compare_models", name="tested", parameters=parameters)
+    folder = executed.parent
+    assert figures_in(executed) >= 4 and executed.stat().st_size < 2e6
+    assert {"table.csv", "means.csv", "summary.json", "model-0", "model-1"} <= {path.name for path in folder.iterdir()}
+    if which("chromium") or which("google-chrome"):
+        assert {"flow.png", "flow.svg", "nmi.svg"} <= {path.name for path in (folder / "figures").iterdir()}
 
 
 def test_visual_init(scratch):

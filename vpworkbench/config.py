@@ -456,3 +456,24 @@ def probe_settings(
     """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
     given = {"checkpoint": checkpoint, "images": images, "special_tokens": special_tokens, "seed": seed}
     return checked(ProbeSettings, given)
+
+
+class CompareSettings(Settings):
+    """Which models are compared, on which held-out pictures."""
+
+    models: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = Field(
+        ("",),
+        min_length=1,
+        description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
+    )
+    data: DataSettings = DataSettings()
+    images: int = Field(64, ge=2, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+def compare_settings(
+    *, models: str | list[str] = "", data: str | list[str] = "scenes", images: int = 64, seed: int = 0
+) -> CompareSettings:
+    """Settings of a run from the parameters of `03_compare_models.ipynb`."""
+    values = {"models": models, "images": images, "seed": seed}
+    return checked(CompareSettings, values).with_overrides({"data.sets": data})

@@ -583,8 +583,8 @@ def word_attention(words: Sequence[str], weights: ArrayLike, *, title: str = "At
 # ----------------------------------------------------------------------------------------------------- export
 
 
-def to_png(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
-    """Save a figure as PNG with a transparent background.
+def to_image(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
+    """Save a figure as PNG or SVG, by the path's suffix, with a transparent background.
 
     Raises
     ------
@@ -593,12 +593,12 @@ def to_png(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
     """
     own = "or use the camera button of the figure's own menu"
     if importlib.util.find_spec("kaleido") is None:
-        raise ExportError(f"PNG export needs kaleido and Chrome or Chromium: pip install kaleido, {own}")
+        raise ExportError(f"PNG and SVG need kaleido and Chrome or Chromium: pip install kaleido, {own}")
     try:
-        figure.write_image(path, format="png", scale=scale)
+        figure.write_image(path, scale=scale)
     except RuntimeError as error:
         remedy = "install one (apt install chromium, or plotly_get_chrome)"
-        raise ExportError(f"PNG export needs a working Chrome or Chromium: {remedy}, {own}") from error
+        raise ExportError(f"PNG and SVG need a working Chrome or Chromium: {remedy}, {own}") from error
     return Path(path)
 
 

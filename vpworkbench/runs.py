@@ -44,6 +44,7 @@ CHECKS = {
     "01_pretrain": "vpworkbench.config:pretrain_settings",
     "02_probe": "vpworkbench.config:probe_settings",
     "00_tour": "vpworkbench.config:probe_settings",
+    "03_compare_models": "vpworkbench.config:compare_settings",
 }
 """For each notebook the function that turns its parameters into settings, or refuses them."""
 
@@ -132,6 +133,17 @@ class Run:
     def show(self, name: str, figure: plotly.graph_objects.Figure) -> plotly.graph_objects.Figure:
         """Save a figure as a page of the run, and give it back for the notebook to draw."""
         self.save_figure(name, figure)
+        return figure
+
+    def export(self, name: str, figure: plotly.graph_objects.Figure) -> plotly.graph_objects.Figure:
+        """As `show`, and as PNG and SVG beside the page where kaleido finds a browser; else say why not."""
+        from vpworkbench.figures import ExportError, to_image
+
+        try:
+            for kind in ("png", "svg"):
+                to_image(figure, self.save_figure(name, figure).with_suffix(f".{kind}"))
+        except ExportError as error:
+            logger.warning("%s: %s", name, error)
         return figure
 
     def save_figure(self, name: str, figure: plotly.graph_objects.Figure) -> Path:
