@@ -28,7 +28,9 @@ def vilt(tokenizer, tmp_path_factory) -> str:
     """A ViLT of transformers, as its own `save_pretrained` leaves it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-vilt"
     torch.manual_seed(0)
-    hf.ViltModel(hf.ViltConfig(**SMALL, vocab_size=len(tokenizer), image_size=96, patch_size=32)).save_pretrained(folder)
+    hf.ViltModel(hf.ViltConfig(**SMALL, vocab_size=len(tokenizer), image_size=96, patch_size=32)).save_pretrained(
+        folder
+    )
     images = hf.ViltImageProcessor(size={"shortest_edge": 96}, size_divisor=32)
     hf.ViltProcessor(images, tokenizer).save_pretrained(folder)
     return str(folder)

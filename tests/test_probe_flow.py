@@ -207,6 +207,24 @@ def test_half_precision_stays_near_the_formula():
         assert abs(flow.flow[1, start, stop] - expected) <= 5e-3
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_long_sequences_stay_as_near(dtype, error):
+    """1,024 tokens, against the formula in float64 on the model's own eager maps."""
+    torch.manual_seed(0)
+    length = 1024
+    bert = BertModel(BertConfig(**{**TINY, "max_position_embeddings": length})).eval().to(dtype)
+    words = torch.randint(1, 50, (1, length))
+    tokens = torch.ones(1, length, dtype=torch.bool)
+    tokens[:, 900:] = False
+    vision = torch.arange(length)[None] > 100
+    inputs = {"input_ids": words, "attention_mask": tokens.long()}
+    flow = inter_modality_flow(bert, inputs, vision, tokens)
+    attention = eager_attention(bert, inputs)
+    for start, stop in combinations_with_replacement(range(LAYERS), 2):
+        expected = sum(naive_flow(attention[:, 0], vision[0] & tokens[0], tokens[0] & ~vision[0], start, stop))
+        assert abs(flow.flow[0, start, stop] - expected) <= error
+
+
 # --- closed forms and the definition -------------------------------------------------------------
 
 

@@ -18,6 +18,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+bench = typer.Typer(help="Measure what things cost here.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `vpw`. Exit code 2: wrong parameters, nothing was started; 1: it failed on the way."""
@@ -83,6 +86,44 @@ def scenes(
     }  # fmt: skip
     settings = checked(SceneSettings, {key: value for key, value in given.items() if value is not None})
     print(write_scenes(folder, settings))
+
+
+@bench.command("probes")
+def bench_probes(
+    tokens: Annotated[str, typer.Option(help="lengths of the sequences, with commas")] = "300,600,1200,2400",
+    repeats: Annotated[int, typer.Option(help="turns that every route takes", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    memory_gib: Annotated[float, typer.Option(help="what a route may take before it counts as dead")] = 4.0,
+    longest: Annotated[int, typer.Option(help="length at which the search for its death ends")] = 9_600,
+) -> None:
+    """Flow and NMI against the plain forward, attention maps and scikit-learn: JSON and a figure."""
+    from vpworkbench.bench import probe_bench, write_report
+    from vpworkbench.config import SettingsError
+    from vpworkbench.runs import run_folder
+    from vpworkbench.train import pick_device
+
+    try:
+        lengths = [int(length) for length in tokens.split(",")]
+    except ValueError:
+        raise SettingsError(f"--tokens {tokens}: whole numbers with commas, such as 300,600") from None
+    if min(lengths) < 40:
+        raise SettingsError(f"--tokens {tokens}: at least 40 each")
+    result = probe_bench(
+        lengths=lengths, repeats=repeats, device=pick_device(device).type, memory_gib=memory_gib, longest=longest,
+        progress=_line,
+    )  # fmt: skip
+    page = write_report(result, run_folder("bench", "probes"))
+    for part in result["timed"]:
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in part["ratio"].items())
+        print(f"{part['tokens']:6} tokens{' padded' if part['padded'] else '':8} time over plain: {ratios}")
+    for part in result["peak_mib"]:
+        print(f"{part['tokens']:6} tokens, {part['route']:6} peak {part['mib']:8.0f} MiB beside the model")
+    print("dies at", result.get("dies_at", "not looked for"), "| NMI, times scikit-learn's speed:", end=" ")
+    print(f"{result['nmi']['speedup']:.1f}", page, sep="\n")
+
+
+def _line(what: str, done: int, total: int) -> None:
+    print(f"{what}: {done}/{total}", file=sys.stderr)
 
 
 def _version(asked: bool) -> None:

@@ -102,7 +102,7 @@ def pictures(
     columns = min(columns, len(images))
     panels = [_Panel(image, caption) for image, caption in zip(images, captions, strict=True)]
     figure = _panels(panels, columns=columns, panel_px=min(260, (_WIDTH - _GAP_PX) // columns - _GAP_PX))
-    return _finish(figure, alt=f"{len(panels)} images with their captions under them.")
+    return finish(figure, alt=f"{len(panels)} images with their captions under them.")
 
 
 def tokens(image: np.ndarray, grid: int | tuple[int, int]) -> go.Figure:
@@ -125,7 +125,7 @@ def tokens(image: np.ndarray, grid: int | tuple[int, int]) -> go.Figure:
         hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     alt = f"An image divided into {rows} rows and {columns} columns of tokens, numbered row by row from 0."
-    return _finish(figure, title="Visual tokens", alt=alt)
+    return finish(figure, title="Visual tokens", alt=alt)
 
 
 def parsing(image: np.ndarray, attention: ArrayLike, picks: Sequence[int], grid: int | tuple[int, int]) -> go.Figure:
@@ -163,7 +163,7 @@ def parsing(image: np.ndarray, attention: ArrayLike, picks: Sequence[int], grid:
     title = f"Where visual tokens look (bright; even attention would be {_percent(1 / len(weights))} each)"
     chosen = ", ".join(map(str, picks))
     alt = f"An image and, for tokens {chosen}, a copy each that is bright where the token attends."
-    return _finish(figure, title=title, alt=alt)
+    return finish(figure, title=title, alt=alt)
 
 
 def masks(
@@ -208,7 +208,7 @@ def masks(
             _add(figure, panel, _outline(_checked_pick(pick, rows * columns), columns))
     title = "Tokens hidden from the fusion" + (f", built around token {pick}" if pick is not None else "")
     alt = f"An image, and copies with hidden tokens greyed out: {'; '.join(captions)}."
-    return _finish(figure, title=_escaped(title), alt=alt)
+    return finish(figure, title=_escaped(title), alt=alt)
 
 
 def attention_on_image(
@@ -238,7 +238,7 @@ def attention_on_image(
     _add(figure, 1, _shade(weights, rows, columns))
     brightest = int(weights.argmax())
     alt = f"An image and a copy that is bright where attention is large, brightest at token {brightest}."
-    return _finish(figure, title=_escaped(title), alt=alt)
+    return finish(figure, title=_escaped(title), alt=alt)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -298,7 +298,7 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
     figure.update_layout(showlegend=False)
     last = int(metrics["step"].iloc[-1])
     alt = f"{', '.join(map(str, names))} over {last} optimiser steps, one panel each."
-    return _finish(figure, title=f"Training over {last:,} steps", alt=alt, height=90 + 145 * rows)
+    return finish(figure, title=f"Training over {last:,} steps", alt=alt, height=90 + 145 * rows)
 
 
 def _small_multiples(count: int) -> tuple[int, int]:
@@ -336,7 +336,7 @@ def held_out(held_out: HeldOut) -> go.Figure:
         f"hidden words right: {_percent(held_out.mlm_with_image.mean)} with the image, "
         f"{_percent(held_out.mlm_other_image.mean)} with another one."
     )
-    return _finish(figure, title="Held-out images: does the model use the picture?", alt=alt, width=760)
+    return finish(figure, title="Held-out images: does the model use the picture?", alt=alt, width=760)
 
 
 def accuracy_bars(
@@ -375,7 +375,7 @@ def accuracy_bars(
     figure.update_yaxes(title_text=_escaped(axis))
     told = ", ".join(f"{name} {_percent(mean)}" for name, mean in zip(values, means, strict=True))
     alt = f"{title}: {told}."
-    return _finish(figure, title=_escaped(title), alt=alt, width=width)
+    return finish(figure, title=_escaped(title), alt=alt, width=width)
 
 
 # ----------------------------------------------------------------------------------------------------- probes
@@ -421,7 +421,7 @@ def flow_curves(
     figure.update_yaxes(title_text="attention that crosses", col=1)
     ends = f"{_ends(curves[0], 'from the input')}; {_ends(curves[1], 'within a layer')}"
     title = f"Inter-Modality Flow, mean and 95% band over {_examples(curves[0])}"
-    return _finish(figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}.")
+    return finish(figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}.")
 
 
 def flow_triangle(flow: ArrayLike) -> go.Figure:
@@ -458,7 +458,7 @@ def flow_triangle(flow: ArrayLike) -> go.Figure:
         f"from {_percent(np.nanmin(upper))} to {_percent(np.nanmax(upper))}."
     )
     title = "Inter-Modality Flow from layer i to layer j, %"
-    return _finish(figure, title=title, alt=alt, width=520, height=420)
+    return finish(figure, title=title, alt=alt, width=520, height=420)
 
 
 def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.Figure:
@@ -487,7 +487,7 @@ def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.
         f"layer {len(layers)}, and from vision to text, {_percent(means[1][0])} and {_percent(means[1][-1])}."
     )
     title = f"Which way attention crosses, within each layer ({_examples({'': up})})"
-    return _finish(figure, title=title, alt=alt, width=640)
+    return finish(figure, title=title, alt=alt, width=640)
 
 
 def nmi(values: Samples, *, with_input: bool = False) -> go.Figure:
@@ -507,7 +507,7 @@ def nmi(values: Samples, *, with_input: bool = False) -> go.Figure:
     figure.update_yaxes(title_text="NMI (0: mixed, 1: apart)", range=[-0.02, 1.02])
     title = f"Modalities as clusters, mean and 95% band over {_examples(models)}"
     alt = f"NMI of two clusters and the two modalities by layer; {_ends(models, 'mean')}."
-    return _finish(figure, title=title, alt=alt, width=640)
+    return finish(figure, title=title, alt=alt, width=640)
 
 
 def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, layer: int) -> go.Figure:
@@ -548,7 +548,7 @@ def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, lay
         f"{counts['language']} language tokens and {counts['vision']} visual tokens of layer {layer + 1} "
         "on their first two principal components."
     )
-    return _finish(figure, title=f"Tokens by modality, layer {layer + 1}", alt=alt, width=560, height=400)
+    return finish(figure, title=f"Tokens by modality, layer {layer + 1}", alt=alt, width=560, height=400)
 
 
 def word_attention(words: Sequence[str], weights: ArrayLike, *, title: str = "Attention on words") -> go.Figure:
@@ -577,7 +577,7 @@ def word_attention(words: Sequence[str], weights: ArrayLike, *, title: str = "At
     most = int(np.nanargmax(weights))
     alt = f"Attention on {len(words)} words, most on {words[most]!r}: {_percent(weights[most])}."
     width = int(np.clip(46 * len(words) + 120, 380, _WIDTH))
-    return _finish(figure, title=_escaped(title), alt=alt, width=width, height=300)
+    return finish(figure, title=_escaped(title), alt=alt, width=width, height=300)
 
 
 # ----------------------------------------------------------------------------------------------------- export
@@ -911,7 +911,7 @@ def _ends(models: dict[str, np.ndarray], what: str) -> str:
     return f"{what} {', '.join(parts)}"
 
 
-def _finish(
+def finish(
     figure: go.Figure, *, alt: str, title: str = "", width: int | None = None, height: int | None = None
 ) -> go.Figure:
     """The look that all figures share; one of pictures has its size already, and gets room for the title."""
