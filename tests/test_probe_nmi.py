@@ -9,7 +9,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 
-from vpworkbench.probes import cluster_tokens, modality_nmi, modality_pca
+from vpworkbench.pretrain import load_run
+from vpworkbench.probes import cluster_tokens, hidden_states, modality_nmi, modality_pca
 
 LAYERS, EXAMPLES, LENGTH, CHANNELS = 3, 4, 40, 24
 
@@ -89,6 +90,27 @@ def test_own_starts_do_as_well_as_scikit_learns():
         for e in range(EXAMPLES)
     ]  # fmt: skip
     assert ours.mean() <= np.mean(theirs) * 1.01
+
+
+def test_own_starts_on_real_features(scenes):
+    """240 samples x layers of the shipped model: inertia within 0.1% of scikit-learn's, NMI of a layer within 0.02."""
+    model, _ = load_run()
+    inputs = model.prepare(scenes[:60], [picture.captions[0] for picture in scenes[:60]])
+    hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
+    inertia = torch.stack([cluster_tokens(state, inputs.tokens).inertia for state in hidden])
+    nmi = modality_nmi(hidden, inputs.vision, inputs.tokens)
+    theirs = torch.zeros(2, 2, len(hidden), 60, dtype=torch.float64)  # seed, (inertia, nmi), layer, example
+    for layer, state in enumerate(hidden):
+        for example in range(60):
+            for seed in range(2):
+                found, value = sklearn_run(
+                    state[example], inputs.vision[example], inputs.tokens[example], n_init=10, random_state=seed
+                )
+                theirs[seed, :, layer, example] = torch.tensor([found.inertia_, value])
+    assert inertia.mean() <= theirs[0, 0].mean() * 1.001
+    of_layers = theirs[:, 1].mean(dim=-1)
+    allowed = (2 * (of_layers[0] - of_layers[1]).abs()).clamp(min=0.02)
+    assert ((nmi.mean(dim=0) - of_layers[0]).abs() <= allowed).all()
 
 
 def test_modalities_far_apart_have_nmi_one_and_mixed_ones_nearly_none():

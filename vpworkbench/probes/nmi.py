@@ -220,7 +220,9 @@ def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Cen
     square = products.diagonal(dim1=1, dim2=2)  # example token
     count = real.sum(dim=1)
     order = (~real).long().argsort(dim=1, stable=True)  # real tokens first
-    nth = (draws[:, 0] * count[:, None]).long().clamp(max=real.shape[1] - 1)
+    # One first centre from each equal stretch of the tokens: restarts that start alike would end alike.
+    spread = (torch.arange(restarts).to(draws) + draws[:, 0]) / restarts
+    nth = (spread * count[:, None]).long().clamp(max=real.shape[1] - 1)
     first = order.gather(1, nth)  # example restart
 
     def distances(picked: Tensor) -> Tensor:
