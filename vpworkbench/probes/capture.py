@@ -32,6 +32,8 @@ AS_EAGER = f"{ATTENTION}_eager"
 
 # Additive masks in the field: -inf, the dtype's minimum, BERT's old -10,000 (-9,984 in bfloat16).
 _HIDDEN_BELOW = -5000.0
+# Of padded queries at a time: a small share of what a forward takes on a CPU, one call on a GPU.
+_PADDED_BYTES = {"cpu": 2**22, "cuda": 2**29}
 # What sdpa would silently leave out of the softmax; a probe on top would report another model.
 _REFUSED = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
 
@@ -67,35 +69,42 @@ class AttentionCall:
 
     def output(self) -> Tensor:
         """What the model expects: (example, query, head, channel)."""
-        return self._fused(self.query, self.key, self.value)
+        return self._fused(self.query, self.key, self.value, self.mask)
 
-    def carry(self, columns: Tensor, scratch: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """The layer's output, and `softmax(Q K^T) columns` for every head, from one fused call.
+    def carry(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output, and `softmax(Q K^T) columns` for every head, on the fused kernel.
 
-        The columns ride as extra values. The fused kernels want one width for queries, keys and
-        values, so all three are padded with zeros, which changes no score; 8 keeps them aligned.
+        The columns ride as extra values. The fused kernels want one width for queries, keys and values, so all three
+        are padded with zeros, which changes no score; 8 keeps them aligned. A few heads at a time: the padded copies
+        would else be the most memory that a forward takes.
 
         Parameters
         ----------
         columns : Tensor, shape (example, key, column)
-        scratch : dict, optional
-            Keeps the padded copies from layer to layer: fresh memory costs more than the copy.
 
         Returns
         -------
         Tensor, shape (example, query, head, channel)
         Tensor, shape (example, query, head, column)
         """
+        (examples, heads, queries, _), key_heads = self.query.shape, self.key.shape[1]
         channels, count = self.value.shape[-1], columns.shape[-1]
         width = -(-max(self.query.shape[-1], channels + count) // 8) * 8
-        scratch = {} if scratch is None else scratch
-        query = _widened(self.query, width, "query", scratch)
-        key = _widened(self.key, width, "key", scratch)
-        value = _widened(self.value, width, "value", scratch)
-        value[..., channels : channels + count] = columns.to(value.dtype)[:, None]
-        output = self._fused(query, key, value)
-        carried = output[..., channels : channels + count]
-        return output[..., :channels].contiguous(), carried
+        group = heads // key_heads
+        size = examples * width * self.query.element_size() * max(group * queries, self.key.shape[2])
+        at_once = max(1, _PADDED_BYTES.get(self.query.device.type, 2**22) // size)  # key heads
+        output = self.query.new_empty(examples, queries, heads, channels)
+        carried = self.query.new_empty(examples, queries, heads, count)
+        for start in range(0, key_heads, at_once):
+            some = slice(start, start + at_once)
+            its = slice(start * group, (start + at_once) * group)
+            value = _widened(self.value[:, some], width)
+            value[..., channels : channels + count] = columns.to(value.dtype)[:, None]
+            mask = self.mask[:, its] if self.mask is not None and self.mask.shape[1] > 1 else self.mask
+            wide = self._fused(_widened(self.query[:, its], width), _widened(self.key[:, some], width), value, mask)
+            output[:, :, its] = wide[..., :channels]
+            carried[:, :, its] = wide[..., channels : channels + count]
+        return output, carried
 
     def weights(self, picked: Tensor | None = None) -> Tensor:
         """Softmax weights of the picked queries, in float32 or better.
@@ -177,9 +186,9 @@ class AttentionCall:
         example = torch.arange(len(picked), device=picked.device)[:, None]
         return self.mask.expand(len(picked), -1, -1, -1)[example, :, picked].transpose(1, 2)
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return sdpa_attention_forward(
-            self.module, query, key, value, self.mask, scaling=self.scaling, is_causal=self.causal
+            self.module, query, key, value, mask, scaling=self.scaling, is_causal=self.causal
         )[0]
 
 
@@ -335,16 +344,9 @@ def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > _HIDDEN_BELOW
 
 
-def _widened(tensor: Tensor, width: int, name: str, scratch: dict[str, Tensor]) -> Tensor:
-    """`tensor` with zeros behind its channels, in the memory of the layer before where it fits."""
-    shape = (*tensor.shape[:-1], width)
-    name = f"{name} of {tensor.shape[-1]}"  # layers may differ in width, and zeros must stay zeros
-    buffer = scratch.get(name)
-    same = buffer is not None and (buffer.dtype, buffer.device) == (tensor.dtype, tensor.device)
-    if not same or buffer.shape != shape:
-        buffer = scratch[name] = tensor.new_zeros(shape)
-    buffer[..., : tensor.shape[-1]] = tensor
-    return buffer
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """`tensor` with zeros behind its channels."""
+    return F.pad(tensor, (0, width - tensor.shape[-1]))
 
 
 def _attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -43,7 +43,6 @@ class Recorder:
         self.heads: list[Tensor] = []  # per layer: (example, head)
         self.token_flows: list[Tensor] | None = [] if per_token else None  # per layer: (example, token, start)
         self._padded = not bool(sets.tokens.all())
-        self._scratch: dict[str, Tensor] = {}
         self._two_sets: bool | None = None  # 1_V beside 1_L; known at the first layer that counts
         self._masks: list[Tensor | None] = []  # those whose padding was looked at
         self._reach = self._even = torch.empty(0)  # (example, token, start * set): with attention, with uniform
@@ -61,7 +60,7 @@ class Recorder:
         # Rows of attention sum to one, so the mean can go around the kernel: in half precision
         # only what differs between tokens is rounded.
         mean = source.mean(dim=1, keepdim=True)
-        output, carried = call.carry(torch.cat([source - mean, *extra], dim=-1), self._scratch)
+        output, carried = call.carry(torch.cat([source - mean, *extra], dim=-1))
         per_head, extras = carried.tensor_split([mean.shape[-1]], dim=-1)
         self._attended(call, place, per_head.to(mean) + mean[:, :, None])
         if self.columns is not None:
