@@ -93,24 +93,28 @@ def test_own_starts_do_as_well_as_scikit_learns():
 
 
 def test_own_starts_on_real_features(scenes):
-    """240 samples x layers of the shipped model: inertia within 0.1% of scikit-learn's, NMI of a layer within 0.02."""
+    """240 samples x layers of the shipped model, three seeds each: inertia within 0.1% of scikit-learn's, NMI too.
+
+    Near-noise features have many optima: of one seed either may be 0.1% better than the other.
+    """
     model, _ = load_run()
     inputs = model.prepare(scenes[:60], [picture.captions[0] for picture in scenes[:60]])
     hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
-    inertia = torch.stack([cluster_tokens(state, inputs.tokens).inertia for state in hidden])
-    nmi = modality_nmi(hidden, inputs.vision, inputs.tokens)
-    theirs = torch.zeros(2, 2, len(hidden), 60, dtype=torch.float64)  # seed, (inertia, nmi), layer, example
+    seeds = range(3)
+    inertia = [cluster_tokens(state, inputs.tokens, seed=seed).inertia.mean() for seed in seeds for state in hidden]
+    nmi = modality_nmi(hidden, inputs.vision, inputs.tokens).mean(dim=0)
+    theirs = torch.zeros(3, 2, len(hidden), 60, dtype=torch.float64)  # seed, (inertia, nmi), layer, example
     for layer, state in enumerate(hidden):
         for example in range(60):
-            for seed in range(2):
+            for seed in seeds:
                 found, value = sklearn_run(
                     state[example], inputs.vision[example], inputs.tokens[example], n_init=10, random_state=seed
                 )
                 theirs[seed, :, layer, example] = torch.tensor([found.inertia_, value])
-    assert inertia.mean() <= theirs[0, 0].mean() * 1.001
+    assert torch.stack(inertia).mean() <= theirs[:, 0].mean() * 1.001
     of_layers = theirs[:, 1].mean(dim=-1)
     allowed = (2 * (of_layers[0] - of_layers[1]).abs()).clamp(min=0.02)
-    assert ((nmi.mean(dim=0) - of_layers[0]).abs() <= allowed).all()
+    assert ((nmi - of_layers[0]).abs() <= allowed).all()
 
 
 def test_modalities_far_apart_have_nmi_one_and_mixed_ones_nearly_none():
