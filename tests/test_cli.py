@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_runs import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
+from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench import cli
 

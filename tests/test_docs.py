@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from pydantic import BaseModel
 
-from vpworkbench.config import PretrainSettings, ProbeSettings, VisualInitSettings
+from vpworkbench.config import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings
 
 REPOSITORY = Path(__file__).parents[1]
 STATUSES = {"stated", "inferred", "ours", "not yet"}
@@ -86,7 +86,8 @@ def test_every_function_exists():
 
 
 def test_every_config_key_exists():
-    valid = set().union(*(leaves(kind()) for kind in (PretrainSettings, VisualInitSettings, ProbeSettings)))
+    kinds = (PretrainSettings, VisualInitSettings, ProbeSettings, CompareSettings)
+    valid = set().union(*(leaves(kind()) for kind in kinds))
     unknown = set(all_named("keys")) - valid
     assert not unknown
 

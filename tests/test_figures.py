@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from vpworkbench import figures
+from vpworkbench.figures import style, training
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
 GRID = 4
@@ -113,7 +114,7 @@ def test_every_figure_is_plain_small_described_and_clear():
 
 
 def _is_figure_function(value):
-    own = getattr(value, "__module__", "") == figures.__name__ and not value.__name__.startswith("_")
+    own = getattr(value, "__module__", "").startswith(figures.__name__) and not value.__name__.startswith("_")
     return own and getattr(value, "__annotations__", {}).get("return") == "go.Figure"
 
 
@@ -135,9 +136,9 @@ def test_text_and_curves_are_seen_on_both_backgrounds(background):
         dark, light = sorted([luminance(colour), luminance(background)])
         return (light + 0.05) / (dark + 0.05)
 
-    assert contrast(figures.GREY) > 4
-    assert min(contrast(colour) for colour in figures.PALETTE[:3]) > 3
-    assert min(contrast(colour) for colour in figures.PALETTE) > 2
+    assert contrast(style.GREY) > 4
+    assert min(contrast(colour) for colour in style.PALETTE[:3]) > 3
+    assert min(contrast(colour) for colour in style.PALETTE) > 2
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -257,7 +258,7 @@ def test_losses_of_a_long_run_are_smoothed_over_faint_raw_values():
 
 @pytest.mark.parametrize("count, shape", [(1, (1, 1)), (4, (1, 4)), (6, (2, 3)), (8, (2, 4)), (9, (3, 3))])
 def test_small_multiples_leave_few_gaps(count, shape):
-    assert figures._small_multiples(count) == shape
+    assert training._small_multiples(count) == shape
 
 
 def test_held_out_draws_means_intervals_and_chance():

@@ -11,7 +11,8 @@ import nbformat
 import papermill
 import pytest
 
-from vpworkbench.runs import CHECKS, _imported, find_notebook, notebook_parameters, run_folder, run_notebook
+from vpworkbench.execution import CHECKS, _imported, find_notebook, notebook_parameters, run_notebook
+from vpworkbench.runs import run_folder
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 FEW = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}

@@ -24,7 +24,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from vpworkbench.figures import PALETTE, finish
+from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_nmi
 
 VISION_SHARE = 0.75  # of the tokens; the costs do not depend on it

@@ -44,13 +44,13 @@ def run(
     ] = None,
 ) -> None:
     """Execute a notebook in its run folder; the same call again resumes, or says that it is complete."""
-    from vpworkbench import runs
+    from vpworkbench import execution
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("vpworkbench").setLevel(logging.INFO)
     texts = _split(parameter or [])
-    defaults = runs.notebook_parameters(runs.find_notebook(notebook))
-    runs.run_notebook(notebook, name=name, parameters=runs.parse_parameters(texts, defaults))
+    defaults = execution.notebook_parameters(execution.find_notebook(notebook))
+    execution.run_notebook(notebook, name=name, parameters=execution.parse_parameters(texts, defaults))
 
 
 @app.command("runs")

@@ -39,7 +39,7 @@ class Settings(BaseModel):
         faults = []
         for path, value in overrides.items():
             if path not in valid:
-                faults.append(f"{path}: no such setting{_nearest(path, valid)}")
+                faults.append(f"{path}: no such setting{nearest(path, valid)}")
                 continue
             *parents, leaf = path.split(".")
             node = values
@@ -68,7 +68,7 @@ def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"]) or "settings"
         if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{path}: no such setting{_nearest(path, valid)}")
+            lines.append(f"{path}: no such setting{nearest(path, valid)}")
         elif fault["type"] == "value_error":
             lines.append(f"{path}: {fault['ctx']['error']}")
         else:
@@ -76,7 +76,8 @@ def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint at the valid name that comes nearest, to be put behind an error; empty where none does."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -367,7 +368,7 @@ PRESETS: dict[str, PretrainSettings] = {
 def preset(name: str) -> PretrainSettings:
     """The named preset; an unknown name is a `SettingsError` that lists the known ones."""
     if name not in PRESETS:
-        raise SettingsError(f"preset: no preset {name!r}{_nearest(name, PRESETS)} (known: {', '.join(PRESETS)})")
+        raise SettingsError(f"preset: no preset {name!r}{nearest(name, PRESETS)} (known: {', '.join(PRESETS)})")
     return PRESETS[name]
 
 

@@ -1,0 +1,37 @@
+"""Every plot of the workbench, as a plain plotly figure.
+
+Functions take arrays (numpy, CPU tensors, DataFrames) and return one `go.Figure`; no model, no file inside.
+Layers count from 0 in arrays and from 1 on axes; shares lie in [0, 1] in arrays and are percent on axes.
+`figure.layout.meta["alt"]` says in one sentence, in plain text, what is seen.
+"""
+
+from vpworkbench.figures.pictures import attention_on_image, masks, parsing, pictures, tokens
+from vpworkbench.figures.probes import (
+    flow_curves,
+    flow_directions,
+    flow_triangle,
+    modality_map,
+    nmi,
+    word_attention,
+)
+from vpworkbench.figures.style import ExportError, to_image
+from vpworkbench.figures.training import accuracy_bars, held_out, losses
+
+__all__ = [
+    "ExportError",
+    "accuracy_bars",
+    "attention_on_image",
+    "flow_curves",
+    "flow_directions",
+    "flow_triangle",
+    "held_out",
+    "losses",
+    "masks",
+    "modality_map",
+    "nmi",
+    "parsing",
+    "pictures",
+    "to_image",
+    "tokens",
+    "word_attention",
+]

@@ -1,0 +1,127 @@
+"""The look that all figures share: colours, template, sizes, text as plotly takes it, export to a file.
+
+Backgrounds are transparent and text is mid-grey, so that a figure reads in light and dark themes. Text from data is
+escaped where it is drawn, as plotly would read it as markup.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from vpworkbench.probes.intervals import Interval
+
+# Okabe and Ito (2008), for all eyes. Black and yellow are left out and blue is a little lighter: all colours
+# must be seen on white and on #111111.
+BLUE, VERMILLION, GREEN = "#1C82C4", "#D55E00", "#009E73"
+ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
+PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
+LANGUAGE, VISION = BLUE, VERMILLION
+COLOURS = "Cividis"  # even steps for all eyes
+GREY = "#7a7a7a"  # contrast above 4 on white and on #111111
+FAINT, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
+WIDTH, HEIGHT = 900, 340  # pixels; fits beside the side bar of a 1280-pixel JupyterLab
+_AXIS = {
+    "gridcolor": FAINT,
+    "zerolinecolor": FAINT,
+    "linecolor": GREY,
+    "automargin": True,
+    "title": {"standoff": 10, "font": {"size": 12}},
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "font": {"color": GREY, "size": 12, "family": "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif"},
+        "title": {"x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 12}, "font": {"size": 15}},
+        "colorway": PALETTE,
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "legend": {"bgcolor": CLEAR},
+        "modebar": {"bgcolor": CLEAR, "color": "#999999", "activecolor": SKY},
+        "hoverlabel": {"font": {"size": 12}},
+    }
+)
+
+
+class ExportError(RuntimeError):
+    """A picture of a figure that cannot be made here; the message says what is missing."""
+
+
+def to_image(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
+    """Save a figure as PNG or SVG, by the path's suffix, with a transparent background.
+
+    Raises
+    ------
+    ExportError
+        If kaleido or a browser is missing; the message names the remedy.
+    """
+    own = "or use the camera button of the figure's own menu"
+    if importlib.util.find_spec("kaleido") is None:
+        raise ExportError(f"PNG and SVG need kaleido and Chrome or Chromium: pip install kaleido, {own}")
+    try:
+        figure.write_image(path, scale=scale)
+    except RuntimeError as error:
+        remedy = "install one (apt install chromium, or plotly_get_chrome)"
+        raise ExportError(f"PNG and SVG need a working Chrome or Chromium: {remedy}, {own}") from error
+    return Path(path)
+
+
+def finish(
+    figure: go.Figure, *, alt: str, title: str = "", width: int | None = None, height: int | None = None
+) -> go.Figure:
+    """The look that all figures share; one of pictures has its size already, and gets room for the title."""
+    layout: dict[str, object] = {"template": TEMPLATE, "meta": {"alt": alt}}
+    top = 44 if title else 10
+    if figure.layout.width is not None:
+        layout |= {"height": figure.layout.height + top, "margin": {"t": top}}
+    else:
+        top += 22 * bool(figure.layout.annotations)  # titles of panels
+        figure.update_annotations(font_size=12)
+        layout |= {"width": width or WIDTH, "height": height or HEIGHT}
+        layout |= {"margin": {"l": 60, "r": 20, "t": top, "b": 50}}
+    if title:
+        layout["title"] = {"text": title, "y": 1, "yanchor": "top", "pad": {"t": 14, "l": 12}}
+    return figure.update_layout(layout)
+
+
+def escaped(text: str) -> str:
+    """Text as plotly will show it: neither its markup nor, between dollars, formulas."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
+def wrapped(captions: str | Sequence[str], letters: int) -> list[str]:
+    """Escaped lines; of several captions each begins with a bullet."""
+    if isinstance(captions, str):
+        texts = [captions]
+    else:
+        texts = [f"• {caption}" for caption in captions] if len(captions) > 1 else list(captions)
+    lines = [line for text in texts for line in textwrap.wrap(text, letters) or [""]]
+    return [escaped(line) for line in lines]  # after wrapping: an entity must not be broken
+
+
+def percent(share: float) -> str:
+    return f"{100 * float(share):.1f}%"
+
+
+def fill(colours: str | Sequence[str]) -> dict[str, object]:
+    """Look of bars: translucent, so that an error bar is seen inside them too."""
+    one = isinstance(colours, str)
+    inside = translucent(colours, 0.55) if one else [translucent(colour, 0.55) for colour in colours]
+    return {"color": inside, "line": {"color": colours if one else list(colours), "width": 1.5}}
+
+
+def error_bars(interval: Interval) -> dict[str, object]:
+    up, down = interval.high - interval.mean, interval.mean - interval.low
+    look = {"color": GREY, "thickness": 2, "width": 6}
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down} | look
+
+
+def translucent(colour: str, share: float) -> str:
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {share})"
