@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 
 import pytest
@@ -127,6 +128,17 @@ def test_copies_in_training_become_one_picture(tmp_path, caplog):
     splits = split_pictures([read_pictures(path)])
     assert [picture.captions for picture in splits["train"]] == [("A dog runs 0 .", "A dog runs 2 .")]
     assert "1 training images are copies of others" in caplog.text
+
+
+def test_files_that_only_look_alike_at_a_glimpse_stay_apart(tmp_path):
+    """CRC-32 of anything followed by its own CRC-32 is a constant: as every chunk of a PNG is."""
+    path = karpathy(tmp_path)
+    for number in range(3):
+        data = bytes([number]) * 100
+        (tmp_path / "images" / f"{number}.png").write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+    pictures = read_pictures(path)
+    assert len({picture.image.glimpse() for picture in pictures}) == 1
+    assert len(split_pictures([pictures])["train"]) == 2
 
 
 def test_scenes_are_read_with_their_truth(scenes):

@@ -93,4 +93,5 @@ def test_content_is_the_same_in_a_zip_and_in_a_folder(tmp_path):
     image = stored(tmp_path, RED, "png")
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.write(tmp_path / "image.png", "other name.png")
-    assert ImageFile(tmp_path / "images.zip", "other name.png").content() == image.content()
+    zipped = ImageFile(tmp_path / "images.zip", "other name.png")
+    assert zipped.glimpse() == image.glimpse() and zipped.digest() == image.digest()

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from vpworkbench.config import DataSettings
 from vpworkbench.data import language, nlvr1
-from vpworkbench.data.records import DataError, Picture, archive, image_file
+from vpworkbench.data.records import DataError, ImageFile, Picture, archive, image_file
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import Scene, SceneSettings
 
@@ -205,7 +206,7 @@ def _refuse_duplicates(pictures: Sequence[Picture], path: Path) -> None:
 def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]]:
     """Join sets into `train`, `val` and `test`; training images that an evaluation split holds are dropped.
 
-    An image can be in several sets under several names, so copies are found by content (CRC-32 and length). Copies
+    An image can be in several sets under several names, so copies are found by content. Copies
     in training become one picture with the texts of all: else one copy's caption could serve as unmatched text of the
     other. How many were dropped and joined is logged.
     """
@@ -213,21 +214,29 @@ def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]
     for pictures in sets:
         for picture in pictures:
             splits[picture.split].append(picture)
-    held_out = {picture.image.content() for split in ("val", "test") for picture in splits[split]}
-    kept = [picture for picture in splits["train"] if picture.image.content() not in held_out]
+    content = _contents([picture for split in splits.values() for picture in split])
+    held_out = {content[picture.image] for split in ("val", "test") for picture in splits[split]}
+    kept = [picture for picture in splits["train"] if content[picture.image] not in held_out]
     if dropped := len(splits["train"]) - len(kept):
         log.warning("%d training images are also in val or test: dropped from training", dropped)
-    joined = _joined(kept)
+    joined = _joined(kept, content)
     if copies := len(kept) - len(joined):
         log.warning("%d training images are copies of others: joined with them", copies)
     return splits | {"train": joined}
 
 
-def _joined(pictures: Sequence[Picture]) -> list[Picture]:
+def _contents(pictures: Sequence[Picture]) -> dict[ImageFile, Hashable]:
+    """What tells the contents of images apart; only files that look alike at a glimpse are read as a whole."""
+    glimpses = {picture.image: picture.image.glimpse() for picture in pictures}
+    alike = Counter(glimpses.values())
+    return {image: (glimpse, image.digest() if alike[glimpse] > 1 else b"") for image, glimpse in glimpses.items()}
+
+
+def _joined(pictures: Sequence[Picture], content: Mapping[ImageFile, Hashable]) -> list[Picture]:
     """One picture for each content; the first of its copies names it."""
-    by_content: dict[tuple[int, int], list[Picture]] = {}
+    by_content: dict[Hashable, list[Picture]] = {}
     for picture in pictures:
-        by_content.setdefault(picture.image.content(), []).append(picture)
+        by_content.setdefault(content[picture.image], []).append(picture)
     return [first if not rest else _merged(first, rest) for first, *rest in by_content.values()]
 
 

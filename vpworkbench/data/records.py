@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import os
 import zipfile
@@ -56,13 +57,20 @@ class ImageFile:
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"{self}: image missing or unreadable ({error}); restore it or drop its record") from None
 
-    def content(self) -> tuple[int, int]:
-        """(CRC-32, bytes): equal for two files of the same content; free of cost in a zip."""
+    def glimpse(self) -> tuple[int, int]:
+        """(CRC-32, bytes): equal for two files of the same content, and free of cost in a zip; see `digest`.
+
+        Files of another content share it now and then, PNGs above all: each of their chunks ends in its own CRC-32.
+        """
         if self.folder.suffix == ".zip":
             entry = archive(self.folder).getinfo(self.name)
             return entry.CRC, entry.file_size
         data = self.read()
         return zlib.crc32(data), len(data)
+
+    def digest(self) -> bytes:
+        """A hash that only files of the same content share."""
+        return hashlib.blake2b(self.read(), digest_size=16).digest()
 
     def pixels(self, side: int | None = None) -> np.ndarray:
         """Decode as RGB, uint8 [height, width, 3]; squeezed to [side, side, 3] where `side` is given.

@@ -16,6 +16,7 @@ from vpworkbench.figures.style import CLEAR, ORANGE, WIDTH, escaped, finish, per
 
 _LOSSLESS_PX = 160  # larger pictures are embedded as JPEG, a tenth of the size
 _GAP_PX, _LINE_PX, _LETTER_PX = 14, 16, 6.4  # between pictures; line and mean letter of a caption
+_QUARTER_PX = (WIDTH - _GAP_PX) // 4 - _GAP_PX  # of four panels side by side
 
 
 def pictures(
@@ -95,7 +96,7 @@ def parsing(image: np.ndarray, attention: ArrayLike, picks: Sequence[int], grid:
     captions = [f"token {pick}, brightest {percent(weights[pick].max())}" for pick in picks]
     figure = _panels(
         [_Panel(image, "the image"), *(_Panel(image, caption) for caption in captions)],
-        grid=(rows, columns), columns=min(4, len(picks) + 1), panel_px=208,
+        grid=(rows, columns), columns=min(4, len(picks) + 1), panel_px=_QUARTER_PX,
     )  # fmt: skip
     for panel, pick in enumerate(picks, start=1):
         _add(figure, panel, _shade(weights[pick], rows, columns), _outline(pick, columns))
@@ -138,7 +139,7 @@ def masks(
     captions = [f"{name}: {int(mask.sum())} of {mask.size} tokens hidden" for name, mask in hidden.items()]
     figure = _panels(
         [_Panel(image, "the image"), *(_Panel(image, caption) for caption in captions)],
-        grid=(rows, columns), columns=min(4, len(names) + 1), panel_px=208,
+        grid=(rows, columns), columns=min(4, len(names) + 1), panel_px=_QUARTER_PX,
     )  # fmt: skip
     for panel, mask in enumerate([None, *hidden.values()]):
         if mask is not None:

@@ -25,7 +25,7 @@ LANGUAGE, VISION = BLUE, VERMILLION
 COLOURS = "Cividis"  # even steps for all eyes
 GREY = "#7a7a7a"  # contrast above 4 on white and on #111111
 FAINT, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
-WIDTH, HEIGHT = 900, 340  # pixels; fits beside the side bar of a 1280-pixel JupyterLab
+WIDTH, HEIGHT = 780, 340  # pixels; fits beside the file browser of a 1280-pixel JupyterLab
 _AXIS = {
     "gridcolor": FAINT,
     "zerolinecolor": FAINT,
