@@ -29,8 +29,8 @@ from vpworkbench.probes import flow_from_attention, inter_modality_flow, modalit
 
 VISION_SHARE = 0.75  # of the tokens; the costs do not depend on it
 PADDED_SHARE = 0.2  # of the second example's tokens, where a batch is padded
-ROUTES = ("plain", "flow", "maps")
-OTHERS = {"TransformerLens": "transformer_lens", "nnsight": "nnsight"}
+ROUTES = {"plain": "plain forward", "flow": "flow pass", "maps": "attention maps", "nnsight": "maps by nnsight"}
+"""nnsight only where it is installed. TransformerLens reads models that it builds anew, so there is none like ours."""
 
 
 def probe_bench(
@@ -72,7 +72,6 @@ def probe_bench(
         "model": {"layers": layers, "width": 768, "heads": 12, "dtype": str(next(model.parameters()).dtype)},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "repeats": repeats, "timed": timed,
-        "not_installed": [name for name, module in OTHERS.items() if find_spec(module) is None],
     }  # fmt: skip
     del model
     result["peak_mib"] = _peaks(lengths, layers, device, progress)
@@ -157,12 +156,30 @@ def _routes(model: BertModel, length: int, padded: bool) -> dict[str, Callable[[
                 attentions = model(**inputs, output_attentions=True).attentions
         finally:
             model.set_attn_implementation("sdpa")
-        for example in range(len(vision)):
-            real = tokens[example]
-            kept = torch.stack([layer[example][:, real][:, :, real] for layer in attentions])
-            flow_from_attention(kept, vision[example][real])
+        _flow_of_maps(attentions, vision, tokens)
 
-    return {"plain": plain, "flow": flow, "maps": maps}
+    def traced() -> None:
+        from nnsight import NNsight
+
+        model.set_attn_implementation("eager")
+        try:
+            wrapped = NNsight(model)
+            with torch.no_grad(), wrapped.trace(**inputs):
+                attentions = list().save()
+                for layer in wrapped.encoder.layer:
+                    attentions.append(layer.attention.self.output[1])
+        finally:
+            model.set_attn_implementation("sdpa")
+        _flow_of_maps(attentions, vision, tokens)
+
+    routes = {"plain": plain, "flow": flow, "maps": maps}
+    return routes | {"nnsight": traced} if find_spec("nnsight") else routes
+
+
+def _flow_of_maps(attentions: Sequence[Tensor], vision: Tensor, tokens: Tensor) -> None:
+    for example, real in enumerate(tokens):
+        kept = torch.stack([layer[example][:, real][:, :, real] for layer in attentions])
+        flow_from_attention(kept, vision[example][real])
 
 
 def _timed(model: BertModel, length: int, padded: bool, repeats: int) -> dict[str, Any]:
@@ -176,6 +193,10 @@ def _timed(model: BertModel, length: int, padded: bool, repeats: int) -> dict[st
     }
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {"tokens": length, "padded": padded, "seconds": medians, "ratio": ratios}
+
+
+def _installed() -> list[str]:
+    return [route for route in ROUTES if route != "nnsight" or find_spec("nnsight")]
 
 
 def _in_turns(routes: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
@@ -202,7 +223,7 @@ def _synchronise() -> None:
 def _peaks(
     lengths: Sequence[int], layers: int, device: str, progress: Callable[[str, int, int], None] | None
 ) -> list[dict[str, Any]]:
-    found, tasks = [], [(length, route) for length in lengths for route in ROUTES]
+    found, tasks = [], [(length, route) for length in lengths for route in _installed()]
     for number, (length, route) in enumerate(tasks):
         peak = _apart(_peak_of, route, length, layers, device)
         found.append({"tokens": length, "route": route, "mib": peak})
@@ -216,13 +237,13 @@ def _deaths(
 ) -> dict[str, int | None]:
     """The first length, doubled from 300, at which a route wants more than it may; None: it lived through all."""
     deaths: dict[str, int | None] = {}
-    for number, route in enumerate(ROUTES):
+    for number, route in enumerate(_installed()):
         length = 300
         while length <= longest and _apart(_survives, route, length, layers, memory_gib):
             length *= 2
         deaths[route] = length if length <= longest else None
         if progress:
-            progress("looking for the end", number + 1, len(ROUTES))
+            progress("looking for the end", number + 1, len(_installed()))
     return deaths
 
 
@@ -291,11 +312,11 @@ def write_report(result: dict[str, Any], folder: Path) -> Path:
 
 def cost_figure(result: dict[str, Any]) -> go.Figure:
     """Seconds over the plain forward, and peak memory beside the model, by tokens."""
-    names = {"plain": "plain forward", "flow": "flow pass", "maps": "attention maps"}
     titles = ("Time over the plain forward", "Peak memory beside the model, MiB")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1)
-    for colour, (route, name) in zip(PALETTE, names.items(), strict=False):
-        shared = {"name": name, "legendgroup": route, "mode": "lines+markers"}
+    measured = [route for route in ROUTES if route in result["timed"][0]["ratio"]]
+    for colour, route in zip(PALETTE, measured, strict=False):
+        shared = {"name": ROUTES[route], "legendgroup": route, "mode": "lines+markers"}
         for padded in (False, True):
             points = [part for part in result["timed"] if part["padded"] == padded]
             figure.add_scatter(
