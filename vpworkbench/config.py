@@ -478,3 +478,76 @@ def compare_settings(
     """Settings of a run from the parameters of `03_compare_models.ipynb`."""
     values = {"models": models, "images": images, "seed": seed}
     return checked(CompareSettings, values).with_overrides({"data.sets": data})
+
+
+class FinetuneSettings(Settings):
+    """Everything that decides a fine-tuning run (paper Sec. 4.2)."""
+
+    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
+    preset: str = "tiny"
+    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's original files")
+    scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
+    checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
+    pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
+    answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
+    premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(1, ge=0, le=64)
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings
+
+
+_TINY_TASK = {
+    "optim": OptimSettings(lr_visual=1e-4, lr_fusion=5e-4, warmup=50, decay_at=(0.6, 0.85)),
+    "train": TrainSettings(epochs=4, images=32),
+}
+TASK_PRESETS: dict[str, dict[str, dict[str, Settings]]] = {
+    "tiny": {task: _TINY_TASK for task in ("vqa", "nlvr2", "nlvr1", "snli-ve")},
+    "paper": {
+        "vqa": {
+            "optim": OptimSettings(decay_at=(65 / 100, 75 / 100)),
+            "train": TrainSettings(epochs=100, images=512, accumulate=64),
+        },
+        "nlvr2": {
+            "optim": OptimSettings(decay_at=tuple(epoch / 80 for epoch in (60, 65, 70, 75, 78, 79)), decay=0.5),
+            "train": TrainSettings(epochs=80, images=512, accumulate=64),
+        },
+        "nlvr1": {
+            "optim": OptimSettings(decay_at=tuple(epoch / 80 for epoch in (60, 65, 70, 75, 78, 79)), decay=0.5),
+            "train": TrainSettings(epochs=80, images=512, accumulate=64),
+        },
+        "snli-ve": {
+            "optim": OptimSettings(lr_visual=5e-5, decay_at=(15 / 25, 20 / 25, 23 / 25)),
+            "train": TrainSettings(epochs=25, images=512, accumulate=64),
+        },
+    },
+}
+"""Schedules of paper Sec. 4.2 and smaller ones; `train.images` counts examples here."""
+
+
+def finetune_settings(
+    *,
+    task: str = "vqa",
+    preset: str = "tiny",
+    data: str = "scenes",
+    checkpoint: str = "",
+    pretrained: bool = True,
+    steps: int = 0,
+    epochs: float = 0,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> FinetuneSettings:
+    """Settings of a run from the parameters of `04_finetune.ipynb`."""
+    if preset not in TASK_PRESETS:
+        raise SettingsError(f"preset: no preset {preset!r}{nearest(preset, TASK_PRESETS)} (known: tiny, paper)")
+    if task not in TASK_PRESETS[preset]:
+        known = ", ".join(TASK_PRESETS[preset])
+        raise SettingsError(f"task: no task {task!r}{nearest(task, TASK_PRESETS[preset])} (known: {known})")
+    parts = {name: part.model_dump() for name, part in TASK_PRESETS[preset][task].items()}
+    base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
+    values = {"data": data, "checkpoint": checkpoint, "pretrained": pretrained, "seed": seed,
+              "train.checkpoint_every": checkpoint_every}  # fmt: skip
+    if steps or epochs:
+        values |= {"train.steps": steps, "train.epochs": epochs}
+    return base.with_overrides(values | (overrides or {}))

@@ -29,6 +29,7 @@ CHECKS = {
     "02_probe": "vpworkbench.config:probe_settings",
     "00_tour": "vpworkbench.config:probe_settings",
     "03_compare_models": "vpworkbench.config:compare_settings",
+    "04_finetune": "vpworkbench.config:finetune_settings",
 }
 """For each notebook the function that turns its parameters into settings, or refuses them."""
 

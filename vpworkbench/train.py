@@ -87,7 +87,7 @@ def build_optimiser(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or "relative_position_bias_table" in name
-        groups.setdefault((name.startswith("visual."), kept), []).append(parameter)
+        groups.setdefault((name.startswith(("visual.", "base.visual.")), kept), []).append(parameter)
     return torch.optim.AdamW(
         [
             {

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings
-from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.records import DataError, ImageFile, Picture
 
 log = logging.getLogger(__name__)
 
@@ -292,8 +293,20 @@ def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
 
 def stack_images(pictures: Sequence[Picture], image_px: int) -> Tensor:
     """Decode and squeeze to square; uint8 (image, 3, image_px, image_px)."""
-    pixels = np.stack([picture.image.pixels(image_px) for picture in pictures])
+    return stack_files([picture.image for picture in pictures], image_px)
+
+
+def stack_files(images: Sequence[ImageFile | Image.Image | np.ndarray], image_px: int) -> Tensor:
+    """As `stack_images`, of files, PIL images or uint8 arrays (height, width, 3)."""
+    pixels = np.stack([_square(image, image_px) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _square(image: ImageFile | Image.Image | np.ndarray, side: int) -> np.ndarray:
+    if isinstance(image, ImageFile):
+        return image.pixels(side)
+    drawn = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    return np.asarray(drawn.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
 
 def contact_sheet(pictures: Sequence[Picture], count: int, *, image_px: int = 128) -> tuple[np.ndarray, list[str]]:

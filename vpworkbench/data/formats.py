@@ -214,7 +214,7 @@ def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]
     for pictures in sets:
         for picture in pictures:
             splits[picture.split].append(picture)
-    content = _contents([picture for split in splits.values() for picture in split])
+    content = image_contents(picture.image for split in splits.values() for picture in split)
     held_out = {content[picture.image] for split in ("val", "test") for picture in splits[split]}
     kept = [picture for picture in splits["train"] if content[picture.image] not in held_out]
     if dropped := len(splits["train"]) - len(kept):
@@ -225,9 +225,9 @@ def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]
     return splits | {"train": joined}
 
 
-def _contents(pictures: Sequence[Picture]) -> dict[ImageFile, Hashable]:
+def image_contents(images: Iterable[ImageFile]) -> dict[ImageFile, Hashable]:
     """What tells the contents of images apart; only files that look alike at a glimpse are read as a whole."""
-    glimpses = {picture.image: picture.image.glimpse() for picture in pictures}
+    glimpses = {image: image.glimpse() for image in dict.fromkeys(images)}
     alike = Counter(glimpses.values())
     return {image: (glimpse, image.digest() if alike[glimpse] > 1 else b"") for image, glimpse in glimpses.items()}
 

@@ -170,6 +170,37 @@ class Picture:
         return _is_among(text, self.captions) or (self.truth is not None and self.truth(text) is True)
 
 
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example of a downstream task.
+
+    Attributes
+    ----------
+    id : str
+        As the release numbers it; unique within its file.
+    images : tuple of ImageFile
+        One, or two for a statement about a pair.
+    text : str
+        Question, statement or hypothesis.
+    split : str
+        `train`, `val` or `test`.
+    label : str or None
+        `True` / `False`, `entailment` and so on; None where the release withholds it, and for questions.
+    answers : tuple of str
+        People's answers to a question, as they wrote them; empty where the release withholds them.
+    kind : str
+        VQA's answer type.
+    """
+
+    id: str
+    images: tuple[ImageFile, ...]
+    text: str
+    split: str
+    label: str | None = None
+    answers: tuple[str, ...] = ()
+    kind: str = ""
+
+
 def _is_among(text: str, texts: tuple[str, ...]) -> bool:
     """Case does not count: the tokenizer would make the same words of both."""
     return text.lower() in (other.lower() for other in texts)

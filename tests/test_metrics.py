@@ -1,0 +1,89 @@
+"""The official metrics, on cases worked out by hand and on the edges of the official evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import top_k_accuracy_score
+
+from vpworkbench.metrics import accuracy, answer_targets, consistency, normalised_answer, recall_at, vqa_score
+
+
+@pytest.mark.parametrize(
+    "answer, compared",
+    [
+        ("Two", "2"),
+        ("none", "0"),
+        ("The  red\tball", "red ball"),
+        ("dont", "don't"),
+        ("couldntve", "couldntve"),  # the table knows words that lost one apostrophe
+        ("couldn'tve", "couldn't've"),
+        ("somebody'd", "somebodyd"),  # as there
+        ("Im", "im"),  # the table has it in capitals, the answer is in small letters by then
+        ("t-shirt", "t shirt"),
+        ("what?", "what"),
+        ("no !", "no"),
+        ("1,000", "1000"),
+        ("x,y", "x y"),
+        ("3.5", "3.5"),
+        ("U.S.A.", "USA".lower()),
+        ("yes.\n", "yes"),
+        (" an apple ", "apple"),
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_officially(answer, compared):
+    assert normalised_answer(answer) == compared
+
+
+def test_vqa_score_leaves_one_out():
+    """Of ten people three agree: 7 of 10 others find 3, 3 of 10 find 2: (7 * 1 + 3 * 2/3) / 10."""
+    given = ["red"] * 3 + ["blue"] * 7
+    assert vqa_score("red", given) == pytest.approx(0.9)
+    assert vqa_score("blue", given) == 1
+    assert vqa_score("green", given) == 0
+    assert vqa_score("red", ["red"] + ["blue"] * 9) == pytest.approx(0.3)
+    assert vqa_score("Red.", given) == pytest.approx(0.9)
+
+
+def test_where_all_agree_it_must_be_written_so():
+    assert vqa_score("two", ["two"] * 10) == 1
+    assert vqa_score("2", ["two"] * 10) == 0
+    assert vqa_score("2", ["two"] * 9 + ["2"]) == 1
+    assert vqa_score("a dog\n", ["a dog "] * 10) == 1
+
+
+def test_targets_are_the_scores_of_the_answers():
+    targets = answer_targets(["yes"] * 8 + ["Yes."] + ["no"])
+    assert targets == {"yes": 1.0, "no": pytest.approx(0.3)}
+
+
+def test_accuracy_and_its_refusal():
+    assert accuracy(["a", "b"], ["a", "c"]).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="2 predictions for 1 labels"):
+        accuracy(["a", "b"], ["a"])
+
+
+def test_consistency_asks_for_every_pair_of_a_statement():
+    labels = {"dev-1-0-0": "True", "dev-1-1-0": "False", "dev-1-0-1": "True", "dev-2-0-0": "True"}
+    predicted = {**labels, "dev-1-1-0": "True"}
+    assert consistency(labels, labels) == 1
+    assert consistency(predicted, labels) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="dev-2-0-0: no prediction"):
+        consistency({key: value for key, value in labels.items() if key != "dev-2-0-0"}, labels)
+
+
+def test_recall_is_top_k_accuracy_and_ties_count_against():
+    rng = np.random.default_rng(0)
+    scores = rng.random((40, 12))
+    truth = rng.integers(0, 12, 40)
+    relevant = np.arange(12) == truth[:, None]
+    for cutoff, found in recall_at(scores, relevant).items():
+        assert found.mean() == pytest.approx(top_k_accuracy_score(truth, scores, k=cutoff, labels=range(12)))
+    assert recall_at(np.zeros((1, 12)), relevant[:1])[10].tolist() == [0]
+    several = np.array([[False, True, True, False]])
+    assert recall_at([[3.0, 1.0, 2.0, 0.0]], several, [1, 2]) == {1: [0], 2: [1]}
+    with pytest.raises(ValueError, match="nan"):
+        recall_at([[np.nan, 1.0]], [[True, False]])
+    with pytest.raises(ValueError, match="relevant one"):
+        recall_at([[0.0, 1.0]], [[False, False]])

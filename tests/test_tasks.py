@@ -1,0 +1,178 @@
+"""Downstream tasks end to end on a few scenes: heads, targets, scores, files of predictions, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import narrow_model
+from PIL import Image
+
+from vpworkbench.config import SettingsError, finetune_settings
+from vpworkbench.data.records import DataError, Example
+from vpworkbench.finetune import baselines, evaluate_task, finetune, load_examples, load_task, prepare_task
+from vpworkbench.model import CheckpointError
+from vpworkbench.runs import open_run
+from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, score, summary_of, task_labels
+from vpworkbench.train import build_optimiser
+
+FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0,
+       "answer_count": 2}  # fmt: skip
+
+
+def few(**parameters):
+    return finetune_settings(steps=2, overrides=FEW | parameters.pop("overrides", {}), **parameters)
+
+
+@pytest.fixture(params=["vqa", "nlvr2", "snli-ve"])
+def task(request) -> str:
+    return request.param
+
+
+def test_trains_and_is_scored_saved_and_loaded(task, tmp_path):
+    settings = few(task=task)
+    run, prepared = open_run("04_finetune", settings, name=f"tested-{task}"), prepare_task(settings)
+    assert finetune(run, prepared, settings) == 2
+    result = evaluate_task(prepared.model, prepared.splits["val"])
+    assert len(result.scores) == len(prepared.splits["val"]) and np.isin(result.scores, [0, 1]).mean() > 0.3
+    summary = summary_of(result, prepared.splits["val"])
+    assert ("vqa_score" in summary) == (task == "vqa") and ("consistency" in summary) == (task == "nlvr2")
+    again = load_task(f"tested-{task}")
+    assert again.labels == prepared.model.labels
+    assert evaluate_task(again, prepared.splits["val"]).predicted == result.predicted
+    example = prepared.splits["val"][0]
+    shares = again.predict(example.images, example.text)
+    assert next(iter(shares)) == result.predicted[example.id] and len(shares) == len(again.labels)
+
+
+def test_predictions_are_written_as_the_release_wants_them(tmp_path):
+    answers = TaskResult("vqa", np.zeros(1), {"262148000": "yes"})
+    answers.save(tmp_path / "v.json")
+    assert json.loads((tmp_path / "v.json").read_text()) == [{"question_id": 262148000, "answer": "yes"}]
+    TaskResult("nlvr2", np.zeros(1), {"dev-1-0-0": "True"}).save(tmp_path / "n.csv")
+    with open(tmp_path / "n.csv") as file:
+        assert list(csv.reader(file)) == [["dev-1-0-0", "True"]]
+
+
+def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(scenes):
+    settings = few(task="vqa")
+    model = TaskModel(narrow_model(scenes), "vqa", ("no", "yes")).eval()
+    examples = load_examples(settings)["val"][:6]
+    batches, seen = TaskBatches(examples, model, size=6, seed=0), []
+    model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    with torch.no_grad():
+        together = batches.batch(examples)
+        logits = model(together.images, together.image_index, together.words, together.word_tokens)
+        alone = batches.batch(examples[3:4])
+        torch.testing.assert_close(
+            model(alone.images, alone.image_index, alone.words, alone.word_tokens)[0], logits[3], rtol=0, atol=1e-5
+        )
+    assert seen[0] == len({image for example in examples for image in example.images}) < 6
+
+
+def test_accumulation_gives_the_same_gradients(scenes):
+    model = TaskModel(narrow_model(scenes), "snli-ve", ("entailment", "neutral", "contradiction")).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    examples = load_examples(few(task="snli-ve"))["train"][:8]
+    batch = TaskBatches(examples, model, size=8, seed=0).batch(examples)
+    gradients = []
+    for parts in (1, 4):
+        model.zero_grad()
+        for micro in batch.micro_batches(parts):
+            (Classification().losses(model, micro)["loss"].double() / 8).backward()
+        gradients.append(model.head.weight.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+
+
+def test_targets_of_questions_are_the_official_scores(scenes):
+    model = TaskModel(narrow_model(scenes), "vqa", ("blue", "red"))
+    image = scenes[0].image
+    examples = [Example("1", (image,), "what colour", "train", answers=("red",) * 3 + ("Blue",) * 7),
+                Example("2", (image,), "what colour", "train", answers=("green",) * 10)]  # fmt: skip
+    targets = TaskBatches(examples, model, size=2, seed=0).batch(examples).targets
+    torch.testing.assert_close(targets, torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
+    assert task_labels("vqa", examples, least=8) == ("green",)
+    with pytest.raises(DataError, match="no answer is seen 11 times"):
+        task_labels("vqa", examples, least=11)
+
+
+def test_questions_without_a_known_answer_score_zero_and_withheld_ones_not_at_all(scenes):
+    examples = [Example("1", (scenes[0].image,), "q", "val", answers=("green",) * 10),
+                Example("2", (scenes[0].image,), "q", "test")]  # fmt: skip
+    scores = score("vqa", examples, {"1": "red", "2": "red"})
+    assert scores[0] == 0 and np.isnan(scores[1])
+    statement = Example("3", (scenes[0].image,), "s", "test")
+    assert np.isnan(score("nlvr1", [statement], {"3": "True"})).all()
+
+
+def test_baselines_know_the_majority_and_stay_near_chance_on_balanced_scenes():
+    settings = few(task="nlvr2")
+    prepared = prepare_task(settings)
+    found = baselines(prepared, settings, "val")
+    assert set(found) == {"most frequent", "text only", "image only"}
+    assert found["most frequent"].interval().mean == pytest.approx(0.5)
+
+
+def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path, caplog):
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    line = {"sentence": "s s s", "label": "True"}
+    for split, release in (("train", "train"), ("dev", "dev")):
+        for side in (0, 1):
+            Image.new("RGB", (8, 8), (side * 9, 0, 0)).save(folder / "images" / f"{split}-1-0-img{side}.png")
+        (folder / f"{release}.json").write_text(json.dumps(line | {"identifier": f"{split}-1-0-0"}) + "\n")
+    other = folder / "images" / "train-2-0-img0.png"
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(other)
+    Image.new("RGB", (8, 8), (0, 50, 0)).save(other.with_name("train-2-0-img1.png"))
+    with (folder / "train.json").open("a") as file:
+        file.write(json.dumps(line | {"identifier": "train-2-0-0"}) + "\n")
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(folder)))
+    assert [example.id for example in splits["train"]] == ["train-2-0-0"]
+    assert "1 training examples are about images of val or test" in caplog.text
+
+
+def test_fine_tuning_has_its_own_rate_for_the_visual_side(scenes):
+    model = TaskModel(narrow_model(scenes), "nlvr1", ("False", "True"))
+    settings = finetune_settings(task="nlvr1")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in build_optimiser(model, settings.optim).param_groups:
+        visual = {names[id(parameter)].startswith("base.visual.") for parameter in group["params"]}
+        assert visual == {group["rate"] == settings.optim.lr_visual}
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [({"task": "vqaa"}, "no task 'vqaa'; did you mean 'vqa'"), ({"preset": "papr"}, "no preset 'papr'"),
+     ({"overrides": {"answer_counts": 3}}, "did you mean 'answer_count'"),
+     ({"steps": 3, "epochs": 2}, "steps or epochs")],
+)  # fmt: skip
+def test_wrong_settings_name_the_nearest(parameters, message):
+    with pytest.raises(SettingsError, match=message):
+        finetune_settings(**parameters)
+
+
+def test_schedules_of_the_paper():
+    vqa, nlvr2, snli = (finetune_settings(task=task, preset="paper") for task in ("vqa", "nlvr2", "snli-ve"))
+    assert vqa.train.epochs == 100 and vqa.optim.decay_at == (0.65, 0.75) and vqa.optim.decay == 0.1
+    assert nlvr2.optim.decay == 0.5 and [round(80 * at) for at in nlvr2.optim.decay_at] == [60, 65, 70, 75, 78, 79]
+    assert snli.optim.lr_fusion == 5e-5 and [round(25 * at) for at in snli.optim.decay_at] == [15, 20, 23]
+    assert {one.train.images for one in (vqa, nlvr2, snli)} == {512}
+
+
+def test_refusals(scenes, tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        load_examples(finetune_settings(task="vqa", data=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match="no examples of vqa in train"):
+        load_examples(finetune_settings(task="vqa", data=str(tmp_path)))
+    with pytest.raises(CheckpointError, match="no whole fine-tuned model"):
+        load_task(tmp_path)
+    model = TaskModel(narrow_model(scenes), "nlvr2", ("False", "True"))
+    with pytest.raises(ValueError, match="nlvr2 takes 2 images, not 1"):
+        model.predict(scenes[0].image, "a red square")
+    with pytest.raises(DataError, match="gone.png"):
+        TaskModel(narrow_model(scenes), "nlvr1", ("False", "True")).predict(tmp_path / "gone.png", "a red square")

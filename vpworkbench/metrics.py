@@ -1,0 +1,146 @@
+"""The tasks' official metrics: VQA score, accuracy and consistency, recall at K. Scores lie in [0, 1]."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# The official evaluation's tables (VQA v2, vqaEval.py), spelled anew: what it does to an answer before it compares.
+_NUMBERS = dict(zip(
+    ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    ("0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"), strict=True,
+))  # fmt: skip
+_ARTICLES = {"a", "an", "the"}
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at 'twas shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've "
+    "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're "
+    "you've"
+).split()
+# A word that lost one of its apostrophes gets it back; the table takes one away from "somebody'd", and so do we.
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word for word in _CONTRACTED for place, mark in enumerate(word) if mark == "'"
+} | {"somebody'd": "somebodyd"}
+_PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
+_COMMA_IN_NUMBER = re.compile(r"(\d)(,)(\d)")
+_PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
+
+
+def normalised_answer(answer: str) -> str:
+    """An answer as VQA's official evaluation compares it.
+
+    Line breaks and tabs to spaces, punctuation out, number words to digits, articles out, contractions as written
+    with an apostrophe.
+    """
+    return _digits_and_articles(_without_punctuation(_tidy(answer)))
+
+
+def _tidy(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _without_punctuation(text: str) -> str:
+    kept = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        if beside_space or _COMMA_IN_NUMBER.search(text):
+            kept = kept.replace(mark, "")
+        else:
+            kept = kept.replace(mark, " ")
+    return _PERIOD.sub("", kept, count=32)  # no more, as there
+
+
+def _digits_and_articles(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def vqa_score(answer: str, given: Sequence[str]) -> float:
+    """Mean over people of min(1, others who gave this answer / 3): the official score of one question.
+
+    Answers are normalised, the prediction too, unless all people wrote the same: then it must be written so.
+
+    Parameters
+    ----------
+    answer : str
+        The prediction.
+    given : sequence of str
+        People's answers, ten in VQA v2.
+    """
+    theirs = [_tidy(text) for text in given]
+    if len(set(theirs)) == 1:
+        return _leave_one_out(theirs, _tidy(answer))
+    return _leave_one_out([normalised_answer(text) for text in given], normalised_answer(answer))
+
+
+def answer_targets(given: Sequence[str]) -> dict[str, float]:
+    """Soft targets of one question: each normalised answer with its official score."""
+    tidy = [normalised_answer(text) for text in given]
+    return {answer: _leave_one_out(tidy, answer) for answer in dict.fromkeys(tidy)}
+
+
+def _leave_one_out(given: Sequence[str], answer: str) -> float:
+    agreeing = [text == answer for text in given]
+    return float(np.mean([min(1.0, (sum(agreeing) - own) / 3) for own in agreeing]))
+
+
+def accuracy(predicted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """1 where right, 0 elsewhere, by example; its mean is the accuracy. ValueError for lists of unlike length."""
+    if len(predicted) != len(labels):
+        raise ValueError(f"{len(predicted)} predictions for {len(labels)} labels")
+    return np.array([float(one == other) for one, other in zip(predicted, labels, strict=True)])
+
+
+def consistency(predicted: Mapping[str, str], labels: Mapping[str, str]) -> float:
+    """NLVR2's: share of statements that are judged rightly for every pair of images they were asked of.
+
+    Parameters
+    ----------
+    predicted, labels : mapping of identifier to label
+        Identifiers as in the release, `split-set-pair-sentence`: examples of one set and sentence share a statement.
+
+    Raises
+    ------
+    ValueError
+        If an example has no prediction.
+    """
+    right: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    for identifier, label in labels.items():
+        if identifier not in predicted:
+            raise ValueError(f"{identifier}: no prediction")
+        split, group, _, sentence = identifier.rsplit("-", 3)
+        right[split, group, sentence].append(predicted[identifier] == label)
+    return float(np.mean([all(parts) for parts in right.values()]))
+
+
+def recall_at(scores: ArrayLike, relevant: ArrayLike, cutoffs: Sequence[int] = (1, 5, 10)) -> dict[int, np.ndarray]:
+    """Whether one of the K best is relevant, by query; its mean is R@K.
+
+    Parameters
+    ----------
+    scores : array, (query, candidate)
+    relevant : bool array, (query, candidate)
+        With at least one True in each row.
+
+    Notes
+    -----
+    A tie counts against the model: a relevant candidate stands behind all others of its score.
+    """
+    scores, relevant = np.asarray(scores, dtype=np.float32), np.asarray(relevant, dtype=bool)
+    if scores.shape != relevant.shape or not relevant.any(axis=1).all():
+        raise ValueError(
+            f"scores {scores.shape} and relevant {relevant.shape} must agree, each query with a relevant one"
+        )
+    if np.isnan(scores).any():
+        raise ValueError("scores hold nan")
+    best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
+    rank = ((scores >= best) & ~relevant).sum(axis=1)
+    return {cutoff: (rank < cutoff).astype(float) for cutoff in cutoffs}
