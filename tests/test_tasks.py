@@ -96,8 +96,8 @@ def test_targets_of_questions_are_the_official_scores(scenes):
                 Example("2", (image,), "what colour", "train", answers=("green",) * 10)]  # fmt: skip
     targets = TaskBatches(examples, model, size=2, seed=0).batch(examples).targets
     torch.testing.assert_close(targets, torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
-    assert task_labels("vqa", examples, least=8) == ("green",)
-    with pytest.raises(DataError, match="no answer is seen 11 times"):
+    assert task_labels("vqa", [*examples, examples[1]], least=2) == ("green",)
+    with pytest.raises(DataError, match="no answer is seen 11 times in 2"):
         task_labels("vqa", examples, least=11)
 
 

@@ -6,9 +6,12 @@ import errno
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from vpworkbench.tasks import TaskModel
 
 app = typer.Typer(
     help="Visual parsing workbench: pre-train, probe and look.",
@@ -86,6 +89,65 @@ def scenes(
     }  # fmt: skip
     settings = checked(SceneSettings, {key: value for key, value in given.items() if value is not None})
     print(write_scenes(folder, settings))
+
+
+@app.command()
+def doctor(
+    path: Annotated[str, typer.Argument(help="a set's folder, an annotation file, or easy-vqa")],
+    text_tokens: Annotated[int, typer.Option(help="longest text in tokens")] = 40,
+    answer_count: Annotated[int, typer.Option(help="VQA: how often an answer is seen in training to be known")] = 9,
+    images: Annotated[bool, typer.Option(help="decode every image, or only see that it is there")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
+) -> None:
+    """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 where it has errors."""
+    import json
+
+    from vpworkbench.data.doctor import diagnose
+
+    found = diagnose(path, text_tokens=text_tokens, answer_count=answer_count, images=images, progress=_line)
+    print(json.dumps(found.to_json(), indent=2) if as_json else found)
+    if not found.is_sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    checkpoint: Annotated[str, typer.Argument(help="a fine-tuned run or checkpoint")],
+    image: Annotated[list[Path] | None, typer.Option(help="an image; twice for NLVR2")] = None,
+    text: Annotated[str, typer.Option(help="question, statement or hypothesis")] = "",
+    table: Annotated[
+        Path | None, typer.Option(help="csv with columns image (image2) and text: one prediction a row")
+    ] = None,
+) -> None:
+    """What a fine-tuned model answers, with its probability; for a table, csv on standard output."""
+    from vpworkbench.config import SettingsError
+    from vpworkbench.finetune import load_task
+
+    if (table is None) == (not image or not text):
+        raise SettingsError("give --image and --text, or --table")
+    model = load_task(checkpoint)
+    if table is None:
+        for label, share in list(model.predict(list(image or []), text).items())[:5]:
+            print(f"{share:6.1%}  {label}")
+        return
+    _predict_table(model, table)
+
+
+def _predict_table(model: TaskModel, table: Path) -> None:
+    import csv
+
+    from vpworkbench.data.records import DataError
+
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"image", "text"} <= set(rows[0]):
+        raise DataError(f"{table}: needs a header with the columns image and text, and a row")
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    out.writerow([*rows[0], "prediction", "probability"])
+    for row in rows:
+        places = [table.parent / row[key] for key in ("image", "image2") if row.get(key)]
+        label, share = next(iter(model.predict(places, row["text"]).items()))
+        out.writerow([*row.values(), label, f"{share:.4f}"])
 
 
 @bench.command("probes")

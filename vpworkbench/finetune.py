@@ -33,6 +33,7 @@ from vpworkbench.tasks import (
     evaluate_task,
     score,
     task_labels,
+    without,
 )
 from vpworkbench.train import fit
 
@@ -131,7 +132,11 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     torch.manual_seed(settings.seed)
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
     model = TaskModel(base, settings.task, labels)
-    model.words.check([example.text for example in splits["train"]], source=settings.data)
+    lacking = model.lacking()
+    try:
+        model.words.check([without(example.text, lacking) for example in splits["train"]], source=settings.data)
+    except DataError as error:  # the vocabulary came with the checkpoint: say so, and go on
+        log.warning("%s", str(error).split(";")[0])
     return PreparedTask(splits, model)
 
 

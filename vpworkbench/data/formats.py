@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from vpworkbench.config import DataSettings
 from vpworkbench.data import language, nlvr1
-from vpworkbench.data.records import DataError, ImageFile, Picture, archive, image_file
+from vpworkbench.data.records import DataError, ImageFile, Picture, archive, image_file, one_record
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import Scene, SceneSettings
 
@@ -116,24 +116,25 @@ def _karpathy(file: Path, content: Any) -> Iterator[Picture]:
     folder, names = _image_folder(file)
     prefix = "images/" if folder.suffix == ".zip" and any(name.startswith("images/") for name in names) else ""
     for number, raw in enumerate(images):
-        record = _checked(_KarpathyImage, raw, file, f"images[{number}]")
-        where = f"{file}: images[{number}] ({record.filename})"
-        captions = tuple(dict.fromkeys(" ".join(sentence.raw.split()) for sentence in record.sentences))
-        if "" in captions:
-            raise DataError(f"{where}: an empty caption; remove it or give its text")
-        name = prefix + (f"{record.filepath}/" if record.filepath else "") + record.filename
-        image = image_file(folder, name, source=where)
-        if name not in names:
-            raise DataError(f"{where}: image missing in {folder}; restore it or drop the record")
-        scene = Scene.from_json(raw) if record.things is not None else None
-        yield Picture(
-            id=record.filename,
-            image=image,
-            split=SPLITS[record.split],
-            captions=captions,
-            truth=partial(language.decide, scene=scene) if scene else None,
-            scene=scene,
-        )
+        with one_record():
+            record = _checked(_KarpathyImage, raw, file, f"images[{number}]")
+            where = f"{file}: images[{number}] ({record.filename})"
+            captions = tuple(dict.fromkeys(" ".join(sentence.raw.split()) for sentence in record.sentences))
+            if "" in captions:
+                raise DataError(f"{where}: an empty caption; remove it or give its text")
+            name = prefix + (f"{record.filepath}/" if record.filepath else "") + record.filename
+            image = image_file(folder, name, source=where)
+            if name not in names:
+                raise DataError(f"{where}: image missing in {folder}; restore it or drop the record")
+            scene = Scene.from_json(raw) if record.things is not None else None
+            yield Picture(
+                id=record.filename,
+                image=image,
+                split=SPLITS[record.split],
+                captions=captions,
+                truth=partial(language.decide, scene=scene) if scene else None,
+                scene=scene,
+            )
 
 
 def _nlvr1(file: Path, text: str) -> Iterator[Picture]:
@@ -146,32 +147,33 @@ def _nlvr1(file: Path, text: str) -> Iterator[Picture]:
             raw = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}: line {number} is not json ({error}); is the file whole?") from None
-        record = _checked(_Nlvr1Record, raw, file, f"line {number}")
-        split = SPLITS.get(file.stem, "train")
-        if split == "val" and record.directory != NLVR1_VAL_DIRECTORY:
-            split = "train"
-        sentence = " ".join(record.sentence.split())
-        try:
-            boxes = nlvr1.read_boxes(record.structured_rep)
-        except ValueError as error:
-            raise DataError(f"{file}: line {number} ({record.identifier}): {error}") from None
-        truth = partial(nlvr1.decide, boxes=boxes)  # one for all six: no statement asks for the order of the boxes
-        for order in range(6 if split == "train" else 1):
-            name = f"images/{record.directory}/{file.stem}-{record.identifier}-{order}.png"
-            if folder.suffix != ".zip":
-                name = name.removeprefix("images/")
-            where = f"{file}: line {number} ({record.identifier})"
-            image = image_file(folder, name, source=where)
-            if name not in names:
-                raise DataError(f"{where}: image {name} missing in {folder}; restore it or drop the record")
-            yield Picture(
-                id=f"{record.identifier}-{order}",
-                image=image,
-                split=split,
-                captions=(sentence,) if record.label == "true" else (),
-                foils=(sentence,) if record.label == "false" else (),
-                truth=truth,
-            )
+        with one_record():
+            record = _checked(_Nlvr1Record, raw, file, f"line {number}")
+            split = SPLITS.get(file.stem, "train")
+            if split == "val" and record.directory != NLVR1_VAL_DIRECTORY:
+                split = "train"
+            sentence = " ".join(record.sentence.split())
+            try:
+                boxes = nlvr1.read_boxes(record.structured_rep)
+            except ValueError as error:
+                raise DataError(f"{file}: line {number} ({record.identifier}): {error}") from None
+            truth = partial(nlvr1.decide, boxes=boxes)  # one for all six: no statement asks for the order of the boxes
+            for order in range(6 if split == "train" else 1):
+                name = f"images/{record.directory}/{file.stem}-{record.identifier}-{order}.png"
+                if folder.suffix != ".zip":
+                    name = name.removeprefix("images/")
+                where = f"{file}: line {number} ({record.identifier})"
+                image = image_file(folder, name, source=where)
+                if name not in names:
+                    raise DataError(f"{where}: image {name} missing in {folder}; restore it or drop the record")
+                yield Picture(
+                    id=f"{record.identifier}-{order}",
+                    image=image,
+                    split=split,
+                    captions=(sentence,) if record.label == "true" else (),
+                    foils=(sentence,) if record.label == "false" else (),
+                    truth=truth,
+                )
 
 
 def _image_folder(file: Path, split: str = "") -> tuple[Path, frozenset[str]]:
@@ -198,9 +200,10 @@ def _checked(kind: type[M], raw: Any, file: Path, record: str) -> M:
 def _refuse_duplicates(pictures: Sequence[Picture], path: Path) -> None:
     seen: set[str] = set()
     for picture in pictures:
-        if picture.id in seen:
-            raise DataError(f"{path}: {picture.id}: a second record of this image; merge their captions")
-        seen.add(picture.id)
+        with one_record():
+            if picture.id in seen:
+                raise DataError(f"{path}: {picture.id}: a second record of this image; merge their captions")
+            seen.add(picture.id)
 
 
 def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]]:

@@ -8,7 +8,9 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +24,32 @@ LARGEST_MEGAPIXELS = 100
 
 class DataError(ValueError):
     """Data that cannot be used; the message names the file, the record and the remedy."""
+
+
+_FAULTS: ContextVar[list[str] | None] = ContextVar("faults", default=None)
+
+
+@contextmanager
+def collected_faults() -> Iterator[list[str]]:
+    """In the block a broken record does not stop its reader: the list gets its message, the record is left out."""
+    faults: list[str] = []
+    token = _FAULTS.set(faults)
+    try:
+        yield faults
+    finally:
+        _FAULTS.reset(token)
+
+
+@contextmanager
+def one_record() -> Iterator[None]:
+    """Around the reading of one record: a `DataError` stops the reader, unless faults are being collected."""
+    try:
+        yield
+    except DataError as error:
+        faults = _FAULTS.get()
+        if faults is None:
+            raise
+        faults.append(str(error))
 
 
 @functools.lru_cache(maxsize=32)

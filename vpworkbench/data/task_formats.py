@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError, Example, ImageFile, archive, image_file
+from vpworkbench.data.records import DataError, Example, ImageFile, archive, image_file, one_record
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -116,35 +116,38 @@ def read_vqa(questions: str | Path, annotations: str | Path | None, *, split: st
     subset = str(content.get("data_subtype", ""))
     examples = []
     for number, raw in enumerate(content["questions"]):
-        record = checked(_Question, raw, questions, f"questions[{number}]")
-        where = f"{questions}: questions[{number}] (question_id {record.question_id})"
-        annotation = known.pop(record.question_id, None)
-        if annotations is not None and annotation is None:
-            raise DataError(f"{where}: no annotation of it in {annotations}; take both files of one release")
-        if annotation is not None and annotation.image_id != record.image_id:
-            raise DataError(f"{where}: image_id {record.image_id}, but {annotation.image_id} in {annotations}")
-        examples.append(
-            Example(
-                id=str(record.question_id),
-                images=(found.find(_vqa_names(record.image_id, subset), record=where),),
-                text=" ".join(record.question.split()),
-                split=split,
-                answers=() if annotation is None else tuple(answer.answer for answer in annotation.answers),
-                kind="" if annotation is None else annotation.answer_type,
+        with one_record():
+            record = checked(_Question, raw, questions, f"questions[{number}]")
+            where = f"{questions}: questions[{number}] (question_id {record.question_id})"
+            annotation = known.pop(record.question_id, None)
+            if annotations is not None and annotation is None:
+                raise DataError(f"{where}: no annotation of it in {annotations}; take both files of one release")
+            if annotation is not None and annotation.image_id != record.image_id:
+                raise DataError(f"{where}: image_id {record.image_id}, but {annotation.image_id} in {annotations}")
+            examples.append(
+                Example(
+                    id=str(record.question_id),
+                    images=(found.find(_vqa_names(record.image_id, subset), record=where),),
+                    text=" ".join(record.question.split()),
+                    split=split,
+                    answers=() if annotation is None else tuple(answer.answer for answer in annotation.answers),
+                    kind="" if annotation is None else annotation.answer_type,
+                )
             )
-        )
-    if known:
-        raise DataError(f"{annotations}: question_id {next(iter(known))} is in no question of {questions}")
+    with one_record():
+        if known:
+            raise DataError(f"{annotations}: question_id {next(iter(known))} is in no question of {questions}")
     return unique(examples, questions)
 
 
 def _annotations(file: Path) -> dict[int, _Annotation]:
     known: dict[int, _Annotation] = {}
     for number, raw in enumerate(_json(file, "annotations")["annotations"]):
-        record = checked(_Annotation, raw, file, f"annotations[{number}]")
-        if record.question_id in known:
-            raise DataError(f"{file}: annotations[{number}]: question_id {record.question_id} a second time")
-        known[record.question_id] = record
+        with one_record():
+            record = checked(_Annotation, raw, file, f"annotations[{number}]")
+            if record.question_id in known:
+                raise DataError(f"{file}: annotations[{number}]: question_id {record.question_id} a second time")
+            known[record.question_id] = record
     return known
 
 
@@ -197,13 +200,14 @@ def read_nlvr2(file: str | Path, *, split: str, images: Any = None) -> list[Exam
     found = image_index(file, images)
     examples = []
     for number, raw in json_lines(file):
-        record = checked(_Nlvr2, raw, file, f"line {number}")
-        where = f"{file}: line {number} ({record.identifier})"
-        pair = record.identifier.rsplit("-", 1)[0]
-        sides = (found.find([f"{pair}-img{side}.png"], record=where) for side in (0, 1))
-        examples.append(
-            Example(record.identifier, tuple(sides), " ".join(record.sentence.split()), split, label=record.label)
-        )
+        with one_record():
+            record = checked(_Nlvr2, raw, file, f"line {number}")
+            where = f"{file}: line {number} ({record.identifier})"
+            pair = record.identifier.rsplit("-", 1)[0]
+            sides = (found.find([f"{pair}-img{side}.png"], record=where) for side in (0, 1))
+            examples.append(
+                Example(record.identifier, tuple(sides), " ".join(record.sentence.split()), split, label=record.label)
+            )
     return unique(examples, file)
 
 
@@ -242,13 +246,14 @@ def read_snli_ve(file: str | Path, *, split: str, images: Any = None, premise: b
     found = image_index(file, images)
     examples = []
     for number, raw in json_lines(file):
-        record = checked(_SnliVe, raw, file, f"line {number}")
-        if record.gold_label == "-":
-            continue
-        where = f"{file}: line {number} ({record.pairID})"
-        image = found.find([f"{record.Flickr30K_ID}.jpg", f"{record.Flickr30K_ID}.png"], record=where)
-        text = f"{record.sentence1} {record.sentence2}" if premise else record.sentence2
-        examples.append(Example(record.pairID, (image,), " ".join(text.split()), split, label=record.gold_label))
+        with one_record():
+            record = checked(_SnliVe, raw, file, f"line {number}")
+            if record.gold_label == "-":
+                continue
+            where = f"{file}: line {number} ({record.pairID})"
+            image = found.find([f"{record.Flickr30K_ID}.jpg", f"{record.Flickr30K_ID}.png"], record=where)
+            text = f"{record.sentence1} {record.sentence2}" if premise else record.sentence2
+            examples.append(Example(record.pairID, (image,), " ".join(text.split()), split, label=record.gold_label))
     return unique(examples, file)
 
 
@@ -280,9 +285,10 @@ def unique(examples: Iterable[Example], file: Path) -> list[Example]:
     """The examples; `DataError` where an id comes twice, or there is none."""
     found: dict[str, Example] = {}
     for example in examples:
-        if example.id in found:
-            raise DataError(f"{file}: {example.id}: a second record of this id; drop one of them")
-        found[example.id] = example
+        with one_record():
+            if example.id in found:
+                raise DataError(f"{file}: {example.id}: a second record of this id; drop one of them")
+            found[example.id] = example
     if not found:
         raise DataError(f"{file}: holds no record")
     return list(found.values())
