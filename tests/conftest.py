@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import Field
 
-from vpworkbench.config import DataSettings, FusionSettings, ModelSettings, VisualSettings
+from vpworkbench.config import DataSettings, FusionSettings, ModelSettings, Settings, VisualSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.runs import Run, open_run
 
 SCENES = SceneSettings(images=60, val=20, test=10)
 
@@ -26,6 +28,32 @@ def scratch(tmp_path_factory: pytest.TempPathFactory):
     os.environ["VPW_RUNS"], os.environ["VPW_CACHE"] = str(root / "runs"), str(root / "cache")
     torch.set_num_threads(2)
     return root
+
+
+class SmallMask(Settings):
+    budget: int = Field(7, ge=1)
+
+
+class SmallSettings(Settings):
+    """Settings of a run that trains nothing."""
+
+    seed: int = 0
+    rate: float = 0.1
+    words: tuple[str, ...] = ("a", "b")
+    mask: SmallMask = SmallMask()
+
+
+@pytest.fixture
+def runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs of this test alone go there; kernels find the package where it is not installed."""
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(runs_folder: Path) -> Run:
+    return open_run("01_pretrain", SmallSettings(), name="a")
 
 
 @pytest.fixture(scope="session")

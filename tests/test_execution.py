@@ -6,36 +6,14 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from pydantic import Field
+from conftest import SmallSettings
 
 from vpworkbench import execution
 from vpworkbench.config import Settings, SettingsError
 from vpworkbench.execution import check_parameters, parse_parameters, run_notebook
-from vpworkbench.runs import RunError, open_run
+from vpworkbench.runs import RunError
 
-
-class MaskSettings(Settings):
-    budget: int = Field(7, ge=1)
-
-
-class SmallSettings(Settings):
-    seed: int = 0
-    rate: float = 0.1
-    words: tuple[str, ...] = ("a", "b")
-    mask: MaskSettings = MaskSettings()
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path, monkeypatch):
-    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(execution.__file__).parents[1]))  # kernels, where not installed
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run():
-    return open_run("01_pretrain", SmallSettings(), name="a")
-
+pytestmark = pytest.mark.usefixtures("runs_folder")
 
 # ------------------------------------------------------------------------------------------------- parameters
 
@@ -247,10 +225,10 @@ def seed_settings(*, seed: int = 0) -> SeedSettings:
     return SeedSettings(seed=seed)
 
 
-def test_wrong_parameters_start_nothing(notebook, scratch):
+def test_wrong_parameters_start_nothing(notebook, runs_folder):
     with pytest.raises(SettingsError, match="stumbel: trial has no such parameter; did you mean 'stumble'"):
         run_notebook(str(notebook), name="a", parameters={"stumbel": "x", "seed": 1})
-    assert not scratch.exists()
+    assert not runs_folder.exists()
 
 
 OURS = sorted((Path(execution.__file__).parents[1] / "notebooks").glob("*.ipynb"))

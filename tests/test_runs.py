@@ -5,46 +5,23 @@ import json
 import os
 import re
 import time
-from pathlib import Path
 
 import plotly.graph_objects
 import pytest
 import torch
-from pydantic import Field
+from conftest import SmallMask, SmallSettings
 
 from vpworkbench import runs
-from vpworkbench.config import Settings, SettingsError
+from vpworkbench.config import SettingsError
 from vpworkbench.runs import RunError, list_runs, open_run
 
-
-class MaskSettings(Settings):
-    budget: int = Field(7, ge=1)
-
-
-class SmallSettings(Settings):
-    seed: int = 0
-    rate: float = 0.1
-    words: tuple[str, ...] = ("a", "b")
-    mask: MaskSettings = MaskSettings()
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path, monkeypatch):
-    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(runs.__file__).parents[1]))  # kernels, where not installed
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run():
-    return open_run("01_pretrain", SmallSettings(), name="a")
-
+pytestmark = pytest.mark.usefixtures("runs_folder")
 
 # ------------------------------------------------------------------------------------------------ run folders
 
 
-def test_config_is_written_first_and_says_what_made_the_run(run, scratch):
-    assert run.folder == scratch / "01_pretrain" / "a"
+def test_config_is_written_first_and_says_what_made_the_run(run, runs_folder):
+    assert run.folder == runs_folder / "01_pretrain" / "a"
     assert [path.name for path in run.folder.iterdir()] == ["config.json"]
     config = json.loads((run.folder / "config.json").read_text())
     assert config["settings"] == {"seed": 0, "rate": 0.1, "words": ["a", "b"], "mask": {"budget": 7}}
@@ -69,7 +46,7 @@ def test_equal_settings_open_the_same_run_again_and_leave_its_config(run):
 
 
 def test_other_settings_are_refused_and_each_is_named(run):
-    other = SmallSettings(seed=3, mask=MaskSettings(budget=9))
+    other = SmallSettings(seed=3, mask=SmallMask(budget=9))
     with pytest.raises(SettingsError) as refusal:
         open_run("01_pretrain", other, name="a")
     lines = str(refusal.value).splitlines()
@@ -96,10 +73,10 @@ BAD_NAMES = ["a/b", "..", "../a", ".hidden", "  ", " a", "a..b", "a\\b", "a\n", 
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_names_that_leave_the_folder_are_refused(name, scratch):
+def test_names_that_leave_the_folder_are_refused(name, runs_folder):
     with pytest.raises(SettingsError, match="cannot name a folder"):
         open_run("01_pretrain", SmallSettings(), name=name)
-    assert not scratch.exists()
+    assert not runs_folder.exists()
 
 
 def test_the_gallery_is_no_notebook():
@@ -183,18 +160,18 @@ def test_figures_share_one_script_and_need_no_network(run):
         run.save_figure("../loss", figure)
 
 
-def test_list_runs_reads_summaries_and_skips_the_gallery(run, scratch):
+def test_list_runs_reads_summaries_and_skips_the_gallery(run, runs_folder):
     run.write_summary(steps=10, flow={"first": 0.4})
     open_run("02_probe", SmallSettings(seed=5), name="b")
     spoilt = open_run("02_probe", SmallSettings(), name="c")
     (spoilt.folder / "config.json").write_text("{")
-    (scratch / "gallery" / "example").mkdir(parents=True)
-    (scratch / "gallery" / "example" / "config.json").write_text("{}")
+    (runs_folder / "gallery" / "example").mkdir(parents=True)
+    (runs_folder / "gallery" / "example" / "config.json").write_text("{}")
     table = list_runs()
     assert table["name"].tolist() == ["a", "b", "c"] and table["complete"].tolist() == [True, False, False]
     assert table["seed"].tolist()[:2] == [0, 5] and table["flow.first"][0] == 0.4
     assert "config.json" in table["fault"][2]
-    assert list_runs(scratch / "nowhere").empty
+    assert list_runs(runs_folder / "nowhere").empty
 
 
 def test_runs_lie_in_the_nearest_repository_unless_told(tmp_path, monkeypatch):

@@ -1,0 +1,59 @@
+"""Settings: typed, frozen, checked as a whole before any work starts.
+
+One pydantic model for each part, nested; a preset is a value. A part receives its own settings, never the
+whole tree. Everything a run was made with is written back by `model_dump`.
+"""
+
+from vpworkbench.config.base import Settings, SettingsError, checked, fault_lines, nearest
+from vpworkbench.config.parameters import (
+    compare_settings,
+    finetune_settings,
+    pretrain_settings,
+    probe_settings,
+    visual_init_settings,
+)
+from vpworkbench.config.presets import PRESETS, TASK_PRESETS, preset
+from vpworkbench.config.settings import (
+    CompareSettings,
+    DataSettings,
+    FinetuneSettings,
+    FusionSettings,
+    LossSettings,
+    MaskSettings,
+    ModelSettings,
+    OptimSettings,
+    PretrainSettings,
+    ProbeSettings,
+    TrainSettings,
+    VisualInitSettings,
+    VisualSettings,
+)
+
+__all__ = [
+    "CompareSettings",
+    "DataSettings",
+    "FinetuneSettings",
+    "FusionSettings",
+    "LossSettings",
+    "MaskSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "PRESETS",
+    "PretrainSettings",
+    "ProbeSettings",
+    "Settings",
+    "SettingsError",
+    "TASK_PRESETS",
+    "TrainSettings",
+    "VisualInitSettings",
+    "VisualSettings",
+    "checked",
+    "compare_settings",
+    "fault_lines",
+    "finetune_settings",
+    "nearest",
+    "preset",
+    "pretrain_settings",
+    "probe_settings",
+    "visual_init_settings",
+]

@@ -1,0 +1,126 @@
+"""From the parameters of a notebook to its settings: one function a notebook, same names, same defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vpworkbench.config.base import SettingsError, checked, nearest
+from vpworkbench.config.presets import TASK_PRESETS
+from vpworkbench.config.presets import preset as named_preset
+from vpworkbench.config.settings import (
+    CompareSettings,
+    FinetuneSettings,
+    PretrainSettings,
+    ProbeSettings,
+    VisualInitSettings,
+)
+
+
+def pretrain_settings(
+    *,
+    preset: str = "tiny",
+    data: str | list[str] = "scenes",
+    visual: str = "swin",
+    masking: str = "",
+    init_visual: str = "auto",
+    init_text: str = "",
+    steps: int = 0,
+    epochs: float = 0,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> PretrainSettings:
+    """Settings of a run from the parameters of `01_pretrain.ipynb`.
+
+    Parameters
+    ----------
+    masking : str
+        `none`, `random` or `attention`; empty takes `attention` for Swin and `random` for the families
+        that have no parsing attention.
+    init_visual : str
+        `auto` takes the preset's start where the shipped weights fit it (family and sizes), else none.
+    steps, epochs
+        Neither given: the preset's own length.
+
+    Raises
+    ------
+    SettingsError
+        All faults at once.
+    """
+    base = named_preset(preset)
+    masking = masking or ("attention" if visual == "swin" else "random")
+    values: dict[str, Any] = {
+        "data.sets": data, "visual.family": visual, "mask.mode": masking,
+        "init_text": init_text, "seed": seed, "train.checkpoint_every": checkpoint_every,
+        "init_visual": base.init_visual if init_visual == "auto" else init_visual,
+    }  # fmt: skip
+    if steps or epochs:
+        values |= {"train.steps": steps, "train.epochs": epochs}
+    return base.with_overrides(values | (overrides or {}))
+
+
+def visual_init_settings(
+    *,
+    preset: str = "tiny",
+    visual: str = "swin",
+    images: int = 12_000,
+    epochs: float = 8,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> VisualInitSettings:
+    """Settings of a run from the parameters of `00_visual_init.ipynb`."""
+    base = named_preset(preset)
+    scenes = base.data.scenes.model_copy(update={"image_px": base.visual.image_px})
+    values = {
+        "preset": preset, "seed": seed, "visual": base.visual.model_dump(), "scenes": scenes.model_dump(),
+    }  # fmt: skip
+    changes = {
+        "visual.family": visual, "scenes.images": images, "train.epochs": epochs,
+        "train.checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    return checked(VisualInitSettings, values).with_overrides(changes | (overrides or {}))
+
+
+def probe_settings(
+    *, checkpoint: str = "", images: int = 64, special_tokens: str = "language", seed: int = 0
+) -> ProbeSettings:
+    """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
+    given = {"checkpoint": checkpoint, "images": images, "special_tokens": special_tokens, "seed": seed}
+    return checked(ProbeSettings, given)
+
+
+def compare_settings(
+    *, models: str | list[str] = "", data: str | list[str] = "scenes", images: int = 64, seed: int = 0
+) -> CompareSettings:
+    """Settings of a run from the parameters of `03_compare_models.ipynb`."""
+    values = {"models": models, "images": images, "seed": seed}
+    return checked(CompareSettings, values).with_overrides({"data.sets": data})
+
+
+def finetune_settings(
+    *,
+    task: str = "vqa",
+    preset: str = "tiny",
+    data: str = "scenes",
+    checkpoint: str = "",
+    pretrained: bool = True,
+    steps: int = 0,
+    epochs: float = 0,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> FinetuneSettings:
+    """Settings of a run from the parameters of `04_finetune.ipynb`."""
+    if preset not in TASK_PRESETS:
+        raise SettingsError(f"preset: no preset {preset!r}{nearest(preset, TASK_PRESETS)} (known: tiny, paper)")
+    if task not in TASK_PRESETS[preset]:
+        known = ", ".join(TASK_PRESETS[preset])
+        raise SettingsError(f"task: no task {task!r}{nearest(task, TASK_PRESETS[preset])} (known: {known})")
+    parts = {name: part.model_dump() for name, part in TASK_PRESETS[preset][task].items()}
+    base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
+    values = {"data": data, "checkpoint": checkpoint, "pretrained": pretrained, "seed": seed,
+              "train.checkpoint_every": checkpoint_every}  # fmt: skip
+    if steps or epochs:
+        values |= {"train.steps": steps, "train.epochs": epochs}
+    return base.with_overrides(values | (overrides or {}))

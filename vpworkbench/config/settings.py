@@ -1,0 +1,252 @@
+"""The settings of every part, and of every kind of run: names, types, ranges, and what must agree."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vpworkbench.config.base import Place, Settings, one_or_many
+from vpworkbench.data.scenes import SceneSettings
+
+
+class VisualSettings(Settings):
+    """The visual side: how an image becomes visual tokens (paper Sec. 3.1, Table 5)."""
+
+    family: Literal["swin", "grid", "patch"] = Field(
+        "swin", description="Swin visual parser, CNN grid features (SOHO, Pixel-BERT) or patches (ViLT)"
+    )
+    image_px: int = Field(96, ge=8, le=4096, description="side of the square input")
+    patch_px: int = Field(8, ge=1, description="Swin: side of a patch of the first stage")
+    width: int = Field(96, ge=8, description="Swin: channels of the first stage; doubles with every stage")
+    depths: tuple[int, ...] = Field((2, 2), min_length=1, description="Swin: blocks of each stage")
+    heads: tuple[int, ...] = Field((3, 6), min_length=1, description="Swin: heads of each stage")
+    window: int = Field(6, ge=1, description="Swin: side of an attention window")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="Swin: stochastic depth of the last block")
+    backbone: str = Field("resnet10t", description="grid: any timm CNN")
+    stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
+    patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.depths) != len(self.heads):
+            raise ValueError(f"depths {self.depths} and heads {self.heads} must have one entry for each stage")
+        step = self.patch_px * 2 ** (len(self.depths) - 1) if self.family == "swin" else self.stride
+        if self.image_px % step:
+            raise ValueError(f"image_px {self.image_px} must be a multiple of {step} (one visual token)")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Tokens on a side; m = grid ** 2."""
+        if self.family == "swin":
+            return self.image_px // (self.patch_px * 2 ** (len(self.depths) - 1))
+        return self.image_px // self.stride
+
+    @property
+    def tokens(self) -> int:
+        """m, the number of visual tokens (paper Eq. 1)."""
+        return self.grid**2
+
+
+class FusionSettings(Settings):
+    """The fusion Transformer: a BERT encoder over words and visual tokens (paper Sec. 3.3)."""
+
+    layers: int = Field(3, ge=1)
+    width: int = Field(192, ge=8, description="d, channels of the joint sequence")
+    heads: int = Field(6, ge=1)
+    feed_forward: int = Field(768, ge=8)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    positions: int = Field(512, ge=8, description="rows of the word-position table, as BERT's")
+    visual_type: bool = Field(False, description="add a learned vector to visual tokens [peer: SOHO]")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of 4 (2-D sine position)")
+        return self
+
+
+class ModelSettings(Settings):
+    """What rebuilds a model; saved as `config.json` of a checkpoint."""
+
+    architecture: Literal["vpworkbench"] = "vpworkbench"
+    visual: VisualSettings
+    fusion: FusionSettings
+    text_tokens: int = Field(ge=4)
+
+
+class DataSettings(Settings):
+    """Which images and texts, and how a batch of groups is made from them (paper Sec. 4.1)."""
+
+    sets: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
+        ("scenes",), min_length=1, description="'scenes', or folders / annotation files of real sets"
+    )
+    scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
+    text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
+    grouped: bool = Field(True, description="one image with several texts; else the image is replaced (p 0.5)")
+    matched_per_image: int = Field(2, ge=1)
+    unmatched_per_image: int = Field(2, ge=0)
+    word_share: float = Field(0.15, gt=0, lt=1, description="words masked for MLM")
+    flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
+    workers: int = Field(1, ge=0, le=64, description="processes that prepare batches; 0: in the main one")
+
+
+class MaskSettings(Settings):
+    """Which visual tokens are masked for feature regression (paper Eq. 9)."""
+
+    mode: Literal["none", "random", "attention"] = "attention"
+    where: Literal["tokens", "pixels"] = Field(
+        "tokens",
+        description="tokens: behind the parser, whose neighbours have seen them; pixels: before it too, one mask an "
+        "image, for one more pass of the parser",
+    )
+    budget: int | None = Field(
+        None, ge=1, description="k, tokens per image, the picked one included; default round(0.15 m), at least 2"
+    )
+    select: Literal["row", "column", "symmetric"] = Field(
+        "row", description="the pick attends to (row), attends to the pick (column), or both"
+    )
+
+    def tokens_of(self, visual: VisualSettings) -> int:
+        """k for a visual side with m tokens."""
+        return self.budget if self.budget is not None else max(2, round(0.15 * visual.tokens))
+
+
+class LossSettings(Settings):
+    """Weights of the objectives (paper Eq. 10) and the open choices inside them."""
+
+    itm: float = Field(1.0, ge=0, description="lambda1")
+    mfr: float = Field(0.01, ge=0, description="lambda2")
+    vla: float = Field(0.1, ge=0, description="weight of the OT alignment inside ITM; 0 leaves it out")
+    mfr_reduction: Literal["mean", "sum"] = Field("mean", description="over channels; Eq. 9 prints the sum")
+
+
+class OptimSettings(Settings):
+    """AdamW and its schedule (paper Sec. 4.1); a step is one optimiser update."""
+
+    lr_visual: float = Field(5e-6, gt=0)
+    lr_fusion: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(500, ge=0, description="optimiser steps of linear warm-up")
+    decay_at: tuple[float, ...] = Field((25 / 40, 35 / 40), description="shares of the run after which lr x decay")
+    decay: float = Field(0.1, gt=0, le=1)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+
+class TrainSettings(Settings):
+    """How long, in which batches, where, and how often the run is saved."""
+
+    steps: int = Field(0, ge=0, description="optimiser steps; 0: `epochs` decides")
+    epochs: float = Field(0, ge=0, description="passes over the images; 0: `steps` decides")
+    images: int = Field(16, ge=1, description="images in one optimiser step")
+    accumulate: int = Field(1, ge=1, description="micro-batches in one step; must divide `images`")
+    checkpoint_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0: only at the end")
+    log_every: int = Field(20, ge=1, description="optimiser steps between lines of metrics.jsonl")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    bf16: bool = Field(False, description="bfloat16 autocast; needs a GPU or CPU that is fast at it")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.images % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} must divide images {self.images}")
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError(f"give steps or epochs, one of them (steps {self.steps}, epochs {self.epochs:g})")
+        return self
+
+
+class PretrainSettings(Settings):
+    """Everything that decides a pre-training run."""
+
+    preset: str = "tiny"
+    seed: int = Field(0, ge=0, lt=2**31)
+    init_visual: Place = Field("", description="'' scratch, 'scenes' (shipped), 'efficientnet-lite0', or a file")
+    init_text: Place = Field("", description="'' scratch, 'minilm' (extra `weights`), or a folder of a BERT")
+    data: DataSettings = DataSettings()
+    visual: VisualSettings = VisualSettings()
+    fusion: FusionSettings = FusionSettings()
+    mask: MaskSettings = MaskSettings()
+    loss: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings(steps=200)
+
+    def step_size(self) -> dict[str, int]:
+        """Batch size of an optimiser step, in images, in pairs, and in tokens: places, padding included, at most."""
+        data = self.data
+        texts = data.matched_per_image + data.unmatched_per_image if data.grouped else 1
+        pairs = self.train.images * texts
+        tokens = pairs * (data.text_tokens + self.visual.tokens)
+        return {"images_per_step": self.train.images, "pairs_per_step": pairs, "tokens_per_step": tokens}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        budget = self.mask.tokens_of(self.visual)
+        if self.mask.mode != "none" and budget > self.visual.tokens:
+            raise ValueError(f"mask.budget {budget} is larger than the {self.visual.tokens} visual tokens")
+        if self.mask.mode == "attention" and self.visual.family != "swin":
+            raise ValueError(
+                f"mask.mode 'attention' needs a parsing attention, which {self.visual.family!r} has not; "
+                "use masking='random' or visual='swin'"
+            )
+        if self.data.text_tokens > self.fusion.positions:
+            raise ValueError(
+                f"data.text_tokens {self.data.text_tokens} exceeds fusion.positions {self.fusion.positions}"
+            )
+        return self
+
+
+class VisualInitSettings(Settings):
+    """Training of a visual side on the scenes' own labels: the miniature of an ImageNet start."""
+
+    preset: str = "tiny"
+    seed: int = Field(0, ge=0, lt=2**31)
+    scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
+    visual: VisualSettings = VisualSettings()
+    optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
+    train: TrainSettings = TrainSettings(epochs=10, images=64)
+    workers: int = Field(1, ge=0, le=64)
+
+
+class ProbeSettings(Settings):
+    """Which model is probed, on how many held-out pictures."""
+
+    checkpoint: Place = Field(
+        "", description="a checkpoint folder, or the name of a 01_pretrain run; '' the shipped one"
+    )
+    images: int = Field(64, ge=2, le=100_000)
+    special_tokens: Literal["language", "exclude"] = Field(
+        "language", description="[CLS] and [SEP] count as language, or in neither modality"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class CompareSettings(Settings):
+    """Which models are compared, on which held-out pictures."""
+
+    models: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
+        ("",),
+        min_length=1,
+        description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
+    )
+    data: DataSettings = DataSettings()
+    images: int = Field(64, ge=2, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class FinetuneSettings(Settings):
+    """Everything that decides a fine-tuning run (paper Sec. 4.2)."""
+
+    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
+    preset: str = "tiny"
+    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's original files")
+    scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
+    checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
+    pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
+    answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
+    premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(1, ge=0, le=64)
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings
