@@ -12,7 +12,7 @@ from conftest import narrow_model
 
 from vpworkbench.config import OptimSettings, SettingsError, TrainSettings, pretrain_settings
 from vpworkbench.pretrain import Pretraining, group_batches
-from vpworkbench.runs import open_run
+from vpworkbench.runs import RunError, open_run
 from vpworkbench.train import (
     TrainingError,
     accumulate_gradients,
@@ -161,11 +161,11 @@ def run_of(scenes, name: str, stop_after: int | None = None, **train):
     if stop_after is not None:
         log, original = [], batches._pixels
 
-        def pixels(pictures, rng):
+        def pixels(*arguments):
             log.append(1)
             if len(log) > stop_after:
                 raise KeyboardInterrupt
-            return original(pictures, rng)
+            return original(*arguments)
 
         batches._pixels = pixels
         with pytest.raises(KeyboardInterrupt):
@@ -223,7 +223,7 @@ def files_limited_to(size: int):
 def test_full_disk_keeps_the_last_checkpoint(scenes):
     run = run_of(scenes, "full", stop_after=3)
     before = (run.folder / "checkpoint" / "step-000002" / "progress.json").read_text()
-    with files_limited_to(50_000), pytest.raises(TrainingError, match="checkpoint not written.*free space"):
+    with files_limited_to(50_000), pytest.raises(RunError, match="checkpoint not written.*free space"):
         run_of(scenes, "full")
     assert [folder.name for folder in (run.folder / "checkpoint").iterdir()] == ["step-000002"]
     assert (run.folder / "checkpoint" / "step-000002" / "progress.json").read_text() == before

@@ -24,6 +24,7 @@ from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2,
 from vpworkbench.metrics import normalised_answer
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.pretrain import build_model, load_run
+from vpworkbench.processes import launch, launched
 from vpworkbench.runs import Run
 from vpworkbench.tasks import (
     Classification,
@@ -143,6 +144,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
     """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run."""
     train = settings.train
+    if train.processes > 1 and not launched():
+        launch(train.processes, run.folder.parent.name, run.folder.name)
     batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
     return fit(prepared.model, Classification(), batches, run, optim=settings.optim, train=train, seed=settings.seed,
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vpworkbench.data.batches import IGNORE
-
 
 def visual_mask(
     noise: Tensor,
@@ -165,11 +163,6 @@ def masked_feature_regression(
     """
     error = (_wide(predicted) - _wide(target.detach())).square()
     return (error.mean(dim=-1) if reduction == "mean" else error.sum(dim=-1)).sum()
-
-
-def hidden_words(labels: Tensor, matched: Tensor) -> Tensor:
-    """bool (text, word): the hidden words that MLM is scored on, those of matched pairs."""
-    return (labels != IGNORE) & matched[:, None]
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
 from vpworkbench.data.batches import Batch, GroupBatches
-from vpworkbench.data.formats import load_splits
+from vpworkbench.data.cache import PixelCache
+from vpworkbench.data.formats import cache_root, load_splits
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
-    hidden_words,
     hide_pixels,
     image_text_matching,
     masked_feature_regression,
@@ -34,6 +34,7 @@ from vpworkbench.objectives import (
 )
 from vpworkbench.probes.dataset import Probed, probe_dataset
 from vpworkbench.probes.intervals import Interval
+from vpworkbench.processes import launch, launched
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
 from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, initialise_visual
@@ -123,7 +124,7 @@ class Pretraining:
     def counts(self, batch: Batch) -> dict[str, int]:
         """Hidden words of matched pairs; pairs; matched pairs."""
         pairs, matched = len(batch.matched), int(batch.matched.sum())
-        return {"mlm": int(hidden_words(batch.labels, batch.matched).sum()), "itm": pairs, "vla": pairs, "mfr": matched}
+        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs, "mfr": matched}
 
     def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch; the image is encoded once for all its texts.
@@ -139,17 +140,18 @@ class Pretraining:
             first = torch.searchsorted(batch.image_index, torch.arange(len(batch.images), device=batch.words.device))
             seen = model.visual(hide_pixels(batch.images, masked[first]))
         joint = model.fuse(seen, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
-        scored = hidden_words(batch.labels, batch.matched)
         sums = {
-            "mlm": masked_language_modeling(model.word_logits(joint.text[scored]), batch.labels[scored]),
+            "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
             "itm": image_text_matching(model.itm(joint.cls), batch.matched),
         }
         if self.weights["vla"]:
             sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
         if masked is not None:
-            regressed = masked & batch.matched[:, None]
-            target = visual.features[batch.image_index][regressed]
-            predicted = model.mfr(joint.vision[regressed])
+            rows = batch.matched_rows[:, None]
+            # Each row hides k tokens: their places, in order, without asking a GPU how many there are.
+            hidden = masked[batch.matched_rows].byte().topk(self.budget, dim=1).indices.sort(dim=1).values
+            target = visual.features[batch.image_index[rows], hidden].flatten(0, 1)
+            predicted = model.mfr(joint.vision[rows, hidden].flatten(0, 1))
             sums["mfr"] = masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
         return sums
 
@@ -183,8 +185,8 @@ class Pretraining:
 
 def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tensor:
     """OT distance of each pair, [CLS], [SEP] and pads left out; (text,)."""
-    special = torch.tensor([model.tokenizer.cls_token_id, model.tokenizer.sep_token_id], device=batch.words.device)
-    words = batch.word_tokens & ~torch.isin(batch.words, special)
+    tokenizer = model.tokenizer
+    words = batch.word_tokens & (batch.words != tokenizer.cls_token_id) & (batch.words != tokenizer.sep_token_id)
     with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
         return transport_distance(joint.text, joint.vision, words, words.new_ones(joint.vision.shape[:2]))
 
@@ -230,25 +232,70 @@ def scored_words(data: DataSettings) -> frozenset[str] | None:
 
 
 def group_batches(
-    pictures: Sequence[Picture], model: VisualParsingModel, data: DataSettings, *, images: int, seed: int
+    pictures: Sequence[Picture],
+    model: VisualParsingModel,
+    data: DataSettings,
+    *,
+    images: int,
+    seed: int,
+    cache: PixelCache | None = None,
 ) -> GroupBatches:
     """Batches of groups that suit a model."""
     visual = model.settings.visual
     return GroupBatches(
-        pictures, model.words, data, images=images, image_px=visual.image_px, vision=visual.tokens, seed=seed
-    )
+        pictures, model.words, data,
+        images=images, image_px=visual.image_px, vision=visual.tokens, seed=seed, cache=cache,
+    )  # fmt: skip
 
 
 def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> int:
-    """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run."""
-    train = settings.train
+    """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run.
+
+    With `train.processes` it starts so many, which share each step, and loads what they trained.
+    """
+    train, training = settings.train, prepared.splits["train"]
+    cache = None
+    if settings.data.cache:
+        images = [picture.image for picture in training]
+        cache = PixelCache(cache_root(), images, settings.visual.image_px, progress=run.progress)
+    if train.processes > 1 and not launched():
+        launch(train.processes, run.folder.parent.name, run.folder.name)
     batches = group_batches(
-        prepared.splits["train"], prepared.model, settings.data, images=train.images, seed=settings.seed
+        training, prepared.model, settings.data, images=train.images, seed=settings.seed, cache=cache
     )
     return fit(
         prepared.model, Pretraining(settings), batches, run,
         optim=settings.optim, train=train, seed=settings.seed, workers=settings.data.workers, what="pre-training",
+        probe=held_out_probe(prepared, settings),
     )  # fmt: skip
+
+
+def held_out_probe(
+    prepared: Prepared, settings: PretrainSettings, *, images: int = 32
+) -> Callable[[VisualParsingModel], dict[str, float]]:
+    """What `train.probe_every` measures on the same held-out pictures each time.
+
+    `flow` and `nmi` at the last layer (paper Fig. 3 and 5), and `held_out_loss`, the sum of Eq. 10 on one batch.
+    """
+    pictures = prepared.splits["val"]
+    count = min(images, len(pictures))
+    objective = Pretraining(settings)
+
+    @torch.no_grad()
+    def measure(model: VisualParsingModel) -> dict[str, float]:
+        training = model.training
+        batch = group_batches(pictures, model.eval(), settings.data, images=count, seed=settings.seed)[0]
+        counts, sums = objective.counts(batch), objective.losses(model, batch.to(model.device))
+        loss = sum(objective.weights[name] * float(value) / max(counts[name], 1) for name, value in sums.items())
+        probed = probe(model, pictures, images=count, seed=settings.seed)
+        model.train(training)
+        return {
+            "held_out_loss": loss,
+            "flow": float(np.nanmean(probed.from_input[:, -1])),
+            "nmi": float(np.nanmean(probed.nmi[:, -1])),
+        }
+
+    return measure
 
 
 def probe(

@@ -7,6 +7,7 @@ written beside its place and renamed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -15,11 +16,13 @@ import logging
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +67,10 @@ class Run:
     def wall_s(self) -> float:
         """Seconds since the run was opened, and what earlier processes trained: `step_s` of their metrics, added up."""
         return round(time.monotonic() - self._opened_s + self.earlier_s, 1)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """Be the one writer of the run's metrics and checkpoints; an orphan of a killed job is waited for."""
+        return held(self.folder / ".writer.lock", patience_s=30)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to `metrics.jsonl`: the step and any numbers (scalar tensors and arrays too)."""
@@ -214,6 +221,34 @@ def list_runs(root: Path | None = None) -> pd.DataFrame:
         _row(config.parent) for config in sorted(root.glob("*/*/config.json")) if config.parent.parent.name != GALLERY
     ]
     return pd.DataFrame(rows, columns=None if rows else ["notebook", "name", "complete", "seed"])
+
+
+@contextmanager
+def held(lock: Path, *, patience_s: float) -> Iterator[None]:
+    """Hold a lock, which the system releases when its process ends in whatever way; the file tells who has it.
+
+    Raises
+    ------
+    RunError
+        If another process still holds it after `patience_s`.
+    """
+    with open(lock, "a+", encoding="utf-8") as file:
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    file.seek(0)
+                    raise RunError(
+                        f"{lock.parent}: process {file.read().strip() or '?'} works on this run; wait for it, or end it"
+                    ) from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:

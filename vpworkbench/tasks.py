@@ -207,10 +207,16 @@ class TaskBatches(Dataset):
         self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     def __getitem__(self, step: int) -> TaskBatch:
+        return self.batch(self._chosen(step))
+
+    def records(self, step: int) -> list[str]:
+        """Ids of the examples of a step."""
+        return [example.id for example in self._chosen(step)]
+
+    def _chosen(self, step: int) -> list[Example]:
         epoch, start = divmod(step * self.size, len(self.examples))
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
-        chosen = order.take(range(start, start + self.size), mode="wrap")
-        return self.batch([self.examples[number] for number in chosen])
+        return [self.examples[number] for number in order.take(range(start, start + self.size), mode="wrap")]
 
     def batch(self, examples: Sequence[Example]) -> TaskBatch:
         """These examples."""

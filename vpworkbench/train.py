@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
-import shutil
+import re
+import signal
 import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from vpworkbench.config import OptimSettings, SettingsError, TrainSettings
-from vpworkbench.runs import Run, write_atomically
+from vpworkbench.checkpoints import Checkpoints
+from vpworkbench.config import PRESETS, OptimSettings, SettingsError, TrainSettings
+from vpworkbench.processes import Processes, join
+from vpworkbench.runs import Run, RunError, write_atomically
+from vpworkbench.signals import on_signal
 
-log = logging.getLogger(__name__)
+EXPLODED = 10.0
+"""A loss is taken for exploded at so many times its value in the first line of `metrics.jsonl`."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Training that cannot go on; the message says at which step and what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Training that was asked to stop, after its checkpoint was written."""
 
 
 class Objective(Protocol):
@@ -54,6 +60,9 @@ class Steps(Protocol):
     steps_per_epoch: float
 
     def __getitem__(self, step: int) -> Any: ...
+
+    def records(self, step: int) -> list[str]:
+        """Ids of what the batch of a step holds."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,25 +107,35 @@ def build_optimiser(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW
             for (visual, kept), parameters in groups.items()
         ],
         lr=optim.lr_fusion,
+        fused=next(model.parameters()).is_cuda or None,  # one kernel; on a CPU its sums would come in another order
     )
 
 
 def accumulate_gradients(
-    model: nn.Module, objective: Objective, batch: Any, count: int, autocast: Any
+    model: nn.Module,
+    objective: Objective,
+    batch: Any,
+    count: int,
+    autocast: Any,
+    processes: Processes | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of one optimiser step over `count` micro-batches; the mean losses, detached.
 
-    Each loss is divided by its count over the whole step, so the micro-batches' own counts do not matter.
+    Each loss is divided by its count over the whole step, so the micro-batches' own counts do not matter. With several
+    processes `batch` is the share of this one, and so are the losses: they add up to the means. What is counted is
+    counted on the host, before a micro-batch goes to the model's device.
     """
-    counts = objective.counts(batch)
+    processes = processes or Processes(next(model.parameters()).device)
+    counts = processes.add_up(objective.counts(batch))
     means: dict[str, Tensor] = {}
     for micro in batch.micro_batches(count):
         with autocast():
-            sums = objective.losses(model, micro)
+            sums = objective.losses(model, micro.to(processes.device))
         terms = {name: value / max(counts[name], 1) for name, value in sums.items()}
         sum(objective.weights[name] * term for name, term in terms.items()).backward()
         for name, term in terms.items():
             means[name] = means.get(name, 0) + term.detach()
+    processes.add_gradients(model)
     return means
 
 
@@ -131,50 +150,148 @@ def fit(
     seed: int,
     workers: int = 0,
     what: str = "training",
+    probe: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> int:
     """Train to the last step, from the last checkpoint in the run folder if there is one; the number of steps.
 
-    Writes `metrics.jsonl`, `checkpoint/step-*/` every `checkpoint_every` steps (the last one is kept) and the final
-    weights to `checkpoint/`.
+    Writes `metrics.jsonl`, `checkpoint/step-*/` every `checkpoint_every` steps and the final weights to `checkpoint/`.
+    Ctrl-C and SIGTERM end the step, write a checkpoint and raise `Stopped`. Under `torchrun` or `accelerate launch`
+    the processes share each step.
+
+    Parameters
+    ----------
+    probe
+        Called every `train.probe_every` steps; its numbers are logged, and `held_out_loss` decides what is best.
 
     Raises
     ------
     SettingsError
-        If the device is not there.
+        If the device is not there, or the processes do not divide the images of a step.
     TrainingError
-        If the loss is not finite.
+        If the loss is not finite or explodes, memory runs out, or a worker is killed.
+    Stopped
+        If it was asked to stop.
     """
-    device = pick_device(train.device)
+    processes = join(pick_device(train.device))
+    if train.images % processes.count:
+        raise SettingsError(f"train.images {train.images} must be a multiple of the {processes.count} processes")
     total = total_steps(train, batches.steps_per_epoch)
-    model.to(device).train()
+    model.to(processes.device).train()
     optimiser = build_optimiser(model, optim)
-    done, window = _resume(run, model, optimiser, device)
-    autocast = _autocast(device, train.bf16)
-    started, seen = time.perf_counter(), 0
-    with _deterministic(device), tqdm(total=total, initial=done, desc=what, unit="step", smoothing=0.05) as bar:
-        for step, batch in _stream(batches, done, total, workers):
-            batch = batch.to(device)
-            torch.manual_seed(seed * 1_000_003 + step)
+    checkpoints = Checkpoints(run.folder / "checkpoint", train.keep_last)
+    micro_batches = max(1, train.accumulate // processes.count)
+    autocast = _autocast(processes.device, train.bf16)
+    stop: list[signal.Signals] = []
+    with contextlib.ExitStack() as around:
+        if processes.is_main:
+            around.enter_context(run.writing())
+            checkpoints.clean()
+        done, window = checkpoints.load(model, optimiser, processes.device)
+        processes.wait()
+        if done == total:  # a run that broke off behind its training
+            model.eval()
+            return total
+        if processes.is_main:
+            run.truncate_metrics(done)
+        guard = Guard(run, batches, objective.weights, processes.device)
+        log = around.enter_context(_logged(run, train.tracker)) if processes.is_main else None
+        around.enter_context(_deterministic(processes.device))
+        around.enter_context(_as_asked(model, train))
+        around.enter_context(on_signal(stop.append))
+        bar = around.enter_context(
+            tqdm(total=total, initial=done, desc=what, unit="step", smoothing=0.05, disable=not processes.is_main)
+        )
+        started, seen = time.perf_counter(), 0
+        for step, batch in _stream(batches, done, total, workers, processes):
+            torch.manual_seed(seed * 1_000_003 + step + (processes.index << 40))
             factor = learning_rate_factor(step, total, optim)
             for group in optimiser.param_groups:
                 group["lr"] = group["rate"] * factor
-            means = accumulate_gradients(model, objective, batch, train.accumulate, autocast)
-            means["gradient_norm"] = nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+            with _explained_memory(model, objective, batch, train, autocast, processes):
+                means = accumulate_gradients(model, objective, batch, micro_batches, autocast, processes)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
+            guard.see(step, means, norm)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
+            means["gradient_norm"] = norm / processes.count  # a sum over the processes, as the losses are
             window = {name: window.get(name, 0) + value.double() for name, value in means.items()}
             done, seen = step + 1, seen + 1
             if done % train.log_every == 0 or done == total:
                 since = done % train.log_every or train.log_every
-                _log(run, model, objective, batch, done, {name: value / since for name, value in window.items()},
-                     lr_share=factor, step_s=(time.perf_counter() - started) / seen)  # fmt: skip
+                values = processes.add_up({name: float(value) / since for name, value in window.items()})
+                guard.check(done, values)
+                step_s = (time.perf_counter() - started) / seen
+                if log:
+                    values |= objective.watch(model, batch.to(processes.device))
+                    if probe and train.probe_every and done % train.probe_every == 0:
+                        values |= probe(model)
+                        if train.keep_best:
+                            checkpoints.save_if_best(model, done, values["held_out_loss"])
+                    log(done, **values, lr_share=factor, step_s=step_s)
                 window, started, seen = {}, time.perf_counter(), 0
             bar.update()
-            run.progress(what, done, total)
-            if train.checkpoint_every and done % train.checkpoint_every == 0 and done < total:
-                _save(run, model, optimiser, done, window)
-    _save_final(run, model, total)
+            if processes.is_main:
+                run.progress(what, done, total)
+            stopping = processes.add_up({"stop": len(stop)})["stop"] and done < total
+            if stopping or (train.checkpoint_every and done % train.checkpoint_every == 0 and done < total):
+                guard.check(done)
+                sums = processes.add_up({name: float(value) for name, value in window.items()})
+                if processes.is_main:
+                    checkpoints.save(model, optimiser, done, sums)
+            if stopping:
+                raise Stopped(f"{what} stopped after step {done} of {total}; the same call resumes from there")
+        if processes.is_main:
+            checkpoints.finish(model.eval(), total)
+        processes.wait()
+        if stop:
+            raise Stopped(f"{what} is done, and stopped as it was asked to; the same call goes on behind it")
     return total
+
+
+class Guard:
+    """Watches over every step without waiting for the device: what is wrong is seen where a line is logged."""
+
+    def __init__(self, run: Run, batches: Steps, weights: Mapping[str, float], device: torch.device) -> None:
+        self.run, self.batches, self.weights = run, batches, weights
+        self.worst = torch.full((), -torch.inf, dtype=torch.float64, device=device)
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        lines = run.metrics()
+        self.first = self._size(lines.iloc[0].to_dict()) if len(lines) else None
+
+    def see(self, step: int, means: Mapping[str, Tensor], norm: Tensor) -> None:
+        """Remember the step of the largest loss; one that is not finite is the largest of all."""
+        size = self._size(means).double() + 0 * norm
+        size = torch.where(size.isfinite(), size, torch.inf)
+        self.step = torch.where(size > self.worst, step, self.step)
+        self.worst = torch.maximum(size, self.worst)
+
+    def check(self, done: int, means: Mapping[str, float] | None = None) -> None:
+        """Stop a run whose loss is not finite or has exploded; `bad_batch.json` tells of the worst step.
+
+        Raises
+        ------
+        TrainingError
+            Naming the step, and the file.
+        """
+        size = self._size(means) if means else 0.0
+        self.first = size if means and self.first is None else self.first
+        finite = bool(self.worst.isfinite() | (self.worst == -torch.inf))
+        if finite and not (means and size > EXPLODED * self.first):
+            if means:
+                self.worst.fill_(-torch.inf)
+            return
+        step, path = int(self.step), self.run.folder / "bad_batch.json"
+        state = {"step": step, "losses": means, "records": self.batches.records(step)}
+        write_atomically(path, json.dumps(state, indent=2, default=str) + "\n")
+        bad = ", ".join(name for name, value in (means or {}).items() if value != value or abs(value) == torch.inf)
+        what = f"{bad or 'loss'} not finite" if not finite else f"loss {size:.3g}, {size / self.first:.0f} times the first,"
+        raise TrainingError(
+            f"{what} at step {step} (seen at {done}); its records: {path}; the last checkpoint in "
+            f"{self.run.folder / 'checkpoint'} is good: lower optim.lr_fusion / optim.lr_visual, or look at the data"
+        )
+
+    def _size(self, means: Mapping[str, Any]) -> Any:
+        return sum(weight * abs(means[name]) for name, weight in self.weights.items() if name in means)
 
 
 @contextlib.contextmanager
@@ -199,87 +316,128 @@ def _autocast(device: torch.device, bf16: bool) -> Any:
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _stream(batches: Steps, done: int, total: int, workers: int) -> Iterator[tuple[int, Any]]:
-    """Batches in order from step `done`; prepared ahead by worker processes."""
-    loader = DataLoader(batches, batch_size=None, sampler=range(done, total), num_workers=workers)
-    yield from zip(range(done, total), loader, strict=True)
-
-
-def _log(
-    run: Run, model: nn.Module, objective: Objective, batch: Any, step: int, means: dict[str, Tensor], **more: float
-) -> None:
-    values = {name: float(value) for name, value in means.items()}
-    bad = [name for name, value in values.items() if not torch.isfinite(torch.tensor(value))]
-    if bad:
-        raise TrainingError(
-            f"{', '.join(bad)} not finite within the steps up to {step}; the last checkpoint in "
-            f"{run.folder / 'checkpoint'} is good: lower optim.lr_fusion / optim.lr_visual, or look at the data"
-        )
-    run.log(step, **values, **objective.watch(model, batch), **more)
-
-
-def _save_final(run: Run, model: nn.Module, step: int) -> None:
-    """The final weights; `progress.json` behind them says that they are whole."""
-    folder = run.folder / "checkpoint"
-    model.eval().save_pretrained(folder)
-    write_atomically(folder / "progress.json", json.dumps({"step": step}))
-    _drop_checkpoints(run, keep=None)
-
-
-def _save(run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, window: dict[str, Tensor]) -> None:
-    """Write to a temporary folder, flush, rename; then drop the one before."""
-    folder = run.folder / "checkpoint" / f"step-{step:06d}"
-    temporary = folder.with_name(f".writing-{os.getpid()}")
+@contextlib.contextmanager
+def _as_asked(model: nn.Module, train: TrainSettings) -> Iterator[None]:
+    """Compiled, and with gradient checkpointing, while it trains; afterwards the model is a plain one again."""
+    networks = [module for module in model.modules() if hasattr(module, "set_grad_checkpointing")]  # timm's
+    berts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    parts = [module for name, module in model.named_modules() if name.split(".")[-1] in ("visual", "fusion")]
+    compiled = parts if train.compile else []
     try:
-        model.save_pretrained(temporary)
-        state = optimiser.state_dict()["state"]
-        tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-        save_file(
-            {name: value.contiguous().cpu() for name, value in tensors.items()}, temporary / "optimiser.safetensors"
-        )
-        progress = {"step": step, "window": {name: float(value) for name, value in window.items()}}
-        (temporary / "progress.json").write_text(json.dumps(progress))
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(
-            f"{folder}: checkpoint not written ({error}); free space there, then run the same call again"
-        ) from error
-    _drop_checkpoints(run, keep=folder)
+        for module in compiled:
+            module.compile()
+        if train.gradient_checkpointing:
+            for network in networks:
+                network.set_grad_checkpointing(True)
+            for bert in berts:
+                bert.gradient_checkpointing_enable({"use_reentrant": False})
+        yield
+    finally:
+        for module in compiled:
+            module._compiled_call_impl = None
+        if train.gradient_checkpointing:
+            for network in networks:
+                network.set_grad_checkpointing(False)
+            for bert in berts:
+                bert.gradient_checkpointing_disable()
 
 
-def _drop_checkpoints(run: Run, keep: Path | None) -> None:
-    for folder in (run.folder / "checkpoint").glob("step-*"):
-        if folder != keep:
-            shutil.rmtree(folder)
+@dataclass
+class _Shares(Dataset):
+    """What this process takes of each step."""
+
+    batches: Steps
+    processes: Processes
+
+    def __getitem__(self, step: int) -> Any:
+        if self.processes.count == 1:
+            return self.batches[step]
+        if hasattr(self.batches, "share"):  # decodes the images of its share alone
+            return self.batches.share(step, self.processes.index, self.processes.count)
+        return self.processes.share(self.batches[step])
 
 
-def _resume(
-    run: Run, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, dict[str, Tensor]]:
-    """Load the last checkpoint, if any; the steps done and the sums that the next line of metrics begins with."""
-    final = run.folder / "checkpoint"
-    if (final / "progress.json").exists():
-        model.load_state_dict(load_file(final / "model.safetensors", device=str(device)))
-        return json.loads((final / "progress.json").read_text())["step"], {}
-    found = sorted(final.glob("step-*"))
-    if not found:
-        run.truncate_metrics(0)
-        return 0, {}
-    folder = found[-1]
-    progress = json.loads((folder / "progress.json").read_text())
-    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "optimiser.safetensors").items():
-        index, entry = name.split(".")
-        state.setdefault(int(index), {})[entry] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    run.truncate_metrics(progress["step"])
-    log.info("resumed from %s", folder)
-    window = {
-        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["window"].items()
-    }
-    return progress["step"], window
+def _stream(
+    batches: Steps, done: int, total: int, workers: int, processes: Processes
+) -> Iterator[tuple[int, Any]]:
+    """Batches in order from step `done`; prepared ahead by worker processes."""
+    loader = DataLoader(
+        _Shares(batches, processes), batch_size=None, sampler=range(done, total), num_workers=workers,
+        pin_memory=processes.device.type == "cuda", worker_init_fn=_leave_interrupts,
+    )  # fmt: skip
+    steps = iter(loader)
+    for step in range(done, total):
+        try:
+            batch = next(steps)
+        except RuntimeError as error:
+            if not (told := re.search(r"DataLoader worker \(pid.*", str(error))):
+                raise
+            raise TrainingError(
+                f"step {step}: {told[0]} A process that prepares batches was ended by the system, most often for want "
+                "of memory: lower data.workers, or give the job more; the same call resumes"
+            ) from error
+        yield step, batch
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the main one stops in good order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _explained_memory(
+    model: nn.Module, objective: Objective, batch: Any, train: TrainSettings, autocast: Any, processes: Processes
+) -> Iterator[None]:
+    """Where memory runs out, say which accumulation fits: each is tried with one micro-batch."""
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|allocate memory", str(error)):
+            raise
+        message = str(error).splitlines()[0]
+    fitting = None
+    for count in (n for n in range(train.accumulate + 1, train.images + 1) if train.images % n == 0):
+        model.zero_grad(set_to_none=True)
+        if processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            with autocast():
+                micro = batch.micro_batches(max(1, count // processes.count))[0]
+                sum(objective.losses(model, micro.to(processes.device)).values()).backward()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            continue
+        fitting = count
+        break
+    remedy = (
+        f"train.accumulate {fitting} fits (now {train.accumulate}; the same update in smaller parts)" if fitting else
+        f"not even one image fits: set train.gradient_checkpointing, or take a smaller preset ({', '.join(PRESETS)})"
+    )  # fmt: skip
+    raise TrainingError(f"out of memory with {train.images // train.accumulate} images at once: {remedy} [{message}]")
+
+
+@contextlib.contextmanager
+def _logged(run: Run, tracker: str) -> Iterator[Callable[..., None]]:
+    """A function that writes a line of metrics, and gives it to one of accelerate's trackers."""
+    if not tracker:
+        yield run.log
+        return
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if tracker not in map(str, get_available_trackers()):
+        raise SettingsError(f"train.tracker: {tracker} is not installed (pip install {tracker})")
+    PartialState()  # trackers ask it which process is the main one
+    kind = LOGGER_TYPE_TO_CLASS[tracker]
+    where = {"logging_dir": run.folder} if kind.requires_logging_directory else {"dir": str(run.folder)}
+    sink = kind(run.folder.name if tracker == "wandb" else tracker, **where)
+    sink.start()
+
+    def log(step: int, **values: float) -> None:
+        run.log(step, **values)
+        sink.log(values, step=step)
+
+    try:
+        yield log
+    finally:
+        sink.finish()

@@ -87,12 +87,16 @@ class SwinParser(_Visual):
         for block in blocks:
             block.attn.fused_attn = block is not blocks[-1]
         self._softmax = blocks[-1].attn.softmax = _Recorded(dim=-1)
-        self.register_buffer("places", window_places(blocks[-1]), persistent=False)
+        places = window_places(blocks[-1])
+        self.in_order = len(places) == 1 and bool((places[0, :-1] < places[0, 1:]).all())  # one window, no shift
+        self.register_buffer("places", places, persistent=False)
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
         features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
         weights, self._softmax.weights = self._softmax.weights, None
+        if self.in_order:
+            return VisualTokens(features, weights)
         return VisualTokens(features, scatter_windows(weights, self.places, features.shape[1]))
 
 
@@ -124,8 +128,6 @@ def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
         Zero outside a token's window; padded places dropped and rows renormalised to sum 1.
     """
     windows, area = places.shape
-    if windows == 1 and bool((places[0, :-1] < places[0, 1:]).all()):
-        return weights  # one window without shift: already in token order
     weights = weights.unflatten(0, (-1, windows)).transpose(1, 2)  # image head window place place
     joint = weights.new_zeros(*weights.shape[:2], tokens + 1, tokens + 1)
     rows = places[:, :, None].expand(windows, area, area)

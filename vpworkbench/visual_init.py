@@ -91,11 +91,18 @@ class LabelBatches(Dataset):
         self.pictures, self.images, self.image_px, self.grid, self.seed = pictures, images, image_px, grid, seed
         self.steps_per_epoch = len(pictures) / images
 
-    def __getitem__(self, step: int) -> LabelledImages:
+    def records(self, step: int) -> list[str]:
+        """Ids of the pictures of a step."""
+        return [picture.id for picture in self._chosen(step)]
+
+    def _chosen(self, step: int) -> list[Picture]:
         total = len(self.pictures)
         epoch, start = divmod(step * self.images, total)
         order = np.random.default_rng((self.seed, epoch)).permutation(total)
-        chosen = [self.pictures[number] for number in order.take(range(start, start + self.images), mode="wrap")]
+        return [self.pictures[number] for number in order.take(range(start, start + self.images), mode="wrap")]
+
+    def __getitem__(self, step: int) -> LabelledImages:
+        chosen = self._chosen(step)
         images, labels = stack_images(chosen, self.image_px), token_labels(chosen, self.grid)
         mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(chosen)) < 0.5)
         images[mirrored] = images[mirrored].flip(-1)

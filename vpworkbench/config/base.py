@@ -30,18 +30,14 @@ class Settings(BaseModel):
         """
         valid = dict(_leaves(self))
         values = self.model_dump()
-        faults = []
-        for path, value in overrides.items():
-            if path not in valid:
-                faults.append(f"{path}: no such setting{nearest(path, valid)}")
-                continue
+        if faults := [f"{path}: no such setting{nearest(path, valid)}" for path in overrides if path not in valid]:
+            raise SettingsError("\n".join(faults))
+        for path, value in (valid | overrides).items():  # all: a dump leaves some out at their defaults
             *parents, leaf = path.split(".")
             node = values
             for parent in parents:
                 node = node[parent]
             node[leaf] = value
-        if faults:
-            raise SettingsError("\n".join(faults))
         return checked(type(self), values)
 
 

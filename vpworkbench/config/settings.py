@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from vpworkbench.config.base import Place, Settings, one_or_many
 from vpworkbench.data.scenes import SceneSettings
+
+
+def added(default: Any, **constraints: Any) -> Any:
+    """A field that came later: at its default it is not written, so that older runs keep their hash and their name."""
+    return Field(default, exclude_if=lambda value: value == default, **constraints)
 
 
 class VisualSettings(Settings):
@@ -92,6 +97,7 @@ class DataSettings(Settings):
     word_share: float = Field(0.15, gt=0, lt=1, description="words masked for MLM")
     flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
     workers: int = Field(1, ge=0, le=64, description="processes that prepare batches; 0: in the main one")
+    cache: bool = added(False, description="decode and resize every image once, into one memory-mapped file")
 
 
 class MaskSettings(Settings):
@@ -147,6 +153,13 @@ class TrainSettings(Settings):
     log_every: int = Field(20, ge=1, description="optimiser steps between lines of metrics.jsonl")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     bf16: bool = Field(False, description="bfloat16 autocast; needs a GPU or CPU that is fast at it")
+    processes: int = Field(1, ge=1, exclude=True, description="share each step among so many GPUs (or CPU processes)")
+    keep_last: int = added(1, ge=1, description="checkpoints that are kept, the final weights included")
+    keep_best: bool = added(False, description="keep the weights of the lowest held-out loss too; needs probe_every")
+    probe_every: int = added(0, ge=0, description="optimiser steps between probes of a held-out batch; 0: never")
+    compile: bool = added(False, description="torch.compile the visual side and the fusion; needs a C++ compiler")
+    gradient_checkpointing: bool = added(False, description="compute activations twice, to hold fewer")
+    tracker: Literal["", "tensorboard", "wandb"] = added("", description="log there too; accelerate's trackers")
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -154,6 +167,12 @@ class TrainSettings(Settings):
             raise ValueError(f"accumulate {self.accumulate} must divide images {self.images}")
         if bool(self.steps) == bool(self.epochs):
             raise ValueError(f"give steps or epochs, one of them (steps {self.steps}, epochs {self.epochs:g})")
+        if self.images % self.processes:
+            raise ValueError(f"processes {self.processes} must divide images {self.images}")
+        if self.probe_every % self.log_every:
+            raise ValueError(f"probe_every {self.probe_every} must be a multiple of log_every {self.log_every}")
+        if self.keep_best and not self.probe_every:
+            raise ValueError("keep_best goes by the held-out loss, which needs probe_every")
         return self
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings
+from vpworkbench.data.cache import PixelCache
 from vpworkbench.data.records import DataError, ImageFile, Picture
 
 log = logging.getLogger(__name__)
@@ -58,19 +60,44 @@ class Batch:
     matched: Tensor
     noise: Tensor
 
+    @cached_property
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """Rows and places of the words that MLM is scored on: hidden, in matched pairs."""
+        return ((self.labels != IGNORE) & self.matched[:, None]).nonzero(as_tuple=True)
+
+    @cached_property
+    def matched_rows(self) -> Tensor:
+        """Rows of the matched pairs."""
+        return self.matched.nonzero()[:, 0]
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """The same batch on a device; without waiting, where it comes from pinned memory.
+
+        What needs counting is counted before: on a GPU the host would have to wait for it.
+        """
+        moved = Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
+        rows, words = self.scored
+        moved.__dict__.update(
+            scored=(rows.to(device, non_blocking=True), words.to(device, non_blocking=True)),
+            matched_rows=self.matched_rows.to(device, non_blocking=True),
+        )
+        return moved
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from while the host goes on."""
+        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
 
     def micro_batches(self, count: int) -> list[Batch]:
         """Split by images into `count` batches of equal numbers of images."""
-        return [self._of_images(rows) for rows in torch.arange(len(self.images)).chunk(count)]
+        rows = torch.arange(len(self.images)).chunk(count)
+        return [self.of_images(range(int(part[0]), int(part[-1]) + 1)) for part in rows]
 
-    def _of_images(self, rows: Tensor) -> Batch:
-        first, last = int(rows[0]), int(rows[-1])
-        texts = (self.image_index >= first) & (self.image_index <= last)
+    def of_images(self, rows: range, *, decoded: bool = False) -> Batch:
+        """The texts of some images, and these; `decoded`: `images` holds those rows alone."""
+        texts = (self.image_index >= rows.start) & (self.image_index < rows.stop)
         cut = {field.name: getattr(self, field.name)[texts] for field in fields(self) if field.name != "images"}
-        return replace(Batch(images=self.images[first : last + 1], **cut), image_index=cut["image_index"] - first)
+        images = self.images if decoded else self.images[rows.start : rows.stop]
+        return replace(Batch(images=images, **cut), image_index=cut["image_index"] - rows.start)
 
 
 @dataclass(frozen=True)
@@ -168,6 +195,8 @@ class GroupBatches(Dataset):
         Images in a batch.
     vision : int
         m, the number of visual tokens.
+    cache
+        Where the pixels lie ready; None: each file is decoded each time.
 
     Raises
     ------
@@ -185,6 +214,7 @@ class GroupBatches(Dataset):
         image_px: int,
         vision: int,
         seed: int,
+        cache: PixelCache | None = None,
     ) -> None:
         if len(pictures) < 2:
             raise DataError(f"{len(pictures)} pictures: unmatched texts need at least two")
@@ -194,6 +224,7 @@ class GroupBatches(Dataset):
             log.warning("%d of %d pictures left out: no text is known to be true of them", dropped, len(pictures))
         self.words, self.settings = words, settings
         self.images, self.image_px, self.vision, self.seed = images, image_px, vision, seed
+        self.cache = cache
 
     @property
     def steps_per_epoch(self) -> float:
@@ -207,7 +238,15 @@ class GroupBatches(Dataset):
         orders = {epoch: np.random.default_rng((self.seed, 1, epoch)).permutation(total) for epoch in epochs}
         return [int(orders[place // total][place % total]) for place in places]
 
+    def records(self, step: int) -> list[str]:
+        """Ids of the pictures of a step."""
+        return [self.pictures[number].id for number in self.order(step)]
+
     def __getitem__(self, step: int) -> Batch:
+        return self.share(step, 0, 1)
+
+    def share(self, step: int, index: int, count: int) -> Batch:
+        """One of `count` equal parts of a step; the images of the others are not decoded."""
         rng = np.random.default_rng((self.seed, 0, step))
         groups = [self._group(self.pictures[number], rng) for number in self.order(step)]
         pictures = [picture for picture, _ in groups]
@@ -219,8 +258,9 @@ class GroupBatches(Dataset):
             words, self.words.maskable(words), rng,
             share=self.settings.word_share, mask_id=tokenizer.mask_token_id, vocabulary=len(tokenizer),
         )  # fmt: skip
-        return Batch(
-            images=self._pixels(pictures, rng),
+        mine = range(len(pictures) * index // count, len(pictures) * (index + 1) // count)
+        whole = Batch(
+            images=self._pixels(pictures, rng, mine),
             image_index=torch.tensor([row for row, _, _ in pairs]),
             words=torch.from_numpy(masked.words),
             word_tokens=torch.from_numpy(words != tokenizer.pad_token_id),
@@ -228,11 +268,13 @@ class GroupBatches(Dataset):
             matched=torch.tensor([match for _, _, match in pairs]),
             noise=torch.from_numpy(rng.random((len(pairs), self.vision), dtype=np.float32)),
         )
+        return whole if count == 1 else whole.of_images(mine, decoded=True)
 
-    def _pixels(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
-        images = stack_images(pictures, self.image_px)
+    def _pixels(self, pictures: Sequence[Picture], rng: np.random.Generator, mine: range) -> Tensor:
+        chosen = [pictures[row].image for row in mine]
+        images = self.cache.stack(chosen) if self.cache else stack_files(chosen, self.image_px)
         if self.settings.flip:
-            mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
+            mirrored = torch.from_numpy(rng.random(len(pictures))[mine.start : mine.stop] < 0.5)
             images[mirrored] = images[mirrored].flip(-1)
         return images
 

@@ -249,11 +249,15 @@ def _merged(first: Picture, rest: Sequence[Picture]) -> Picture:
     return replace(first, captions=tuple(captions), foils=tuple(foils))
 
 
+def cache_root() -> Path:
+    """Where what can be made again is kept: `$VPW_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("VPW_CACHE") or Path.home() / ".cache" / "vpworkbench")
+
+
 def scenes_folder(settings: SceneSettings) -> Path:
-    """Where generated scenes are kept: `$VPW_CACHE`, else the user's cache folder, by a hash of the settings."""
-    cache = Path(os.environ.get("VPW_CACHE") or Path.home() / ".cache" / "vpworkbench")
+    """Where generated scenes are kept, by a hash of the settings."""
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:10]
-    return cache / f"scenes-{settings.image_px}px-{settings.difficulty}-{digest}"
+    return cache_root() / f"scenes-{settings.image_px}px-{settings.difficulty}-{digest}"
 
 
 def load_splits(settings: DataSettings) -> dict[str, list[Picture]]:
