@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from vpworkbench.objectives import (
     cosine_cost,
-    hidden_words,
     hide_pixels,
     image_text_matching,
     masked_feature_regression,
@@ -121,12 +120,6 @@ def test_gradient_of_the_distance_reaches_both_modalities():
 def test_alignment_draws_matched_pairs_together_and_pushes_others_apart():
     distance = torch.tensor([0.5, 0.25, 1.0])
     assert token_alignment(distance, torch.tensor([True, False, True])).item() == 0.5 - 0.25 + 1.0
-
-
-def test_only_hidden_words_of_matched_pairs_are_scored():
-    labels = torch.tensor([[-100, 7], [8, -100], [9, 9]])
-    scored = hidden_words(labels, torch.tensor([True, False, True]))
-    assert scored.tolist() == [[False, True], [False, False], [True, True]]
 
 
 def test_no_gradient_reaches_the_target_of_mfr():

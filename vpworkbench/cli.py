@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,14 +48,49 @@ def run(
         typer.Option("--parameter", "-p", metavar="KEY VALUE", help="a notebook parameter; repeatable"),
     ] = None,
 ) -> None:
-    """Execute a notebook in its run folder; the same call again resumes, or says that it is complete."""
+    """Execute a notebook in its run folder; the same call again resumes, or says that it is complete.
+
+    Ctrl-C and SIGTERM are passed on: training writes a checkpoint before it stops.
+    """
     from vpworkbench import execution
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("vpworkbench").setLevel(logging.INFO)
-    texts = _split(parameter or [])
-    defaults = execution.notebook_parameters(execution.find_notebook(notebook))
-    execution.run_notebook(notebook, name=name, parameters=execution.parse_parameters(texts, defaults))
+    with _told():
+        execution.run_notebook(notebook, name=name, parameters=_parameters(notebook, parameter or []))
+
+
+@app.command()
+def train(
+    notebook: Annotated[str, typer.Argument(help="01_pretrain or 04_finetune")],
+    name: Annotated[str, typer.Option(help="the run's name; without -p its settings are taken")] = "",
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="KEY VALUE", help="a notebook parameter; repeatable"),
+    ] = None,
+) -> None:
+    """Train a run without its notebook, for torchrun and accelerate launch; `vpw run` goes on behind it."""
+    from vpworkbench import execution
+
+    with _told():
+        print(execution.train_run(notebook, name=name, parameters=_parameters(notebook, parameter or [])))
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="yaml: notebook, name, parameters, and a grid or jobs")],
+    workers: Annotated[int, typer.Option(help="jobs at once here; 0: one for each GPU, or one", min=0)] = 0,
+    scheduler: Annotated[str, typer.Option(help="address of a Dask scheduler, such as tcp://host:8786")] = "",
+) -> None:
+    """Run a grid or a list of notebook jobs; complete ones are skipped, failed ones reported at the end."""
+    from vpworkbench import sweep
+
+    with _told():
+        table = sweep.sweep(sweep.read_jobs(grid), workers=workers, scheduler=scheduler)
+    print(table[["notebook", "name", "state"]].to_string(index=False))
+    failed = table[table["state"] == "failed"]
+    for row in failed.itertuples():
+        print(f"\n{row.error}", file=sys.stderr)
+    if len(failed):
+        raise typer.Exit(1)
 
 
 @app.command("runs")
@@ -182,6 +219,26 @@ def bench_probes(
         print(f"{part['tokens']:6} tokens, {part['route']:6} peak {part['mib']:8.0f} MiB beside the model")
     print("dies at", result.get("dies_at", "not looked for"), "| NMI, times scikit-learn's speed:", end=" ")
     print(f"{result['nmi']['speedup']:.1f}", page, sep="\n")
+
+
+def _parameters(notebook: str, pairs: list[str]) -> dict[str, object]:
+    from vpworkbench import execution
+
+    defaults = execution.notebook_parameters(execution.find_notebook(notebook))
+    return execution.parse_parameters(_split(pairs), defaults)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Messages go to standard output; a stop by a signal becomes the exit code that a shell gives it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("vpworkbench").setLevel(logging.INFO)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        number, *message = stop.args or (2,)
+        print(*message, end="\n" if message else "", file=sys.stderr)
+        raise typer.Exit(128 + number) from None
 
 
 def _line(what: str, done: int, total: int) -> None:

@@ -7,10 +7,12 @@ import importlib
 import inspect
 import json
 import logging
+import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from typing import Any
 from pydantic import ValidationError, validate_call
 from tqdm import tqdm
 
-from vpworkbench.config import Settings, SettingsError, fault_lines, nearest
-from vpworkbench.runs import RunError, digest, open_run, read_json, repositories, run_folder
+from vpworkbench.config import Settings, SettingsError, checked, fault_lines, nearest
+from vpworkbench.runs import RunError, digest, held, open_run, read_json, repositories, run_folder
+from vpworkbench.signals import on_signal
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +33,47 @@ CHECKS = {
     "00_tour": "vpworkbench.config:probe_settings",
     "03_compare_models": "vpworkbench.config:compare_settings",
     "04_finetune": "vpworkbench.config:finetune_settings",
+    "06_runs": "vpworkbench.config:runs_settings",
 }
 """For each notebook the function that turns its parameters into settings, or refuses them."""
 
 
-def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | None = None) -> Path:
+TRAINING = {"01_pretrain": "vpworkbench.pretrain:train_run", "04_finetune": "vpworkbench.finetune:train_run"}
+"""For each notebook that trains: the function that does only that, from a run and its settings."""
+
+
+def train_run(notebook: str, *, name: str = "", parameters: dict[str, Any] | None = None) -> Path:
+    """Train a run without its notebook, as `torchrun` needs it; `run_notebook` then goes on behind the training.
+
+    Parameters
+    ----------
+    parameters : dict
+        As of `run_notebook`; None takes the settings of the run of this name.
+
+    Returns
+    -------
+    Path
+        The run's folder.
+    """
+    if notebook not in TRAINING:
+        raise SettingsError(f"{notebook}: trains nothing{nearest(notebook, TRAINING)} (known: {', '.join(TRAINING)})")
+    config = run_folder(notebook, name) / "config.json" if name else None
+    if not parameters and config and config.exists():
+        settings = checked(type(_imported(CHECKS[notebook])()), read_json(config)["settings"])
+    else:
+        settings = check_parameters(notebook, notebook_parameters(find_notebook(notebook)), parameters or {})
+    run = open_run(notebook, settings, name=name)
+    _imported(TRAINING[notebook])(run, settings)
+    return run.folder
+
+
+def run_notebook(
+    notebook: str,
+    *,
+    name: str = "",
+    parameters: dict[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Path:
     """Execute a notebook in its run folder: start it, resume it, or say that it is complete.
 
     Parameters
@@ -45,6 +84,8 @@ def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | 
         The run's name; empty takes a hash of the settings.
     parameters : dict
         Values for the notebook's cell tagged `parameters`. Relative paths are taken from the current folder.
+    environment : mapping
+        Variables that the kernel gets beside this process's own.
 
     Returns
     -------
@@ -58,7 +99,9 @@ def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | 
     SettingsError
         For unknown parameters and wrong values, all at once, before anything starts.
     RunError
-        If a cell fails, or the kernel is stopped.
+        If a cell fails, the kernel is stopped, or another process works on the run.
+    KeyboardInterrupt
+        If SIGINT or SIGTERM came: they are passed on to the kernel, where training writes a checkpoint first.
     """
     path = find_notebook(notebook)
     given = dict(parameters or {})
@@ -73,7 +116,8 @@ def run_notebook(notebook: str, *, name: str = "", parameters: dict[str, Any] | 
         folder = open_run(path.stem, settings, name=name).folder
     if "name" in defaults:
         given["name"] = folder.name
-    return _execute(path, folder, given)
+    with held(folder / ".execution.lock", patience_s=2):
+        return _execute(path, folder, given, environment or {})
 
 
 def find_notebook(notebook: str) -> Path:
@@ -199,7 +243,7 @@ def _type_fault(value: Any, default: Any, *, one_or_many: bool) -> str:
     return f"must be {names.get(kind, f'a JSON {kind.__name__}')}, like {default!r:.40}"
 
 
-def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
+def _execute(notebook: Path, folder: Path, parameters: dict[str, Any], environment: Mapping[str, str]) -> Path:
     import papermill  # late: it takes longer than all checks together
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -210,8 +254,10 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         return executed
     logger.info("%s: running in %s", label, folder)
     began = time.monotonic()
+    kernel = _Kernel(environment)
     try:
-        with _terminal_bar(folder / "progress.json"):
+        RUNNING.add(kernel)
+        with _terminal_bar(folder / "progress.json"), on_signal(kernel.stop):
             papermill.execute_notebook(
                 *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)),
                 parameters=parameters,
@@ -220,23 +266,71 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
                 start_timeout=300,  # a busy machine takes its time
                 extra_arguments=["--log-level=ERROR"],  # the kernel warns that localhost is unencrypted
                 progress_bar=False,
+                kernel_manager_class=kernel.manager(),
             )
-    except PapermillExecutionError as error:
+    except (PapermillExecutionError, RuntimeError, KeyboardInterrupt) as error:
+        if kernel.stopped_by or isinstance(error, KeyboardInterrupt):
+            logger.info("%s: interrupted; the same call resumes from the last checkpoint", label)
+            raise KeyboardInterrupt(kernel.stopped_by or signal.SIGINT) from None
+        if isinstance(error, DeadKernelError):
+            raise RunError(
+                f"{label}: the kernel was stopped (killed, or out of memory)\n"
+                f"executed notebook: {executed}\nthe same call resumes from the last checkpoint"
+            ) from None
+        if not isinstance(error, PapermillExecutionError):
+            raise
         message = "\n".join(line[:200] for line in error.evalue.strip().splitlines()[:7])
         raise RunError(
             f"{label} failed in cell In [{error.exec_count}]: {error.ename}\n{message}\n"
             f"executed notebook: {executed}\nthe same call runs it again, from its last checkpoint"
         ) from None
-    except DeadKernelError:
-        raise RunError(
-            f"{label}: the kernel was stopped (interrupted, killed, or out of memory)\n"
-            f"executed notebook: {executed}\nthe same call resumes from the last checkpoint"
-        ) from None
-    except KeyboardInterrupt:
-        logger.info("%s: interrupted; the same call resumes from the last checkpoint", label)
-        raise
+    finally:
+        RUNNING.discard(kernel)
     logger.info("%s: done in %s: %s", label, _duration(time.monotonic() - began), executed)
     return executed
+
+
+class _Kernel:
+    """The kernel of one execution: its environment, and the signal that was passed on to it.
+
+    jupyter_client starts it in a session of its own, so neither Ctrl-C nor Slurm's SIGTERM would reach it. After a
+    SIGKILL of this process it ends by itself: ipykernel looks every second whether its parent is still there.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment, self.stopped_by = environment, None
+        self._process: int | None = None
+
+    def manager(self) -> type:
+        from jupyter_client import AsyncKernelManager
+
+        kernel = self
+
+        class Manager(AsyncKernelManager):
+            async def start_kernel(self, **options: Any) -> None:
+                options["env"] = {**os.environ, **options.get("env", {}), **kernel.environment}
+                await self._async_start_kernel(**options)
+                kernel._process = self.provisioner.pid
+                if kernel.stopped_by:
+                    raise KeyboardInterrupt
+
+        return Manager
+
+    def stop(self, number: signal.Signals) -> None:
+        """Pass a signal on; a kernel that is not there yet is ended as soon as it is."""
+        self.stopped_by = number
+        if self._process is not None:
+            os.kill(self._process, number)
+
+
+RUNNING: set[_Kernel] = set()
+"""The kernels of this process: several in a sweep."""
+
+
+def stop_all(number: signal.Signals) -> None:
+    """Pass a signal on to all kernels of this process."""
+    for kernel in list(RUNNING):
+        kernel.stop(number)
 
 
 def _is_finished(folder: Path, executed: Path) -> bool:
@@ -254,7 +348,13 @@ def _is_finished(folder: Path, executed: Path) -> bool:
 
 @contextmanager
 def _terminal_bar(progress: Path) -> Iterator[None]:
-    """While a kernel works, show what it writes with `Run.progress` as a bar with the time left."""
+    """While a kernel works, show what it writes with `Run.progress` as a bar with the time left.
+
+    Not in the threads of a sweep, whose bars would write over each other.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     progress.unlink(missing_ok=True)  # of an earlier, killed try
     stop = threading.Event()
     thread = threading.Thread(target=_follow, args=(progress, stop), daemon=True)

@@ -151,6 +151,11 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip
 
 
+def train_run(run: Run, settings: FinetuneSettings) -> int:
+    """The training of `04_finetune` alone, as `vpw train` does it."""
+    return finetune(run, prepare_task(settings), settings)
+
+
 def baselines(
     prepared: PreparedTask,
     settings: FinetuneSettings,
@@ -246,4 +251,5 @@ __all__ = [
     "load_examples",
     "load_task",
     "prepare_task",
+    "train_run",
 ]

@@ -270,6 +270,11 @@ def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> int:
     )  # fmt: skip
 
 
+def train_run(run: Run, settings: PretrainSettings) -> int:
+    """The training of `01_pretrain` alone, as `vpw train` does it."""
+    return pretrain(run, prepare(settings), settings)
+
+
 def held_out_probe(
     prepared: Prepared, settings: PretrainSettings, *, images: int = 32
 ) -> Callable[[VisualParsingModel], dict[str, float]]:

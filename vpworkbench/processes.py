@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from vpworkbench.runs import RunError
 from vpworkbench.signals import on_signal
@@ -103,7 +103,7 @@ def launch(count: int, notebook: str, name: str) -> None:
     with on_signal(pass_on):
         code = process.wait()
     if asked:
-        raise KeyboardInterrupt(f"{asked[0].name}: training stopped; the same call resumes")
+        raise KeyboardInterrupt(asked[0], "training stopped; the same call resumes")
     if code:
         raise RunError(f"training in {count} processes ended with code {code}: see what they printed above")
 

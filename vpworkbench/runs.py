@@ -218,7 +218,9 @@ def list_runs(root: Path | None = None) -> pd.DataFrame:
     """
     root = Path(root) if root else runs_root()
     rows = [
-        _row(config.parent) for config in sorted(root.glob("*/*/config.json")) if config.parent.parent.name != GALLERY
+        summary_row(config.parent)
+        for config in sorted(root.glob("*/*/config.json"))
+        if config.parent.parent.name != GALLERY
     ]
     return pd.DataFrame(rows, columns=None if rows else ["notebook", "name", "complete", "seed"])
 
@@ -322,8 +324,8 @@ def _git_revision() -> dict[str, Any] | None:
 
 
 def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: Settings) -> None:
-    before = dict(_flat(recorded))
-    now = dict(_flat(json.loads(json.dumps(settings.model_dump(mode="json")))))
+    before = dict(flat(recorded))
+    now = dict(flat(json.loads(json.dumps(settings.model_dump(mode="json")))))
     absent = "(absent)"
     lines = [
         f"  {key}: {before.get(key, absent)!r:.60} there, {now.get(key, absent)!r:.60} now"
@@ -341,10 +343,11 @@ def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: Set
     )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by dotted path."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -359,12 +362,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _row(folder: Path) -> dict[str, Any]:
+def summary_row(folder: Path) -> dict[str, Any]:
+    """One run as a row of `list_runs`."""
     run = Run(folder, Settings())
     row = {"notebook": folder.parent.name, "name": folder.name, "complete": run.is_complete}
     try:
         seed = read_json(folder / "config.json").get("seed")
-        summary = dict(_flat(run.summary())) if run.is_complete else {}
+        summary = dict(flat(run.summary())) if run.is_complete else {}
     except RunError as error:
         return row | {"fault": str(error)}
     return row | {"seed": seed} | {key: value for key, value in summary.items() if key not in row}

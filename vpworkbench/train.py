@@ -36,7 +36,10 @@ class TrainingError(RunError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Training that was asked to stop, after its checkpoint was written."""
+    """Training that was asked to stop, after its checkpoint was written; its first argument is the signal."""
+
+    def __str__(self) -> str:
+        return self.args[1]
 
 
 class Objective(Protocol):
@@ -239,12 +242,15 @@ def fit(
                 if processes.is_main:
                     checkpoints.save(model, optimiser, done, sums)
             if stopping:
-                raise Stopped(f"{what} stopped after step {done} of {total}; the same call resumes from there")
+                raise Stopped(
+                    *stop[:1] or [signal.SIGTERM],
+                    f"{what} stopped after step {done} of {total}; the same call resumes from there",
+                )
         if processes.is_main:
             checkpoints.finish(model.eval(), total)
         processes.wait()
         if stop:
-            raise Stopped(f"{what} is done, and stopped as it was asked to; the same call goes on behind it")
+            raise Stopped(stop[0], f"{what} is done, and stopped as it was asked to; the same call goes on behind it")
     return total
 
 
@@ -284,7 +290,9 @@ class Guard:
         state = {"step": step, "losses": means, "records": self.batches.records(step)}
         write_atomically(path, json.dumps(state, indent=2, default=str) + "\n")
         bad = ", ".join(name for name, value in (means or {}).items() if value != value or abs(value) == torch.inf)
-        what = f"{bad or 'loss'} not finite" if not finite else f"loss {size:.3g}, {size / self.first:.0f} times the first,"
+        what = f"{bad or 'loss'} not finite"
+        if finite:
+            what = f"the loss exploded: {size:.3g}, {size / self.first:.0f} times the first,"
         raise TrainingError(
             f"{what} at step {step} (seen at {done}); its records: {path}; the last checkpoint in "
             f"{self.run.folder / 'checkpoint'} is good: lower optim.lr_fusion / optim.lr_visual, or look at the data"
@@ -357,9 +365,7 @@ class _Shares(Dataset):
         return self.processes.share(self.batches[step])
 
 
-def _stream(
-    batches: Steps, done: int, total: int, workers: int, processes: Processes
-) -> Iterator[tuple[int, Any]]:
+def _stream(batches: Steps, done: int, total: int, workers: int, processes: Processes) -> Iterator[tuple[int, Any]]:
     """Batches in order from step `done`; prepared ahead by worker processes."""
     loader = DataLoader(
         _Shares(batches, processes), batch_size=None, sampler=range(done, total), num_workers=workers,
@@ -393,7 +399,8 @@ def _explained_memory(
         yield
         return
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate|allocate memory", str(error)):
+        told = isinstance(error, MemoryError) or re.search("out of memory|can't allocate|allocate memory", str(error))
+        if not told:
             raise
         message = str(error).splitlines()[0]
     fitting = None

@@ -10,6 +10,7 @@ from vpworkbench.config.parameters import (
     finetune_settings,
     pretrain_settings,
     probe_settings,
+    runs_settings,
     visual_init_settings,
 )
 from vpworkbench.config.presets import PRESETS, TASK_PRESETS, preset
@@ -24,6 +25,7 @@ from vpworkbench.config.settings import (
     OptimSettings,
     PretrainSettings,
     ProbeSettings,
+    RunsSettings,
     TrainSettings,
     VisualInitSettings,
     VisualSettings,
@@ -41,6 +43,7 @@ __all__ = [
     "PRESETS",
     "PretrainSettings",
     "ProbeSettings",
+    "RunsSettings",
     "Settings",
     "SettingsError",
     "TASK_PRESETS",
@@ -55,5 +58,6 @@ __all__ = [
     "preset",
     "pretrain_settings",
     "probe_settings",
+    "runs_settings",
     "visual_init_settings",
 ]

@@ -12,6 +12,7 @@ from vpworkbench.config.settings import (
     FinetuneSettings,
     PretrainSettings,
     ProbeSettings,
+    RunsSettings,
     VisualInitSettings,
 )
 
@@ -96,6 +97,13 @@ def compare_settings(
     """Settings of a run from the parameters of `03_compare_models.ipynb`."""
     values = {"models": models, "images": images, "seed": seed}
     return checked(CompareSettings, values).with_overrides({"data.sets": data})
+
+
+def runs_settings(
+    *, notebook: str = "01_pretrain", where: str = "", quantity: str = "itm", gallery: bool = True
+) -> RunsSettings:
+    """Settings of a run from the parameters of `06_runs.ipynb`."""
+    return checked(RunsSettings, {"notebook": notebook, "where": where, "quantity": quantity, "gallery": gallery})
 
 
 def finetune_settings(

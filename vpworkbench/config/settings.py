@@ -269,3 +269,12 @@ class FinetuneSettings(Settings):
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
+
+
+class RunsSettings(Settings):
+    """Which runs are put side by side."""
+
+    notebook: str = Field("01_pretrain", description="its runs; '' those of all notebooks")
+    where: str = Field("", description="a condition on the table and the settings, as pandas takes it")
+    quantity: str = Field("itm", description="what of metrics.jsonl is drawn")
+    gallery: bool = Field(True, description="the committed examples too")

@@ -15,7 +15,7 @@ from vpworkbench.figures.probes import (
     word_attention,
 )
 from vpworkbench.figures.style import ExportError, to_image
-from vpworkbench.figures.training import accuracy_bars, held_out, losses
+from vpworkbench.figures.training import accuracy_bars, held_out, losses, run_curves
 
 __all__ = [
     "ExportError",
@@ -31,6 +31,7 @@ __all__ = [
     "nmi",
     "parsing",
     "pictures",
+    "run_curves",
     "to_image",
     "tokens",
     "word_attention",

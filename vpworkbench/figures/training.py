@@ -16,6 +16,7 @@ from vpworkbench.figures.style import (
     GREEN,
     GREY,
     ORANGE,
+    PALETTE,
     VERMILLION,
     WIDTH,
     error_bars,
@@ -41,8 +42,12 @@ _WATCHED = {
     "gradient_norm": "gradient norm",
     "target_variance": "variance of visual features",
     "target_rank": "effective rank of visual features",
+    "held_out_loss": "held-out loss (Eq. 10)",
+    "flow": "flow to the last layer, held out",
+    "nmi": "NMI at the last layer, held out",
     "step_s": "seconds a step",
 }
+DASHES = ("solid", "dot", "dash")
 _SMOOTH_FROM = 40  # lines of metrics
 
 
@@ -70,9 +75,10 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
         place = {"row": index // columns + 1, "col": index % columns + 1}
         colour, label = GREEN if name in _WATCHED else BLUE, escaped(str(name))
         smooth = len(metrics) >= _SMOOTH_FROM and name != "lr_share"
+        drawn = numeric[name].dropna()  # probes are not in every line
         figure.add_scatter(
-            x=metrics["step"], y=numeric[name], name=label, line={"color": colour, "width": 1.5},
-            mode="lines" if len(metrics) > 5 else "lines+markers", opacity=0.35 if smooth else 1, **place,
+            x=metrics["step"][drawn.index], y=drawn, name=label, line={"color": colour, "width": 1.5},
+            mode="lines" if len(drawn) > 5 else "lines+markers", opacity=0.35 if smooth else 1, **place,
         )  # fmt: skip
         if smooth:
             mean = numeric[name].rolling(max(5, len(metrics) // 12), center=True, min_periods=1).mean()
@@ -86,6 +92,30 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
     last = int(metrics["step"].iloc[-1])
     alt = f"{', '.join(map(str, names))} over {last} optimiser steps, one panel each."
     return finish(figure, title=f"Training over {last:,} steps", alt=alt, height=90 + 145 * rows)
+
+
+def run_curves(curves: Mapping[str, pd.DataFrame], quantity: str) -> go.Figure:
+    """One logged quantity of several runs over each other.
+
+    Parameters
+    ----------
+    curves : mapping of str to DataFrame
+        By the run's name: columns `step` and `quantity`, as `results.curves` gives them.
+    """
+    figure = go.Figure()
+    for number, (name, metrics) in enumerate(curves.items()):
+        line = {"color": PALETTE[number % len(PALETTE)], "dash": DASHES[number // len(PALETTE) % len(DASHES)]}
+        figure.add_scatter(
+            x=metrics["step"], y=metrics[quantity], name=escaped(name), line=line | {"width": 1.5},
+            mode="lines" if len(metrics) > 5 else "lines+markers",
+        )  # fmt: skip
+    title = (_OBJECTIVES | _WATCHED).get(quantity, escaped(quantity))
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(title_text=title)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.2})
+    ends = [f"{name} {metrics[quantity].iloc[-1]:.3g}" for name, metrics in curves.items() if len(metrics)]
+    alt = f"{quantity} of {len(curves)} runs; at their ends: {', '.join(ends) or 'nothing'}."
+    return finish(figure, title=title, alt=alt, height=420)
 
 
 def _small_multiples(count: int) -> tuple[int, int]:
