@@ -217,11 +217,8 @@ def list_runs(root: Path | None = None) -> pd.DataFrame:
     A folder that cannot be read keeps its row; the column `fault` then tells why.
     """
     root = Path(root) if root else runs_root()
-    rows = [
-        summary_row(config.parent)
-        for config in sorted(root.glob("*/*/config.json"))
-        if config.parent.parent.name != GALLERY
-    ]
+    folders = [config.parent for config in sorted(root.glob("*/*/config.json"))]
+    rows = [summary_row(folder) for folder in folders if folder.parent.name != GALLERY]
     return pd.DataFrame(rows, columns=None if rows else ["notebook", "name", "complete", "seed"])
 
 

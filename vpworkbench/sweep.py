@@ -134,16 +134,8 @@ def sweep(jobs: Sequence[Job], *, workers: int = 0, scheduler: str = "") -> pd.D
         logger.info("%s: %s (%d of %d)", jobs[number].name, result[0], len(results), len(jobs))
     if stopped:
         raise KeyboardInterrupt(stopped[0])
-    rows = [
-        {
-            "notebook": Path(job.notebook).stem,
-            "name": job.name,
-            "state": results[number][0],
-            "error": results[number][1],
-        }
-        for number, job in enumerate(jobs)
-    ]
-    return pd.DataFrame(rows)
+    rows = [(Path(job.notebook).stem, job.name, *results[number]) for number, job in enumerate(jobs)]
+    return pd.DataFrame(rows, columns=["notebook", "name", "state", "error"])
 
 
 Results = Iterator[tuple[int, tuple[str, str]]]
@@ -229,8 +221,8 @@ def _devices() -> list[str]:
 
 
 def _name(prefix: str, change: Mapping[str, Any]) -> str:
-    varied = ",".join(f"{key}={re.sub(r'[^\w.+@-]+', '_', str(value))}" for key, value in change.items())
-    name = "-".join(part for part in (prefix, varied) if part)
+    plain = {key: re.sub(r"[^\w.+@-]+", "_", str(value)) for key, value in change.items()}
+    name = "-".join(part for part in (prefix, ",".join(f"{key}={value}" for key, value in plain.items())) if part)
     return name if len(name) <= 100 else f"{prefix}-{digest(dict(change))}".lstrip("-")
 
 

@@ -242,10 +242,8 @@ def fit(
                 if processes.is_main:
                     checkpoints.save(model, optimiser, done, sums)
             if stopping:
-                raise Stopped(
-                    *stop[:1] or [signal.SIGTERM],
-                    f"{what} stopped after step {done} of {total}; the same call resumes from there",
-                )
+                number = stop[0] if stop else signal.SIGTERM  # another process got it
+                raise Stopped(number, f"{what} stopped after step {done} of {total}; the same call resumes from there")
         if processes.is_main:
             checkpoints.finish(model.eval(), total)
         processes.wait()
