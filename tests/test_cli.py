@@ -110,19 +110,65 @@ def test_scenes_are_written_and_refused(vpw, tmp_path):
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 2 and not (tmp_path / "other").exists()
 
 
-def test_an_interrupt_leaves_no_kernel(vpw, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_an_interrupt_leaves_no_kernel(vpw, tmp_path, number, code):
+    """Passed on to the kernel; after SIGKILL of `vpw` it ends by itself."""
     write_notebook(tmp_path / "trial.ipynb", PARAMETERS, SLEEP)
     process = vpw("run", "trial.ipynb", "--name", "a", start=True)
     try:
         wait_until((tmp_path / "pid").exists)
         kernel = int((tmp_path / "pid").read_text())
         assert is_alive(kernel)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=300)
     finally:
         process.kill()
-    assert process.returncode == 130 and "interrupted; the same call resumes" in said
+    assert process.returncode == code
+    assert number == signal.SIGKILL or "interrupted; the same call resumes" in said
     wait_until(lambda: not is_alive(kernel))
+
+
+FEW = {"train.images": 4, "data.workers": 1, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", ["vpw", "kernel", "both", "stopped"])
+def test_a_killed_job_resumes_to_the_same_weights(vpw, tmp_path, victims):
+    """SIGKILL of `vpw run`, of its kernel, of both, and SIGTERM of `vpw run`; once in training, then to the end."""
+
+    def call(name, **how):
+        parameters = ("-p", "steps", "16", "-p", "checkpoint_every", "2", "-p", "overrides", json.dumps(FEW))
+        return vpw("run", "01_pretrain", "--name", name, *parameters, **how)
+
+    folder = tmp_path / "runs" / "01_pretrain" / "killed"
+    process = call("killed", start=True)
+    wait_until((folder / "checkpoint" / "step-000004").exists, limit_s=600)
+    kernel = int((folder / ".writer.lock").read_text().split()[0])
+    if victims == "stopped":
+        process.send_signal(signal.SIGTERM)
+    else:
+        for victim in {"vpw": [process.pid], "kernel": [kernel], "both": [process.pid, kernel]}[victims]:
+            os.kill(victim, signal.SIGKILL)
+    code = 143 if victims == "stopped" else 1 if victims == "kernel" else -9
+    process.communicate(timeout=300)
+    assert process.returncode == code
+    again, whole = call("killed"), call("whole")
+    assert again.returncode == whole.returncode == 0, again.stderr
+    weights = [folder.parent / name / "checkpoint" / "model.safetensors" for name in ("killed", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_second_job_on_a_run_is_refused(vpw, tmp_path):
+    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, SLEEP)
+    process = vpw("run", "trial.ipynb", "--name", "a", start=True)
+    try:
+        wait_until((tmp_path / "pid").exists)
+        second = vpw("run", "trial.ipynb", "--name", "a")
+        assert second.returncode == 1 and f"process {process.pid} on " in second.stderr
+        assert "works on this run; wait for it, or end it" in second.stderr
+    finally:
+        process.kill()
+        process.communicate()
 
 
 SLEEP = """

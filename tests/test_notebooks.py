@@ -96,6 +96,15 @@ def test_comparison_of_two_models(pretrained):
         assert {"flow.png", "flow.svg", "nmi.svg"} <= {path.name for path in (folder / "figures").iterdir()}
 
 
+def test_runs_are_read_anew(pretrained):
+    """The call is never complete: new runs are seen."""
+    parameters = {"gallery": False, "where": "steps == 2"}
+    executed = [run_notebook("06_runs", name="tested", parameters=parameters) for _ in range(2)][-1]
+    assert figures_in(executed) == 1 and not (executed.parent / "summary.json").exists()
+    assert "by-vpw" in (executed.parent / "runs.csv").read_text()
+    assert "../../01_pretrain/by-vpw/01_pretrain.ipynb" in executed.read_text()
+
+
 def test_visual_init(scratch):
     few = {"train.images": 8, "scenes.val": 10, "scenes.test": 10, "workers": 0}
     executed = run_notebook("00_visual_init", name="tested", parameters={"images": 16, "epochs": 1, "overrides": few})

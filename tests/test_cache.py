@@ -1,0 +1,72 @@
+"""Decoded images in one file: the same pixels, built once, noticed where something changed."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import narrow_model
+
+from vpworkbench.config import DataSettings
+from vpworkbench.data.batches import stack_files
+from vpworkbench.data.cache import PixelCache
+from vpworkbench.data.records import DataError, ImageFile
+from vpworkbench.pretrain import group_batches
+
+
+@pytest.fixture
+def images(scenes, tmp_path):
+    """Six images in a folder."""
+    (tmp_path / "images").mkdir()
+    for number, picture in enumerate(scenes[:6]):
+        (tmp_path / "images" / f"{number}.png").write_bytes(picture.image.read())
+    return [ImageFile(tmp_path / "images", f"{number}.png") for number in range(6)]
+
+
+def test_the_pixels_are_those_of_the_files(images, tmp_path):
+    told = []
+    cache = PixelCache(tmp_path / "cache", images, 48, progress=lambda *state: told.append(state))
+    assert told[-1] == ("decoding images", 6, 6)
+    some = [images[4], images[1], images[4]]
+    assert torch.equal(cache.stack(some), stack_files(some, 48))
+    assert isinstance(cache.pixels, np.memmap)
+
+
+def test_it_is_built_once_and_anew_for_a_changed_image_or_another_size(images, tmp_path):
+    def built(side=48):
+        told = []
+        PixelCache(tmp_path / "cache", images, side, progress=lambda *state: told.append(state))
+        return len(told)
+
+    assert [built(), built(), built(32)] == [6, 0, 6]
+    (images[2].folder / images[2].name).write_bytes(images[3].read())
+    assert built() == 6
+
+
+def test_a_damaged_image_is_noticed_when_it_is_read(images, tmp_path):
+    cache = PixelCache(tmp_path / "cache", images, 48)
+    with open(cache.path, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"12345")
+    cache = PixelCache(tmp_path / "cache", images, 48)
+    cache.stack(images[:5])
+    with pytest.raises(DataError, match=r"image 5 was damaged; delete that file"):
+        cache.stack(images)
+
+
+def test_a_full_disk_leaves_nothing_half_built(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        PixelCache(tmp_path / "cache", images, 48)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").glob("*.part"))
+    assert len(PixelCache(tmp_path / "cache", images, 48).pixels) == 6
+
+
+def test_batches_from_it_are_the_same(scenes, tmp_path):
+    model = narrow_model(scenes)
+    data = DataSettings(flip=True)
+    cache = PixelCache(tmp_path / "cache", [picture.image for picture in scenes], 96)
+    plain, cached = (group_batches(scenes, model, data, images=4, seed=0, cache=each)[3] for each in (None, cache))
+    assert torch.equal(plain.images, cached.images) and torch.equal(plain.words, cached.words)

@@ -1,0 +1,123 @@
+"""Two processes (gloo) do what one does: the same gradients, the same run, whoever resumes it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import narrow_model
+
+from vpworkbench.config import pretrain_settings
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.pretrain import Pretraining, group_batches
+from vpworkbench.processes import join
+from vpworkbench.runs import Run, open_run
+from vpworkbench.train import accumulate_gradients, fit
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def settings(**changes):
+    few = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0, "train.images": 8, "train.accumulate": 4,
+           "train.log_every": 2, "optim.warmup": 2}  # fmt: skip
+    return pretrain_settings(steps=6, init_visual="", overrides=few | changes)
+
+
+def gradients(scenes, device="cpu") -> dict[str, torch.Tensor]:
+    """Of one step, in double precision; of this process's share where there are several."""
+    processes = join(torch.device(device))
+    model, objective = narrow_model(scenes).double(), Pretraining(settings())
+    batches = group_batches(scenes, model, settings().data, images=8, seed=0)
+    batch = batches.share(0, processes.index, processes.count)
+    count = max(1, 4 // processes.count)
+    accumulate_gradients(model, objective, batch, count, contextlib.nullcontext, processes)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def launched(out: Path) -> None:
+    """What `torchrun` starts: save the gradients, then train the run to its end."""
+    torch.set_num_threads(1)
+    scenes = read_pictures(os.environ["TEST_SCENES"])
+    torch.save(gradients(scenes), out / f"gradients-{os.environ['RANK']}.pt")
+    train(scenes)
+
+
+def train(scenes, steps: int = 6) -> Run:
+    """The run to its end, or as far as `steps`."""
+    chosen = settings(**{"train.checkpoint_every": 2})
+    run, model = open_run("01_pretrain", chosen, name="shared"), narrow_model(scenes)
+    batches = group_batches(scenes, model, chosen.data, images=8, seed=0)
+    share = batches.share
+    batches.share = lambda step, *place: share(step, *place) if step < steps else pytest.fail("cut off")
+    fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
+    return run
+
+
+def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
+    """Gradients of a step within 1e-5; a run begun by one process and ended by two ends as one does."""
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "one"))
+    whole = train(scenes)
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "two"))
+    with pytest.raises(pytest.fail.Exception):
+        train(scenes, steps=3)
+    code = "import sys, pathlib, test_processes; test_processes.launched(pathlib.Path(sys.argv[1]))"
+    (tmp_path / "job.py").write_text(code)
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(tmp_path / "job.py"), str(tmp_path)]  # fmt: skip
+    environment = os.environ | {"TEST_SCENES": str(scenes_folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    alone = gradients(scenes)
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True)
+        assert shared.keys() == alone.keys() and len(alone) > 50
+        for name, gradient in alone.items():
+            assert (shared[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp(min=1e-8), name
+
+    run = open_run("01_pretrain", settings(**{"train.checkpoint_every": 2}), name="shared")
+    assert json.loads((run.folder / "checkpoint" / "progress.json").read_text()) == {"step": 6}
+    left, right = (each.metrics().drop(columns="step_s") for each in (whole, run))
+    assert left["step"].tolist() == right["step"].tolist() == [2, 4, 6]
+    for name in ("mlm", "itm", "vla", "mfr", "gradient_norm"):
+        assert left[name].to_numpy() == pytest.approx(right[name].to_numpy(), rel=1e-4), name
+
+
+def test_shares_are_the_parts_of_a_step_without_overlap(scenes):
+    model = narrow_model(scenes)
+    batches = group_batches(scenes, model, settings(**{"data.flip": True}).data, images=8, seed=0)
+    whole = batches[5]
+    parts = [batches.share(5, index, 4) for index in range(4)]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    for name in ("words", "labels", "matched", "noise"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    index = torch.cat([part.image_index + 2 * number for number, part in enumerate(parts)])
+    assert torch.equal(index, whole.image_index)
+
+
+def test_processes_must_divide_a_step_and_do_not_name_a_run():
+    with pytest.raises(ValueError, match="processes 3 must divide images 8"):
+        settings(**{"train.processes": 3})
+    two = settings(**{"train.processes": 2})
+    assert two.train.processes == 2 and two.with_overrides({"seed": 1}).train.processes == 2
+    assert two.model_dump(mode="json") == settings().model_dump(mode="json")
+
+
+@pytest.mark.slow
+def test_vpw_train_starts_several_processes(scenes_folder, tmp_path):
+    """As the notebook does it: `train.processes` 2."""
+    few = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20,
+           "data.scenes.test": 10, "train.processes": 2}  # fmt: skip
+    command = [sys.executable, "-m", "vpworkbench.cli", "train", "01_pretrain", "--name", "a",
+               "-p", "steps=2", "-p", f"overrides={json.dumps(few)}"]  # fmt: skip
+    environment = os.environ | {"VPW_RUNS": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "01_pretrain/a/checkpoint/progress.json").read_text()) == {"step": 2}

@@ -1,0 +1,60 @@
+"""What came of the runs: rows, differences, curves, links."""
+
+import pytest
+from conftest import SmallMask, SmallSettings
+
+from vpworkbench import figures, results
+from vpworkbench.config import SettingsError
+from vpworkbench.runs import open_run, shipped_run
+
+
+@pytest.fixture
+def three(runs_folder):
+    """Two runs of one notebook that differ in two settings, one of them complete; one of another."""
+    first = open_run("01_pretrain", SmallSettings(), name="first")
+    second = open_run("01_pretrain", SmallSettings(seed=3, mask=SmallMask(budget=9)), name="second")
+    other = open_run("02_probe", SmallSettings(), name="other")
+    for step in (10, 20):
+        first.log(step, itm=0.7 - step / 100, mlm=2.0)
+        second.log(step, itm=0.6)
+    second.log(30, itm=0.5, held_out_loss=4.0)
+    first.write_summary(itm_accuracy=0.9)
+    (first.folder / "01_pretrain.ipynb").touch()
+    return [run.folder for run in (first, second, other)]
+
+
+def test_runs_are_filtered_by_results_and_by_settings(three):
+    assert results.find_runs()["name"].tolist() == ["first", "second", "other"]
+    assert results.find_runs("02_probe")["name"].tolist() == ["other"]
+    assert results.find_runs("01_pretrain", "itm_accuracy > 0.5")["name"].tolist() == ["first"]
+    assert results.find_runs("01_pretrain", "mask_budget == 9 and seed == 3")["name"].tolist() == ["second"]
+    with pytest.raises(SettingsError, match="where: 'colour > 2' cannot be evaluated.*mask_budget"):
+        results.find_runs("01_pretrain", "colour > 2")
+
+
+def test_only_what_differs_is_shown(three):
+    table = results.differences(three[:2])
+    assert table.index.tolist() == ["seed", "mask.budget"]
+    assert table.loc["mask.budget"].to_dict() == {"first": 7, "second": 9}
+    assert results.differences(three[:1]).empty
+
+
+def test_curves_lie_over_each_other(three):
+    curves = results.curves(three, "itm")
+    assert list(curves) == ["first", "second"] and curves["second"]["step"].tolist() == [10, 20, 30]
+    figure = figures.run_curves(curves, "itm")
+    assert [list(trace.y) for trace in figure.data] == [pytest.approx([0.6, 0.5]), pytest.approx([0.6, 0.6, 0.5])]
+    assert results.curves(three, "held_out_loss")["second"]["step"].tolist() == [30]
+    with pytest.raises(SettingsError, match="no run logged 'imt' .*itm, mlm"):
+        results.curves(three, "imt")
+
+
+def test_links_lead_from_one_folder_to_the_other(three):
+    text = results.links(three, beside=three[2])
+    assert text == "* [first: 01_pretrain.ipynb](../../01_pretrain/first/01_pretrain.ipynb)"
+
+
+def test_the_committed_examples_are_found(runs_folder):
+    table = results.find_runs("01_pretrain", gallery=True)
+    assert shipped_run().name in table.index and table["complete"].all()
+    assert len(results.curves(table["folder"], "itm")) == len(table) >= 3

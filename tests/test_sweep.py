@@ -1,0 +1,131 @@
+"""Sweeps: grids become checked jobs, failures stop nobody, dead workers' jobs go on elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
+
+from vpworkbench import cli
+from vpworkbench.config import SettingsError
+from vpworkbench.sweep import Job, make_jobs, read_jobs, sweep
+
+pytestmark = pytest.mark.usefixtures("runs_folder")
+
+DEVICE = """
+import os
+(run.folder / "device").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+"""
+SLOW = """
+import os, time
+with run.writing():
+    for step in range(len(run.metrics()), 6):
+        run.log(step + 1, kernel=os.getpid())
+        time.sleep(0.3)
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_notebook(tmp_path / "trial.ipynb", PARAMETERS, OPEN.format(notebook="trial"), TRAIN, DEVICE, STUMBLE)
+
+
+def test_a_grid_is_every_combination_under_a_name_that_tells_it(notebook):
+    jobs = make_jobs(str(notebook), name="x", parameters={"stumble": ""}, grid={"seed": [0, 1], "name": ["a b/c"]})
+    assert [job.name for job in jobs] == ["x-seed=0,name=a_b_c", "x-seed=1,name=a_b_c"]
+    jobs = make_jobs("01_pretrain", grid={"mask.budget": [3, 4]}, parameters={"overrides": {"mask.select": "column"}})
+    assert [job.parameters["overrides"] for job in jobs] == [
+        {"mask.select": "column", "mask.budget": 3},
+        {"mask.select": "column", "mask.budget": 4},
+    ]
+    assert make_jobs(str(notebook), jobs=[{"seed": 3}]) == [Job(str(notebook), "seed=3", {"seed": 3})]
+
+
+def test_wrong_jobs_are_told_all_at_once_and_start_nothing(tmp_path, runs_folder):
+    with pytest.raises(SettingsError) as refusal:
+        make_jobs("01_pretrain", grid={"seed": [-1, 0], "mask.bugdet": [3]}, parameters={"stepz": 1})
+    lines = str(refusal.value).splitlines()
+    assert any(line.startswith("seed=-1,mask.bugdet=3: ") and "mask.budget" in line for line in lines)
+    assert sum("did you mean 'steps'" in line for line in lines) == 2
+    for text, told in [
+        ("notebook: 01_pretrain\ngird: {seed: [1]}", "did you mean 'grid'"),
+        ("notebook: 01_pretrain\ngrid: {seed: 1}", "grid.seed: a list"),
+        ("notebook: 01_pretrain", "no jobs"),
+        ("notebook: 01_pretrain\njobs: [{seed: 1}, {seed: 1}]", "two jobs of this name"),
+        ("a: [", "not yaml"),
+    ]:
+        (tmp_path / "grid.yaml").write_text(text)
+        with pytest.raises(SettingsError, match=told):
+            read_jobs(tmp_path / "grid.yaml")
+    assert not runs_folder.exists()
+
+
+def test_done_is_skipped_failed_is_told_and_the_rest_goes_on(notebook, runs_folder, tmp_path, monkeypatch, capsys):
+    """Each job on a GPU of its own."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    (tmp_path / "stone").touch()
+    (tmp_path / "grid.yaml").write_text(
+        "notebook: trial.ipynb\nname: t\njobs: [{seed: 1}, {seed: 2, stumble: ./stone}, {seed: 3}]\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", "grid.yaml"])
+    said = capsys.readouterr()
+    assert stop.value.code == 1 and "failed in cell In [6]: AssertionError\ntoo early" in said.err
+    folders = sorted((runs_folder / "trial").iterdir())
+    assert [(folder / "summary.json").exists() for folder in folders] == [True, False, True]
+    assert {(folder / "device").read_text() for folder in folders} == {"4", "7"}
+
+    (tmp_path / "stone").unlink()
+    table = sweep(read_jobs("grid.yaml"), workers=1)
+    assert table["state"].tolist() == ["done"] * 3
+    lines = [json.loads((folder / "summary.json").read_text())["lines"] for folder in folders]
+    assert lines == [1, 2, 1]  # the complete ones were not run again
+
+
+def test_a_signal_stops_every_job(tmp_path, runs_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    notebook = write_notebook(
+        tmp_path / "trial.ipynb", PARAMETERS, OPEN.format(notebook="trial"), SLOW, "import time; time.sleep(99)"
+    )
+    jobs = make_jobs(str(notebook), grid={"seed": [1, 2, 3]})
+
+    def interrupt():
+        while not list(runs_folder.glob("*/*/metrics.jsonl")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(jobs, workers=2)
+    assert not (runs_folder / "trial" / "seed=3").exists()
+
+
+def test_the_job_of_a_dead_worker_goes_on_at_another(tmp_path, runs_folder, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
+    monkeypatch.chdir(tmp_path)
+    notebook = write_notebook(tmp_path / "trial.ipynb", PARAMETERS, OPEN.format(notebook="trial"), SLOW, STUMBLE)
+    jobs = make_jobs(str(notebook), grid={"seed": [1, 2]})
+    folder = runs_folder / "trial" / "seed=1"
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            workers = client.run(os.getpid).values()
+        killed = []
+
+        def kill():
+            while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text()) < 60:
+                time.sleep(0.05)
+            killed.append(int((folder / ".execution.lock").read_text().split()[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        table = sweep(jobs, scheduler=cluster.scheduler_address)
+    assert killed[0] in workers and table["state"].tolist() == ["done", "done"], table["error"].tolist()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert len({line["kernel"] for line in lines}) == 2  # the second went on where the first was
