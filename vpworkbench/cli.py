@@ -221,6 +221,34 @@ def bench_probes(
     print(f"{result['nmi']['speedup']:.1f}", page, sep="\n")
 
 
+@bench.command("train")
+def bench_train(
+    presets: Annotated[str, typer.Option(help="presets, with commas")] = "tiny",
+    images: Annotated[int, typer.Option(help="images in a step", min=2)] = 4,
+    repeats: Annotated[int, typer.Option(help="steps that a figure is the median of", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    workers: Annotated[int, typer.Option(help="processes that prepare batches", min=0)] = 1,
+    vilt: Annotated[bool, typer.Option(help="Hugging Face's ViLT-B/32 beside them")] = False,
+) -> None:
+    """Pairs a second, where a step's time goes, model FLOPs utilisation, memory: JSON and a figure."""
+    from vpworkbench.bench_train import train_bench, write_report
+    from vpworkbench.runs import run_folder
+    from vpworkbench.train import pick_device
+
+    result = train_bench(
+        presets.split(","), images=images, repeats=repeats, device=pick_device(device).type, workers=workers,
+        vilt=vilt, progress=_line,
+    )  # fmt: skip
+    page = write_report(result, run_folder("bench", "train"))
+    for name, part in result["presets"].items():
+        phases = ", ".join(f"{phase} {share:.1%}" for phase, share in part["phases"].items())
+        used = ", ".join(f"{piece} {share:.1%}" for piece, share in part["mfu"].items())
+        ratios = ", ".join(f"{ratio} {value:.3g}" for ratio, value in part["ratios"].items())
+        print(f"{name}: {part['pairs_per_s']:.3g} pairs/s, {part['images_per_s']:.3g} images/s; {phases}")
+        print(f"  MFU: {used}; peak {part['peak_mib']:.0f} MiB; ratios: {ratios}")
+    print(page)
+
+
 def _parameters(notebook: str, pairs: list[str]) -> dict[str, object]:
     from vpworkbench import execution
 
