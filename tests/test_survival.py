@@ -36,6 +36,7 @@ def train(scenes_folder, root, chosen, name="a", memory_mib=0, kind=GroupBatches
     """In a process of its own: train the run `name` to its end, or as far as it is let."""
     os.environ["VPW_RUNS"] = str(root)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers: else each starts a server of its own
     scenes = read_pictures(scenes_folder)
     run, model = open_run("01_pretrain", chosen, name=name), narrow_model(scenes)
     batches = group_batches(scenes, model, chosen.data, images=chosen.train.images, seed=0)

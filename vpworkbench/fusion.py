@@ -95,7 +95,10 @@ class Fusion(nn.Module):
         if vision is not None:
             hidden = torch.cat([hidden, vision], dim=1)
             tokens = torch.cat([tokens, tokens.new_ones(vision.shape[:2])], dim=1)
-        mask = create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
+        if self.bert.config._attn_implementation == "sdpa":
+            mask = tokens[:, None, None]  # the same; transformers asks first if nothing is padded: a GPU is waited for
+        else:
+            mask = create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
         states = [hidden]
         for layer in self.bert.encoder.layer:
             states.append(layer(states[-1], mask))

@@ -1,0 +1,172 @@
+"""What makes a step fast changes nothing else: no waiting for the device, checkpointing, compilation, trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+from conftest import narrow_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vpworkbench.bench_train import train_bench, write_report
+from vpworkbench.config import SettingsError, pretrain_settings
+from vpworkbench.pretrain import Prepared, Pretraining, group_batches, held_out_probe
+from vpworkbench.runs import open_run
+from vpworkbench.train import _as_asked, accumulate_gradients, fit
+
+pytestmark = pytest.mark.usefixtures("runs_folder")
+
+
+def settings(**changes):
+    few = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0, "train.images": 4, "train.log_every": 2}
+    return pretrain_settings(steps=4, init_visual="", overrides=few | changes)
+
+
+class Asked(TorchDispatchMode):
+    """Notes every operation whose result the host needs before it can go on: on a GPU each one waits."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        indices = arguments[1] if name.startswith("index") and len(arguments) > 1 else ()
+        by_bool = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices or ())
+        if name in self.WAITING or by_bool:
+            self.seen.append(name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("mode, where", [("attention", "tokens"), ("random", "tokens"), ("random", "pixels")])
+def test_a_step_never_waits_for_the_device(scenes, mode, where):
+    model = narrow_model(scenes).train()
+    chosen = settings(**{"mask.mode": mode, "mask.where": where})
+    batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0].to("cpu")
+    with Asked() as asked:
+        sums = Pretraining(chosen).losses(model, batch)
+        sum(sums.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert not asked.seen
+    with Asked() as asked:
+        batch.images[batch.matched[: len(batch.images)]]
+    assert asked.seen  # it would be noticed
+
+
+def gradients(scenes, chosen) -> dict[str, torch.Tensor]:
+    model = narrow_model(scenes).train()
+    batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0]
+    torch.manual_seed(1)  # dropout
+    with _as_asked(model, chosen.train):
+        accumulate_gradients(model, Pretraining(chosen), batch, 2, contextlib.nullcontext)
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "gradient_checkpointing",
+        pytest.param(
+            "compile",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_options_of_speed_change_no_gradient(scenes, option):
+    dropout = {} if option == "gradient_checkpointing" else {"fusion.dropout": 0.0}
+    plain, other = (
+        gradients(scenes, settings(**dropout)),
+        gradients(scenes, settings(**dropout, **{f"train.{option}": True})),
+    )
+    assert plain.keys() == other.keys() and len(plain) > 50
+    if option == "gradient_checkpointing":
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+    for name, gradient in plain.items():
+        assert (gradient - other[name]).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+def test_checkpointed_blocks_are_computed_twice(scenes):
+    model, seen = narrow_model(scenes).train(), []
+    model.fusion.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: seen.append(1))
+    batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
+    with _as_asked(model, settings(**{"train.gradient_checkpointing": True}).train):
+        accumulate_gradients(model, Pretraining(settings()), batch, 1, contextlib.nullcontext)
+    assert len(seen) == 2
+    accumulate_gradients(model, Pretraining(settings()), batch, 1, contextlib.nullcontext)
+    assert len(seen) == 3  # and it is a plain model again
+
+
+def test_probes_are_logged_and_disturb_nothing(scenes):
+    """The run with probes and a tracker ends with the weights of the one without."""
+    weights = []
+    for number, more in enumerate([{}, {"train.probe_every": 2, "train.tracker": "tensorboard"}]):
+        chosen = settings(**more)
+        run, model = open_run("01_pretrain", chosen, name=str(number)), narrow_model(scenes)
+        probe = held_out_probe(Prepared({"val": scenes}, model, [], None), chosen, images=4)
+        batches = group_batches(scenes, model, chosen.data, images=4, seed=0)
+        fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0, probe=probe)
+        weights.append((run.folder / "checkpoint" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    metrics = run.metrics()
+    assert metrics["flow"].between(0, 1).all() and metrics["nmi"].between(0, 1).all()
+    assert (metrics["held_out_loss"] > 1).all() and len(metrics) == 2
+    (events,) = (run.folder / "tensorboard").glob("events*")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in accumulator.Scalars("itm")] == [2, 4]
+    assert accumulator.Scalars("flow")[-1].value == pytest.approx(metrics["flow"].iloc[-1])
+
+
+def test_a_tracker_that_is_not_installed_is_refused(scenes):
+    from accelerate.tracking import is_wandb_available
+
+    if is_wandb_available():
+        pytest.skip("wandb is installed")
+    chosen = settings(**{"train.tracker": "wandb"})
+    run, model = open_run("01_pretrain", chosen, name="a"), narrow_model(scenes)
+    batches = group_batches(scenes, model, chosen.data, images=4, seed=0)
+    with pytest.raises(SettingsError, match="train.tracker: wandb is not installed"):
+        fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
+
+
+def test_later_settings_leave_older_runs_their_names(run):
+    """At their defaults they are not written; the hash is that of before they were there."""
+    from vpworkbench.runs import settings_hash
+
+    assert settings_hash(pretrain_settings()) == "687ac3f64f"
+    written = pretrain_settings(overrides={"train.keep_last": 3}).model_dump(mode="json")["train"]
+    assert written["keep_last"] == 3 and not {"compile", "probe_every", "tracker", "processes"} & set(written)
+    with pytest.raises(SettingsError, match="keep_best goes by the held-out loss"):
+        pretrain_settings(overrides={"train.keep_best": True})
+    with pytest.raises(SettingsError, match="probe_every 30 must be a multiple of log_every 20"):
+        pretrain_settings(overrides={"train.probe_every": 30})
+
+
+def test_the_bench_of_training_adds_up(tmp_path):
+    result = train_bench(["tiny"], images=2, repeats=1, workers=0)
+    part = result["presets"]["tiny"]
+    assert part["pairs"] == 8 and part["pairs_per_s"] == pytest.approx(4 * part["images_per_s"])
+    assert sum(part["phases"].values()) == pytest.approx(1)
+    assert set(part["ratios"]) == {"grouped", "vla_share"} and 0 < part["mfu"]["step"]
+    page = write_report(result, tmp_path)
+    assert page.exists() and (tmp_path / "train.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_waits_for_no_gpu(scenes):
+    model = narrow_model(scenes).cuda().train()
+    batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0].pin_memory()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        accumulate_gradients(model, Pretraining(settings()), batch, 1, contextlib.nullcontext)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
