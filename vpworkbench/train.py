@@ -11,6 +11,7 @@ import json
 import re
 import signal
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -196,10 +197,13 @@ def fit(
             return total
         if processes.is_main:
             run.truncate_metrics(done)
+        else:
+            window = {}  # of all processes: one goes on with it
         guard = Guard(run, batches, objective.weights, processes.device)
         log = around.enter_context(_logged(run, train.tracker)) if processes.is_main else None
         around.enter_context(_deterministic(processes.device))
         around.enter_context(_as_asked(model, train))
+        around.enter_context(_explained_workers())
         around.enter_context(on_signal(stop.append))
         bar = around.enter_context(
             tqdm(total=total, initial=done, desc=what, unit="step", smoothing=0.05, disable=not processes.is_main)
@@ -369,18 +373,21 @@ def _stream(batches: Steps, done: int, total: int, workers: int, processes: Proc
         _Shares(batches, processes), batch_size=None, sampler=range(done, total), num_workers=workers,
         pin_memory=processes.device.type == "cuda", worker_init_fn=_leave_interrupts,
     )  # fmt: skip
-    steps = iter(loader)
-    for step in range(done, total):
-        try:
-            batch = next(steps)
-        except RuntimeError as error:
-            if not (told := re.search(r"DataLoader worker \(pid.*", str(error))):
-                raise
-            raise TrainingError(
-                f"step {step}: {told[0]} A process that prepares batches was ended by the system, most often for want "
-                "of memory: lower data.workers, or give the job more; the same call resumes"
-            ) from error
-        yield step, batch
+    yield from zip(range(done, total), loader, strict=True)
+
+
+@contextlib.contextmanager
+def _explained_workers() -> Iterator[None]:
+    """Say what a killed worker means; torch tells of it by an exception at whatever line the main process is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (told := re.search(r"DataLoader worker \(pid.*", str(error))):
+            raise
+        raise TrainingError(
+            f"{told[0]} A process that prepares batches was ended by the system, most often for want of memory: lower "
+            "data.workers, or give the job more; the same call resumes"
+        ) from error
 
 
 def _leave_interrupts(_: int) -> None:
@@ -401,6 +408,7 @@ def _explained_memory(
         if not told:
             raise
         message = str(error).splitlines()[0]
+        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
     fitting = None
     for count in (n for n in range(train.accumulate + 1, train.images + 1) if train.images % n == 0):
         model.zero_grad(set_to_none=True)
@@ -410,7 +418,8 @@ def _explained_memory(
             with autocast():
                 micro = batch.micro_batches(max(1, count // processes.count))[0]
                 sum(objective.losses(model, micro.to(processes.device)).values()).backward()
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            traceback.clear_frames(error.__traceback__)
             continue
         fitting = count
         break
