@@ -93,8 +93,10 @@ class SwinParser(_Visual):
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
-        features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
-        weights, self._softmax.weights = self._softmax.weights, None
+        try:
+            features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
+        finally:  # whatever happens: the weights hold all that the backward pass needs
+            weights, self._softmax.weights = self._softmax.weights, None
         if self.in_order:
             return VisualTokens(features, weights)
         return VisualTokens(features, scatter_windows(weights, self.places, features.shape[1]))
