@@ -73,7 +73,8 @@ def join(device: torch.device) -> Processes:
     if not distributed.is_initialized():  # gloo beside nccl: counts are added on the host
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     state = PartialState(cpu=device.type == "cpu")
-    return Processes(state.device, state.process_index, state.num_processes)
+    own = state.device if device.type == "cuda" else device  # not cpu:0, which safetensors refuses
+    return Processes(own, state.process_index, state.num_processes)
 
 
 def launched() -> bool:

@@ -28,6 +28,11 @@ from vpworkbench.processes import Processes, join
 from vpworkbench.runs import Run, RunError, write_atomically
 from vpworkbench.signals import on_signal
 
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(PreTrainedModel, f"{name}_enable")
+)  # transformers renames it
 EXPLODED = 10.0
 """A loss is taken for exploded at so many times its value in the first line of `metrics.jsonl`."""
 
@@ -340,7 +345,7 @@ def _as_asked(model: nn.Module, train: TrainSettings) -> Iterator[None]:
             for network in networks:
                 network.set_grad_checkpointing(True)
             for bert in berts:
-                bert.gradient_checkpointing_enable({"use_reentrant": False})
+                getattr(bert, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
         yield
     finally:
         for module in compiled:
@@ -349,7 +354,7 @@ def _as_asked(model: nn.Module, train: TrainSettings) -> Iterator[None]:
             for network in networks:
                 network.set_grad_checkpointing(False)
             for bert in berts:
-                bert.gradient_checkpointing_disable()
+                getattr(bert, f"{CHECKPOINTING}_disable")()
 
 
 @dataclass
