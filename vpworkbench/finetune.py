@@ -23,7 +23,7 @@ from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
 from vpworkbench.metrics import normalised_answer
 from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_model, load_run
+from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.runs import Run
 from vpworkbench.tasks import (
     Classification,
@@ -33,7 +33,6 @@ from vpworkbench.tasks import (
     evaluate_task,
     score,
     task_labels,
-    without,
 )
 from vpworkbench.train import fit
 
@@ -130,14 +129,12 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
     torch.manual_seed(settings.seed)
+    texts = [example.text for example in splits["train"]]
+    if not trained.init_text:  # a BERT's own vocabulary spells every word
+        base = with_words_of(base, texts)
+    base.words.check(texts, source=settings.data)
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
-    model = TaskModel(base, settings.task, labels)
-    lacking = model.lacking()
-    try:
-        model.words.check([without(example.text, lacking) for example in splits["train"]], source=settings.data)
-    except DataError as error:  # the vocabulary came with the checkpoint: say so, and go on
-        log.warning("%s", str(error).split(";")[0])
-    return PreparedTask(splits, model)
+    return PreparedTask(splits, TaskModel(base, settings.task, labels))
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -102,11 +101,6 @@ class TaskModel(nn.Module):
         sides = [self.base.fuse(visual, words, word_tokens, image_index=side).cls for side in image_index.unbind(dim=1)]
         return self.head(torch.cat(sides, dim=-1))
 
-    def lacking(self) -> frozenset[str]:
-        """Marks that the vocabulary lacks: captions, of which it was built, ask no questions."""
-        vocabulary = self.base.tokenizer.get_vocab()
-        return frozenset(mark for mark in string.punctuation if mark not in vocabulary)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the base as `VisualParsingModel` does, the head beside it, and `task.json` with `label2ans`."""
         folder = Path(folder)
@@ -151,16 +145,11 @@ class TaskModel(nn.Module):
         if len(given) != sides:
             raise ValueError(f"{self.task} takes {sides} images, not {len(given)}")
         pixels = stack_files([_as_file(image) for image in given], self.base.settings.visual.image_px)
-        words, word_tokens = self.words.tensors([without(text, self.lacking())])
+        words, word_tokens = self.words.tensors([text])
         index = torch.arange(sides)[None]
         logits = self.eval()(*(part.to(self.device) for part in (pixels, index, words, word_tokens)))[0]
         shares = (logits.sigmoid() if self.task == "vqa" else logits.softmax(dim=-1)).tolist()
         return dict(sorted(zip(self.labels, shares, strict=True), key=lambda pair: -pair[1]))
-
-
-def without(text: str, marks: frozenset[str]) -> str:
-    """The text with these marks left out."""
-    return "".join(letter for letter in text if letter not in marks)
 
 
 def _as_file(image: Any) -> Any:
@@ -203,7 +192,6 @@ class TaskBatches(Dataset):
         self.words, self.image_px = model.words, model.base.settings.visual.image_px
         self.task, self.labels = model.task, model.labels
         self.steps_per_epoch = len(examples) / size
-        self._lacking = model.lacking()
         self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     def __getitem__(self, step: int) -> TaskBatch:
@@ -216,7 +204,7 @@ class TaskBatches(Dataset):
         """These examples."""
         files = list(dict.fromkeys(image for example in examples for image in example.images))
         rows = {image: row for row, image in enumerate(files)}
-        words, word_tokens = self.words.tensors([without(example.text, self._lacking) for example in examples])
+        words, word_tokens = self.words.tensors([example.text for example in examples])
         return TaskBatch(
             images=stack_files(files, self.image_px),
             image_index=torch.tensor([[rows[image] for image in example.images] for example in examples]),
