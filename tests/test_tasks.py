@@ -11,12 +11,22 @@ import torch
 from conftest import narrow_model
 from PIL import Image
 
+from vpworkbench.baselines import baselines
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
-from vpworkbench.finetune import baselines, evaluate_task, finetune, load_examples, load_task, prepare_task
+from vpworkbench.finetune import finetune, load_examples, load_task, prepare_task
 from vpworkbench.model import CheckpointError
 from vpworkbench.runs import open_run
-from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, score, summary_of, task_labels
+from vpworkbench.tasks import (
+    Classification,
+    TaskBatches,
+    TaskModel,
+    TaskResult,
+    evaluate_task,
+    score,
+    summary_of,
+    task_labels,
+)
 from vpworkbench.train import build_optimiser
 
 FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0,
@@ -60,7 +70,7 @@ def test_predictions_are_written_as_the_release_wants_them(tmp_path):
 def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(scenes):
     settings = few(task="vqa")
     model = TaskModel(narrow_model(scenes), "vqa", ("no", "yes")).eval()
-    examples = load_examples(settings)["val"][:6]
+    examples = load_examples(settings).splits["val"][:6]
     batches, seen = TaskBatches(examples, model, size=6, seed=0), []
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     with torch.no_grad():
@@ -78,7 +88,7 @@ def test_accumulation_gives_the_same_gradients(scenes):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    examples = load_examples(few(task="snli-ve"))["train"][:8]
+    examples = load_examples(few(task="snli-ve")).splits["train"][:8]
     batch = TaskBatches(examples, model, size=8, seed=0).batch(examples)
     gradients = []
     for parts in (1, 4):
@@ -131,7 +141,8 @@ def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path, 
     Image.new("RGB", (8, 8), (0, 50, 0)).save(other.with_name("train-2-0-img1.png"))
     with (folder / "train.json").open("a") as file:
         file.write(json.dumps(line | {"identifier": "train-2-0-0"}) + "\n")
-    splits = load_examples(finetune_settings(task="nlvr2", data=str(folder)))
+    splits, shared = load_examples(finetune_settings(task="nlvr2", data=str(folder)))
+    assert not shared
     assert [example.id for example in splits["train"]] == ["train-2-0-0"]
     assert "1 training examples are about images of val or test" in caplog.text
 

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from vpworkbench.config import FinetuneSettings
-from vpworkbench.data.batches import stack_files
 from vpworkbench.data.formats import image_contents, scenes_folder
-from vpworkbench.data.records import DataError, Example, ImageFile
+from vpworkbench.data.records import DataError, Example
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
-from vpworkbench.metrics import normalised_answer
-from vpworkbench.model import VisualParsingModel
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.runs import Run
-from vpworkbench.tasks import (
-    Classification,
-    TaskBatches,
-    TaskModel,
-    TaskResult,
-    evaluate_task,
-    score,
-    task_labels,
-)
+from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, summary_of, task_labels
 from vpworkbench.train import fit
 
 log = logging.getLogger(__name__)
@@ -46,14 +30,49 @@ FILES = {
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A run's examples and model, ready to train."""
+    """A run's examples and model, ready to train.
+
+    Attributes
+    ----------
+    shared : frozenset of str
+        Ids of test examples about an image that the release has in training or validation too.
+    """
 
     splits: dict[str, list[Example]]
     model: TaskModel
+    shared: frozenset[str] = frozenset()
+
+    def test_summary(self, result: TaskResult, *, seed: int = 0) -> dict[str, float]:
+        """The test score; where the release shares images between splits, the score without those examples too."""
+        examples = self.splits["test"]
+        if not examples:
+            return {}
+        summary = summary_of(result, examples, seed=seed)
+        if not self.shared:
+            return summary
+        kept = [number for number, example in enumerate(examples) if example.id not in self.shared]
+        rest = [examples[number] for number in kept]
+        unshared = summary_of(result._replace(scores=result.scores[kept]), rest, seed=seed)
+        return summary | {f"{key}_unshared": value for key, value in unshared.items()} | {"shared": len(self.shared)}
 
 
-def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    """`train`, `val` and `test` of a task; training examples whose image an evaluation split holds are dropped.
+class TaskExamples(NamedTuple):
+    """The splits of a task.
+
+    Attributes
+    ----------
+    splits : dict
+        `train`, `val`, `test`; training examples whose image an evaluation split holds are dropped.
+    shared : frozenset of str
+        As of `PreparedTask`.
+    """
+
+    splits: dict[str, list[Example]]
+    shared: frozenset[str]
+
+
+def load_examples(settings: FinetuneSettings) -> TaskExamples:
+    """Read the files of a task and keep images of evaluation splits out of training.
 
     `data` is `scenes`, `easy-vqa`, or the folder of the original files: VQA v2's questions and annotations,
     `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`.
@@ -65,15 +84,22 @@ def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]]:
     """
     splits = _read_splits(settings)
     content = image_contents(image for examples in splits.values() for example in examples for image in example.images)
-    held_out = {content[image] for split in ("val", "test") for example in splits[split] for image in example.images}
-    kept = [example for example in splits["train"] if not any(content[image] in held_out for image in example.images)]
-    if dropped := len(splits["train"]) - len(kept):
-        log.warning("%d training examples are about images of val or test: dropped", dropped)
-    splits["train"] = kept
+
+    def contents(*names: str) -> set[Hashable]:
+        return {content[image] for name in names for example in splits[name] for image in example.images}
+
+    def about(examples: Sequence[Example], images: set[Hashable]) -> list[Example]:
+        return [example for example in examples if any(content[image] in images for image in example.images)]
+
+    shared = about(splits["test"], contents("train", "val"))
+    leaking = {example.id for example in about(splits["train"], contents("val", "test"))}
+    if leaking:
+        log.warning("%d training examples are about images of val or test: dropped", len(leaking))
+    splits["train"] = [example for example in splits["train"] if example.id not in leaking]
     for split in ("train", "val"):
         if not splits[split]:
             raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
-    return splits
+    return TaskExamples(splits, frozenset(example.id for example in shared))
 
 
 def _read_splits(settings: FinetuneSettings) -> dict[str, list[Example]]:
@@ -124,7 +150,7 @@ def _easy_vqa() -> dict[str, list[Example]]:
 
 def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     """Read the examples, load the start and put the head on; all that can be refused is refused here."""
-    splits = load_examples(settings)
+    splits, shared = load_examples(settings)
     base, trained = load_run(settings.checkpoint)
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
@@ -134,7 +160,7 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
-    return PreparedTask(splits, TaskModel(base, settings.task, labels))
+    return PreparedTask(splits, TaskModel(base, settings.task, labels, pairing=settings.pairing), shared)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
@@ -143,75 +169,6 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
     return fit(prepared.model, Classification(), batches, run, optim=settings.optim, train=train, seed=settings.seed,
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip
-
-
-def baselines(
-    prepared: PreparedTask,
-    settings: FinetuneSettings,
-    split: str,
-    *,
-    most: int = 4_000,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, TaskResult]:
-    """The most frequent label, and logistic regressions on the text alone and on the image alone.
-
-    Parameters
-    ----------
-    most : int
-        Training examples that the regressions see, at most.
-    """
-    task, examples = settings.task, prepared.splits[split]
-    rng = np.random.default_rng(settings.seed)
-    training = prepared.splits["train"]
-    training = [training[number] for number in rng.permutation(len(training))[:most]]
-    labels = [_label(example) for example in training]
-    frequent = Counter(map(_label, prepared.splits["train"])).most_common(1)[0][0]
-    text = make_pipeline(
-        CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b"), LogisticRegression(max_iter=500)
-    )
-    text.fit([example.text for example in training], labels)
-    base = prepared.model.base
-    features = image_features(base, [example.images for example in [*training, *examples]], progress=progress)
-    image = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    image.fit(features[: len(training)], labels)
-    told = {
-        "most frequent": [frequent] * len(examples),
-        "text only": list(text.predict([example.text for example in examples])),
-        "image only": list(image.predict(features[len(training) :])),
-    }
-    found = {}
-    for name, predictions in told.items():
-        predicted = {example.id: str(label) for example, label in zip(examples, predictions, strict=True)}
-        found[name] = TaskResult(task, score(task, examples, predicted), predicted)
-    return found
-
-
-def _label(example: Example) -> str:
-    """The label, or what most people answered."""
-    if example.label is not None:
-        return example.label
-    return Counter(map(normalised_answer, example.answers)).most_common(1)[0][0]
-
-
-@torch.no_grad()
-def image_features(
-    model: VisualParsingModel,
-    images: Sequence[tuple[ImageFile, ...]],
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> np.ndarray:
-    """Mean and largest visual features of each example's images, side by side; (example, feature)."""
-    files = list(dict.fromkeys(image for group in images for image in group))
-    pooled: dict[ImageFile, np.ndarray] = {}
-    for start in range(0, len(files), 64):
-        part = files[start : start + 64]
-        pixels = stack_files(part, model.settings.visual.image_px).to(model.device)
-        features = model.eval().visual(pixels).features
-        both = torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1).cpu().numpy()
-        pooled |= dict(zip(part, both, strict=True))
-        if progress:
-            progress("reading images", min(start + 64, len(files)), len(files))
-    return np.stack([np.concatenate([pooled[image] for image in group]) for group in images])
 
 
 def load_task(checkpoint: str | Path) -> TaskModel:
@@ -229,15 +186,3 @@ def load_task(checkpoint: str | Path) -> TaskModel:
         if (folder / "task.json").exists():
             return TaskModel.from_pretrained(folder)
     return TaskModel.from_pretrained(place)
-
-
-__all__ = [
-    "PreparedTask",
-    "baselines",
-    "evaluate_task",
-    "finetune",
-    "image_features",
-    "load_examples",
-    "load_task",
-    "prepare_task",
-]

@@ -1,6 +1,7 @@
 """Downstream tasks: a head on the fused [CLS], its loss, its official score (paper Sec. 4.2).
 
-VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated), SNLI-VE, and NLVR v1 as single-image true / false.
+VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated; `pair-attention`: UNITER's), SNLI-VE, and NLVR v1 as
+single-image true / false.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LABELS = {
     "nlvr1": ("False", "True"),
     "snli-ve": ("entailment", "neutral", "contradiction"),
 }
+METRICS = {"vqa": "vqa_score", "nlvr2": "accuracy", "nlvr1": "accuracy", "snli-ve": "accuracy"}
 EVALUATED_AT_ONCE = 32
 
 
@@ -56,6 +58,42 @@ def task_labels(task: TaskName, training: Sequence[Example], *, least: int = 9) 
     return answers
 
 
+class PairAttention(nn.Module):
+    """UNITER's head for two images: each pass attends to the other, and a weighted mean of its tokens stands for it.
+
+    Parameters
+    ----------
+    width, heads : int
+        As in the fusion.
+    labels : int
+    """
+
+    def __init__(self, width: int, heads: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.across = nn.ModuleList(nn.MultiheadAttention(width, heads, dropout, batch_first=True) for _ in range(2))
+        self.join = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(dropout))
+        self.weigh = nn.Linear(width, 1)
+        self.out = nn.Linear(2 * width, labels)
+
+    def forward(self, left: Tensor, right: Tensor, tokens: Tensor) -> Tensor:
+        """Logits, (example, label).
+
+        Parameters
+        ----------
+        left, right : Tensor, (example, token, d)
+            The fused sequences of the two passes.
+        tokens : bool Tensor, (example, token)
+            Real positions, the same in both: the text is.
+        """
+        pooled = []
+        for attend, own, other in zip(self.across, (left, right), (right, left), strict=True):
+            seen, _ = attend(own, other, other, key_padding_mask=~tokens, need_weights=False)
+            joined = self.join(torch.cat([seen, own], dim=-1))
+            shares = self.weigh(joined).masked_fill(~tokens[..., None], -torch.inf).softmax(dim=1)
+            pooled.append((shares * joined).sum(dim=1))
+        return self.out(torch.cat(pooled, dim=-1))
+
+
 class TaskModel(nn.Module):
     """A pre-trained model and the head of one task.
 
@@ -65,16 +103,29 @@ class TaskModel(nn.Module):
         Its heads of pre-training go unused.
     labels : tuple of str
         In the order of the logits.
+    pairing
+        NLVR2: `pair` puts both [CLS] side by side, `pair-attention` is UNITER's `PairAttention`.
     """
 
-    def __init__(self, base: VisualParsingModel, task: TaskName, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        base: VisualParsingModel,
+        task: TaskName,
+        labels: Sequence[str],
+        *,
+        pairing: Literal["pair", "pair-attention"] = "pair",
+    ) -> None:
         super().__init__()
-        self.base, self.task, self.labels = base, task, tuple(labels)
-        width, sides = base.settings.fusion.width, 2 if task == "nlvr2" else 1
+        self.base, self.task, self.labels, self.pairing = base, task, tuple(labels), pairing
+        fusion = base.settings.fusion
+        width, sides = fusion.width, 2 if task == "nlvr2" else 1
+        self.head: nn.Module
         if task == "vqa":
             self.head = nn.Sequential(
                 nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, len(labels))
             )
+        elif task == "nlvr2" and pairing == "pair-attention":
+            self.head = PairAttention(width, fusion.heads, len(labels), fusion.dropout)
         else:
             self.head = nn.Linear(sides * width, len(labels))
 
@@ -98,8 +149,12 @@ class TaskModel(nn.Module):
         word_tokens : bool Tensor, (example, word)
         """
         visual = self.base.visual(images)
-        sides = [self.base.fuse(visual, words, word_tokens, image_index=side).cls for side in image_index.unbind(dim=1)]
-        return self.head(torch.cat(sides, dim=-1))
+        sides = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in image_index.unbind(dim=1)]
+        if isinstance(self.head, PairAttention):
+            seen = word_tokens.new_ones(len(words), self.base.settings.visual.tokens)
+            left, right = (joint.last_hidden_state for joint in sides)
+            return self.head(left, right, torch.cat([word_tokens, seen], dim=1))
+        return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the base as `VisualParsingModel` does, the head beside it, and `task.json` with `label2ans`."""
@@ -107,7 +162,7 @@ class TaskModel(nn.Module):
         self.base.save_pretrained(folder)
         save_file({name: value.contiguous().cpu() for name, value in self.head.state_dict().items()},
                   folder / "head.safetensors")  # fmt: skip
-        content = {"task": self.task, "label2ans": list(self.labels)}
+        content = {"task": self.task, "label2ans": list(self.labels), "pairing": self.pairing}
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -122,7 +177,8 @@ class TaskModel(nn.Module):
         folder = Path(folder)
         try:
             content = json.loads((folder / "task.json").read_text())
-            model = cls(VisualParsingModel.from_pretrained(folder), content["task"], content["label2ans"])
+            base = VisualParsingModel.from_pretrained(folder)
+            model = cls(base, content["task"], content["label2ans"], pairing=content["pairing"])
             model.head.load_state_dict(load_file(folder / "head.safetensors"))
         except CheckpointError:
             raise
@@ -168,6 +224,11 @@ class TaskBatch:
     words: Tensor
     word_tokens: Tensor
     targets: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `TaskModel` takes."""
+        return self.images, self.image_index, self.words, self.word_tokens
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch on a device."""
@@ -233,15 +294,22 @@ class Classification:
         return {"loss": len(batch.words)}
 
     def losses(self, model: TaskModel, batch: TaskBatch) -> dict[str, Tensor]:
-        logits = model(batch.images, batch.image_index, batch.words, batch.word_tokens).float()
+        logits = model(*batch.inputs).float()
         if model.task == "vqa":
             loss = functional.binary_cross_entropy_with_logits(logits, batch.targets.to(logits), reduction="sum")
         else:
             loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
         return {"loss": loss}
 
+    @torch.no_grad()
     def watch(self, model: TaskModel, batch: TaskBatch) -> dict[str, float]:
-        return {}
+        """Score of the first examples of the step, for the learning curve."""
+        training = model.training
+        few = batch.micro_batches(max(1, len(batch.words) // EVALUATED_AT_ONCE))[0]
+        best = model.eval()(*few.inputs).argmax(dim=-1)
+        model.train(training)
+        right = few.targets.gather(1, best[:, None]) if model.task == "vqa" else best == few.targets
+        return {"training_score": right.float().mean().item()}
 
 
 class TaskResult(NamedTuple):
@@ -289,7 +357,7 @@ def evaluate_task(
     for start in range(0, len(examples), EVALUATED_AT_ONCE):
         part = examples[start : start + EVALUATED_AT_ONCE]
         batch = batches.batch(part).to(model.device)
-        best = model(batch.images, batch.image_index, batch.words, batch.word_tokens).argmax(dim=-1)
+        best = model(*batch.inputs).argmax(dim=-1)
         predicted |= {example.id: model.labels[label] for example, label in zip(part, best.tolist(), strict=True)}
         if progress:
             progress("evaluating", min(start + EVALUATED_AT_ONCE, len(examples)), len(examples))
@@ -309,7 +377,7 @@ def score(task: TaskName, examples: Sequence[Example], predicted: dict[str, str]
 def summary_of(result: TaskResult, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
     """The task's score with its interval; of NLVR2 the consistency too."""
     mean, low, high, _ = (float(part) for part in result.interval(seed=seed))
-    name = "vqa_score" if result.task == "vqa" else "accuracy"
+    name = METRICS[result.task]
     summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
     if result.task == "nlvr2":
         labels = {example.id: example.label for example in examples if example.label}

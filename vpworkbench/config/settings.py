@@ -245,6 +245,10 @@ class FinetuneSettings(Settings):
     checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
+    pairing: Literal["pair", "pair-attention"] = Field(
+        "pair",
+        description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
+    )
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(1, ge=0, le=64)
