@@ -11,14 +11,15 @@ import torch
 from conftest import narrow_model
 from PIL import Image
 
-from vpworkbench.baselines import baselines
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
-from vpworkbench.finetune import finetune, load_examples, load_task, prepare_task
+from vpworkbench.finetune import PreparedTask, finetune, load_examples, load_task, prepare_task
 from vpworkbench.model import CheckpointError
+from vpworkbench.pretrain import with_words_of
 from vpworkbench.runs import open_run
 from vpworkbench.tasks import (
     Classification,
+    PairAttention,
     TaskBatches,
     TaskModel,
     TaskResult,
@@ -120,12 +121,73 @@ def test_questions_without_a_known_answer_score_zero_and_withheld_ones_not_at_al
     assert np.isnan(score("nlvr1", [statement], {"3": "True"})).all()
 
 
-def test_baselines_know_the_majority_and_stay_near_chance_on_balanced_scenes():
-    settings = few(task="nlvr2")
-    prepared = prepare_task(settings)
-    found = baselines(prepared, settings, "val")
-    assert set(found) == {"most frequent", "text only", "image only"}
-    assert found["most frequent"].interval().mean == pytest.approx(0.5)
+def test_images_shared_with_training_are_left_out_of_a_second_score(scenes):
+    examples = [Example(str(n), (scenes[0].image,), "s", "test", label="True") for n in range(4)]
+    model = TaskModel(narrow_model(scenes), "nlvr1", ("False", "True"))
+    result = TaskResult("nlvr1", np.array([1.0, 1.0, 0.0, 0.0]), dict.fromkeys("0123", "True"))
+    prepared = PreparedTask({"test": examples}, model, frozenset("23"))
+    summary = prepared.test_summary(result)
+    assert (summary["accuracy"], summary["accuracy_unshared"], summary["shared"]) == (0.5, 1.0, 2)
+    assert "shared" not in PreparedTask({"test": examples}, model).test_summary(result)
+    assert PreparedTask({"test": []}, model).test_summary(result) == {}
+
+
+def test_uniters_head_is_its_formula(scenes):
+    torch.manual_seed(0)
+    model = TaskModel(narrow_model(scenes), "nlvr2", ("False", "True"), pairing="pair-attention").eval()
+    head, width = model.head, model.base.settings.fusion.width
+    left, right = torch.randn(2, 2, 5, width).double()
+    tokens = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found = head.double()(left, right, tokens)
+    for example, length in ((0, 5), (1, 3)):
+        pooled = []
+        for attend, own, other in zip(head.across, (left, right), (right, left), strict=True):
+            own, other = own[example, :length], other[example, :length]
+            query, key, value = (
+                part @ weight.T + bias
+                for part, weight, bias in zip(
+                    (own, other, other), attend.in_proj_weight.chunk(3), attend.in_proj_bias.chunk(3), strict=True
+                )
+            )
+            heads = []
+            for q, k, v in zip(*(part.chunk(attend.num_heads, dim=-1) for part in (query, key, value)), strict=True):
+                heads.append((q @ k.T / q.shape[-1] ** 0.5).softmax(dim=-1) @ v)
+            seen = attend.out_proj(torch.cat(heads, dim=-1))
+            joined = head.join(torch.cat([seen, own], dim=-1))
+            pooled.append((head.weigh(joined).softmax(dim=0) * joined).sum(dim=0))
+        torch.testing.assert_close(found[example], head.out(torch.cat(pooled)), rtol=0, atol=1e-10)
+
+
+def test_uniters_head_trains_and_is_saved_with_its_kind(tmp_path):
+    settings = few(task="nlvr2", overrides={"pairing": "pair-attention"})
+    run, prepared = open_run("04_finetune", settings, name="tested-pairing"), prepare_task(settings)
+    finetune(run, prepared, settings)
+    again = load_task("tested-pairing")
+    assert again.pairing == "pair-attention" and isinstance(again.head, PairAttention)
+    examples = prepared.splits["val"]
+    assert evaluate_task(again, examples).predicted == evaluate_task(prepared.model, examples).predicted
+
+
+def test_new_words_of_a_task_get_rows_of_their_own(scenes):
+    base = narrow_model(scenes)
+    known = base.tokenizer.get_vocab()
+    grown = with_words_of(base, ["how many zebras are there?", "zebras"])
+    fresh = set(grown.tokenizer.get_vocab()) - set(known)
+    assert {"?", "zebras"} <= fresh and all(grown.tokenizer.get_vocab()[word] == known[word] for word in known)
+    assert grown.tokenizer.tokenize("zebras?") == ["zebras", "?"]
+    inputs = base.prepare(torch.zeros(1, 3, 96, 96, dtype=torch.uint8), [scenes[0].captions[0]]).forward
+    with torch.no_grad():
+        torch.testing.assert_close(grown(**inputs).cls, base(**inputs).cls, rtol=0, atol=0)
+    assert with_words_of(base, [scenes[0].captions[0]]) is base
+
+
+def test_the_learning_curve_is_the_score_on_the_step(scenes):
+    model = TaskModel(narrow_model(scenes), "nlvr1", ("False", "True")).train()
+    examples = load_examples(few(task="nlvr2")).splits["train"][:8]
+    examples = [Example(one.id, one.images[:1], one.text, "train", one.label) for one in examples]
+    batch = TaskBatches(examples, model, size=8, seed=0).batch(examples)
+    watched = Classification().watch(model, batch)
+    assert model.training and watched == {"training_score": evaluate_task(model, examples).scores.mean()}
 
 
 def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path, caplog):

@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -88,7 +89,8 @@ def maxent_on_structure(training: Sequence[Example], labels: Sequence[str], exam
     """
     once = {(example.text, example.boxes): (example, label) for example, label in zip(training, labels, strict=True)}
     hasher = FeatureHasher(2**18, input_type="string", alternate_sign=False)
-    classifier = LogisticRegressionCV(Cs=[0.001, 0.003, 0.01, 0.03, 0.1], cv=5, max_iter=300)
+    priors = {"C": [0.001, 0.003, 0.01, 0.03, 0.1]}
+    classifier = GridSearchCV(LogisticRegression(max_iter=300), priors, cv=KFold(5, shuffle=True, random_state=0))
     classifier.fit(hasher.transform(_crossed(example) for example, _ in once.values()), [y for _, y in once.values()])
     return classifier.predict(hasher.transform(map(_crossed, examples)))
 
