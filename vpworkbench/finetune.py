@@ -17,10 +17,8 @@ from sklearn.preprocessing import StandardScaler
 
 from vpworkbench.config import FinetuneSettings
 from vpworkbench.data.batches import stack_files
-from vpworkbench.data.formats import image_contents, scenes_folder
 from vpworkbench.data.records import DataError, Example, ImageFile
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
+from vpworkbench.data.splits import load_examples
 from vpworkbench.metrics import normalised_answer
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.pretrain import build_model, load_run
@@ -39,11 +37,6 @@ from vpworkbench.train import fit
 
 log = logging.getLogger(__name__)
 
-FILES = {
-    "nlvr2": {"train": "train.json", "val": "dev.json", "test": "test1.json"},
-    "snli-ve": {"train": "snli_ve_train.jsonl", "val": "snli_ve_dev.jsonl", "test": "snli_ve_test.jsonl"},
-}
-
 
 @dataclass(frozen=True)
 class PreparedTask:
@@ -51,76 +44,6 @@ class PreparedTask:
 
     splits: dict[str, list[Example]]
     model: TaskModel
-
-
-def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    """`train`, `val` and `test` of a task; training examples whose image an evaluation split holds are dropped.
-
-    `data` is `scenes`, `easy-vqa`, or the folder of the original files: VQA v2's questions and annotations,
-    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`.
-
-    Raises
-    ------
-    DataError
-        For files that are missing or broken, or a split without examples that training needs.
-    """
-    splits = _read_splits(settings)
-    content = image_contents(image for examples in splits.values() for example in examples for image in example.images)
-    held_out = {content[image] for split in ("val", "test") for example in splits[split] for image in example.images}
-    kept = [example for example in splits["train"] if not any(content[image] in held_out for image in example.images)]
-    if dropped := len(splits["train"]) - len(kept):
-        log.warning("%d training examples are about images of val or test: dropped", dropped)
-    splits["train"] = kept
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
-    return splits
-
-
-def _read_splits(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    if settings.data == "easy-vqa":
-        return _easy_vqa()
-    folder = Path(settings.data).expanduser()
-    if settings.data == "scenes":
-        folder = write_scenes(scenes_folder(settings.scenes), settings.scenes)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; `data` takes 'scenes', 'easy-vqa' or the folder of a task's files")
-    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
-    if settings.task == "nlvr1":
-        for example in read_nlvr1(folder):
-            splits[example.split].append(example)
-    elif settings.task == "vqa":
-        for split in splits:
-            splits[split] = _vqa(folder, split)
-    else:
-        inner = folder / "nlvr2" if settings.task == "nlvr2" and (folder / "nlvr2").is_dir() else folder
-        for split, name in FILES[settings.task].items():
-            if not (inner / name).exists():
-                log.warning("%s: not there, so no %s", inner / name, split)
-            elif settings.task == "nlvr2":
-                splits[split] = read_nlvr2(inner / name, split=split)
-            else:
-                splits[split] = read_snli_ve(inner / name, split=split, premise=settings.premise)
-    return splits
-
-
-def _vqa(folder: Path, split: str) -> list[Example]:
-    found = sorted(folder.glob(f"v2_OpenEnded_*_{split}*_questions.json"))
-    if not found:
-        return []
-    annotations = folder / found[0].name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    return read_vqa(found[0], annotations if annotations.exists() else None, split=split)
-
-
-def _easy_vqa() -> dict[str, list[Example]]:
-    """A tenth of the training images, by their number, validates: the package has no such split."""
-    training = read_easy_vqa("train")
-    held = [int(Path(example.images[0].name).stem) % 10 == 0 for example in training]
-    return {
-        "train": [example for example, out in zip(training, held, strict=True) if not out],
-        "val": [example for example, out in zip(training, held, strict=True) if out],
-        "test": read_easy_vqa("test"),
-    }
 
 
 def prepare_task(settings: FinetuneSettings) -> PreparedTask:
