@@ -12,12 +12,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vpworkbench.data.records import DataError, ImageFile, archive, image_file, one_record
+from vpworkbench.data.records import DataError, ImageFile, archive, inner_name, one_record
 
 FORMATS = {
     "karpathy": "Karpathy's json (dataset_*.json)",
@@ -329,9 +329,7 @@ class ImageIndex:
             Where none is there, several different ones are, or a name leaves the folder; it begins with `where`.
         """
         for name in names:
-            image_file(Path(), name, source=where)  # refuses names that leave the folder
-            wanted = _key(str(PurePosixPath(name)))
-            fitting = self._fitting(wanted)
+            fitting = self._fitting(_key(inner_name(name, source=where)))
             if len(fitting) > 1 and len({image.digest() for image in fitting}) > 1:
                 raise DataError(
                     f"{where}: image {name} is there {len(fitting)} times, as {fitting[0]} and {fitting[1]}; write the "

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -166,12 +166,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_file(folder: Path, name: str, *, source: str) -> ImageFile:
-    """An image named by an annotation; `DataError` where the name leaves the image folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.strip():
+def inner_name(name: str, *, source: str) -> str:
+    """The name of an image as an annotation has it, made plain; `DataError` where it leaves the image folder."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\\" in name or not name.strip() or not parts:
         raise DataError(f"{source}: image name {name!r} leaves the image folder; correct the annotation")
-    return ImageFile(folder, name)
+    return "/".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
