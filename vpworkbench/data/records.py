@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from vpworkbench.data.scenes import Scene
 
@@ -149,9 +149,9 @@ class ImageFile:
                 if side is not None and rgb.size != (side, side):
                     rgb = rgb.resize((side, side), Image.Resampling.BICUBIC)
                 return np.array(rgb)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format
             raise DataError(f"{self}: cannot be decoded ({error}); restore it or drop its record") from None
 
 
