@@ -13,7 +13,8 @@ from PIL import Image
 
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
-from vpworkbench.finetune import PreparedTask, finetune, load_examples, load_task, prepare_task
+from vpworkbench.data.splits import load_examples
+from vpworkbench.finetune import PreparedTask, finetune, load_task, prepare_task
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import with_words_of
 from vpworkbench.runs import open_run

@@ -93,18 +93,32 @@ def scenes(
 
 @app.command()
 def doctor(
-    path: Annotated[str, typer.Argument(help="a set's folder, an annotation file, or easy-vqa")],
-    text_tokens: Annotated[int, typer.Option(help="longest text in tokens")] = 40,
-    answer_count: Annotated[int, typer.Option(help="VQA: how often an answer is seen in training to be known")] = 9,
+    path: Annotated[str, typer.Argument(help="an annotation file, a folder with any number of them, or easy-vqa")],
+    place: Annotated[
+        list[str] | None, typer.Option(help="folder or zip of images; repeatable; default: beside the annotations")
+    ] = None,
     images: Annotated[bool, typer.Option(help="decode every image, or only see that it is there")] = True,
+    task: Annotated[str, typer.Option(help="of a csv or jsonl: vqa, nlvr1, nlvr2, snli-ve; told by its labels")] = "",
+    text_tokens: Annotated[int, typer.Option(help="longest text in tokens, [CLS] and [SEP] included", min=3)] = 40,
+    tokenizer: Annotated[
+        str, typer.Option(help="minilm, a BERT's or a checkpoint's folder; default: built from the training texts")
+    ] = "",
+    answer_count: Annotated[int, typer.Option(help="VQA: how often an answer is seen in training to be known")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 where it has errors."""
     import json
 
+    from vpworkbench.config import SettingsError, nearest
     from vpworkbench.data.doctor import diagnose
+    from vpworkbench.data.task_formats import LABELS
 
-    found = diagnose(path, text_tokens=text_tokens, answer_count=answer_count, images=images, progress=_line)
+    if task and task not in LABELS:
+        raise SettingsError(f"--task {task}: no such task{nearest(task, LABELS)} (known: {', '.join(LABELS)})")
+    found = diagnose(
+        path, images=images, places=place or (), task=task,
+        text_tokens=text_tokens, tokenizer=tokenizer, answer_count=answer_count,
+    )  # fmt: skip
     print(json.dumps(found.to_json(), indent=2) if as_json else found)
     if not found.is_sound:
         raise typer.Exit(1)

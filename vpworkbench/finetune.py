@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from vpworkbench.config import FinetuneSettings
-from vpworkbench.data.formats import image_contents, scenes_folder
-from vpworkbench.data.records import DataError, Example
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
+from vpworkbench.data.records import Example
+from vpworkbench.data.splits import load_examples
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.runs import Run
 from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, summary_of, task_labels
 from vpworkbench.train import fit
 
 log = logging.getLogger(__name__)
-
-FILES = {
-    "nlvr2": {"train": "train.json", "val": "dev.json", "test": "test1.json"},
-    "snli-ve": {"train": "snli_ve_train.jsonl", "val": "snli_ve_dev.jsonl", "test": "snli_ve_test.jsonl"},
-}
 
 
 @dataclass(frozen=True)
@@ -54,98 +45,6 @@ class PreparedTask:
         rest = [examples[number] for number in kept]
         unshared = summary_of(result._replace(scores=result.scores[kept]), rest, seed=seed)
         return summary | {f"{key}_unshared": value for key, value in unshared.items()} | {"shared": len(self.shared)}
-
-
-class TaskExamples(NamedTuple):
-    """The splits of a task.
-
-    Attributes
-    ----------
-    splits : dict
-        `train`, `val`, `test`; training examples whose image an evaluation split holds are dropped.
-    shared : frozenset of str
-        As of `PreparedTask`.
-    """
-
-    splits: dict[str, list[Example]]
-    shared: frozenset[str]
-
-
-def load_examples(settings: FinetuneSettings) -> TaskExamples:
-    """Read the files of a task and keep images of evaluation splits out of training.
-
-    `data` is `scenes`, `easy-vqa`, or the folder of the original files: VQA v2's questions and annotations,
-    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`.
-
-    Raises
-    ------
-    DataError
-        For files that are missing or broken, or a split without examples that training needs.
-    """
-    splits = _read_splits(settings)
-    content = image_contents(image for examples in splits.values() for example in examples for image in example.images)
-
-    def contents(*names: str) -> set[Hashable]:
-        return {content[image] for name in names for example in splits[name] for image in example.images}
-
-    def about(examples: Sequence[Example], images: set[Hashable]) -> list[Example]:
-        return [example for example in examples if any(content[image] in images for image in example.images)]
-
-    shared = about(splits["test"], contents("train", "val"))
-    leaking = {example.id for example in about(splits["train"], contents("val", "test"))}
-    if leaking:
-        log.warning("%d training examples are about images of val or test: dropped", len(leaking))
-    splits["train"] = [example for example in splits["train"] if example.id not in leaking]
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
-    return TaskExamples(splits, frozenset(example.id for example in shared))
-
-
-def _read_splits(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    if settings.data == "easy-vqa":
-        return _easy_vqa()
-    folder = Path(settings.data).expanduser()
-    if settings.data == "scenes":
-        folder = write_scenes(scenes_folder(settings.scenes), settings.scenes)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; `data` takes 'scenes', 'easy-vqa' or the folder of a task's files")
-    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
-    if settings.task == "nlvr1":
-        for example in read_nlvr1(folder):
-            splits[example.split].append(example)
-    elif settings.task == "vqa":
-        for split in splits:
-            splits[split] = _vqa(folder, split)
-    else:
-        inner = folder / "nlvr2" if settings.task == "nlvr2" and (folder / "nlvr2").is_dir() else folder
-        for split, name in FILES[settings.task].items():
-            if not (inner / name).exists():
-                log.warning("%s: not there, so no %s", inner / name, split)
-            elif settings.task == "nlvr2":
-                splits[split] = read_nlvr2(inner / name, split=split)
-            else:
-                splits[split] = read_snli_ve(inner / name, split=split, premise=settings.premise)
-    return splits
-
-
-def _vqa(folder: Path, split: str) -> list[Example]:
-    found = sorted(folder.glob(f"v2_OpenEnded_*_{split}*_questions.json"))
-    if not found:
-        return []
-    annotations = folder / found[0].name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    return read_vqa(found[0], annotations if annotations.exists() else None, split=split)
-
-
-def _easy_vqa() -> dict[str, list[Example]]:
-    """A tenth of the training images, by their number, validates: the package has no such split."""
-    training = read_easy_vqa("train")
-    held = [int(Path(example.images[0].name).stem) % 10 == 0 for example in training]
-    return {
-        "train": [example for example, out in zip(training, held, strict=True) if not out],
-        "val": [example for example, out in zip(training, held, strict=True) if out],
-        "test": read_easy_vqa("test"),
-    }
 
 
 def prepare_task(settings: FinetuneSettings) -> PreparedTask:

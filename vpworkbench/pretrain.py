@@ -18,9 +18,9 @@ from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
 from vpworkbench.data.batches import Batch, GroupBatches
-from vpworkbench.data.formats import load_splits
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.splits import load_splits
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
     hidden_words,

@@ -78,11 +78,16 @@ class ModelSettings(Settings):
     text_tokens: int = Field(ge=4)
 
 
+Places = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
+
+
 class DataSettings(Settings):
     """Which images and texts, and how a batch of groups is made from them (paper Sec. 4.1)."""
 
-    sets: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
-        ("scenes",), min_length=1, description="'scenes', or folders / annotation files of real sets"
+    sets: Places = Field(("scenes",), min_length=1, description="'scenes', or folders / annotation files of real sets")
+    images: Places = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    exclude: Places = Field(
+        (), description="more folders / annotation files, of tasks too, whose val and test images are not trained on"
     )
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
@@ -225,7 +230,7 @@ class ProbeSettings(Settings):
 class CompareSettings(Settings):
     """Which models are compared, on which held-out pictures."""
 
-    models: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
+    models: Places = Field(
         ("",),
         min_length=1,
         description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
@@ -240,7 +245,8 @@ class FinetuneSettings(Settings):
 
     task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
     preset: str = "tiny"
-    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's original files")
+    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's files, or one file")
+    images: Places = Field((), description="folders and zips of the images; empty: beside each annotation file")
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
