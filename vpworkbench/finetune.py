@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,26 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from vpworkbench.config import FinetuneSettings
+from vpworkbench import tasks
+from vpworkbench.config import DataSettings, FinetuneSettings
 from vpworkbench.data.batches import stack_files
-from vpworkbench.data.formats import image_contents, scenes_folder
-from vpworkbench.data.records import DataError, Example, ImageFile
+from vpworkbench.data.formats import image_contents, load_splits, scenes_folder
+from vpworkbench.data.records import DataError, Example, ImageFile, Picture
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
+from vpworkbench.dual import dual_scores
 from vpworkbench.metrics import normalised_answer
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.pretrain import build_model, load_run
+from vpworkbench.retrieval import (
+    Matching,
+    RetrievalBatches,
+    RetrievalResult,
+    captions_of,
+    chance,
+    retrieval_result,
+    score_matrix,
+)
 from vpworkbench.runs import Run
 from vpworkbench.tasks import (
     Classification,
@@ -47,23 +59,34 @@ FILES = {
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A run's examples and model, ready to train."""
+    """A run's examples (captioned pictures for retrieval) and model, ready to train."""
 
-    splits: dict[str, list[Example]]
+    splits: dict[str, list[Example]] | dict[str, list[Picture]]
     model: TaskModel
 
+    def preview(self, split: str = "val", count: int = 4) -> list[str]:
+        """The first examples in words, each with what is right."""
+        return [
+            f"{one.id}: {' | '.join(one.captions)}" if isinstance(one, Picture)
+            else f"{one.text}  ->  {one.label or one.answers[0]}"
+            for one in self.splits[split][:count]
+        ]  # fmt: skip
 
-def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]]:
+
+def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]] | dict[str, list[Picture]]:
     """`train`, `val` and `test` of a task; training examples whose image an evaluation split holds are dropped.
 
     `data` is `scenes`, `easy-vqa`, or the folder of the original files: VQA v2's questions and annotations,
-    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`.
+    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`; for
+    retrieval any captioned set (`data.formats.read_pictures`).
 
     Raises
     ------
     DataError
         For files that are missing or broken, or a split without examples that training needs.
     """
+    if settings.task == "retrieval":
+        return _captioned(settings)
     splits = _read_splits(settings)
     content = image_contents(image for examples in splits.values() for example in examples for image in example.images)
     held_out = {content[image] for split in ("val", "test") for example in splits[split] for image in example.images}
@@ -74,6 +97,18 @@ def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]]:
     for split in ("train", "val"):
         if not splits[split]:
             raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
+    return splits
+
+
+def _captioned(settings: FinetuneSettings) -> dict[str, list[Picture]]:
+    """All training images, and the first of each evaluation split."""
+    most = settings.retrieval.search_images or None
+    splits = load_splits(DataSettings(sets=(settings.data,), scenes=settings.scenes))
+    splits = {split: [picture for picture in pictures if picture.captions] for split, pictures in splits.items()}
+    for split in ("val", "test"):
+        splits[split] = splits[split][:most]
+        if len(splits[split]) < 2:
+            raise DataError(f"{settings.data}: {len(splits[split])} captioned images in {split}; a search needs two")
     return splits
 
 
@@ -133,8 +168,11 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
     model = TaskModel(base, settings.task, labels)
     lacking = model.lacking()
+    texts = [without(example.text, lacking) for example in splits["train"]] if settings.task != "retrieval" else (
+        captions_of(splits["train"])
+    )  # fmt: skip
     try:
-        model.words.check([without(example.text, lacking) for example in splits["train"]], source=settings.data)
+        model.words.check(texts, source=settings.data)
     except DataError as error:  # the vocabulary came with the checkpoint: say so, and go on
         log.warning("%s", str(error).split(";")[0])
     return PreparedTask(splits, model)
@@ -143,9 +181,49 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
     """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run."""
     train = settings.train
-    batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
-    return fit(prepared.model, Classification(), batches, run, optim=settings.optim, train=train, seed=settings.seed,
+    objective, batches = Classification(), None
+    if settings.task == "retrieval":
+        objective, batches = Matching(), _pair_batches(prepared, settings)
+    else:
+        batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
+    return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip
+
+
+def _pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> RetrievalBatches:
+    return RetrievalBatches(
+        prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
+        image_px=prepared.model.base.settings.visual.image_px, negatives=settings.retrieval.negatives,
+        flip=settings.retrieval.flip,
+    )  # fmt: skip
+
+
+def evaluate_split(
+    run: Run, prepared: PreparedTask, settings: FinetuneSettings, split: str
+) -> TaskResult | RetrievalResult:
+    """The official score of a split; its predictions, or score matrix, are kept in the run's folder.
+
+    A score matrix that was stopped goes on where it was.
+    """
+    examples = prepared.splits[split]
+    if settings.task == "retrieval":
+        scores = score_matrix(
+            prepared.model, examples, captions_of(examples), pairs=settings.retrieval.pairs, bf16=settings.train.bf16,
+            file=run.folder / f"scores-{split}.npy", progress=run.progress,
+        )  # fmt: skip
+        return retrieval_result(scores, examples)
+    result = evaluate_task(prepared.model, examples, progress=run.progress)
+    result.save(run.folder / f"predictions-{split}.{'json' if settings.task == 'vqa' else 'csv'}")
+    return result
+
+
+def summary_of(
+    result: TaskResult | RetrievalResult, examples: Sequence[Example] | Sequence[Picture], *, seed: int = 0
+) -> dict[str, float]:
+    """The official score with its interval, flat, for `summary.json`."""
+    if isinstance(result, RetrievalResult):
+        return result.summary(seed=seed)
+    return tasks.summary_of(result, examples, seed=seed)
 
 
 def baselines(
@@ -154,15 +232,23 @@ def baselines(
     split: str,
     *,
     most: int = 4_000,
+    folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, TaskResult]:
+) -> Mapping[str, TaskResult | RetrievalResult]:
     """The most frequent label, and logistic regressions on the text alone and on the image alone.
+
+    For retrieval chance, linear projections of frozen features, and a dual encoder trained as a whole in as many
+    steps and the same batches as the model (`dual`).
 
     Parameters
     ----------
     most : int
         Training examples that the regressions see, at most.
+    folder : Path or None
+        Keeps the dual encoders: a second call does not train them again.
     """
+    if settings.task == "retrieval":
+        return _retrieval_baselines(prepared, settings, split, folder=folder, progress=progress)
     task, examples = settings.task, prepared.splits[split]
     rng = np.random.default_rng(settings.seed)
     training = prepared.splits["train"]
@@ -187,6 +273,24 @@ def baselines(
         predicted = {example.id: str(label) for example, label in zip(examples, predictions, strict=True)}
         found[name] = TaskResult(task, score(task, examples, predicted), predicted)
     return found
+
+
+def _retrieval_baselines(
+    prepared: PreparedTask,
+    settings: FinetuneSettings,
+    split: str,
+    *,
+    folder: Path | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, RetrievalResult]:
+    pictures = prepared.splits[split]
+    with tempfile.TemporaryDirectory() as scratch:
+        found = dual_scores(
+            _pair_batches(prepared, settings), pictures, settings, folder=folder or Path(scratch), progress=progress
+        )
+    return {"chance": chance(pictures)} | {
+        name: retrieval_result(scores, pictures) for name, scores in found.items()
+    }  # fmt: skip
 
 
 def _label(example: Example) -> str:
@@ -237,10 +341,12 @@ def load_task(checkpoint: str | Path) -> TaskModel:
 __all__ = [
     "PreparedTask",
     "baselines",
+    "evaluate_split",
     "evaluate_task",
     "finetune",
     "image_features",
     "load_examples",
     "load_task",
     "prepare_task",
+    "summary_of",
 ]

@@ -1,6 +1,7 @@
 """Downstream tasks: a head on the fused [CLS], its loss, its official score (paper Sec. 4.2).
 
-VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated), SNLI-VE, and NLVR v1 as single-image true / false.
+VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated), SNLI-VE, NLVR v1 as single-image true / false, and the
+decision that retrieval ranks by, match or not; how that is trained and scored stands in `retrieval`.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
 log = logging.getLogger(__name__)
 
-TaskName = Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
-TASKS: tuple[TaskName, ...] = ("vqa", "nlvr2", "nlvr1", "snli-ve")
+TaskName = Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
+TASKS: tuple[TaskName, ...] = ("vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval")
 LABELS = {
     "nlvr2": ("False", "True"),
     "nlvr1": ("False", "True"),
     "snli-ve": ("entailment", "neutral", "contradiction"),
+    "retrieval": ("unmatched", "matched"),
 }
 EVALUATED_AT_ONCE = 32
 
@@ -63,7 +65,7 @@ class TaskModel(nn.Module):
     Parameters
     ----------
     base
-        Its heads of pre-training go unused.
+        Its heads of pre-training go unused, but for retrieval: that starts from the ITM head (paper Sec. 4.2).
     labels : tuple of str
         In the order of the logits.
     """
@@ -78,6 +80,8 @@ class TaskModel(nn.Module):
             )
         else:
             self.head = nn.Linear(sides * width, len(labels))
+        if task == "retrieval":
+            self.head.load_state_dict(base.itm.state_dict())
 
     @property
     def words(self) -> Words:

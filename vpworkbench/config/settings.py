@@ -235,10 +235,19 @@ class CompareSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
+class RetrievalSettings(Settings):
+    """Image-text retrieval: the pairs that are trained on, and what is searched (paper Sec. 4.2, Table 4)."""
+
+    negatives: int = Field(2, ge=1, description="unmatched captions of each image, from its batch")
+    flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
+    search_images: int = Field(0, ge=0, description="the first images of val, and of test, are searched; 0: all")
+    pairs: int = Field(512, ge=1, description="pairs in one pass of the fusion when scoring; thousands on a GPU")
+
+
 class FinetuneSettings(Settings):
     """Everything that decides a fine-tuning run (paper Sec. 4.2)."""
 
-    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
+    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
     preset: str = "tiny"
     data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's original files")
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
@@ -246,6 +255,7 @@ class FinetuneSettings(Settings):
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
+    retrieval: RetrievalSettings = RetrievalSettings()
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()
