@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,6 +227,18 @@ def summary_of(
     return tasks.summary_of(result, examples, seed=seed)
 
 
+def report(
+    result: TaskResult | RetrievalResult,
+    others: Mapping[str, TaskResult | RetrievalResult],
+    examples: Sequence[Example] | Sequence[Picture],
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`summary_of` a result, and of each baseline under `baselines`."""
+    beside = {name: summary_of(other, examples, seed=seed) for name, other in others.items()}
+    return summary_of(result, examples, seed=seed) | {"baselines": beside}
+
+
 def baselines(
     prepared: PreparedTask,
     settings: FinetuneSettings,
@@ -348,5 +361,6 @@ __all__ = [
     "load_examples",
     "load_task",
     "prepare_task",
+    "report",
     "summary_of",
 ]
