@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 import torch
 from conftest import narrow_model
 
+from vpworkbench.config import finetune_settings
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.finetune import evaluate_split, finetune, load_examples, load_task, prepare_task
 from vpworkbench.metrics import recall_at
 from vpworkbench.retrieval import (
     CUTOFFS,
@@ -18,9 +23,12 @@ from vpworkbench.retrieval import (
     RetrievalBatches,
     captions_of,
     chance,
+    evaluate_retrieval,
     retrieval_result,
     score_matrix,
 )
+from vpworkbench.review import review
+from vpworkbench.runs import Run, open_run
 from vpworkbench.tasks import LABELS, TaskModel
 
 
@@ -203,3 +211,77 @@ def test_the_head_starts_as_that_of_pretraining(scenes):
     base = narrow_model(scenes)
     model = TaskModel(base, "retrieval", LABELS["retrieval"])
     assert torch.equal(model.head.weight, base.itm.weight) and model.head.weight is not base.itm.weight
+
+
+FEW = {"scenes.images": 40, "scenes.val": 10, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0}
+
+
+class Stopping(Run):
+    """A run that is stopped behind its second step, after the checkpoint of that step."""
+
+    def progress(self, what, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_ends_with_the_same_weights_and_scores(runs_folder):
+    settings = finetune_settings(task="retrieval", steps=4, checkpoint_every=2, overrides=FEW)
+    whole = open_run("04_finetune", settings, name="whole"), prepare_task(settings)
+    assert finetune(*whole, settings) == 4
+    stopped = open_run("04_finetune", settings, name="stopped")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(Stopping(stopped.folder, settings), prepare_task(settings), settings)
+    resumed = stopped, prepare_task(settings)
+    assert finetune(*resumed, settings) == 4
+    results = [evaluate_split(*one, settings, "val") for one in (whole, resumed)]
+    np.testing.assert_array_equal(results[0].scores, results[1].scores)
+    np.testing.assert_array_equal(evaluate_retrieval(load_task("whole"), whole[1].splits["val"]).scores,
+                                  results[0].scores)  # fmt: skip
+    lines = [(run.folder / "metrics.jsonl").read_text().count("\n") for run, _ in (whole, resumed)]
+    assert lines == [4, 4]
+    rows = (stopped.folder / "predictions-val.csv").read_text().splitlines()
+    assert len(rows) == 10 + len(captions_of(whole[1].splits["val"])) and rows[0].startswith("TR,val-000000.png,")
+
+
+def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(scenes_folder, folder)
+    file = next(folder.glob("dataset_*.json"))
+    content = json.loads(file.read_text())
+    content["images"][0]["split"] = "test"  # and a copy of it trains, under another name
+    copy = {**content["images"][0], "split": "train", "filename": "copy.png"}
+    with zipfile.ZipFile(folder / "images.zip", "a") as archive:
+        archive.writestr("images/copy.png", archive.read(f"images/{content['images'][0]['filename']}"))
+    content["images"].append(copy)
+    file.write_text(json.dumps(content))
+    splits, _ = load_examples(finetune_settings(task="retrieval", data=str(folder)))
+    assert "copy.png" not in {picture.id for picture in splits["train"]} and len(splits["train"]) == 59
+    few = load_examples(finetune_settings(task="retrieval", data=str(folder), overrides={"retrieval.search_images": 3}))
+    assert [len(few.splits[split]) for split in ("train", "val", "test")] == [59, 3, 3]
+
+
+def test_a_search_needs_two_images(scenes_folder, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(scenes_folder, folder)
+    file = next(folder.glob("dataset_*.json"))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({"images": [image for image in content["images"] if image["split"] != "test"]}))
+    with pytest.raises(DataError, match="0 captioned images in test; a search needs two"):
+        load_examples(finetune_settings(task="retrieval", data=str(folder)))
+
+
+def test_schedule_of_the_paper():
+    settings = finetune_settings(task="retrieval", preset="paper")
+    assert settings.optim.lr_fusion == settings.optim.lr_visual == 5e-5 and settings.train.images == 32
+    assert settings.train.epochs == 10 and settings.optim.decay_at == (0.5,) and settings.optim.decay == 0.5
+    assert settings.retrieval.search_images == 0  # all
+    assert "retrieval" not in finetune_settings(task="vqa").model_dump()  # their runs keep their names
+
+
+def test_searches_are_reviewed_with_the_image_found_and_the_own(model, scenes):
+    pictures = scenes[:6]
+    result = evaluate_retrieval(model, pictures)
+    for one in review(model, pictures, result, count=8):
+        assert len(one.images) == len(one.attention) == 2
+        assert one.right == (one.predicted == one.wanted)
+        assert one.text in next(picture for picture in pictures if picture.id == one.wanted).captions

@@ -151,7 +151,7 @@ class DualEncoder(nn.Module):
             pixels = stack_images(pictures[start : start + 64], self.visual.settings.image_px)
             images.append(self.pooled_images(pixels.to(device)).cpu())
             if progress:
-                progress("reading images", min(start + 64, len(pictures)), len(pictures))
+                progress(f"reading {len(pictures)} images", min(start + 64, len(pictures)), len(pictures))
         texts = []
         for start in range(0, len(captions), 128):
             words = self.words.tensors(captions[start : start + 128])

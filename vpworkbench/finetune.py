@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from vpworkbench import tasks
 from vpworkbench.config import DataSettings, FinetuneSettings
-from vpworkbench.data.batches import stack_files
 from vpworkbench.data.formats import image_contents, load_splits, scenes_folder
-from vpworkbench.data.records import DataError, Example, ImageFile, Picture
+from vpworkbench.data.records import DataError, Example, Picture
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
-from vpworkbench.dual import dual_scores
-from vpworkbench.metrics import normalised_answer
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_model, load_run
-from vpworkbench.retrieval import (
-    Matching,
-    RetrievalBatches,
-    RetrievalResult,
-    captions_of,
-    chance,
-    retrieval_result,
-    score_matrix,
-)
+from vpworkbench.pretrain import build_model, load_run, with_words_of
+from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 from vpworkbench.runs import Run
-from vpworkbench.tasks import (
-    Classification,
-    TaskBatches,
-    TaskModel,
-    TaskResult,
-    evaluate_task,
-    score,
-    task_labels,
-    without,
-)
+from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
 from vpworkbench.train import fit
 
 log = logging.getLogger(__name__)
@@ -60,26 +31,61 @@ FILES = {
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A run's examples (captioned pictures for retrieval) and model, ready to train."""
+    """A run's examples (of retrieval its captioned pictures) and model, ready to train.
+
+    Attributes
+    ----------
+    shared : frozenset of str
+        Ids of test examples about an image that the release has in training or validation too.
+    """
 
     splits: dict[str, list[Example]] | dict[str, list[Picture]]
     model: TaskModel
+    shared: frozenset[str] = frozenset()
 
     def preview(self, split: str = "val", count: int = 4) -> list[str]:
-        """The first examples in words, each with what is right."""
+        """The first examples in words, each with what is right of it."""
         return [
-            f"{one.id}: {' | '.join(one.captions)}" if isinstance(one, Picture)
-            else f"{one.text}  ->  {one.label or one.answers[0]}"
+            f"  {one.text}  ->  {one.label or one.answers[0]}" if isinstance(one, Example)
+            else f"  {one.id}  <->  {' | '.join(one.captions)}"
             for one in self.splits[split][:count]
         ]  # fmt: skip
 
+    def test_summary(self, result: TaskResult | RetrievalResult, *, seed: int = 0) -> dict[str, float]:
+        """The test score; where the release shares images between splits, the score without those examples too."""
+        examples = self.splits["test"]
+        if not examples:
+            return {}
+        summary = result.summary(examples, seed=seed)
+        if not self.shared:
+            return summary
+        kept = [number for number, example in enumerate(examples) if example.id not in self.shared]
+        rest = [examples[number] for number in kept]
+        unshared = result._replace(scores=result.scores[kept]).summary(rest, seed=seed)
+        return summary | {f"{key}_unshared": value for key, value in unshared.items()} | {"shared": len(self.shared)}
 
-def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]] | dict[str, list[Picture]]:
-    """`train`, `val` and `test` of a task; training examples whose image an evaluation split holds are dropped.
+
+class TaskExamples(NamedTuple):
+    """The splits of a task.
+
+    Attributes
+    ----------
+    splits : dict
+        `train`, `val`, `test`; training examples whose image an evaluation split holds are dropped.
+    shared : frozenset of str
+        As of `PreparedTask`.
+    """
+
+    splits: dict[str, list[Example]] | dict[str, list[Picture]]
+    shared: frozenset[str]
+
+
+def load_examples(settings: FinetuneSettings) -> TaskExamples:
+    """Read the files of a task and keep images of evaluation splits out of training.
 
     `data` is `scenes`, `easy-vqa`, or the folder of the original files: VQA v2's questions and annotations,
-    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`; for
-    retrieval any captioned set (`data.formats.read_pictures`).
+    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`. Of
+    retrieval it is any captioned set, such as a Karpathy json.
 
     Raises
     ------
@@ -87,27 +93,36 @@ def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]] | dict
         For files that are missing or broken, or a split without examples that training needs.
     """
     if settings.task == "retrieval":
-        return _captioned(settings)
+        return TaskExamples(_captioned(settings), frozenset())
     splits = _read_splits(settings)
     content = image_contents(image for examples in splits.values() for example in examples for image in example.images)
-    held_out = {content[image] for split in ("val", "test") for example in splits[split] for image in example.images}
-    kept = [example for example in splits["train"] if not any(content[image] in held_out for image in example.images)]
-    if dropped := len(splits["train"]) - len(kept):
-        log.warning("%d training examples are about images of val or test: dropped", dropped)
-    splits["train"] = kept
+
+    def contents(*names: str) -> set[Hashable]:
+        return {content[image] for name in names for example in splits[name] for image in example.images}
+
+    def about(examples: Sequence[Example], images: set[Hashable]) -> list[Example]:
+        return [example for example in examples if any(content[image] in images for image in example.images)]
+
+    shared = about(splits["test"], contents("train", "val"))
+    leaking = {example.id for example in about(splits["train"], contents("val", "test"))}
+    if leaking:
+        log.warning("%d training examples are about images of val or test: dropped", len(leaking))
+    splits["train"] = [example for example in splits["train"] if example.id not in leaking]
     for split in ("train", "val"):
         if not splits[split]:
             raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
-    return splits
+    return TaskExamples(splits, frozenset(example.id for example in shared))
 
 
 def _captioned(settings: FinetuneSettings) -> dict[str, list[Picture]]:
-    """All training images, and the first of each evaluation split."""
-    most = settings.retrieval.search_images or None
+    """All captioned training images, and the first ones of the other splits."""
     splits = load_splits(DataSettings(sets=(settings.data,), scenes=settings.scenes))
-    splits = {split: [picture for picture in pictures if picture.captions] for split, pictures in splits.items()}
+    most = {"train": None, "val": settings.retrieval.search_images or None}
+    splits = {
+        split: [picture for picture in pictures if picture.captions][: most.get(split, most["val"])]
+        for split, pictures in splits.items()
+    }
     for split in ("val", "test"):
-        splits[split] = splits[split][:most]
         if len(splits[split]) < 2:
             raise DataError(f"{settings.data}: {len(splits[split])} captioned images in {split}; a search needs two")
     return splits
@@ -161,22 +176,18 @@ def _easy_vqa() -> dict[str, list[Example]]:
 
 def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     """Read the examples, load the start and put the head on; all that can be refused is refused here."""
-    splits = load_examples(settings)
+    splits, shared = load_examples(settings)
     base, trained = load_run(settings.checkpoint)
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
     torch.manual_seed(settings.seed)
+    training = splits["train"]
+    texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]
+    if not trained.init_text:  # a BERT's own vocabulary spells every word
+        base = with_words_of(base, texts)
+    base.words.check(texts, source=settings.data)
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
-    model = TaskModel(base, settings.task, labels)
-    lacking = model.lacking()
-    texts = [without(example.text, lacking) for example in splits["train"]] if settings.task != "retrieval" else (
-        captions_of(splits["train"])
-    )  # fmt: skip
-    try:
-        model.words.check(texts, source=settings.data)
-    except DataError as error:  # the vocabulary came with the checkpoint: say so, and go on
-        log.warning("%s", str(error).split(";")[0])
-    return PreparedTask(splits, model)
+    return PreparedTask(splits, TaskModel(base, settings.task, labels, pairing=settings.pairing), shared)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
@@ -184,14 +195,15 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     train = settings.train
     objective, batches = Classification(), None
     if settings.task == "retrieval":
-        objective, batches = Matching(), _pair_batches(prepared, settings)
+        objective, batches = Matching(), pair_batches(prepared, settings)
     else:
         batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
     return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip
 
 
-def _pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> RetrievalBatches:
+def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> RetrievalBatches:
+    """The training pairs of retrieval."""
     return RetrievalBatches(
         prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
         image_px=prepared.model.base.settings.visual.image_px, negatives=settings.retrieval.negatives,
@@ -202,136 +214,18 @@ def _pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> Retriev
 def evaluate_split(
     run: Run, prepared: PreparedTask, settings: FinetuneSettings, split: str
 ) -> TaskResult | RetrievalResult:
-    """The official score of a split; its predictions, or score matrix, are kept in the run's folder.
+    """The official score of a split; its predictions are left in the run's folder.
 
-    A score matrix that was stopped goes on where it was.
+    Of retrieval the score matrix is kept there too: where it was stopped, it goes on.
     """
-    examples = prepared.splits[split]
+    model, examples = prepared.model, prepared.splits[split]
     if settings.task == "retrieval":
-        scores = score_matrix(
-            prepared.model, examples, captions_of(examples), pairs=settings.retrieval.pairs, bf16=settings.train.bf16,
-            file=run.folder / f"scores-{split}.npy", progress=run.progress,
-        )  # fmt: skip
-        return retrieval_result(scores, examples)
-    result = evaluate_task(prepared.model, examples, progress=run.progress)
+        result = evaluate_retrieval(model, examples, pairs=settings.retrieval.pairs, bf16=settings.train.bf16,
+                                    file=run.folder / f"scores-{split}.npy", progress=run.progress)  # fmt: skip
+    else:
+        result = evaluate_task(model, examples, progress=run.progress)
     result.save(run.folder / f"predictions-{split}.{'json' if settings.task == 'vqa' else 'csv'}")
     return result
-
-
-def summary_of(
-    result: TaskResult | RetrievalResult, examples: Sequence[Example] | Sequence[Picture], *, seed: int = 0
-) -> dict[str, float]:
-    """The official score with its interval, flat, for `summary.json`."""
-    if isinstance(result, RetrievalResult):
-        return result.summary(seed=seed)
-    return tasks.summary_of(result, examples, seed=seed)
-
-
-def report(
-    result: TaskResult | RetrievalResult,
-    others: Mapping[str, TaskResult | RetrievalResult],
-    examples: Sequence[Example] | Sequence[Picture],
-    *,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """`summary_of` a result, and of each baseline under `baselines`."""
-    beside = {name: summary_of(other, examples, seed=seed) for name, other in others.items()}
-    return summary_of(result, examples, seed=seed) | {"baselines": beside}
-
-
-def baselines(
-    prepared: PreparedTask,
-    settings: FinetuneSettings,
-    split: str,
-    *,
-    most: int = 4_000,
-    folder: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Mapping[str, TaskResult | RetrievalResult]:
-    """The most frequent label, and logistic regressions on the text alone and on the image alone.
-
-    For retrieval chance, linear projections of frozen features, and a dual encoder trained as a whole in as many
-    steps and the same batches as the model (`dual`).
-
-    Parameters
-    ----------
-    most : int
-        Training examples that the regressions see, at most.
-    folder : Path or None
-        Keeps the dual encoders: a second call does not train them again.
-    """
-    if settings.task == "retrieval":
-        return _retrieval_baselines(prepared, settings, split, folder=folder, progress=progress)
-    task, examples = settings.task, prepared.splits[split]
-    rng = np.random.default_rng(settings.seed)
-    training = prepared.splits["train"]
-    training = [training[number] for number in rng.permutation(len(training))[:most]]
-    labels = [_label(example) for example in training]
-    frequent = Counter(map(_label, prepared.splits["train"])).most_common(1)[0][0]
-    text = make_pipeline(
-        CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b"), LogisticRegression(max_iter=500)
-    )
-    text.fit([example.text for example in training], labels)
-    base = prepared.model.base
-    features = image_features(base, [example.images for example in [*training, *examples]], progress=progress)
-    image = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    image.fit(features[: len(training)], labels)
-    told = {
-        "most frequent": [frequent] * len(examples),
-        "text only": list(text.predict([example.text for example in examples])),
-        "image only": list(image.predict(features[len(training) :])),
-    }
-    found = {}
-    for name, predictions in told.items():
-        predicted = {example.id: str(label) for example, label in zip(examples, predictions, strict=True)}
-        found[name] = TaskResult(task, score(task, examples, predicted), predicted)
-    return found
-
-
-def _retrieval_baselines(
-    prepared: PreparedTask,
-    settings: FinetuneSettings,
-    split: str,
-    *,
-    folder: Path | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> dict[str, RetrievalResult]:
-    pictures = prepared.splits[split]
-    with tempfile.TemporaryDirectory() as scratch:
-        found = dual_scores(
-            _pair_batches(prepared, settings), pictures, settings, folder=folder or Path(scratch), progress=progress
-        )
-    return {"chance": chance(pictures)} | {
-        name: retrieval_result(scores, pictures) for name, scores in found.items()
-    }  # fmt: skip
-
-
-def _label(example: Example) -> str:
-    """The label, or what most people answered."""
-    if example.label is not None:
-        return example.label
-    return Counter(map(normalised_answer, example.answers)).most_common(1)[0][0]
-
-
-@torch.no_grad()
-def image_features(
-    model: VisualParsingModel,
-    images: Sequence[tuple[ImageFile, ...]],
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> np.ndarray:
-    """Mean and largest visual features of each example's images, side by side; (example, feature)."""
-    files = list(dict.fromkeys(image for group in images for image in group))
-    pooled: dict[ImageFile, np.ndarray] = {}
-    for start in range(0, len(files), 64):
-        part = files[start : start + 64]
-        pixels = stack_files(part, model.settings.visual.image_px).to(model.device)
-        features = model.eval().visual(pixels).features
-        both = torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1).cpu().numpy()
-        pooled |= dict(zip(part, both, strict=True))
-        if progress:
-            progress("reading images", min(start + 64, len(files)), len(files))
-    return np.stack([np.concatenate([pooled[image] for image in group]) for group in images])
 
 
 def load_task(checkpoint: str | Path) -> TaskModel:
@@ -349,18 +243,3 @@ def load_task(checkpoint: str | Path) -> TaskModel:
         if (folder / "task.json").exists():
             return TaskModel.from_pretrained(folder)
     return TaskModel.from_pretrained(place)
-
-
-__all__ = [
-    "PreparedTask",
-    "baselines",
-    "evaluate_split",
-    "evaluate_task",
-    "finetune",
-    "image_features",
-    "load_examples",
-    "load_task",
-    "prepare_task",
-    "report",
-    "summary_of",
-]

@@ -7,13 +7,14 @@ large batches; both directions are read off one score matrix.
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from math import comb
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -287,19 +288,16 @@ class RetrievalResult(NamedTuple):
         The same where a caption is right for every image that it is known to be true of: the official metric counts a
         caption's own image alone, so a scene's "there is a red square", found in another scene that has one, is an
         error to it. On generated scenes alone the two can be told apart.
+    scores : array or None, (image, caption)
+        What it was made from.
+    pictures : tuple of Picture
     """
 
     text: dict[int, np.ndarray]
     image: dict[int, np.ndarray]
     by_truth: RetrievalResult | None = None
-
-    def interval(self, *, seed: int = 0) -> Interval:
-        """Mean of the recalls, each direction and cutoff weighing the same, with its bootstrap 95% interval."""
-        parts = [np.mean(list(found.values()), axis=0) for found in (self.text, self.image)]
-        each = [bootstrap_interval(part, seed) for part in parts]
-        spread = np.hypot(*((one.high - one.low) / 2 for one in each)) / 2  # independent, nearly normal
-        mean = np.mean([one.mean for one in each])
-        return Interval(mean, mean - spread, mean + spread, min(one.count for one in each))
+    scores: np.ndarray | None = None
+    pictures: tuple[Picture, ...] = ()
 
     def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
         """`TR R@1` and so on, means with bootstrap 95% intervals over queries."""
@@ -309,16 +307,45 @@ class RetrievalResult(NamedTuple):
             for way, recalls in both.items() for cutoff, found in recalls.items()
         }  # fmt: skip
 
-    def summary(self, *, seed: int = 0) -> dict[str, float]:
-        """Flat: `tr_r1` and so on, bounds under `_low` and `_high`; `tr_r1_by_truth` where there is ground truth."""
+    def interval(self, *, seed: int = 0) -> Interval:
+        """Mean of the recalls, each direction and cutoff weighing the same, with its 95% interval."""
+        ways = [bootstrap_interval(np.mean(list(found.values()), axis=0), seed) for found in (self.text, self.image)]
+        half = np.hypot(*((way.high - way.low) / 2 for way in ways)) / 2  # images and texts as if drawn independently
+        mean = np.mean([way.mean for way in ways])
+        return Interval(mean, mean - half, mean + half, min(way.count for way in ways))
+
+    def summary(self, examples: Sequence[Picture] = (), *, seed: int = 0) -> dict[str, float]:
+        """Flat: `mean_recall`, `tr_r1` and so on, bounds under `_low` and `_high`; `tr_r1_by_truth` where it is known.
+
+        Parameters
+        ----------
+        examples
+            Not needed, as they are at hand; `TaskResult` wants them.
+        """
         flat = {}
-        for name, (mean, low, high, _) in self.intervals(seed=seed).items():
+        for name, (mean, low, high, _) in {
+            "mean_recall": self.interval(seed=seed),
+            **self.intervals(seed=seed),
+        }.items():
             key = name.lower().replace(" r@", "_r")
             flat |= {key: float(mean), f"{key}_low": float(low), f"{key}_high": float(high)}
         if self.by_truth is not None:
-            means = self.by_truth.summary(seed=seed)
-            flat |= {f"{key}_by_truth": value for key, value in means.items() if key.count("_") == 1}
+            for way, found in (("tr", self.by_truth.text), ("ir", self.by_truth.image)):
+                flat |= {f"{way}_r{cutoff}_by_truth": float(right.mean()) for cutoff, right in found.items()}
         return flat
+
+    def save(self, path: str | Path) -> None:
+        """Write the ten best of every query, as csv: `TR`, an image's id and texts, or `IR`, a text and images' ids."""
+        captions, names = captions_of(self.pictures), [picture.id for picture in self.pictures]
+        with Path(path).open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, lineterminator="\n")
+            for way, queries, candidates, scores in (
+                ("TR", names, captions, self.scores),
+                ("IR", captions, names, self.scores.T),
+            ):
+                best = np.argsort(-scores, axis=1, kind="stable")[:, : max(CUTOFFS)]
+                for query, row in zip(queries, best, strict=True):
+                    table.writerow([way, query, *(candidates[place] for place in row)])
 
 
 def retrieval_result(
@@ -330,18 +357,24 @@ def retrieval_result(
     ----------
     scores : array, (image, caption)
     """
-    owner = np.repeat(np.arange(len(pictures)), [len(picture.captions) for picture in pictures])
+    owner = owners_of(pictures)
     if scores.shape != (len(pictures), len(owner)):
         raise ValueError(f"scores are {scores.shape}, but the pictures have {len(owner)} captions")
     own = owner == np.arange(len(pictures))[:, None]
-    result = RetrievalResult(recall_at(scores, own, cutoffs), recall_at(scores.T, own.T, cutoffs))
-    if all(picture.truth is None for picture in pictures):
-        return result
-    captions = captions_of(pictures)
-    true = own | np.array([[picture.affirms(text) for text in captions] for picture in pictures])
-    return result._replace(
-        by_truth=RetrievalResult(recall_at(scores, true, cutoffs), recall_at(scores.T, true.T, cutoffs))
-    )
+
+    def recall(right: np.ndarray) -> RetrievalResult:
+        return RetrievalResult(recall_at(scores, right, cutoffs), recall_at(scores.T, right.T, cutoffs))
+
+    by_truth = None
+    if any(picture.truth is not None for picture in pictures):
+        captions = captions_of(pictures)
+        by_truth = recall(own | np.array([[picture.affirms(text) for text in captions] for picture in pictures]))
+    return recall(own)._replace(by_truth=by_truth, scores=np.asarray(scores), pictures=tuple(pictures))
+
+
+def evaluate_retrieval(model: TaskModel, pictures: Sequence[Picture], **options: Any) -> RetrievalResult:
+    """Score all pairs of the pictures and all their captions; `options` are those of `score_matrix`."""
+    return retrieval_result(score_matrix(model, pictures, captions_of(pictures), **options), pictures)
 
 
 def chance(pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS) -> RetrievalResult:
@@ -354,6 +387,11 @@ def chance(pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS) -> Ret
         text[cutoff] = 1 - np.array(missed)
         image[cutoff] = np.full(captions, min(1.0, cutoff / images))
     return RetrievalResult(text, image)
+
+
+def owners_of(pictures: Sequence[Picture]) -> np.ndarray:
+    """Row of the picture of each caption, (caption,)."""
+    return np.repeat(np.arange(len(pictures)), [len(picture.captions) for picture in pictures])
 
 
 def captions_of(pictures: Sequence[Picture]) -> list[str]:

@@ -61,7 +61,7 @@ PRESETS: dict[str, PretrainSettings] = {
 
 _TINY_TASK = {
     "optim": OptimSettings(lr_visual=1e-4, lr_fusion=5e-4, warmup=50, decay_at=(0.6, 0.85)),
-    "train": TrainSettings(epochs=4, images=32),
+    "train": TrainSettings(steps=1_000, images=32),
 }
 TASK_PRESETS: dict[str, dict[str, dict[str, Settings]]] = {
     "tiny": {task: _TINY_TASK for task in ("vqa", "nlvr2", "nlvr1", "snli-ve")}

@@ -249,13 +249,23 @@ class FinetuneSettings(Settings):
 
     task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
     preset: str = "tiny"
-    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's original files")
+    data: Place = Field(
+        "scenes",
+        description="'scenes', 'easy-vqa', or the folder of the task's original files; retrieval: any captioned set",
+    )
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
+    pairing: Literal["pair", "pair-attention"] = Field(
+        "pair",
+        description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
+    )
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
-    retrieval: RetrievalSettings = RetrievalSettings()
+    retrieval: RetrievalSettings = Field(
+        RetrievalSettings(),
+        exclude_if=lambda value: value == RetrievalSettings(),  # other tasks' runs keep their hash
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()

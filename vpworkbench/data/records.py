@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.scenes import Scene
 
 LARGEST_MEGAPIXELS = 100
@@ -218,6 +219,8 @@ class Example:
         People's answers to a question, as they wrote them; empty where the release withholds them.
     kind : str
         VQA's answer type.
+    boxes : tuple of Box
+        What NLVR v1's structured representation draws; empty elsewhere.
     """
 
     id: str
@@ -227,6 +230,7 @@ class Example:
     label: str | None = None
     answers: tuple[str, ...] = ()
     kind: str = ""
+    boxes: tuple[Box, ...] = ()
 
 
 def _is_among(text: str, texts: tuple[str, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -220,6 +221,7 @@ def read_nlvr1(path: str | Path) -> list[Example]:
             text=text,
             split=picture.split,
             label=str(bool(picture.captions)),
+            boxes=picture.truth.keywords["boxes"] if isinstance(picture.truth, partial) else (),
         )
         for picture in read_pictures(path)
         for text in picture.captions + picture.foils

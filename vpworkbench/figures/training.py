@@ -41,6 +41,7 @@ _OBJECTIVES = {
     "mfr": "masked features (MFR), squared",
 }
 _WATCHED = {
+    "training_score": "score on training examples",
     "lr_share": "learning rate, % of its peak",
     "gradient_norm": "gradient norm",
     "target_variance": "variance of visual features",
