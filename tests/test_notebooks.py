@@ -96,18 +96,20 @@ def test_comparison_of_two_models(pretrained):
         assert {"flow.png", "flow.svg", "nmi.svg"} <= {path.name for path in (folder / "figures").iterdir()}
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli-ve"])
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli-ve", "retrieval"])
 def test_finetuning(scratch, task):
     few = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "workers": 0, "answer_count": 2}
     executed = run_notebook(
         "04_finetune", name=f"notebook-{task}", parameters={"task": task, "steps": 2, "overrides": few}
     )
     folder = executed.parent
-    assert figures_in(executed) == 3 and executed.stat().st_size < 2e6
+    assert figures_in(executed) == 4 and executed.stat().st_size < 2e6
     assert {"scores.html", "answers.html"} <= {path.name for path in (folder / "figures").iterdir()}
     assert (folder / f"predictions-test.{'json' if task == 'vqa' else 'csv'}").stat().st_size > 0
     summary = json.loads((folder / "summary.json").read_text())
-    assert {"baseline text only", "baseline image only", "test", "steps", "seed"} <= set(summary)
+    others = ["chance", "frozen dual projection"] if task == "retrieval" else ["text only", "image only"]
+    assert {*(f"baseline {name}" for name in others), "test", "steps", "seed"} <= set(summary)
+    assert {f"baseline {name}" for name in others} <= set(summary["test"])
 
 
 def test_visual_init(scratch):

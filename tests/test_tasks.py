@@ -26,7 +26,6 @@ from vpworkbench.tasks import (
     TaskResult,
     evaluate_task,
     score,
-    summary_of,
     task_labels,
 )
 from vpworkbench.train import build_optimiser
@@ -50,7 +49,7 @@ def test_trains_and_is_scored_saved_and_loaded(task, tmp_path):
     assert finetune(run, prepared, settings) == 2
     result = evaluate_task(prepared.model, prepared.splits["val"])
     assert len(result.scores) == len(prepared.splits["val"]) and np.isin(result.scores, [0, 1]).mean() > 0.3
-    summary = summary_of(result, prepared.splits["val"])
+    summary = result.summary(prepared.splits["val"])
     assert ("vqa_score" in summary) == (task == "vqa") and ("consistency" in summary) == (task == "nlvr2")
     again = load_task(f"tested-{task}")
     assert again.labels == prepared.model.labels

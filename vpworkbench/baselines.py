@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,10 +24,12 @@ from vpworkbench.config import FinetuneSettings
 from vpworkbench.data import nlvr1
 from vpworkbench.data.batches import stack_files
 from vpworkbench.data.records import Example, ImageFile
-from vpworkbench.finetune import PreparedTask
+from vpworkbench.dual import dual_scores
+from vpworkbench.finetune import PreparedTask, pair_batches
 from vpworkbench.metrics import most_given
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.probes.intervals import Interval
+from vpworkbench.retrieval import RetrievalResult, chance, retrieval_result
 from vpworkbench.runs import read_json, runs_root
 from vpworkbench.tasks import METRICS, TaskResult, score
 
@@ -41,16 +45,30 @@ def baselines(
     split: str,
     *,
     most: int = 4_000,
+    folder: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, TaskResult]:
+) -> dict[str, TaskResult] | dict[str, RetrievalResult]:
     """The most frequent label, logistic regressions on the text alone and on the image alone; of NLVR v1 MaxEnt too.
+
+    Of retrieval chance, and two dual encoders (`dual`).
 
     Parameters
     ----------
     most : int
         Training examples that the regressions see, at most.
+    folder : Path or None
+        Keeps the dual encoders: they are trained once for all splits.
     """
     task, examples = settings.task, prepared.splits[split]
+    if not examples:
+        return {}
+    if task == "retrieval":
+        with tempfile.TemporaryDirectory() as scratch:
+            found = dual_scores(
+                pair_batches(prepared, settings), examples, settings, folder=folder or Path(scratch), progress=progress
+            )
+        duals = {name: retrieval_result(scores, examples) for name, scores in found.items()}
+        return {"chance": chance(examples)} | duals
     rng = np.random.default_rng(settings.seed)
     training = prepared.splits["train"]
     frequent = Counter(map(_label, training)).most_common(1)[0][0]

@@ -198,6 +198,38 @@ def bench_probes(
     print(f"{result['nmi']['speedup']:.1f}", page, sep="\n")
 
 
+@bench.command("retrieval")
+def bench_retrieval(
+    preset: Annotated[str, typer.Option(help="whose sizes are measured")] = "ablation-224",
+    images: Annotated[int, typer.Option(help="images of the matrix that a turn computes", min=1)] = 4,
+    captions: Annotated[int, typer.Option(help="captions of that matrix", min=1)] = 100,
+    repeats: Annotated[int, typer.Option(help="turns that every route takes", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    partial_images: Annotated[
+        int, typer.Option(help="cuda: images scored with 5,000 captions at paper-384's sizes", min=1)
+    ] = 32,
+) -> None:
+    """Scoring all pairs against the plain loop over pairs: JSON and a figure. On a GPU also Flickr30k's test time."""
+    from vpworkbench.bench_retrieval import retrieval_bench, write_report
+    from vpworkbench.runs import run_folder
+    from vpworkbench.train import pick_device
+
+    kind = pick_device(device).type
+    result = retrieval_bench(
+        name=preset, images=images, captions=captions, repeats=repeats, device=kind,
+        partial=("paper-384", partial_images, 5_000) if kind == "cuda" else None, progress=_line,
+    )  # fmt: skip
+    page = write_report(result, run_folder("bench", "retrieval"))
+    for route, rate in result["pairs_per_s"].items():
+        print(f"{route:12} {rate:10.3g} pairs/s, {result['ratio'][route]:.2f} times naive")
+    print(f"largest difference of scores {result['largest_difference']:.1e}")
+    if part := result.get("partial"):
+        print(f"{part['preset']}: {part['pairs_per_s']:.0f} pairs/s, {part['images']} images x {part['captions']} "
+              f"captions in {part['seconds']:.0f} s; 1,000 x 5,000 at that rate: {part['extrapolated_minutes']:.1f} "
+              "minutes")  # fmt: skip
+    print(page)
+
+
 def _line(what: str, done: int, total: int) -> None:
     print(f"{what}: {done}/{total}", file=sys.stderr)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from vpworkbench.config import FinetuneSettings
-from vpworkbench.data.records import Example
+from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.splits import load_examples
 from vpworkbench.pretrain import build_model, load_run, with_words_of
+from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 from vpworkbench.runs import Run
-from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, summary_of, task_labels
+from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
 from vpworkbench.train import fit
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A run's examples and model, ready to train.
+    """A run's examples (of retrieval its captioned pictures) and model, ready to train.
 
     Attributes
     ----------
@@ -29,21 +30,29 @@ class PreparedTask:
         Ids of test examples about an image that the release has in training or validation too.
     """
 
-    splits: dict[str, list[Example]]
+    splits: dict[str, list[Example]] | dict[str, list[Picture]]
     model: TaskModel
     shared: frozenset[str] = frozenset()
 
-    def test_summary(self, result: TaskResult, *, seed: int = 0) -> dict[str, float]:
+    def preview(self, split: str = "val", count: int = 4) -> list[str]:
+        """The first examples in words, each with what is right of it."""
+        return [
+            f"  {one.text}  ->  {one.label or one.answers[0]}" if isinstance(one, Example)
+            else f"  {one.id}  <->  {' | '.join(one.captions)}"
+            for one in self.splits[split][:count]
+        ]  # fmt: skip
+
+    def test_summary(self, result: TaskResult | RetrievalResult, *, seed: int = 0) -> dict[str, float]:
         """The test score; where the release shares images between splits, the score without those examples too."""
         examples = self.splits["test"]
         if not examples:
             return {}
-        summary = summary_of(result, examples, seed=seed)
+        summary = result.summary(examples, seed=seed)
         if not self.shared:
             return summary
         kept = [number for number, example in enumerate(examples) if example.id not in self.shared]
         rest = [examples[number] for number in kept]
-        unshared = summary_of(result._replace(scores=result.scores[kept]), rest, seed=seed)
+        unshared = result._replace(scores=result.scores[kept]).summary(rest, seed=seed)
         return summary | {f"{key}_unshared": value for key, value in unshared.items()} | {"shared": len(self.shared)}
 
 
@@ -54,7 +63,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
     torch.manual_seed(settings.seed)
-    texts = [example.text for example in splits["train"]]
+    training = splits["train"]
+    texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]
     if not trained.init_text:  # a BERT's own vocabulary spells every word
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
@@ -65,9 +75,39 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
     """Train to the end, or go on from the run's last checkpoint; the optimiser steps of the whole run."""
     train = settings.train
-    batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
-    return fit(prepared.model, Classification(), batches, run, optim=settings.optim, train=train, seed=settings.seed,
+    objective, batches = Classification(), None
+    if settings.task == "retrieval":
+        objective, batches = Matching(), pair_batches(prepared, settings)
+    else:
+        batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
+    return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip
+
+
+def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> RetrievalBatches:
+    """The training pairs of retrieval."""
+    return RetrievalBatches(
+        prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
+        image_px=prepared.model.base.settings.visual.image_px, negatives=settings.retrieval.negatives,
+        flip=settings.retrieval.flip,
+    )  # fmt: skip
+
+
+def evaluate_split(
+    run: Run, prepared: PreparedTask, settings: FinetuneSettings, split: str
+) -> TaskResult | RetrievalResult:
+    """The official score of a split; its predictions are left in the run's folder.
+
+    Of retrieval the score matrix is kept there too: where it was stopped, it goes on.
+    """
+    model, examples = prepared.model, prepared.splits[split]
+    if settings.task == "retrieval":
+        result = evaluate_retrieval(model, examples, pairs=settings.retrieval.pairs, bf16=settings.train.bf16,
+                                    file=run.folder / f"scores-{split}.npy", progress=run.progress)  # fmt: skip
+    else:
+        result = evaluate_task(model, examples, progress=run.progress)
+    result.save(run.folder / f"predictions-{split}.{'json' if settings.task == 'vqa' else 'csv'}")
+    return result
 
 
 def load_task(checkpoint: str | Path) -> TaskModel:

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from vpworkbench.data.batches import stack_files
-from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.records import Example, ImageFile, Picture
 from vpworkbench.metrics import most_given
 from vpworkbench.probes import inter_modality_flow
+from vpworkbench.retrieval import RetrievalResult, captions_of, owners_of
 from vpworkbench.tasks import TaskModel, TaskResult
 
 PREVIEW_PX = 160
@@ -46,16 +47,26 @@ class Reviewed(NamedTuple):
         return self.score >= 0.5
 
 
-def review(model: TaskModel, examples: Sequence[Example], result: TaskResult, *, count: int = 48) -> list[Reviewed]:
+def review(
+    model: TaskModel,
+    examples: Sequence[Example] | Sequence[Picture],
+    result: TaskResult | RetrievalResult,
+    *,
+    count: int = 48,
+) -> list[Reviewed]:
     """As many right as wrong examples, in file order; fewer where there are not as many.
+
+    Of retrieval they are captions: each with the image that was found first, and its own behind that.
 
     Parameters
     ----------
     result
-        Of `evaluate_task` on the same examples.
+        Of the model on the same examples.
     count : int
         Right and wrong ones together, at most.
     """
+    if isinstance(result, RetrievalResult):
+        examples, result = _searches(examples, result)
     if len(examples) != len(result.scores):
         raise ValueError(f"{len(result.scores)} scores for {len(examples)} examples")
     right = [example for example, score in zip(examples, result.scores, strict=True) if score >= 0.5]
@@ -75,6 +86,18 @@ def review(model: TaskModel, examples: Sequence[Example], result: TaskResult, *,
         )
         for number, example in enumerate(chosen)
     ]
+
+
+def _searches(pictures: Sequence[Picture], result: RetrievalResult) -> tuple[list[Example], TaskResult]:
+    """Each caption as an example about the image that is found first and about its own."""
+    owners, found = owners_of(pictures), result.scores.argmax(axis=0)
+    searches = [
+        Example(f"{pictures[own].id} {number}", (pictures[best].image, pictures[own].image), text, pictures[own].split,
+                label=pictures[own].id)
+        for number, (text, own, best) in enumerate(zip(captions_of(pictures), owners, found, strict=True))
+    ]  # fmt: skip
+    told = {search.id: pictures[best].id for search, best in zip(searches, found, strict=True)}
+    return searches, TaskResult("retrieval", (owners == found).astype(float), told)
 
 
 def _looked_at(model: TaskModel, examples: Sequence[Example], side: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Downstream tasks: a head on the fused [CLS], its loss, its official score (paper Sec. 4.2).
 
-VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated; `pair-attention`: UNITER's), SNLI-VE, and NLVR v1 as
-single-image true / false.
+VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated; `pair-attention`: UNITER's), SNLI-VE, NLVR v1 as single-image
+true / false, and the decision that retrieval ranks by, match or not: `retrieval` has its batches, loss and metric.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,14 +31,16 @@ from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
 log = logging.getLogger(__name__)
 
-TaskName = Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
-TASKS: tuple[TaskName, ...] = ("vqa", "nlvr2", "nlvr1", "snli-ve")
+TaskName = Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
+TASKS: tuple[TaskName, ...] = ("vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval")
 LABELS = {
     "nlvr2": ("False", "True"),
     "nlvr1": ("False", "True"),
     "snli-ve": ("entailment", "neutral", "contradiction"),
+    "retrieval": ("unmatched", "matched"),
 }
-METRICS = {"vqa": "vqa_score", "nlvr2": "accuracy", "nlvr1": "accuracy", "snli-ve": "accuracy"}
+METRICS = {"vqa": "vqa_score", "nlvr2": "accuracy", "nlvr1": "accuracy", "snli-ve": "accuracy",
+           "retrieval": "mean_recall"}  # fmt: skip
 EVALUATED_AT_ONCE = 32
 
 
@@ -100,7 +103,7 @@ class TaskModel(nn.Module):
     Parameters
     ----------
     base
-        Its heads of pre-training go unused.
+        Its heads of pre-training go unused, but for retrieval, which starts from the ITM head (paper Sec. 4.2).
     labels : tuple of str
         In the order of the logits.
     pairing
@@ -128,6 +131,8 @@ class TaskModel(nn.Module):
             self.head = PairAttention(width, fusion.heads, len(labels), fusion.dropout)
         else:
             self.head = nn.Linear(sides * width, len(labels))
+        if task == "retrieval":
+            self.head.load_state_dict(base.itm.state_dict())
 
     @property
     def words(self) -> Words:
@@ -157,11 +162,11 @@ class TaskModel(nn.Module):
         return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the base as `VisualParsingModel` does, the head beside it, and `task.json` with `label2ans`."""
+        """Write what `VisualParsingModel` does, the head among the weights, and `task.json` with `label2ans`."""
         folder = Path(folder)
         self.base.save_pretrained(folder)
-        save_file({name: value.contiguous().cpu() for name, value in self.head.state_dict().items()},
-                  folder / "head.safetensors")  # fmt: skip
+        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()},
+                  folder / "model.safetensors")  # fmt: skip
         content = {"task": self.task, "label2ans": list(self.labels), "pairing": self.pairing}
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -177,12 +182,12 @@ class TaskModel(nn.Module):
         folder = Path(folder)
         try:
             content = json.loads((folder / "task.json").read_text())
-            base = VisualParsingModel.from_pretrained(folder)
+            base = VisualParsingModel.unloaded(folder)
             model = cls(base, content["task"], content["label2ans"], pairing=content["pairing"])
-            model.head.load_state_dict(load_file(folder / "head.safetensors"))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{folder}: no whole fine-tuned model ({error}); give a checkpoint of 04_finetune"
             ) from None
@@ -331,6 +336,16 @@ class TaskResult(NamedTuple):
         """Mean score with its bootstrap 95% interval."""
         return bootstrap_interval(self.scores, seed)
 
+    def summary(self, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
+        """The task's score with its interval; of NLVR2 the consistency too."""
+        mean, low, high, _ = (float(part) for part in self.interval(seed=seed))
+        name = METRICS[self.task]
+        summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
+        if self.task == "nlvr2":
+            labels = {example.id: example.label for example in examples if example.label}
+            summary["consistency"] = consistency(self.predicted, labels)
+        return summary
+
     def save(self, path: str | Path) -> None:
         """Write the predictions in the task's submission format: VQA's result json, else csv of id and label."""
         path = Path(path)
@@ -372,14 +387,3 @@ def score(task: TaskName, examples: Sequence[Example], predicted: dict[str, str]
         ])  # fmt: skip
     right = accuracy([predicted[example.id] for example in examples], [example.label or "" for example in examples])
     return np.where([example.label is None for example in examples], np.nan, right)
-
-
-def summary_of(result: TaskResult, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
-    """The task's score with its interval; of NLVR2 the consistency too."""
-    mean, low, high, _ = (float(part) for part in result.interval(seed=seed))
-    name = METRICS[result.task]
-    summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
-    if result.task == "nlvr2":
-        labels = {example.id: example.label for example in examples if example.label}
-        summary["consistency"] = consistency(result.predicted, labels)
-    return summary

@@ -240,12 +240,24 @@ class CompareSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
+class RetrievalSettings(Settings):
+    """Image-text retrieval: the pairs that are trained on, and what is searched (paper Sec. 4.2, Table 4)."""
+
+    negatives: int = Field(2, ge=1, description="unmatched captions of each image, from its batch")
+    flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
+    search_images: int = Field(0, ge=0, description="the first images of val, and of test, are searched; 0: all")
+    pairs: int = Field(512, ge=1, description="pairs in one pass of the fusion when scoring; thousands on a GPU")
+
+
 class FinetuneSettings(Settings):
     """Everything that decides a fine-tuning run (paper Sec. 4.2)."""
 
-    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
+    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
     preset: str = "tiny"
-    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's files, or one file")
+    data: Place = Field(
+        "scenes",
+        description="'scenes', 'easy-vqa', the folder of the task's files, or one file; retrieval: any captioned set",
+    )
     images: Places = Field((), description="folders and zips of the images; empty: beside each annotation file")
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
@@ -256,6 +268,10 @@ class FinetuneSettings(Settings):
         description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
     )
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
+    retrieval: RetrievalSettings = Field(
+        RetrievalSettings(),
+        exclude_if=lambda value: value == RetrievalSettings(),  # other tasks' runs keep their hash
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()

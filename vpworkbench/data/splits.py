@@ -143,7 +143,7 @@ class TaskExamples(NamedTuple):
         Ids of test examples about an image that the release has in training or validation too.
     """
 
-    splits: dict[str, list[Example]]
+    splits: dict[str, list[Example]] | dict[str, list[Picture]]
     shared: frozenset[str]
 
 
@@ -151,13 +151,15 @@ def load_examples(settings: FinetuneSettings) -> TaskExamples:
     """Read the files of a task and keep the images of evaluation splits out of training.
 
     `data` is `scenes`, `easy-vqa`, the folder of the original files (`TASK_FILES`) or of one's own csv or jsonl of
-    `image,text,label[,split]`, or one file.
+    `image,text,label[,split]`, or one file. Of retrieval it is any captioned set, such as a Karpathy json.
 
     Raises
     ------
     DataError
         For files that are missing or broken, or a split without examples that training needs.
     """
+    if settings.task == "retrieval":
+        return TaskExamples(_captioned(settings), frozenset())
     splits = _easy_vqa() if settings.data == "easy-vqa" else _task_splits(settings)
     for split in ("train", "val"):
         if not splits[split]:
@@ -169,6 +171,20 @@ def load_examples(settings: FinetuneSettings) -> TaskExamples:
     elsewhere = {marks[image] for split in ("train", "val") for example in splits[split] for image in example.images}
     shared = {example.id for example in splits["test"] if any(marks[image] in elsewhere for image in example.images)}
     return TaskExamples(splits | {"train": kept}, frozenset(shared))
+
+
+def _captioned(settings: FinetuneSettings) -> dict[str, list[Picture]]:
+    """All captioned training images, and the first ones of the other splits."""
+    splits = load_splits(DataSettings(sets=(settings.data,), images=settings.images, scenes=settings.scenes))
+    most = {"train": None, "val": settings.retrieval.search_images or None}
+    splits = {
+        split: [picture for picture in pictures if picture.captions][: most.get(split, most["val"])]
+        for split, pictures in splits.items()
+    }
+    for split in ("val", "test"):
+        if len(splits[split]) < 2:
+            raise DataError(f"{settings.data}: {len(splits[split])} captioned images in {split}; a search needs two")
+    return splits
 
 
 def _task_splits(settings: FinetuneSettings) -> dict[str, list[Example]]:

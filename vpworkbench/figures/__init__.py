@@ -16,7 +16,7 @@ from vpworkbench.figures.probes import (
     word_attention,
 )
 from vpworkbench.figures.style import ExportError, to_image
-from vpworkbench.figures.training import accuracy_bars, held_out, losses
+from vpworkbench.figures.training import accuracy_bars, held_out, losses, recall_bars, task_scores
 
 __all__ = [
     "ExportError",
@@ -34,6 +34,8 @@ __all__ = [
     "nmi",
     "parsing",
     "pictures",
+    "recall_bars",
+    "task_scores",
     "to_image",
     "tokens",
     "word_attention",
