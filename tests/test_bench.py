@@ -7,6 +7,7 @@ import json
 import pytest
 
 from vpworkbench.bench import _deaths, _installed, nmi_bench, probe_bench, write_report
+from vpworkbench.bench_retrieval import partial_run, retrieval_bench
 from vpworkbench.cli import main
 
 
@@ -51,3 +52,24 @@ def test_flow_pass_costs_a_tenth_at_most():
 def test_maps_die_before_the_flow_pass():
     deaths = _deaths(2, 0.5, 2_400, None)
     assert deaths["maps"] and (deaths["flow"] is None or deaths["flow"] > deaths["maps"])
+
+
+def test_retrieval_is_timed_against_the_plain_loop_and_scores_the_same(runs_folder, capsys):
+    main(["bench", "retrieval", "--preset", "tiny", "--images", "2", "--captions", "20", "--repeats", "2"])
+    assert "times naive" in capsys.readouterr().out
+    result = json.loads((runs_folder / "bench" / "retrieval" / "retrieval.json").read_text())
+    assert set(result["pairs_per_s"]) == set(result["ratio"]) == {"naive", "images once", "ours"}
+    assert result["ratio"]["naive"] == 1 and result["largest_difference"] <= 1e-5
+    assert (runs_folder / "bench" / "retrieval" / "retrieval.html").exists()
+
+
+def test_a_part_of_a_large_matrix_tells_how_long_the_whole_takes():
+    part = partial_run("tiny", 2, 30, device="cpu")
+    assert part["pairs_per_s"] == pytest.approx(60 / part["seconds"])
+    assert part["extrapolated_minutes"] == pytest.approx(5e6 / part["pairs_per_s"] / 60)
+
+
+@pytest.mark.slow
+def test_retrieval_is_three_times_as_fast_as_the_plain_loop():
+    result = retrieval_bench(name="ablation-224", images=2, captions=100)
+    assert result["ratio"]["ours"] >= 3 and result["largest_difference"] <= 1e-5, result

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def vpw(tmp_path):
     def call(*arguments, start=False):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         command = [sys.executable, "-m", "vpworkbench.cli", *arguments]
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+        # Whoever runs the tests in the background has Python ignore SIGINT, and children inherit that.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heard, **pipes)
         if start:
             return process
         stdout, stderr = process.communicate(timeout=300)

@@ -16,6 +16,8 @@ from PIL import Image
 from vpworkbench import figures
 from vpworkbench.figures import style, training
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
+from vpworkbench.retrieval import RetrievalResult
+from vpworkbench.review import Reviewed
 
 GRID = 4
 HOSTILE = '<img src=x onerror="alert(1)"> & $x^2$'
@@ -62,6 +64,16 @@ def triangle(layers=3):
     return flow
 
 
+def found(shift):
+    """Recall of six queries each way."""
+    right = {cutoff: (np.arange(6) < cutoff // 2 + 2 - shift).astype(float) for cutoff in (1, 5, 10)}
+    return RetrievalResult(right, right)
+
+
+def recalls():
+    return {name: found(shift).intervals() for shift, name in enumerate(("ours", "chance"))}
+
+
 def every_figure():
     """One call of each public function."""
     picked = np.arange(GRID**2) < 3
@@ -75,6 +87,9 @@ def every_figure():
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
         "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
+        "recall_bars": figures.recall_bars(recalls()),
+        "task_scores": figures.task_scores({"ours": found(0), "chance": found(1)}, title="Held-out score"),
+        "answers": figures.answers([Reviewed("a", "b", "c", 0.0, (image(),), (attention()[0].reshape(GRID, GRID),))]),
         "flow_curves": figures.flow_curves(samples(), samples(), null_from_input=samples()),
         "flow_triangle": figures.flow_triangle(triangle()),
         "flow_directions": figures.flow_directions(samples(), samples()),
@@ -96,13 +111,24 @@ def texts(figure):
     return " ".join(annotation.text for annotation in figure.layout.annotations)
 
 
+def test_recalls_stand_side_by_side_with_their_intervals():
+    figure = figures.recall_bars(recalls())
+    ours, other = traces(figure, "bar")
+    assert list(ours.x) == [f"{way} R@{cutoff}" for way in ("TR", "IR") for cutoff in (1, 5, 10)]
+    np.testing.assert_allclose(ours.y, [2 / 6, 4 / 6, 1] * 2)
+    np.testing.assert_allclose(other.y[:2], [1 / 6, 3 / 6])
+    assert ours.error_y.array[0] > 0 and "ours TR R@1 33.3%" in figure.layout.meta["alt"]
+    with pytest.raises(ValueError, match="at least one model"):
+        figures.recall_bars({})
+
+
 # ------------------------------------------------------------------------------------------ all figures alike
 
 
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 14
+    assert set(made) == public and len(made) == 17
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]

@@ -105,6 +105,22 @@ def test_runs_are_read_anew(pretrained):
     assert "../../01_pretrain/by-vpw/01_pretrain.ipynb" in executed.read_text()
 
 
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "snli-ve", "retrieval"])
+def test_finetuning(scratch, task):
+    few = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "workers": 0, "answer_count": 2}
+    executed = run_notebook(
+        "04_finetune", name=f"notebook-{task}", parameters={"task": task, "steps": 2, "overrides": few}
+    )
+    folder = executed.parent
+    assert figures_in(executed) == 4 and executed.stat().st_size < 2e6
+    assert {"scores.html", "answers.html"} <= {path.name for path in (folder / "figures").iterdir()}
+    assert (folder / f"predictions-test.{'json' if task == 'vqa' else 'csv'}").stat().st_size > 0
+    summary = json.loads((folder / "summary.json").read_text())
+    others = ["chance", "frozen dual projection"] if task == "retrieval" else ["text only", "image only"]
+    assert {*(f"baseline {name}" for name in others), "test", "steps", "seed"} <= set(summary)
+    assert {f"baseline {name}" for name in others} <= set(summary["test"])
+
+
 def test_visual_init(scratch):
     few = {"train.images": 8, "scenes.val": 10, "scenes.test": 10, "workers": 0}
     executed = run_notebook("00_visual_init", name="tested", parameters={"images": 16, "epochs": 1, "overrides": few})

@@ -11,10 +11,11 @@ import torch
 from conftest import narrow_model
 
 from vpworkbench.config import SettingsError, pretrain_settings
-from vpworkbench.data.formats import read_pictures, scenes_folder
+from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import SceneSettings
+from vpworkbench.data.splits import scenes_folder
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import (
     Pretraining,

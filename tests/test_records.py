@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vpworkbench.data import records
-from vpworkbench.data.records import DataError, ImageFile, image_file
+from vpworkbench.data.records import DataError, ImageFile, inner_name
 
 
 def stored(tmp_path, image: Image.Image, kind: str, **options) -> ImageFile:
@@ -83,10 +83,14 @@ def test_missing_image_and_damaged_zip(tmp_path):
         records.archive(tmp_path / "images.zip")
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", " "])
-def test_name_that_leaves_the_folder_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", " ", "", "./."])
+def test_name_that_leaves_the_folder_is_refused(name):
     with pytest.raises(DataError, match="here.json: record 3.*leaves the image folder"):
-        image_file(tmp_path, name, source="here.json: record 3")
+        inner_name(name, source="here.json: record 3")
+
+
+def test_names_inside_the_folder_are_made_plain():
+    assert inner_name("./a//b c/é..png", source="r") == "a/b c/é..png"
 
 
 def test_content_is_the_same_in_a_zip_and_in_a_folder(tmp_path):

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
+import zipfile
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from conftest import narrow_model
 
+from vpworkbench.config import finetune_settings
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.finetune import evaluate_split, finetune, load_examples, load_task, prepare_task
+from vpworkbench.metrics import recall_at
 from vpworkbench.retrieval import (
+    CUTOFFS,
     Matching,
     RetrievalBatches,
     captions_of,
+    chance,
+    evaluate_retrieval,
     retrieval_result,
     score_matrix,
 )
+from vpworkbench.review import review
+from vpworkbench.runs import Run, open_run
+from vpworkbench.tasks import LABELS, TaskModel
+
+
+@pytest.fixture
+def model(scenes) -> TaskModel:
+    return TaskModel(narrow_model(scenes), "retrieval", LABELS["retrieval"]).eval()
+
+
+@pytest.fixture
+def photographs(scenes) -> list[Picture]:
+    """Pictures without ground truth."""
+    return [Picture(picture.id, picture.image, "train", picture.captions) for picture in scenes]
 
 
 def batches(model, pictures, **options):
@@ -25,7 +52,7 @@ def test_negatives_are_false_of_their_image(model, scenes):
     some = batches(model, scenes[:40])
     for step in range(10):
         batch = some[step]
-        texts = model.tokenizer.batch_decode(batch.words, skip_special_tokens=True)
+        texts = model.base.tokenizer.batch_decode(batch.words, skip_special_tokens=True)
         shown = [next(p for p in scenes if (p.image.pixels(96) == pixels.permute(1, 2, 0).numpy()).all())
                  for pixels in batch.images]  # fmt: skip
         for image, text, matched in zip(batch.image_index, batch.text_index, batch.matched, strict=True):
@@ -46,14 +73,35 @@ def test_captions_said_of_several_images_are_no_negatives(model, scenes):
 def test_scores_are_those_of_the_whole_model_pair_by_pair(model, scenes):
     pictures, captions = scenes[:5], captions_of(scenes[:5])
     seen = []
-    model.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     scores = score_matrix(model, pictures, captions, pairs=7)
     assert seen == [5] and scores.shape == (5, 25)
     for row in (0, 3):
-        inputs = model.prepare([pictures[row]] * 25, captions)
+        inputs = model.base.prepare([pictures[row]] * 25, captions)
         with torch.no_grad():
-            logits = model.itm(model(**inputs.forward).cls)
+            logits = model.base.itm(model.base(**inputs.forward).cls)
         np.testing.assert_allclose(scores[row], (logits[:, 1] - logits[:, 0]).numpy(), atol=1e-5)
+
+
+def test_the_last_layer_at_cls_alone_is_that_of_the_whole_forward(model):
+    fusion = model.base.fusion.double()
+    words = torch.randint(5, 30, (3, 7), generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(7) < torch.tensor([[7], [5], [2]])
+    vision = torch.randn(3, 9, 32, dtype=torch.float64)
+    for real in (tokens, torch.ones_like(tokens)):
+        torch.testing.assert_close(fusion.cls(words, real, vision), fusion(words, real, vision)[-1][:, 0])
+    torch.testing.assert_close(fusion.cls(words, tokens), fusion(words, tokens)[-1][:, 0])
+    gradients = []
+    for output in (fusion.cls(words, tokens, vision), fusion(words, tokens, vision)[-1][:, 0]):
+        fusion.zero_grad()
+        output.square().sum().backward()
+        gradients.append(fusion.bert.encoder.layer[0].attention.self.query.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_bf16_is_refused_on_a_cpu(model, scenes):
+    with pytest.raises(ValueError, match="for a GPU"):
+        score_matrix(model, scenes[:2], captions_of(scenes[:2]), bf16=True)
 
 
 def test_a_stopped_matrix_goes_on(model, scenes, tmp_path):
@@ -68,11 +116,67 @@ def test_a_stopped_matrix_goes_on(model, scenes, tmp_path):
         score_matrix(model, pictures, captions, file=file, progress=stop)
     assert np.isnan(np.load(file)).sum() == 8 * 30
     seen = []
-    model.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     np.testing.assert_array_equal(score_matrix(model, pictures, captions, file=file), whole)
     assert seen == [8]
-    with pytest.raises(ValueError, match=r"scores of \(40, 30\), now \(40, 29\)"):
+    with pytest.raises(ValueError, match="scores of other captions; delete it"):
         score_matrix(model, pictures, captions[:29], file=file)
+    with torch.no_grad():
+        model.head.bias += 1
+    with pytest.raises(ValueError, match="scores of other weights, images"):
+        score_matrix(model, pictures[:39], captions, file=file)
+
+
+def naive_recall(scores, owner, cutoff):
+    """Sort and look: the share of images whose best texts hold one of their own, and of texts likewise."""
+    text = [any(owner[n] == row for n in np.argsort(-line)[:cutoff]) for row, line in enumerate(scores)]
+    image = [owner[n] in np.argsort(-line)[:cutoff] for n, line in enumerate(scores.T)]
+    return np.mean(text), np.mean(image)
+
+
+def test_recall_is_that_of_sorted_lists(photographs):
+    pictures = photographs[:30]
+    owner = np.repeat(np.arange(30), [len(picture.captions) for picture in pictures])
+    scores = np.random.default_rng(0).normal(size=(30, len(owner))).astype(np.float32)
+    scores[owner, np.arange(len(owner))] += 1.5
+    found = retrieval_result(scores, pictures)
+    assert found.by_truth is None
+    for cutoff in CUTOFFS:
+        expected = naive_recall(scores, owner, cutoff)
+        assert (found.text[cutoff].mean(), found.image[cutoff].mean()) == pytest.approx(expected)
+        assert 0 < expected[1] < 1
+    mean = found.interval()
+    assert mean.mean == pytest.approx(np.mean([interval.mean for interval in found.intervals().values()]))
+    assert mean.low < mean.mean < mean.high
+
+
+def test_a_tie_counts_against_the_model(photographs):
+    pictures = photographs[:4]
+    flat = retrieval_result(np.zeros((4, 20)), pictures)
+    assert flat.text[10].mean() == 0 and flat.image[1].mean() == 0  # 15 texts of others come first
+    assert flat.image[5].mean() == 1  # three images come first
+    scores = np.array([[1, 1, 0]])
+    assert recall_at(scores, [[True, False, False]])[1].mean() == 0
+    assert recall_at(scores, [[True, True, False]])[1].mean() == 1
+
+
+def test_chance_is_what_random_orders_give(photographs):
+    pictures, rng = photographs[:6], np.random.default_rng(0)
+    captions, expected = captions_of(pictures), chance(pictures)
+    draws = [retrieval_result(rng.normal(size=(6, len(captions))), pictures) for _ in range(400)]
+    for cutoff, way in itertools.product(CUTOFFS, ("text", "image")):
+        drawn = np.mean([getattr(draw, way)[cutoff].mean() for draw in draws])
+        assert getattr(expected, way)[cutoff].mean() == pytest.approx(drawn, abs=0.03)
+
+
+def test_a_caption_that_is_true_of_another_scene_is_right_by_truth(scenes):
+    said = "there is a red square"
+    true = [replace(picture, captions=(said,)) for picture in scenes if picture.truth(said)][:2]
+    false = next(replace(picture, captions=picture.captions[:1]) for picture in scenes if picture.truth(said) is False)
+    swapped = np.array([[0, 9, 8], [9, 0, 8], [1, 1, 0]])
+    result = retrieval_result(swapped, [*true, false])
+    assert result.text[1].tolist() == [0, 0, 0] and result.by_truth.text[1].tolist() == [1, 1, 0]
+    assert {"tr_r1", "tr_r1_low", "ir_r10_high", "ir_r1_by_truth"} <= set(result.summary())
 
 
 def test_recall_of_both_directions(scenes):
@@ -90,12 +194,94 @@ def test_recall_of_both_directions(scenes):
 def test_matching_weighs_both_kinds_alike_however_it_is_accumulated(model, scenes):
     model = model.double()
     batch = batches(model, scenes)[0]
-    objective, gradients = Matching(), []
+    objective, gradients, seen = Matching(), [], []
     counts = objective.counts(batch)
+    model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     for parts in (1, 3):
         model.zero_grad()
         for micro in batch.micro_batches(parts):
             sums = objective.losses(model, micro)
             sum(0.5 * value.double() / counts[name] for name, value in sums.items()).backward()
-        gradients.append(model.itm.weight.grad.clone())
+        gradients.append(model.head.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
+    assert seen == [6, 2, 2, 2]  # no image twice
+
+
+def test_the_head_starts_as_that_of_pretraining(scenes):
+    base = narrow_model(scenes)
+    model = TaskModel(base, "retrieval", LABELS["retrieval"])
+    assert torch.equal(model.head.weight, base.itm.weight) and model.head.weight is not base.itm.weight
+
+
+FEW = {"scenes.images": 40, "scenes.val": 10, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0}
+
+
+class Stopping(Run):
+    """A run that is stopped behind its second step, after the checkpoint of that step."""
+
+    def progress(self, what, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_ends_with_the_same_weights_and_scores(runs_folder):
+    settings = finetune_settings(task="retrieval", steps=4, checkpoint_every=2, overrides=FEW)
+    whole = open_run("04_finetune", settings, name="whole"), prepare_task(settings)
+    assert finetune(*whole, settings) == 4
+    stopped = open_run("04_finetune", settings, name="stopped")
+    with pytest.raises(KeyboardInterrupt):
+        finetune(Stopping(stopped.folder, settings), prepare_task(settings), settings)
+    resumed = stopped, prepare_task(settings)
+    assert finetune(*resumed, settings) == 4
+    results = [evaluate_split(*one, settings, "val") for one in (whole, resumed)]
+    np.testing.assert_array_equal(results[0].scores, results[1].scores)
+    np.testing.assert_array_equal(evaluate_retrieval(load_task("whole"), whole[1].splits["val"]).scores,
+                                  results[0].scores)  # fmt: skip
+    lines = [(run.folder / "metrics.jsonl").read_text().count("\n") for run, _ in (whole, resumed)]
+    assert lines == [4, 4]
+    rows = (stopped.folder / "predictions-val.csv").read_text().splitlines()
+    assert len(rows) == 10 + len(captions_of(whole[1].splits["val"])) and rows[0].startswith("TR,val-000000.png,")
+
+
+def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(scenes_folder, folder)
+    file = next(folder.glob("dataset_*.json"))
+    content = json.loads(file.read_text())
+    content["images"][0]["split"] = "test"  # and a copy of it trains, under another name
+    copy = {**content["images"][0], "split": "train", "filename": "copy.png"}
+    with zipfile.ZipFile(folder / "images.zip", "a") as archive:
+        archive.writestr("images/copy.png", archive.read(f"images/{content['images'][0]['filename']}"))
+    content["images"].append(copy)
+    file.write_text(json.dumps(content))
+    splits, _ = load_examples(finetune_settings(task="retrieval", data=str(folder)))
+    assert "copy.png" not in {picture.id for picture in splits["train"]} and len(splits["train"]) == 59
+    few = load_examples(finetune_settings(task="retrieval", data=str(folder), overrides={"retrieval.search_images": 3}))
+    assert [len(few.splits[split]) for split in ("train", "val", "test")] == [59, 3, 3]
+
+
+def test_a_search_needs_two_images(scenes_folder, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(scenes_folder, folder)
+    file = next(folder.glob("dataset_*.json"))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({"images": [image for image in content["images"] if image["split"] != "test"]}))
+    with pytest.raises(DataError, match="0 captioned images in test; a search needs two"):
+        load_examples(finetune_settings(task="retrieval", data=str(folder)))
+
+
+def test_schedule_of_the_paper():
+    settings = finetune_settings(task="retrieval", preset="paper")
+    assert settings.optim.lr_fusion == settings.optim.lr_visual == 5e-5 and settings.train.images == 32
+    assert settings.train.epochs == 10 and settings.optim.decay_at == (0.5,) and settings.optim.decay == 0.5
+    assert settings.retrieval.search_images == 0  # all
+    assert "retrieval" not in finetune_settings(task="vqa").model_dump()  # their runs keep their names
+
+
+def test_searches_are_reviewed_with_the_image_found_and_the_own(model, scenes):
+    pictures = scenes[:6]
+    result = evaluate_retrieval(model, pictures)
+    for one in review(model, pictures, result, count=8):
+        assert len(one.images) == len(one.attention) == 2
+        assert one.right == (one.predicted == one.wanted)
+        assert one.text in next(picture for picture in pictures if picture.id == one.wanted).captions

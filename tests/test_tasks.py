@@ -13,10 +13,21 @@ from PIL import Image
 
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
-from vpworkbench.finetune import baselines, evaluate_task, finetune, load_examples, load_task, prepare_task
+from vpworkbench.data.splits import load_examples
+from vpworkbench.finetune import PreparedTask, finetune, load_task, prepare_task
 from vpworkbench.model import CheckpointError
+from vpworkbench.pretrain import with_words_of
 from vpworkbench.runs import open_run
-from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, score, summary_of, task_labels
+from vpworkbench.tasks import (
+    Classification,
+    PairAttention,
+    TaskBatches,
+    TaskModel,
+    TaskResult,
+    evaluate_task,
+    score,
+    task_labels,
+)
 from vpworkbench.train import build_optimiser
 
 FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0,
@@ -38,7 +49,7 @@ def test_trains_and_is_scored_saved_and_loaded(task, tmp_path):
     assert finetune(run, prepared, settings) == 2
     result = evaluate_task(prepared.model, prepared.splits["val"])
     assert len(result.scores) == len(prepared.splits["val"]) and np.isin(result.scores, [0, 1]).mean() > 0.3
-    summary = summary_of(result, prepared.splits["val"])
+    summary = result.summary(prepared.splits["val"])
     assert ("vqa_score" in summary) == (task == "vqa") and ("consistency" in summary) == (task == "nlvr2")
     again = load_task(f"tested-{task}")
     assert again.labels == prepared.model.labels
@@ -60,7 +71,7 @@ def test_predictions_are_written_as_the_release_wants_them(tmp_path):
 def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(scenes):
     settings = few(task="vqa")
     model = TaskModel(narrow_model(scenes), "vqa", ("no", "yes")).eval()
-    examples = load_examples(settings)["val"][:6]
+    examples = load_examples(settings).splits["val"][:6]
     batches, seen = TaskBatches(examples, model, size=6, seed=0), []
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     with torch.no_grad():
@@ -78,7 +89,7 @@ def test_accumulation_gives_the_same_gradients(scenes):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    examples = load_examples(few(task="snli-ve"))["train"][:8]
+    examples = load_examples(few(task="snli-ve")).splits["train"][:8]
     batch = TaskBatches(examples, model, size=8, seed=0).batch(examples)
     gradients = []
     for parts in (1, 4):
@@ -110,12 +121,73 @@ def test_questions_without_a_known_answer_score_zero_and_withheld_ones_not_at_al
     assert np.isnan(score("nlvr1", [statement], {"3": "True"})).all()
 
 
-def test_baselines_know_the_majority_and_stay_near_chance_on_balanced_scenes():
-    settings = few(task="nlvr2")
-    prepared = prepare_task(settings)
-    found = baselines(prepared, settings, "val")
-    assert set(found) == {"most frequent", "text only", "image only"}
-    assert found["most frequent"].interval().mean == pytest.approx(0.5)
+def test_images_shared_with_training_are_left_out_of_a_second_score(scenes):
+    examples = [Example(str(n), (scenes[0].image,), "s", "test", label="True") for n in range(4)]
+    model = TaskModel(narrow_model(scenes), "nlvr1", ("False", "True"))
+    result = TaskResult("nlvr1", np.array([1.0, 1.0, 0.0, 0.0]), dict.fromkeys("0123", "True"))
+    prepared = PreparedTask({"test": examples}, model, frozenset("23"))
+    summary = prepared.test_summary(result)
+    assert (summary["accuracy"], summary["accuracy_unshared"], summary["shared"]) == (0.5, 1.0, 2)
+    assert "shared" not in PreparedTask({"test": examples}, model).test_summary(result)
+    assert PreparedTask({"test": []}, model).test_summary(result) == {}
+
+
+def test_uniters_head_is_its_formula(scenes):
+    torch.manual_seed(0)
+    model = TaskModel(narrow_model(scenes), "nlvr2", ("False", "True"), pairing="pair-attention").eval()
+    head, width = model.head, model.base.settings.fusion.width
+    left, right = torch.randn(2, 2, 5, width).double()
+    tokens = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found = head.double()(left, right, tokens)
+    for example, length in ((0, 5), (1, 3)):
+        pooled = []
+        for attend, own, other in zip(head.across, (left, right), (right, left), strict=True):
+            own, other = own[example, :length], other[example, :length]
+            query, key, value = (
+                part @ weight.T + bias
+                for part, weight, bias in zip(
+                    (own, other, other), attend.in_proj_weight.chunk(3), attend.in_proj_bias.chunk(3), strict=True
+                )
+            )
+            heads = []
+            for q, k, v in zip(*(part.chunk(attend.num_heads, dim=-1) for part in (query, key, value)), strict=True):
+                heads.append((q @ k.T / q.shape[-1] ** 0.5).softmax(dim=-1) @ v)
+            seen = attend.out_proj(torch.cat(heads, dim=-1))
+            joined = head.join(torch.cat([seen, own], dim=-1))
+            pooled.append((head.weigh(joined).softmax(dim=0) * joined).sum(dim=0))
+        torch.testing.assert_close(found[example], head.out(torch.cat(pooled)), rtol=0, atol=1e-10)
+
+
+def test_uniters_head_trains_and_is_saved_with_its_kind(tmp_path):
+    settings = few(task="nlvr2", overrides={"pairing": "pair-attention"})
+    run, prepared = open_run("04_finetune", settings, name="tested-pairing"), prepare_task(settings)
+    finetune(run, prepared, settings)
+    again = load_task("tested-pairing")
+    assert again.pairing == "pair-attention" and isinstance(again.head, PairAttention)
+    examples = prepared.splits["val"]
+    assert evaluate_task(again, examples).predicted == evaluate_task(prepared.model, examples).predicted
+
+
+def test_new_words_of_a_task_get_rows_of_their_own(scenes):
+    base = narrow_model(scenes)
+    known = base.tokenizer.get_vocab()
+    grown = with_words_of(base, ["how many zebras are there?", "zebras"])
+    fresh = set(grown.tokenizer.get_vocab()) - set(known)
+    assert {"?", "zebras"} <= fresh and all(grown.tokenizer.get_vocab()[word] == known[word] for word in known)
+    assert grown.tokenizer.tokenize("zebras?") == ["zebras", "?"]
+    inputs = base.prepare(torch.zeros(1, 3, 96, 96, dtype=torch.uint8), [scenes[0].captions[0]]).forward
+    with torch.no_grad():
+        torch.testing.assert_close(grown(**inputs).cls, base(**inputs).cls, rtol=0, atol=0)
+    assert with_words_of(base, [scenes[0].captions[0]]) is base
+
+
+def test_the_learning_curve_is_the_score_on_the_step(scenes):
+    model = TaskModel(narrow_model(scenes), "nlvr1", ("False", "True")).train()
+    examples = load_examples(few(task="nlvr2")).splits["train"][:8]
+    examples = [Example(one.id, one.images[:1], one.text, "train", one.label) for one in examples]
+    batch = TaskBatches(examples, model, size=8, seed=0).batch(examples)
+    watched = Classification().watch(model, batch)
+    assert model.training and watched == {"training_score": evaluate_task(model, examples).scores.mean()}
 
 
 def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path, caplog):
@@ -131,7 +203,8 @@ def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path, 
     Image.new("RGB", (8, 8), (0, 50, 0)).save(other.with_name("train-2-0-img1.png"))
     with (folder / "train.json").open("a") as file:
         file.write(json.dumps(line | {"identifier": "train-2-0-0"}) + "\n")
-    splits = load_examples(finetune_settings(task="nlvr2", data=str(folder)))
+    splits, shared = load_examples(finetune_settings(task="nlvr2", data=str(folder)))
+    assert not shared
     assert [example.id for example in splits["train"]] == ["train-2-0-0"]
     assert "1 training examples are about images of val or test" in caplog.text
 

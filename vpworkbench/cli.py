@@ -130,18 +130,32 @@ def scenes(
 
 @app.command()
 def doctor(
-    path: Annotated[str, typer.Argument(help="a set's folder, an annotation file, or easy-vqa")],
-    text_tokens: Annotated[int, typer.Option(help="longest text in tokens")] = 40,
-    answer_count: Annotated[int, typer.Option(help="VQA: how often an answer is seen in training to be known")] = 9,
+    path: Annotated[str, typer.Argument(help="an annotation file, a folder with any number of them, or easy-vqa")],
+    place: Annotated[
+        list[str] | None, typer.Option(help="folder or zip of images; repeatable; default: beside the annotations")
+    ] = None,
     images: Annotated[bool, typer.Option(help="decode every image, or only see that it is there")] = True,
+    task: Annotated[str, typer.Option(help="of a csv or jsonl: vqa, nlvr1, nlvr2, snli-ve; told by its labels")] = "",
+    text_tokens: Annotated[int, typer.Option(help="longest text in tokens, [CLS] and [SEP] included", min=3)] = 40,
+    tokenizer: Annotated[
+        str, typer.Option(help="minilm, a BERT's or a checkpoint's folder; default: built from the training texts")
+    ] = "",
+    answer_count: Annotated[int, typer.Option(help="VQA: how often an answer is seen in training to be known")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 where it has errors."""
     import json
 
+    from vpworkbench.config import SettingsError, nearest
     from vpworkbench.data.doctor import diagnose
+    from vpworkbench.data.task_formats import LABELS
 
-    found = diagnose(path, text_tokens=text_tokens, answer_count=answer_count, images=images, progress=_line)
+    if task and task not in LABELS:
+        raise SettingsError(f"--task {task}: no such task{nearest(task, LABELS)} (known: {', '.join(LABELS)})")
+    found = diagnose(
+        path, images=images, places=place or (), task=task,
+        text_tokens=text_tokens, tokenizer=tokenizer, answer_count=answer_count,
+    )  # fmt: skip
     print(json.dumps(found.to_json(), indent=2) if as_json else found)
     if not found.is_sound:
         raise typer.Exit(1)
@@ -267,6 +281,38 @@ def _told() -> Iterator[None]:
         number, *message = stop.args or (2,)
         print(*message, end="\n" if message else "", file=sys.stderr)
         raise typer.Exit(128 + number) from None
+
+
+@bench.command("retrieval")
+def bench_retrieval(
+    preset: Annotated[str, typer.Option(help="whose sizes are measured")] = "ablation-224",
+    images: Annotated[int, typer.Option(help="images of the matrix that a turn computes", min=1)] = 4,
+    captions: Annotated[int, typer.Option(help="captions of that matrix", min=1)] = 100,
+    repeats: Annotated[int, typer.Option(help="turns that every route takes", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    partial_images: Annotated[
+        int, typer.Option(help="cuda: images scored with 5,000 captions at paper-384's sizes", min=1)
+    ] = 32,
+) -> None:
+    """Scoring all pairs against the plain loop over pairs: JSON and a figure. On a GPU also Flickr30k's test time."""
+    from vpworkbench.bench_retrieval import retrieval_bench, write_report
+    from vpworkbench.runs import run_folder
+    from vpworkbench.train import pick_device
+
+    kind = pick_device(device).type
+    result = retrieval_bench(
+        name=preset, images=images, captions=captions, repeats=repeats, device=kind,
+        partial=("paper-384", partial_images, 5_000) if kind == "cuda" else None, progress=_line,
+    )  # fmt: skip
+    page = write_report(result, run_folder("bench", "retrieval"))
+    for route, rate in result["pairs_per_s"].items():
+        print(f"{route:12} {rate:10.3g} pairs/s, {result['ratio'][route]:.2f} times naive")
+    print(f"largest difference of scores {result['largest_difference']:.1e}")
+    if part := result.get("partial"):
+        print(f"{part['preset']}: {part['pairs_per_s']:.0f} pairs/s, {part['images']} images x {part['captions']} "
+              f"captions in {part['seconds']:.0f} s; 1,000 x 5,000 at that rate: {part['extrapolated_minutes']:.1f} "
+              "minutes")  # fmt: skip
+    print(page)
 
 
 def _line(what: str, done: int, total: int) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vpworkbench.config import CompareSettings
-from vpworkbench.data.formats import load_splits
 from vpworkbench.data.records import Picture
+from vpworkbench.data.splits import load_splits
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import load_run
 from vpworkbench.probes import modality_masks

@@ -3,142 +3,74 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from sklearn.feature_extraction.text import CountVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from vpworkbench.config import FinetuneSettings
-from vpworkbench.data.batches import stack_files
-from vpworkbench.data.formats import image_contents, scenes_folder
-from vpworkbench.data.records import DataError, Example, ImageFile
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
-from vpworkbench.metrics import normalised_answer
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_model, load_run
+from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.splits import load_examples
+from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
+from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 from vpworkbench.runs import Run
-from vpworkbench.tasks import (
-    Classification,
-    TaskBatches,
-    TaskModel,
-    TaskResult,
-    evaluate_task,
-    score,
-    task_labels,
-    without,
-)
+from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
 from vpworkbench.train import fit
 
 log = logging.getLogger(__name__)
 
-FILES = {
-    "nlvr2": {"train": "train.json", "val": "dev.json", "test": "test1.json"},
-    "snli-ve": {"train": "snli_ve_train.jsonl", "val": "snli_ve_dev.jsonl", "test": "snli_ve_test.jsonl"},
-}
-
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A run's examples and model, ready to train."""
+    """A run's examples (of retrieval its captioned pictures) and model, ready to train.
 
-    splits: dict[str, list[Example]]
-    model: TaskModel
-
-
-def load_examples(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    """`train`, `val` and `test` of a task; training examples whose image an evaluation split holds are dropped.
-
-    `data` is `scenes`, `easy-vqa`, or the folder of the original files: VQA v2's questions and annotations,
-    `train.json` / `dev.json` / `test1.json` of NLVR2, `dev.json` / `test.json` of NLVR v1, `snli_ve_*.jsonl`.
-
-    Raises
-    ------
-    DataError
-        For files that are missing or broken, or a split without examples that training needs.
+    Attributes
+    ----------
+    shared : frozenset of str
+        Ids of test examples about an image that the release has in training or validation too.
     """
-    splits = _read_splits(settings)
-    content = image_contents(image for examples in splits.values() for example in examples for image in example.images)
-    held_out = {content[image] for split in ("val", "test") for example in splits[split] for image in example.images}
-    kept = [example for example in splits["train"] if not any(content[image] in held_out for image in example.images)]
-    if dropped := len(splits["train"]) - len(kept):
-        log.warning("%d training examples are about images of val or test: dropped", dropped)
-    splits["train"] = kept
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
-    return splits
 
+    splits: dict[str, list[Example]] | dict[str, list[Picture]]
+    model: TaskModel
+    shared: frozenset[str] = frozenset()
 
-def _read_splits(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    if settings.data == "easy-vqa":
-        return _easy_vqa()
-    folder = Path(settings.data).expanduser()
-    if settings.data == "scenes":
-        folder = write_scenes(scenes_folder(settings.scenes), settings.scenes)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; `data` takes 'scenes', 'easy-vqa' or the folder of a task's files")
-    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
-    if settings.task == "nlvr1":
-        for example in read_nlvr1(folder):
-            splits[example.split].append(example)
-    elif settings.task == "vqa":
-        for split in splits:
-            splits[split] = _vqa(folder, split)
-    else:
-        inner = folder / "nlvr2" if settings.task == "nlvr2" and (folder / "nlvr2").is_dir() else folder
-        for split, name in FILES[settings.task].items():
-            if not (inner / name).exists():
-                log.warning("%s: not there, so no %s", inner / name, split)
-            elif settings.task == "nlvr2":
-                splits[split] = read_nlvr2(inner / name, split=split)
-            else:
-                splits[split] = read_snli_ve(inner / name, split=split, premise=settings.premise)
-    return splits
+    def preview(self, split: str = "val", count: int = 4) -> list[str]:
+        """The first examples in words, each with what is right of it."""
+        return [
+            f"  {one.text}  ->  {one.label or one.answers[0]}" if isinstance(one, Example)
+            else f"  {one.id}  <->  {' | '.join(one.captions)}"
+            for one in self.splits[split][:count]
+        ]  # fmt: skip
 
-
-def _vqa(folder: Path, split: str) -> list[Example]:
-    found = sorted(folder.glob(f"v2_OpenEnded_*_{split}*_questions.json"))
-    if not found:
-        return []
-    annotations = folder / found[0].name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    return read_vqa(found[0], annotations if annotations.exists() else None, split=split)
-
-
-def _easy_vqa() -> dict[str, list[Example]]:
-    """A tenth of the training images, by their number, validates: the package has no such split."""
-    training = read_easy_vqa("train")
-    held = [int(Path(example.images[0].name).stem) % 10 == 0 for example in training]
-    return {
-        "train": [example for example, out in zip(training, held, strict=True) if not out],
-        "val": [example for example, out in zip(training, held, strict=True) if out],
-        "test": read_easy_vqa("test"),
-    }
+    def test_summary(self, result: TaskResult | RetrievalResult, *, seed: int = 0) -> dict[str, float]:
+        """The test score; where the release shares images between splits, the score without those examples too."""
+        examples = self.splits["test"]
+        if not examples:
+            return {}
+        summary = result.summary(examples, seed=seed)
+        if not self.shared:
+            return summary
+        kept = [number for number, example in enumerate(examples) if example.id not in self.shared]
+        rest = [examples[number] for number in kept]
+        unshared = result._replace(scores=result.scores[kept]).summary(rest, seed=seed)
+        return summary | {f"{key}_unshared": value for key, value in unshared.items()} | {"shared": len(self.shared)}
 
 
 def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     """Read the examples, load the start and put the head on; all that can be refused is refused here."""
-    splits = load_examples(settings)
+    splits, shared = load_examples(settings)
     base, trained = load_run(settings.checkpoint)
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
     torch.manual_seed(settings.seed)
+    training = splits["train"]
+    texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]
+    if not trained.init_text:  # a BERT's own vocabulary spells every word
+        base = with_words_of(base, texts)
+    base.words.check(texts, source=settings.data)
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
-    model = TaskModel(base, settings.task, labels)
-    lacking = model.lacking()
-    try:
-        model.words.check([without(example.text, lacking) for example in splits["train"]], source=settings.data)
-    except DataError as error:  # the vocabulary came with the checkpoint: say so, and go on
-        log.warning("%s", str(error).split(";")[0])
-    return PreparedTask(splits, model)
+    return PreparedTask(splits, TaskModel(base, settings.task, labels, pairing=settings.pairing), shared)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
@@ -146,8 +78,12 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     train = settings.train
     if train.processes > 1 and not launched():
         launch(train.processes, run.folder.parent.name, run.folder.name)
-    batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
-    return fit(prepared.model, Classification(), batches, run, optim=settings.optim, train=train, seed=settings.seed,
+    objective, batches = Classification(), None
+    if settings.task == "retrieval":
+        objective, batches = Matching(), pair_batches(prepared, settings)
+    else:
+        batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
+    return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,
                workers=settings.workers, what=f"fine-tuning, {settings.task}")  # fmt: skip
 
 
@@ -156,73 +92,30 @@ def train_run(run: Run, settings: FinetuneSettings) -> int:
     return finetune(run, prepare_task(settings), settings)
 
 
-def baselines(
-    prepared: PreparedTask,
-    settings: FinetuneSettings,
-    split: str,
-    *,
-    most: int = 4_000,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, TaskResult]:
-    """The most frequent label, and logistic regressions on the text alone and on the image alone.
+def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> RetrievalBatches:
+    """The training pairs of retrieval."""
+    return RetrievalBatches(
+        prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
+        image_px=prepared.model.base.settings.visual.image_px, negatives=settings.retrieval.negatives,
+        flip=settings.retrieval.flip,
+    )  # fmt: skip
 
-    Parameters
-    ----------
-    most : int
-        Training examples that the regressions see, at most.
+
+def evaluate_split(
+    run: Run, prepared: PreparedTask, settings: FinetuneSettings, split: str
+) -> TaskResult | RetrievalResult:
+    """The official score of a split; its predictions are left in the run's folder.
+
+    Of retrieval the score matrix is kept there too: where it was stopped, it goes on.
     """
-    task, examples = settings.task, prepared.splits[split]
-    rng = np.random.default_rng(settings.seed)
-    training = prepared.splits["train"]
-    training = [training[number] for number in rng.permutation(len(training))[:most]]
-    labels = [_label(example) for example in training]
-    frequent = Counter(map(_label, prepared.splits["train"])).most_common(1)[0][0]
-    text = make_pipeline(
-        CountVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b"), LogisticRegression(max_iter=500)
-    )
-    text.fit([example.text for example in training], labels)
-    base = prepared.model.base
-    features = image_features(base, [example.images for example in [*training, *examples]], progress=progress)
-    image = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    image.fit(features[: len(training)], labels)
-    told = {
-        "most frequent": [frequent] * len(examples),
-        "text only": list(text.predict([example.text for example in examples])),
-        "image only": list(image.predict(features[len(training) :])),
-    }
-    found = {}
-    for name, predictions in told.items():
-        predicted = {example.id: str(label) for example, label in zip(examples, predictions, strict=True)}
-        found[name] = TaskResult(task, score(task, examples, predicted), predicted)
-    return found
-
-
-def _label(example: Example) -> str:
-    """The label, or what most people answered."""
-    if example.label is not None:
-        return example.label
-    return Counter(map(normalised_answer, example.answers)).most_common(1)[0][0]
-
-
-@torch.no_grad()
-def image_features(
-    model: VisualParsingModel,
-    images: Sequence[tuple[ImageFile, ...]],
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> np.ndarray:
-    """Mean and largest visual features of each example's images, side by side; (example, feature)."""
-    files = list(dict.fromkeys(image for group in images for image in group))
-    pooled: dict[ImageFile, np.ndarray] = {}
-    for start in range(0, len(files), 64):
-        part = files[start : start + 64]
-        pixels = stack_files(part, model.settings.visual.image_px).to(model.device)
-        features = model.eval().visual(pixels).features
-        both = torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1).cpu().numpy()
-        pooled |= dict(zip(part, both, strict=True))
-        if progress:
-            progress("reading images", min(start + 64, len(files)), len(files))
-    return np.stack([np.concatenate([pooled[image] for image in group]) for group in images])
+    model, examples = prepared.model, prepared.splits[split]
+    if settings.task == "retrieval":
+        result = evaluate_retrieval(model, examples, pairs=settings.retrieval.pairs, bf16=settings.train.bf16,
+                                    file=run.folder / f"scores-{split}.npy", progress=run.progress)  # fmt: skip
+    else:
+        result = evaluate_task(model, examples, progress=run.progress)
+    result.save(run.folder / f"predictions-{split}.{'json' if settings.task == 'vqa' else 'csv'}")
+    return result
 
 
 def load_task(checkpoint: str | Path) -> TaskModel:
@@ -240,16 +133,3 @@ def load_task(checkpoint: str | Path) -> TaskModel:
         if (folder / "task.json").exists():
             return TaskModel.from_pretrained(folder)
     return TaskModel.from_pretrained(place)
-
-
-__all__ = [
-    "PreparedTask",
-    "baselines",
-    "evaluate_task",
-    "finetune",
-    "image_features",
-    "load_examples",
-    "load_task",
-    "prepare_task",
-    "train_run",
-]

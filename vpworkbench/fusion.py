@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import BertConfig, BertModel
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -90,16 +91,40 @@ class Fusion(nn.Module):
         tuple of Tensor, (example, word + vision, d)
             The embedding, then the output of each layer.
         """
+        hidden, mask = self._embedded(words, word_tokens, vision)
+        states = [hidden]
+        for layer in self.bert.encoder.layer:
+            states.append(layer(states[-1], mask))
+        return tuple(states)
+
+    def cls(self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None) -> Tensor:
+        """The last layer's output at [CLS], (example, d): that of `forward`, for less work.
+
+        The last layer answers one query instead of all: a fifth of a pass less with three layers.
+        """
+        hidden, mask = self._embedded(words, word_tokens, vision)
+        *layers, last = self.bert.encoder.layer
+        for layer in layers:
+            hidden = layer(hidden, mask)
+        attention = last.attention.self
+        query, key, value = (
+            states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+            for states in (attention.query(hidden[:, :1]), attention.key(hidden), attention.value(hidden))
+        )
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if mask is None else mask[:, :, :1],
+            dropout_p=attention.dropout.p if self.training else 0.0,
+        )  # fmt: skip
+        attended = last.attention.output(mixed.transpose(1, 2).flatten(2), hidden[:, :1])
+        return last.feed_forward_chunk(attended)[:, 0]
+
+    def _embedded(self, words: Tensor, word_tokens: Tensor, vision: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The joint sequence, and the mask of its padding; None where there is none."""
         hidden = self.bert.embeddings(input_ids=words)
         tokens = word_tokens
         if vision is not None:
             hidden = torch.cat([hidden, vision], dim=1)
             tokens = torch.cat([tokens, tokens.new_ones(vision.shape[:2])], dim=1)
         if self.bert.config._attn_implementation == "sdpa":
-            mask = tokens[:, None, None]  # the same; transformers asks first if nothing is padded: a GPU is waited for
-        else:
-            mask = create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
-        states = [hidden]
-        for layer in self.bert.encoder.layer:
-            states.append(layer(states[-1], mask))
-        return tuple(states)
+            return hidden, tokens[:, None, None]  # transformers asks first if nothing is padded: a GPU is waited for
+        return hidden, create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)

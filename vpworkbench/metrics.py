@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -85,6 +85,12 @@ def answer_targets(given: Sequence[str]) -> dict[str, float]:
     """Soft targets of one question: each normalised answer with its official score."""
     tidy = [normalised_answer(text) for text in given]
     return {answer: _leave_one_out(tidy, answer) for answer in dict.fromkeys(tidy)}
+
+
+def most_given(given: Sequence[str]) -> str:
+    """What most people answered, normalised; of equals the one written first, and nothing where there is none."""
+    counts = Counter(map(normalised_answer, given))
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 def _leave_one_out(given: Sequence[str], answer: str) -> float:

@@ -222,7 +222,7 @@ class VisualParsingModel(nn.Module):
             For a missing folder, another architecture, a pickle, a truncated or an unfitting file.
         """
         folder = Path(folder)
-        settings = _read_settings(folder)
+        _read_settings(folder)
         weights = folder / "model.safetensors"
         if not weights.exists():
             pickles = [
@@ -230,7 +230,7 @@ class VisualParsingModel(nn.Module):
             ]
             hint = f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors" if pickles else ""
             raise CheckpointError(f"{weights}: no such file{hint}")
-        model = cls(settings, BertTokenizerFast.from_pretrained(folder, local_files_only=True))
+        model = cls.unloaded(folder)
         try:
             missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
         except (SafetensorError, RuntimeError, OSError) as error:
@@ -242,6 +242,12 @@ class VisualParsingModel(nn.Module):
                 f"{weights}: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}; a file of another model?"
             )
         return model.to(device).eval()
+
+    @classmethod
+    def unloaded(cls, folder: str | Path) -> VisualParsingModel:
+        """The model of a checkpoint with random weights."""
+        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return cls(_read_settings(Path(folder)), tokenizer)
 
 
 def _read_settings(folder: Path) -> ModelSettings:

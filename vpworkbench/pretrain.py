@@ -19,9 +19,9 @@ from transformers import BertTokenizerFast
 from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
 from vpworkbench.data.batches import Batch, GroupBatches
 from vpworkbench.data.cache import PixelCache
-from vpworkbench.data.formats import cache_root, load_splits
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.splits import cache_root, load_splits
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
     hide_pixels,
@@ -49,7 +49,11 @@ def build_tokenizer(texts: Iterable[str], init_text: str = "") -> BertTokenizerF
     """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone."""
     if init_text:
         return bert_tokenizer(init_text)
-    tokenizer = BertWordPieceTokenizer(vocab=build_vocabulary(texts), lowercase=True)
+    return _tokenizer_of(build_vocabulary(texts))
+
+
+def _tokenizer_of(vocabulary: Mapping[str, int]) -> BertTokenizerFast:
+    tokenizer = BertWordPieceTokenizer(vocab=dict(vocabulary), lowercase=True)
     return BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
 
 
@@ -68,6 +72,28 @@ def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
     )
     entries = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
     return {entry: number for number, entry in enumerate(entries[:LARGEST_VOCABULARY])}
+
+
+def with_words_of(model: VisualParsingModel, texts: Iterable[str]) -> VisualParsingModel:
+    """The model with what its vocabulary lacks of `texts` behind it: captions ask no questions, a task has new words.
+
+    New rows of the embedding are drawn as the others once were; all else is kept.
+    """
+    known = model.tokenizer.get_vocab()
+    fresh = [entry for entry in build_vocabulary(texts) if entry not in known]
+    if not fresh:
+        return model
+    grown = VisualParsingModel(
+        model.settings, _tokenizer_of(known | {entry: len(known) + number for number, entry in enumerate(fresh)})
+    )
+    state = grown.state_dict()
+    for name, tensor in model.state_dict().items():
+        if state[name].shape == tensor.shape:
+            state[name] = tensor
+        else:
+            state[name][: len(known)] = tensor  # the word embedding and the bias over words
+    grown.load_state_dict(state)
+    return grown.to(model.device).eval()
 
 
 def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tuple[VisualParsingModel, list[KeyReport]]:

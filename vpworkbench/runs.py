@@ -142,6 +142,13 @@ class Run:
         figure.write_html(path, include_plotlyjs="directory")
         return path
 
+    def save_page(self, name: str, page: str) -> Path:
+        """Save an HTML page as `figures/<name>.html`."""
+        path = self.folder / "figures" / f"{_safe_name(name)}.html"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, page)
+        return path
+
 
 def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
     """The run folder of these settings: made with its `config.json`, or the one that is there.

@@ -1,6 +1,7 @@
 """Downstream tasks: a head on the fused [CLS], its loss, its official score (paper Sec. 4.2).
 
-VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated), SNLI-VE, and NLVR v1 as single-image true / false.
+VQA, NLVR2 (`pair`: two passes, both [CLS] concatenated; `pair-attention`: UNITER's), SNLI-VE, NLVR v1 as single-image
+true / false, and the decision that retrieval ranks by, match or not: `retrieval` has its batches, loss and metric.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,13 +31,16 @@ from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
 log = logging.getLogger(__name__)
 
-TaskName = Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
-TASKS: tuple[TaskName, ...] = ("vqa", "nlvr2", "nlvr1", "snli-ve")
+TaskName = Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
+TASKS: tuple[TaskName, ...] = ("vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval")
 LABELS = {
     "nlvr2": ("False", "True"),
     "nlvr1": ("False", "True"),
     "snli-ve": ("entailment", "neutral", "contradiction"),
+    "retrieval": ("unmatched", "matched"),
 }
+METRICS = {"vqa": "vqa_score", "nlvr2": "accuracy", "nlvr1": "accuracy", "snli-ve": "accuracy",
+           "retrieval": "mean_recall"}  # fmt: skip
 EVALUATED_AT_ONCE = 32
 
 
@@ -57,27 +61,78 @@ def task_labels(task: TaskName, training: Sequence[Example], *, least: int = 9) 
     return answers
 
 
+class PairAttention(nn.Module):
+    """UNITER's head for two images: each pass attends to the other, and a weighted mean of its tokens stands for it.
+
+    Parameters
+    ----------
+    width, heads : int
+        As in the fusion.
+    labels : int
+    """
+
+    def __init__(self, width: int, heads: int, labels: int, dropout: float) -> None:
+        super().__init__()
+        self.across = nn.ModuleList(nn.MultiheadAttention(width, heads, dropout, batch_first=True) for _ in range(2))
+        self.join = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Dropout(dropout))
+        self.weigh = nn.Linear(width, 1)
+        self.out = nn.Linear(2 * width, labels)
+
+    def forward(self, left: Tensor, right: Tensor, tokens: Tensor) -> Tensor:
+        """Logits, (example, label).
+
+        Parameters
+        ----------
+        left, right : Tensor, (example, token, d)
+            The fused sequences of the two passes.
+        tokens : bool Tensor, (example, token)
+            Real positions, the same in both: the text is.
+        """
+        pooled = []
+        for attend, own, other in zip(self.across, (left, right), (right, left), strict=True):
+            seen, _ = attend(own, other, other, key_padding_mask=~tokens, need_weights=False)
+            joined = self.join(torch.cat([seen, own], dim=-1))
+            shares = self.weigh(joined).masked_fill(~tokens[..., None], -torch.inf).softmax(dim=1)
+            pooled.append((shares * joined).sum(dim=1))
+        return self.out(torch.cat(pooled, dim=-1))
+
+
 class TaskModel(nn.Module):
     """A pre-trained model and the head of one task.
 
     Parameters
     ----------
     base
-        Its heads of pre-training go unused.
+        Its heads of pre-training go unused, but for retrieval, which starts from the ITM head (paper Sec. 4.2).
     labels : tuple of str
         In the order of the logits.
+    pairing
+        NLVR2: `pair` puts both [CLS] side by side, `pair-attention` is UNITER's `PairAttention`.
     """
 
-    def __init__(self, base: VisualParsingModel, task: TaskName, labels: Sequence[str]) -> None:
+    def __init__(
+        self,
+        base: VisualParsingModel,
+        task: TaskName,
+        labels: Sequence[str],
+        *,
+        pairing: Literal["pair", "pair-attention"] = "pair",
+    ) -> None:
         super().__init__()
-        self.base, self.task, self.labels = base, task, tuple(labels)
-        width, sides = base.settings.fusion.width, 2 if task == "nlvr2" else 1
+        self.base, self.task, self.labels, self.pairing = base, task, tuple(labels), pairing
+        fusion = base.settings.fusion
+        width, sides = fusion.width, 2 if task == "nlvr2" else 1
+        self.head: nn.Module
         if task == "vqa":
             self.head = nn.Sequential(
                 nn.Linear(width, 2 * width), nn.GELU(), nn.LayerNorm(2 * width), nn.Linear(2 * width, len(labels))
             )
+        elif task == "nlvr2" and pairing == "pair-attention":
+            self.head = PairAttention(width, fusion.heads, len(labels), fusion.dropout)
         else:
             self.head = nn.Linear(sides * width, len(labels))
+        if task == "retrieval":
+            self.head.load_state_dict(base.itm.state_dict())
 
     @property
     def words(self) -> Words:
@@ -99,21 +154,20 @@ class TaskModel(nn.Module):
         word_tokens : bool Tensor, (example, word)
         """
         visual = self.base.visual(images)
-        sides = [self.base.fuse(visual, words, word_tokens, image_index=side).cls for side in image_index.unbind(dim=1)]
-        return self.head(torch.cat(sides, dim=-1))
-
-    def lacking(self) -> frozenset[str]:
-        """Marks that the vocabulary lacks: captions, of which it was built, ask no questions."""
-        vocabulary = self.base.tokenizer.get_vocab()
-        return frozenset(mark for mark in string.punctuation if mark not in vocabulary)
+        sides = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in image_index.unbind(dim=1)]
+        if isinstance(self.head, PairAttention):
+            seen = word_tokens.new_ones(len(words), self.base.settings.visual.tokens)
+            left, right = (joint.last_hidden_state for joint in sides)
+            return self.head(left, right, torch.cat([word_tokens, seen], dim=1))
+        return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the base as `VisualParsingModel` does, the head beside it, and `task.json` with `label2ans`."""
+        """Write what `VisualParsingModel` does, the head among the weights, and `task.json` with `label2ans`."""
         folder = Path(folder)
         self.base.save_pretrained(folder)
-        save_file({name: value.contiguous().cpu() for name, value in self.head.state_dict().items()},
-                  folder / "head.safetensors")  # fmt: skip
-        content = {"task": self.task, "label2ans": list(self.labels)}
+        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()},
+                  folder / "model.safetensors")  # fmt: skip
+        content = {"task": self.task, "label2ans": list(self.labels), "pairing": self.pairing}
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -128,11 +182,12 @@ class TaskModel(nn.Module):
         folder = Path(folder)
         try:
             content = json.loads((folder / "task.json").read_text())
-            model = cls(VisualParsingModel.from_pretrained(folder), content["task"], content["label2ans"])
-            model.head.load_state_dict(load_file(folder / "head.safetensors"))
+            base = VisualParsingModel.unloaded(folder)
+            model = cls(base, content["task"], content["label2ans"], pairing=content["pairing"])
+            model.load_state_dict(load_file(folder / "model.safetensors"))
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"{folder}: no whole fine-tuned model ({error}); give a checkpoint of 04_finetune"
             ) from None
@@ -151,16 +206,11 @@ class TaskModel(nn.Module):
         if len(given) != sides:
             raise ValueError(f"{self.task} takes {sides} images, not {len(given)}")
         pixels = stack_files([_as_file(image) for image in given], self.base.settings.visual.image_px)
-        words, word_tokens = self.words.tensors([without(text, self.lacking())])
+        words, word_tokens = self.words.tensors([text])
         index = torch.arange(sides)[None]
         logits = self.eval()(*(part.to(self.device) for part in (pixels, index, words, word_tokens)))[0]
         shares = (logits.sigmoid() if self.task == "vqa" else logits.softmax(dim=-1)).tolist()
         return dict(sorted(zip(self.labels, shares, strict=True), key=lambda pair: -pair[1]))
-
-
-def without(text: str, marks: frozenset[str]) -> str:
-    """The text with these marks left out."""
-    return "".join(letter for letter in text if letter not in marks)
 
 
 def _as_file(image: Any) -> Any:
@@ -179,6 +229,11 @@ class TaskBatch:
     words: Tensor
     word_tokens: Tensor
     targets: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `TaskModel` takes."""
+        return self.images, self.image_index, self.words, self.word_tokens
 
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch on a device."""
@@ -203,7 +258,6 @@ class TaskBatches(Dataset):
         self.words, self.image_px = model.words, model.base.settings.visual.image_px
         self.task, self.labels = model.task, model.labels
         self.steps_per_epoch = len(examples) / size
-        self._lacking = model.lacking()
         self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     def __getitem__(self, step: int) -> TaskBatch:
@@ -222,7 +276,7 @@ class TaskBatches(Dataset):
         """These examples."""
         files = list(dict.fromkeys(image for example in examples for image in example.images))
         rows = {image: row for row, image in enumerate(files)}
-        words, word_tokens = self.words.tensors([without(example.text, self._lacking) for example in examples])
+        words, word_tokens = self.words.tensors([example.text for example in examples])
         return TaskBatch(
             images=stack_files(files, self.image_px),
             image_index=torch.tensor([[rows[image] for image in example.images] for example in examples]),
@@ -251,15 +305,22 @@ class Classification:
         return {"loss": len(batch.words)}
 
     def losses(self, model: TaskModel, batch: TaskBatch) -> dict[str, Tensor]:
-        logits = model(batch.images, batch.image_index, batch.words, batch.word_tokens).float()
+        logits = model(*batch.inputs).float()
         if model.task == "vqa":
             loss = functional.binary_cross_entropy_with_logits(logits, batch.targets.to(logits), reduction="sum")
         else:
             loss = functional.cross_entropy(logits, batch.targets, reduction="sum")
         return {"loss": loss}
 
+    @torch.no_grad()
     def watch(self, model: TaskModel, batch: TaskBatch) -> dict[str, float]:
-        return {}
+        """Score of the first examples of the step, for the learning curve."""
+        training = model.training
+        few = batch.micro_batches(max(1, len(batch.words) // EVALUATED_AT_ONCE))[0]
+        best = model.eval()(*few.inputs).argmax(dim=-1)
+        model.train(training)
+        right = few.targets.gather(1, best[:, None]) if model.task == "vqa" else best == few.targets
+        return {"training_score": right.float().mean().item()}
 
 
 class TaskResult(NamedTuple):
@@ -280,6 +341,16 @@ class TaskResult(NamedTuple):
     def interval(self, *, seed: int = 0) -> Interval:
         """Mean score with its bootstrap 95% interval."""
         return bootstrap_interval(self.scores, seed)
+
+    def summary(self, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
+        """The task's score with its interval; of NLVR2 the consistency too."""
+        mean, low, high, _ = (float(part) for part in self.interval(seed=seed))
+        name = METRICS[self.task]
+        summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
+        if self.task == "nlvr2":
+            labels = {example.id: example.label for example in examples if example.label}
+            summary["consistency"] = consistency(self.predicted, labels)
+        return summary
 
     def save(self, path: str | Path) -> None:
         """Write the predictions in the task's submission format: VQA's result json, else csv of id and label."""
@@ -307,7 +378,7 @@ def evaluate_task(
     for start in range(0, len(examples), EVALUATED_AT_ONCE):
         part = examples[start : start + EVALUATED_AT_ONCE]
         batch = batches.batch(part).to(model.device)
-        best = model(batch.images, batch.image_index, batch.words, batch.word_tokens).argmax(dim=-1)
+        best = model(*batch.inputs).argmax(dim=-1)
         predicted |= {example.id: model.labels[label] for example, label in zip(part, best.tolist(), strict=True)}
         if progress:
             progress("evaluating", min(start + EVALUATED_AT_ONCE, len(examples)), len(examples))
@@ -322,14 +393,3 @@ def score(task: TaskName, examples: Sequence[Example], predicted: dict[str, str]
         ])  # fmt: skip
     right = accuracy([predicted[example.id] for example in examples], [example.label or "" for example in examples])
     return np.where([example.label is None for example in examples], np.nan, right)
-
-
-def summary_of(result: TaskResult, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
-    """The task's score with its interval; of NLVR2 the consistency too."""
-    mean, low, high, _ = (float(part) for part in result.interval(seed=seed))
-    name = "vqa_score" if result.task == "vqa" else "accuracy"
-    summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
-    if result.task == "nlvr2":
-        labels = {example.id: example.label for example in examples if example.label}
-        summary["consistency"] = consistency(result.predicted, labels)
-    return summary

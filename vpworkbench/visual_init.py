@@ -20,10 +20,11 @@ from torch.utils.data import Dataset
 
 from vpworkbench.config import VisualInitSettings
 from vpworkbench.data.batches import stack_images
-from vpworkbench.data.formats import read_pictures, scenes_folder
+from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import COLOURS, SHAPES
+from vpworkbench.data.splits import scenes_folder
 from vpworkbench.runs import Run
 from vpworkbench.train import fit
 from vpworkbench.visual import build_visual

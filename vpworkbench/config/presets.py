@@ -9,6 +9,7 @@ from vpworkbench.config.settings import (
     MaskSettings,
     OptimSettings,
     PretrainSettings,
+    RetrievalSettings,
     TrainSettings,
     VisualSettings,
 )
@@ -60,10 +61,11 @@ PRESETS: dict[str, PretrainSettings] = {
 
 _TINY_TASK = {
     "optim": OptimSettings(lr_visual=1e-4, lr_fusion=5e-4, warmup=50, decay_at=(0.6, 0.85)),
-    "train": TrainSettings(epochs=4, images=32),
+    "train": TrainSettings(steps=1_000, images=32),
 }
 TASK_PRESETS: dict[str, dict[str, dict[str, Settings]]] = {
-    "tiny": {task: _TINY_TASK for task in ("vqa", "nlvr2", "nlvr1", "snli-ve")},
+    "tiny": {task: _TINY_TASK for task in ("vqa", "nlvr2", "nlvr1", "snli-ve")}
+    | {"retrieval": _TINY_TASK | {"retrieval": RetrievalSettings(search_images=100)}},
     "paper": {
         "vqa": {
             "optim": OptimSettings(decay_at=(65 / 100, 75 / 100)),
@@ -80,6 +82,10 @@ TASK_PRESETS: dict[str, dict[str, dict[str, Settings]]] = {
         "snli-ve": {
             "optim": OptimSettings(lr_visual=5e-5, decay_at=(15 / 25, 20 / 25, 23 / 25)),
             "train": TrainSettings(epochs=25, images=512, accumulate=64),
+        },
+        "retrieval": {
+            "optim": OptimSettings(lr_visual=5e-5, decay_at=(5 / 10,), decay=0.5),
+            "train": TrainSettings(epochs=10, images=32, accumulate=4),
         },
     },
 }

@@ -83,11 +83,16 @@ class ModelSettings(Settings):
     text_tokens: int = Field(ge=4)
 
 
+Places = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
+
+
 class DataSettings(Settings):
     """Which images and texts, and how a batch of groups is made from them (paper Sec. 4.1)."""
 
-    sets: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
-        ("scenes",), min_length=1, description="'scenes', or folders / annotation files of real sets"
+    sets: Places = Field(("scenes",), min_length=1, description="'scenes', or folders / annotation files of real sets")
+    images: Places = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    exclude: Places = Field(
+        (), description="more folders / annotation files, of tasks too, whose val and test images are not trained on"
     )
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
@@ -244,7 +249,7 @@ class ProbeSettings(Settings):
 class CompareSettings(Settings):
     """Which models are compared, on which held-out pictures."""
 
-    models: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
+    models: Places = Field(
         ("",),
         min_length=1,
         description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
@@ -254,17 +259,38 @@ class CompareSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
+class RetrievalSettings(Settings):
+    """Image-text retrieval: the pairs that are trained on, and what is searched (paper Sec. 4.2, Table 4)."""
+
+    negatives: int = Field(2, ge=1, description="unmatched captions of each image, from its batch")
+    flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
+    search_images: int = Field(0, ge=0, description="the first images of val, and of test, are searched; 0: all")
+    pairs: int = Field(512, ge=1, description="pairs in one pass of the fusion when scoring; thousands on a GPU")
+
+
 class FinetuneSettings(Settings):
     """Everything that decides a fine-tuning run (paper Sec. 4.2)."""
 
-    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve"]
+    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
     preset: str = "tiny"
-    data: Place = Field("scenes", description="'scenes', 'easy-vqa', or the folder of the task's original files")
+    data: Place = Field(
+        "scenes",
+        description="'scenes', 'easy-vqa', the folder of the task's files, or one file; retrieval: any captioned set",
+    )
+    images: Places = Field((), description="folders and zips of the images; empty: beside each annotation file")
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
+    pairing: Literal["pair", "pair-attention"] = Field(
+        "pair",
+        description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
+    )
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
+    retrieval: RetrievalSettings = Field(
+        RetrievalSettings(),
+        exclude_if=lambda value: value == RetrievalSettings(),  # other tasks' runs keep their hash
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()

@@ -7,27 +7,30 @@ sets as published have them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import combinations, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from vpworkbench.data.formats import image_contents, read_pictures
-from vpworkbench.data.records import DataError, Example, ImageFile, Picture, collected_faults
-from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr2, read_snli_ve, read_vqa
-from vpworkbench.metrics import answer_targets
+from tqdm.auto import tqdm
 
-SHOWN = 20
-SPLIT_OF = {"train": "train", "val": "val", "dev": "val", "test": "test", "test1": "test", "test2": "test"}
+from vpworkbench.data.files import (
+    Annotations,
+    Places,
+    UnknownFormatError,
+    annotation_files,
+    open_annotations,
+)
+from vpworkbench.data.formats import read_captioned
+from vpworkbench.data.records import DataError, ImageFile, Picture, collected_findings
+from vpworkbench.data.splits import Record, image_contents, images_of, photographs
+from vpworkbench.data.tables import TRUE_FALSE
+from vpworkbench.data.task_formats import ENTAILMENT, read_any, read_easy_vqa, read_examples, read_table
+from vpworkbench.metrics import normalised_answer
 
-
-class _Record(NamedTuple):
-    """What every kind of record has."""
-
-    split: str
-    images: tuple[ImageFile, ...]
-    texts: tuple[str, ...]
-    answers: tuple[str, ...] = ()
+SPLIT_NAMES = ("train", "val", "test")
 
 
 @dataclass
@@ -37,15 +40,18 @@ class Diagnosis:
     Attributes
     ----------
     tables : dict
-        For each kind of record (captions, vqa, nlvr2, snli-ve) and split: counts.
+        For each format (a table of one's own: with its task) and split: counts.
     errors, warnings : list of str
-        Each names the file and the record.
+        Each error names the file and the record.
+    unread : list of str
+        Files that are no annotations of a known format.
     """
 
     path: str
     tables: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
@@ -57,40 +63,49 @@ class Diagnosis:
         return asdict(self) | {"sound": self.is_sound}
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {'sound' if self.is_sound else f'{len(self.errors)} errors'}"]
+        """Everything, the summary last: it stays in sight where the list is long."""
+        lines = []
+        for name, found in (("error", self.errors), ("warning", self.warnings), ("not read", self.unread)):
+            lines += [f"{name}: {text}" for text in found]
         for kind, splits in self.tables.items():
-            columns = list(next(iter(splits.values()), {}))
-            lines.append(f"\n{kind:10}" + "".join(f"{column:>20}" for column in columns))
-            lines += [
-                f"  {split:8}" + "".join(f"{row[column]:>20,}" for column in columns) for split, row in splits.items()
-            ]
-        for name, found in (("errors", self.errors), ("warnings", self.warnings)):
-            lines += [f"\n{len(found)} {name}"] if found else []
-            lines += [f"  {text}" for text in found[:SHOWN]]
-            lines += [f"  ... and {len(found) - SHOWN} more (--json lists all)"] if len(found) > SHOWN else []
-        return "\n".join(lines)
+            columns = list(dict.fromkeys(column for row in splits.values() for column in row))
+            lines.append(f"\n{kind:20}" + "".join(f"{column.replace('_', ' '):>16}" for column in columns))
+            for split, row in splits.items():
+                cells = (f"{row[column]:,}" if column in row else "" for column in columns)
+                lines.append(f"  {split:18}" + "".join(f"{cell:>16}" for cell in cells))
+        counts = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
+        return "\n".join([*lines, f"\n{self.path}: {'sound' if self.is_sound else 'not sound'}, {counts}"])
 
 
 def diagnose(
     path: str | Path,
     *,
-    text_tokens: int = 40,
-    answer_count: int = 9,
     images: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    places: Places = (),
+    task: str = "",
+    text_tokens: int = 40,
+    tokenizer: str = "",
+    answer_count: int = 9,
 ) -> Diagnosis:
     """Examine a set: every record, every image, the splits against each other.
 
     Parameters
     ----------
     path
-        A set's folder, one of its annotation files, or `easy-vqa`.
-    text_tokens : int
-        Longest text; words and punctuation are counted, of which a tokenizer makes at least as many tokens.
-    answer_count : int
-        VQA: how often an answer must be seen in training to be in the vocabulary.
+        An annotation file, a folder with any number of them, or `easy-vqa`.
     images : bool
         Decode every image; else only see that it is there.
+    places
+        Folders and zips of images; empty: those beside each annotation file.
+    task : str
+        What a table of one's own is for; empty: told by its labels.
+    text_tokens : int
+        Longest text in tokens, [CLS] and [SEP] included.
+    tokenizer : str
+        `minilm`, or the folder of a BERT or of a checkpoint; empty: a vocabulary of the training texts, as a run
+        without `init_text` builds it.
+    answer_count : int
+        VQA: how often an answer must be seen in training to be in the vocabulary.
 
     Raises
     ------
@@ -98,128 +113,190 @@ def diagnose(
         Only if there is nothing to examine.
     """
     found = Diagnosis(str(path))
-    with collected_faults() as faults:
-        kinds = _read(path, found)
-    found.errors += faults
+    kinds = _read(path, places, task, found)
     if not kinds and not found.errors:
-        raise DataError(f"{path}: no set of a known format there; name an annotation file")
+        unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
+        raise DataError(f"{path}: no set of a known format there; name an annotation file{unread}")
+    files = dict.fromkeys(image for records in kinds.values() for record in records for image in images_of(record))
+    readable = _readable(list(files), images, found)
+    content = image_contents(readable)
     for kind, records in kinds.items():
-        found.tables[kind] = _table(records, text_tokens)
-        _compare_splits(kind, records, found)
-        if kind == "vqa":
-            _look_at_answers(records, answer_count, found)
-    if images:
-        _open_all([record for records in kinds.values() for record in records], found, progress)
+        table = found.tables[kind] = _table(records)
+        _count_longer(records, table, kind, text_tokens, tokenizer, found)
+        _compare(records, kind, {image: content.get(image, image) for image in files}, found)
+        if any(getattr(record, "answers", ()) for record in records):
+            _count_unanswerable(records, table, kind, answer_count, found)
     return found
 
 
-def _read(path: str | Path, found: Diagnosis) -> dict[str, list[_Record]]:
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, list[Record]]:
     if str(path) == "easy-vqa":
-        examples = read_easy_vqa("train") + read_easy_vqa("test")
-        return {"vqa": [_of_example(example) for example in examples]}
+        return {"vqa": [*read_easy_vqa("train"), *read_easy_vqa("test")]}
     place = Path(path).expanduser()
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")
-    files = sorted(place.rglob("*.json*")) if place.is_dir() else [place]
-    kinds: dict[str, list[_Record]] = defaultdict(list)
-    for file in files:
-        try:
-            for kind, records in _read_file(file):
+    kinds: dict[str, list[Record]] = defaultdict(list)
+    files = annotation_files(place)
+    for file in tqdm(files, "reading records", unit=" files", delay=2):
+        with collected_findings() as findings:
+            try:
+                kind, records = _read_file(open_annotations(file), places, task)
                 kinds[kind] += records
-        except DataError as error:
-            found.errors.append(str(error))
-    return dict(kinds)
+            except UnknownFormatError as error:
+                if file == place:
+                    raise
+                found.unread.append(str(error).split(":")[0])
+            except DataError as error:
+                findings.faults.append(str(error))
+        found.errors += findings.faults
+        found.warnings += findings.remarks
+    return {kind: records for kind, records in kinds.items() if records}
 
 
-def _read_file(file: Path) -> list[tuple[str, list[_Record]]]:
-    split = next((SPLIT_OF[part] for part in reversed(file.stem.replace("2014", "").replace("2015", "").split("_"))
-                  if part in SPLIT_OF), "")  # fmt: skip
-    if file.name.startswith("v2_OpenEnded"):
-        annotations = file.with_name(file.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
-        examples = read_vqa(file, annotations if annotations.exists() else None, split=split)
-        return [("vqa", [_of_example(example) for example in examples])]
-    if file.name.startswith("snli_ve_"):
-        return [("snli-ve", [_of_example(example) for example in read_snli_ve(file, split=split)])]
-    if file.stem in SPLIT_OF and '"identifier"' in _beginning(file) and '"structured_rep"' not in _beginning(file):
-        return [("nlvr2", [_of_example(example) for example in read_nlvr2(file, split=split)])]
-    if file.name.startswith("dataset_") or file.stem in SPLIT_OF:
-        return [("captions", [_of_picture(picture) for picture in read_pictures(file)])]
-    return []
+def _read_file(opened: Annotations, places: Places, task: str) -> tuple[str, Sequence[Record]]:
+    if opened.format != "table":
+        return opened.format, read_any(opened, images=places)
+    if not task:
+        with collected_findings():  # the faults come with the second reading
+            task = _likely_task(opened.file, places)
+    again = open_annotations(opened.file)
+    records = read_examples(again, task, images=places) if task else read_captioned(again, places)
+    return f"table ({task or 'captions'})", records
 
 
-def _beginning(file: Path) -> str:
-    with file.open(encoding="utf-8", errors="replace") as handle:
-        return handle.readline(1_000_000)
+def _likely_task(file: Path, places: Places) -> str:
+    """What most labels of a table are good for; none, or true and false, say how captions are meant."""
+    examples = read_table(file, images=places)
+    labels = [example.label.lower() for example in examples if example.label]
+    if any(len(example.images) > 1 for example in examples):
+        return "nlvr2"
+    if 2 * sum(label in TRUE_FALSE for label in labels) >= len(labels):
+        return ""
+    return "snli-ve" if 2 * sum(label in ENTAILMENT for label in labels) > len(labels) else "vqa"
 
 
-def _of_example(example: Example) -> _Record:
-    return _Record(example.split, example.images, (example.text,), example.answers)
+# ----------------------------------------------------------------------------------------------------- images
 
 
-def _of_picture(picture: Picture) -> _Record:
-    return _Record(picture.split, (picture.image,), picture.captions + picture.foils)
+def _readable(files: Sequence[ImageFile], decode: bool, found: Diagnosis) -> list[ImageFile]:
+    """The images that can be read; the others are errors."""
+    good = []
+    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="opening images", unit=" images", delay=2) as bar:
+        waiting = iter(files)
+        while part := list(islice(waiting, 1_000)):
+            for image, fault in zip(part, pool.map(_decode if decode else _glimpse, part), strict=True):
+                if fault:
+                    found.errors.append(fault)
+                else:
+                    good.append(image)
+                bar.update()
+    return good
 
 
-def _table(records: Sequence[_Record], text_tokens: int) -> dict[str, dict[str, int]]:
-    table = {}
-    for split in ("train", "val", "test"):
-        chosen = [record for record in records if record.split == split]
-        texts = [text for record in chosen for text in record.texts]
-        if chosen:
-            table[split] = {
-                "records": len(chosen),
-                "images": len({image for record in chosen for image in record.images}),
-                "texts": len(texts),
-                "longer_texts": sum(_length(text) > text_tokens for text in texts),
-            }
-    return table
+def _decode(image: ImageFile) -> str:
+    """What is wrong with it."""
+    return _fault(image.pixels)
 
 
-def _length(text: str) -> int:
-    """Words and marks, with [CLS] and [SEP]."""
-    words = "".join(letter if letter.isalnum() or letter.isspace() else f" {letter} " for letter in text)
-    return len(words.split()) + 2
+def _glimpse(image: ImageFile) -> str:
+    return _fault(image.glimpse)
 
 
-def _compare_splits(kind: str, records: Sequence[_Record], found: Diagnosis) -> None:
-    files = [image for record in records for image in record.images]
+def _fault(read: Callable[[], Any]) -> str:
     try:
-        content = image_contents(files)
+        read()
     except DataError as error:
-        found.errors.append(str(error))
-        return
-    by_split: dict[str, set[Any]] = defaultdict(set)
-    for record in records:
-        by_split[record.split] |= {content[image] for image in record.images}
-    names = sorted(by_split)
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            if shared := by_split[one] & by_split[other]:
-                found.warnings.append(f"{kind}: {len(shared)} images are in {one} and in {other}")
-    copies = Counter(content[image] for image in dict.fromkeys(files))
-    if twice := sum(count - 1 for count in copies.values()):
-        found.warnings.append(f"{kind}: {twice} image files are copies of others")
-    longer = {split: row["longer_texts"] for split, row in found.tables[kind].items() if row["longer_texts"]}
-    for split, count in longer.items():
-        found.warnings.append(f"{kind}: {count} texts of {split} are longer than the configured length and will be cut")
+        return str(error)
+    return ""
 
 
-def _look_at_answers(records: Sequence[_Record], least: int, found: Diagnosis) -> None:
-    seen = Counter(
-        answer for record in records if record.split == "train" for answer in answer_targets(record.answers or ("",))
+# ------------------------------------------------------------------------------------------------------ counts
+
+
+def _of(records: Iterable[Record], split: str) -> list[Record]:
+    return [record for record in records if record.split == split]
+
+
+def _texts(record: Record) -> tuple[str, ...]:
+    return record.captions + record.foils if isinstance(record, Picture) else (record.text,)
+
+
+def _table(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+    return {
+        split: {
+            "records": len(chosen),
+            "images": len({image for record in chosen for image in images_of(record)}),
+            "texts": sum(len(_texts(record)) for record in chosen),
+        }
+        for split in SPLIT_NAMES
+        if (chosen := _of(records, split))
+    }
+
+
+def _count_longer(
+    records: Sequence[Record],
+    table: dict[str, dict[str, int]],
+    kind: str,
+    text_tokens: int,
+    tokenizer: str,
+    found: Diagnosis,
+) -> None:
+    """Texts that will be cut."""
+    from vpworkbench.pretrain import build_tokenizer  # torch comes with it
+
+    training = [text for record in _of(records, "train") or records for text in _texts(record)]
+    encode = build_tokenizer(training, tokenizer)._tokenizer
+    # A token has a letter at least: short texts need not be looked at.
+    long = sorted({text for record in records for text in _texts(record) if len(text) + 2 > text_tokens})
+    cut: set[str] = set()
+    for start in tqdm(range(0, len(long), 10_000), "tokenising", unit=" x 10,000 texts", delay=2):
+        part = long[start : start + 10_000]
+        cut |= {text for text, tokens in zip(part, encode.encode_batch(part), strict=True) if len(tokens) > text_tokens}
+    for split, row in table.items():
+        row["too_long"] = sum(text in cut for record in _of(records, split) for text in _texts(record))
+        if row["too_long"]:
+            found.warnings.append(
+                f"{kind}: {row['too_long']} texts of {split} are longer than {text_tokens} tokens and will be cut"
+            )
+
+
+def _compare(records: Sequence[Record], kind: str, content: dict[ImageFile, Any], found: Diagnosis) -> None:
+    """Splits against each other, images and records among each other."""
+    marks = photographs(records, content)
+    shown = {
+        split: {marks[image] for record in _of(records, split) for image in images_of(record)} for split in SPLIT_NAMES
+    }
+    for one, other in combinations(SPLIT_NAMES, 2):
+        if shared := shown[one] & shown[other]:
+            found.warnings.append(f"{kind}: {len(shared)} images are in {one} and in {other}")
+    files = {image for record in records for image in images_of(record)}
+    if copies := len(files) - len({marks[image] for image in files}):
+        found.warnings.append(f"{kind}: {copies} image files are copies of others")
+    said = Counter(
+        (tuple(marks[image] for image in images_of(record)), text) for record in records for text in _texts(record)
     )
-    known = {answer for answer, count in seen.items() if count >= least and answer}
-    for split, row in found.tables["vqa"].items():
-        asked = [record for record in records if record.split == split and record.answers]
-        row["unanswerable"] = sum(known.isdisjoint(answer_targets(record.answers)) for record in asked)
+    if twice := said.total() - len(said):
+        found.warnings.append(f"{kind}: {twice} texts are said of the same image again")
 
 
-def _open_all(records: Sequence[_Record], found: Diagnosis, progress: Callable[[str, int, int], None] | None) -> None:
-    files = list(dict.fromkeys(image for record in records for image in record.images))
-    for number, image in enumerate(files):
-        try:
-            image.pixels()
-        except DataError as error:
-            found.errors.append(str(error))
-        if progress and (number % 200 == 0 or number + 1 == len(files)):
-            progress("opening images", number + 1, len(files))
+def _count_unanswerable(
+    records: Sequence[Record], table: dict[str, dict[str, int]], kind: str, least: int, found: Diagnosis
+) -> None:
+    """Questions none of whose answers is in the vocabulary that training would have (as `tasks.task_labels`)."""
+    tidy = {answer: normalised_answer(answer) for record in records for answer in record.answers}
+    seen = Counter(answer for record in _of(records, "train") for answer in {tidy[answer] for answer in record.answers})
+    known = {answer for answer, count in seen.items() if count >= least}
+    if not seen:
+        found.warnings.append(f"{kind}: no training questions there, so no vocabulary of answers to compare with")
+        return
+    for split, row in table.items():
+        asked = [record for record in _of(records, split) if record.answers]
+        row["unanswerable"] = sum(known.isdisjoint(map(tidy.get, record.answers)) for record in asked)
+        if row["unanswerable"]:
+            found.warnings.append(
+                f"{kind}: {row['unanswerable']} of {len(asked)} questions of {split} have no answer among the "
+                f"{len(known)} that training sees {least} times or more: they count as 0"
+            )

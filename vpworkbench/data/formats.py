@@ -1,69 +1,63 @@
-"""Readers of the original annotation files: Karpathy json, NLVR v1, and our scenes in those same formats.
+"""Readers of captioned sets as published: Karpathy's json, COCO captions, Visual Genome, NLVR v1, one's own table.
 
-A set is named by its folder or its annotation file; images lie beside it in a folder or in a zip that is read in
-place. Faults name the file and the record.
+A set is named by its folder or its annotation file; images lie beside it in folders or in zips that are read in place.
+Faults name the file and the record.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field
 
-from vpworkbench.config import DataSettings
 from vpworkbench.data import language, nlvr1
-from vpworkbench.data.records import DataError, ImageFile, Picture, archive, image_file, one_record
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.scenes import Scene, SceneSettings
-
-log = logging.getLogger(__name__)
-
-SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test", "test1": "test"}
-"""Karpathy's `restval` trains, as the paper's Table 6 has it."""
+from vpworkbench.data.files import (
+    FORMATS,
+    SPLITS,
+    Annotations,
+    ImageIndex,
+    Places,
+    checked,
+    image_index,
+    open_annotations,
+    origins,
+    read_list,
+    split_named,
+    unique,
+)
+from vpworkbench.data.records import DataError, ImageFile, Picture, one_record, remark
+from vpworkbench.data.scenes import Scene
+from vpworkbench.data.tables import read_rows, true_or_false
 
 NLVR1_VAL_DIRECTORY = "5"
 """NLVR v1's `dev` is split by `directory`, as its README advises: this one validates, the others train."""
 
-M = TypeVar("M", bound=BaseModel)
+FOLDERS = (
+    ("dataset_*.json",),
+    ("captions_*.json", "annotations/captions_*.json"),
+    ("region_descriptions.json", "annotations/region_descriptions.json"),
+    ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json"),
+    ("*.csv", "*.jsonl"),
+)
+"""What a folder is searched for; the first line that finds a file makes the set."""
 
 
-class _Sentence(BaseModel):
-    raw: str = Field(min_length=1)
-
-
-class _KarpathyImage(BaseModel):
-    filename: str
-    split: str = Field(pattern=f"^({'|'.join(SPLITS)})$")
-    sentences: list[_Sentence] = Field(min_length=1)
-    filepath: str = ""
-    things: list[dict[str, Any]] | None = None
-
-
-class _Nlvr1Record(BaseModel):
-    sentence: str = Field(min_length=1)
-    label: Literal["true", "false"]
-    identifier: str
-    directory: str
-    structured_rep: list[list[dict[str, Any]]]
-
-
-def read_pictures(path: str | Path) -> list[Picture]:
+def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
     """Read a set of captioned images.
 
     Parameters
     ----------
     path
-        The set's folder, or its annotation file: `dataset_*.json` (Karpathy), or the `dev.json` / `test.json`
-        json lines of NLVR v1.
+        The set's annotation file, whose format its content tells, or the folder that holds it: `dataset_*.json`
+        (Karpathy), `captions_*.json` (COCO), `region_descriptions.json` (Visual Genome), `dev.json` and `test.json`
+        (NLVR v1), or one's own csv or jsonl of `image,text[,label,split]`, whose labels are `true` and `false`.
+    images
+        Folders and zips of images; empty: those beside the annotation file (see `files.image_index`).
 
     Returns
     -------
@@ -79,53 +73,55 @@ def read_pictures(path: str | Path) -> list[Picture]:
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; `data` takes 'scenes' or a set's folder or annotation file")
     files = _annotation_files(path) if path.is_dir() else [path]
-    pictures = [picture for file in files for picture in _read_file(file)]
-    _refuse_duplicates(pictures, path)
-    return pictures
+    return [picture for file in files for picture in read_captioned(open_annotations(file), images)]
+
+
+def read_captioned(annotations: Annotations, images: Places = ()) -> list[Picture]:
+    """As `read_pictures`, of one opened file."""
+    if annotations.format not in READERS:
+        raise DataError(
+            f"{annotations.file}: is {FORMATS[annotations.format]}, of a downstream task (04_finetune reads it); "
+            f"captioned sets are {'; '.join(FORMATS[name] for name in READERS)}"
+        )
+    index = image_index(annotations.file, images)
+    return unique(READERS[annotations.format](annotations, index), annotations.file)
 
 
 def _annotation_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("dataset_*.json")) or [
-        file for file in (folder / f"{name}.json" for name in ("train", "dev", "test")) if file.exists()
-    ]
-    if not files:
-        raise DataError(f"{folder}: holds no dataset_*.json (Karpathy) and no dev.json (NLVR v1); name the file itself")
-    return files
+    for patterns in FOLDERS:
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.name[0] != "."]
+        if files:
+            return files
+    searched = ", ".join(patterns[0] for patterns in FOLDERS)
+    raise DataError(f"{folder}: holds none of {searched}; name the annotation file itself")
 
 
-def _read_file(file: Path) -> list[Picture]:
-    """Tell the format by its content, then read it."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    try:
-        return list(_karpathy(file, json.loads(text)))
-    except json.JSONDecodeError:
-        return list(_nlvr1(file, text))
+# --------------------------------------------------------------------------------------------------- Karpathy
 
 
-def _karpathy(file: Path, content: Any) -> Iterator[Picture]:
-    if isinstance(content, dict) and "structured_rep" in content:
-        raise json.JSONDecodeError("one json line", "", 0)
-    images = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(images, list) or not images:
-        raise DataError(
-            f"{file}: a Karpathy json has a list `images`; this one has not (other formats: see the README)"
-        )
-    folder, names = _image_folder(file)
-    prefix = "images/" if folder.suffix == ".zip" and any(name.startswith("images/") for name in names) else ""
-    for number, raw in enumerate(images):
+class _Sentence(BaseModel):
+    raw: str = Field(min_length=1)
+
+
+class _KarpathyImage(BaseModel):
+    filename: str
+    split: str = Field(pattern=f"^({'|'.join(SPLITS)})$")
+    sentences: list[_Sentence] = Field(min_length=1)
+    filepath: str = ""
+    cocoid: int | None = None
+    things: list[dict[str, Any]] | None = None
+
+
+def _karpathy(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
+    file, content = annotations.file, annotations.content
+    from_flickr = str(content.get("dataset", "")).startswith("flickr")  # flickr8k and flickr30k name files by photo id
+    for number, raw in enumerate(content["images"]):
         with one_record():
-            record = _checked(_KarpathyImage, raw, file, f"images[{number}]")
+            record = checked(_KarpathyImage, raw, f"{file}: images[{number}]")
             where = f"{file}: images[{number}] ({record.filename})"
-            captions = tuple(dict.fromkeys(" ".join(sentence.raw.split()) for sentence in record.sentences))
-            if "" in captions:
-                raise DataError(f"{where}: an empty caption; remove it or give its text")
-            name = prefix + (f"{record.filepath}/" if record.filepath else "") + record.filename
-            image = image_file(folder, name, source=where)
-            if name not in names:
-                raise DataError(f"{where}: image missing in {folder}; restore it or drop the record")
+            captions = tuple(dict.fromkeys(_caption(sentence.raw, where) for sentence in record.sentences))
+            names = (f"{record.filepath}/{record.filename}", record.filename) if record.filepath else (record.filename,)
+            image = images.find(*names, where=where)
             scene = Scene.from_json(raw) if record.things is not None else None
             yield Picture(
                 id=record.filename,
@@ -134,21 +130,155 @@ def _karpathy(file: Path, content: Any) -> Iterator[Picture]:
                 captions=captions,
                 truth=partial(language.decide, scene=scene) if scene else None,
                 scene=scene,
+                origins=origins(image, coco=record.cocoid, flickr=record.filename if from_flickr else None),
             )
 
 
-def _nlvr1(file: Path, text: str) -> Iterator[Picture]:
-    """One picture for each of the six box permutations; `dev` trains and validates, by directory."""
-    folder, names = _image_folder(file, file.stem)
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}: line {number} is not json ({error}); is the file whole?") from None
+def _caption(raw: str, where: str) -> str:
+    text = " ".join(raw.split())
+    if not text:
+        raise DataError(f"{where}: an empty caption; remove it or give its text")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------- COCO
+
+
+class _CocoImage(BaseModel):
+    id: int
+    file_name: str = Field(min_length=1)
+    flickr_url: str | None = None
+
+
+class _CocoCaption(BaseModel):
+    id: int
+    image_id: int
+    caption: str
+
+
+def _coco(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
+    """The file's name tells the split; `flickr_url` tells the photo's id at Flickr."""
+    file, content = annotations.file, annotations.content
+    records: dict[int, tuple[str, _CocoImage]] = {}
+    for number, raw in enumerate(content["images"]):
         with one_record():
-            record = _checked(_Nlvr1Record, raw, file, f"line {number}")
+            record = checked(_CocoImage, raw, f"{file}: images[{number}]")
+            where = f"{file}: images[{number}] ({record.file_name})"
+            if record.id in records:
+                raise DataError(f"{where}: id {record.id} a second time; drop one of them")
+            records[record.id] = where, record
+    captions = _coco_captions(file, content)
+    subset = file.stem.removeprefix("captions_")
+    for where, record in records.values():
+        with one_record():
+            image = images.find(f"{subset}/{record.file_name}", record.file_name, where=where)
+            if not captions[record.id]:
+                continue
+            yield Picture(
+                id=record.file_name,
+                image=image,
+                split=split_named(file, "train"),
+                captions=tuple(captions[record.id]),
+                origins=origins(image, coco=record.id, flickr=record.flickr_url),
+            )
+    if silent := sum(not captions[number] for number in records):
+        remark(f"{file}: {silent} images without a caption are left out")
+
+
+def _coco_captions(file: Path, content: dict[str, Any]) -> dict[int, dict[str, None]]:
+    """Captions by the id of their image, each text once, empty ones left out."""
+    known = {str(raw.get("id")) for raw in content["images"] if isinstance(raw, dict)}
+    captions: dict[int, dict[str, None]] = defaultdict(dict)
+    seen: set[int] = set()
+    for number, raw in enumerate(content["annotations"]):
+        with one_record():
+            record = checked(_CocoCaption, raw, f"{file}: annotations[{number}]")
+            where = f"{file}: annotations[{number}] (id {record.id})"
+            if record.id in seen:
+                raise DataError(f"{where}: this id a second time; drop one of them")
+            seen.add(record.id)
+            if str(record.image_id) not in known:
+                raise DataError(f"{where}: image_id {record.image_id} is none of the images; correct or drop it")
+            if text := " ".join(record.caption.split()):
+                captions[record.image_id][text] = None
+    return captions
+
+
+# ---------------------------------------------------------------------------------------------- Visual Genome
+
+
+class _Region(BaseModel):
+    region_id: int
+    phrase: str
+    image_id: int | None = None
+
+
+class _RegionImage(BaseModel):
+    id: int = Field(validation_alias=AliasChoices("id", "image_id"))
+    regions: list[_Region]
+
+
+class _ImageData(BaseModel):
+    image_id: int
+    coco_id: int | None = None
+    flickr_id: int | None = None
+
+
+def _visual_genome(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
+    """All of it trains; the phrases of an image's regions are its captions."""
+    file, silent = annotations.file, 0
+    known = _image_data(file.with_name("image_data.json"))
+    if not known:
+        remark(f"{file}: no image_data.json beside it: copies in COCO and Flickr30k can be told by content alone")
+    for place, raw in annotations.content:
+        with one_record():
+            record = checked(_RegionImage, raw, f"{file}: {place}")
+            where = f"{file}: {place} (id {record.id})"
+            if strange := [region for region in record.regions if region.image_id not in (None, record.id)]:
+                raise DataError(f"{where}: region {strange[0].region_id} is of image_id {strange[0].image_id}")
+            names = (f"{folder}{record.id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", ""))
+            image = images.find(*names, where=where)
+            phrases = dict.fromkeys(" ".join(region.phrase.split()) for region in record.regions)
+            captions = tuple(phrase for phrase in phrases if phrase)
+            if not captions:
+                silent += 1
+                continue
+            ids = known.get(record.id, _ImageData(image_id=record.id))
+            where_else = origins(image, coco=ids.coco_id, flickr=ids.flickr_id)
+            yield Picture(id=str(record.id), image=image, split="train", captions=captions, origins=where_else)
+    if silent:
+        remark(f"{file}: {silent} images without a region phrase are left out")
+
+
+def _image_data(file: Path) -> dict[int, _ImageData]:
+    if not file.exists():
+        return {}
+    found = {}
+    for place, raw in read_list(file):
+        with one_record():
+            record = checked(_ImageData, raw, f"{file}: {place}")
+            found[record.image_id] = record
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- NLVR v1
+
+
+class _Nlvr1Record(BaseModel):
+    sentence: str = Field(min_length=1)
+    label: Literal["true", "false"]
+    identifier: str
+    directory: str
+    structured_rep: list[list[dict[str, Any]]]
+
+
+def _nlvr1(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
+    """One picture for each of the six box permutations; `dev` trains and validates, by directory."""
+    file = annotations.file
+    for place, raw in annotations.content:
+        with one_record():
+            record = checked(_Nlvr1Record, raw, f"{file}: {place}")
+            where = f"{file}: {place} ({record.identifier})"
             split = SPLITS.get(file.stem, "train")
             if split == "val" and record.directory != NLVR1_VAL_DIRECTORY:
                 split = "train"
@@ -156,19 +286,13 @@ def _nlvr1(file: Path, text: str) -> Iterator[Picture]:
             try:
                 boxes = nlvr1.read_boxes(record.structured_rep)
             except ValueError as error:
-                raise DataError(f"{file}: line {number} ({record.identifier}): {error}") from None
+                raise DataError(f"{where}: {error}") from None
             truth = partial(nlvr1.decide, boxes=boxes)  # one for all six: no statement asks for the order of the boxes
             for order in range(6 if split == "train" else 1):
-                name = f"images/{record.directory}/{file.stem}-{record.identifier}-{order}.png"
-                if folder.suffix != ".zip":
-                    name = name.removeprefix("images/")
-                where = f"{file}: line {number} ({record.identifier})"
-                image = image_file(folder, name, source=where)
-                if name not in names:
-                    raise DataError(f"{where}: image {name} missing in {folder}; restore it or drop the record")
+                name = f"{record.directory}/{file.stem}-{record.identifier}-{order}.png"
                 yield Picture(
                     id=f"{record.identifier}-{order}",
-                    image=image,
+                    image=images.find(name, where=where),
                     split=split,
                     captions=(sentence,) if record.label == "true" else (),
                     foils=(sentence,) if record.label == "false" else (),
@@ -176,97 +300,42 @@ def _nlvr1(file: Path, text: str) -> Iterator[Picture]:
                 )
 
 
-def _image_folder(file: Path, split: str = "") -> tuple[Path, frozenset[str]]:
-    """Where the images of an annotation file lie, and the names there."""
-    candidates = [file.parent / name for name in (f"{split}_images.zip", "images.zip", "images") if name[0] != "_"]
-    for candidate in candidates:
-        if candidate.suffix == ".zip" and candidate.is_file():
-            return candidate, frozenset(archive(candidate).namelist())
-        if candidate.is_dir():
-            found = (path for path in candidate.rglob("*") if path.is_file())
-            return candidate, frozenset(path.relative_to(candidate).as_posix() for path in found)
-    raise DataError(f"{file}: no images beside it (looked for {', '.join(path.name for path in candidates)})")
+# ------------------------------------------------------------------------------------------------ one's own table
 
 
-def _checked(kind: type[M], raw: Any, file: Path, record: str) -> M:
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        path = ".".join(str(part) for part in fault["loc"])
-        raise DataError(f"{file}: {record}: {path}: {fault['msg']}; correct the record") from None
+@dataclass
+class _Group:
+    """The rows of one image; texts with where they stand."""
+
+    name: str
+    captions: dict[str, str] = field(default_factory=dict)
+    foils: dict[str, str] = field(default_factory=dict)
 
 
-def _refuse_duplicates(pictures: Sequence[Picture], path: Path) -> None:
-    seen: set[str] = set()
-    for picture in pictures:
+def _table(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
+    """The rows of one image are one picture; without a label, or with `true`, a text is true of its image."""
+    groups: dict[tuple[ImageFile, str], _Group] = {}
+    for row in read_rows(annotations, images):
         with one_record():
-            if picture.id in seen:
-                raise DataError(f"{path}: {picture.id}: a second record of this image; merge their captions")
-            seen.add(picture.id)
+            if len(row.images) > 1:
+                raise DataError(f"{row.where}: has image2; a captioned set has one image a row")
+            is_true = not row.label or true_or_false(row) == "True"
+            group = groups.setdefault((row.images[0], row.split), _Group(row.image))
+            mine, others = (group.captions, group.foils) if is_true else (group.foils, group.captions)
+            if row.text in others:
+                raise DataError(f"{row.where}: this text is said to be true and, in {others[row.text]}, to be false")
+            mine.setdefault(row.text, row.where)
+    named: set[str] = set()
+    for (image, split), group in groups.items():
+        yield Picture(
+            id=group.name if group.name not in named else f"{group.name} ({split})",  # some of its rows are elsewhere
+            image=image,
+            split=split,
+            captions=tuple(group.captions),
+            foils=tuple(group.foils),
+            origins=origins(image),
+        )
+        named.add(group.name)
 
 
-def split_pictures(sets: Iterable[Sequence[Picture]]) -> dict[str, list[Picture]]:
-    """Join sets into `train`, `val` and `test`; training images that an evaluation split holds are dropped.
-
-    An image can be in several sets under several names, so copies are found by content. Copies
-    in training become one picture with the texts of all: else one copy's caption could serve as unmatched text of the
-    other. How many were dropped and joined is logged.
-    """
-    splits: dict[str, list[Picture]] = {"train": [], "val": [], "test": []}
-    for pictures in sets:
-        for picture in pictures:
-            splits[picture.split].append(picture)
-    content = image_contents(picture.image for split in splits.values() for picture in split)
-    held_out = {content[picture.image] for split in ("val", "test") for picture in splits[split]}
-    kept = [picture for picture in splits["train"] if content[picture.image] not in held_out]
-    if dropped := len(splits["train"]) - len(kept):
-        log.warning("%d training images are also in val or test: dropped from training", dropped)
-    joined = _joined(kept, content)
-    if copies := len(kept) - len(joined):
-        log.warning("%d training images are copies of others: joined with them", copies)
-    return splits | {"train": joined}
-
-
-def image_contents(images: Iterable[ImageFile]) -> dict[ImageFile, Hashable]:
-    """What tells the contents of images apart; only files that look alike at a glimpse are read as a whole."""
-    glimpses = {image: image.glimpse() for image in dict.fromkeys(images)}
-    alike = Counter(glimpses.values())
-    return {image: (glimpse, image.digest() if alike[glimpse] > 1 else b"") for image, glimpse in glimpses.items()}
-
-
-def _joined(pictures: Sequence[Picture], content: Mapping[ImageFile, Hashable]) -> list[Picture]:
-    """One picture for each content; the first of its copies names it."""
-    by_content: dict[Hashable, list[Picture]] = {}
-    for picture in pictures:
-        by_content.setdefault(content[picture.image], []).append(picture)
-    return [first if not rest else _merged(first, rest) for first, *rest in by_content.values()]
-
-
-def _merged(first: Picture, rest: Sequence[Picture]) -> Picture:
-    captions = dict.fromkeys(text for picture in (first, *rest) for text in picture.captions)
-    foils = dict.fromkeys(text for picture in (first, *rest) for text in picture.foils if text not in captions)
-    return replace(first, captions=tuple(captions), foils=tuple(foils))
-
-
-def cache_root() -> Path:
-    """Where what can be made again is kept: `$VPW_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("VPW_CACHE") or Path.home() / ".cache" / "vpworkbench")
-
-
-def scenes_folder(settings: SceneSettings) -> Path:
-    """Where generated scenes are kept, by a hash of the settings."""
-    digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:10]
-    return cache_root() / f"scenes-{settings.image_px}px-{settings.difficulty}-{digest}"
-
-
-def load_splits(settings: DataSettings) -> dict[str, list[Picture]]:
-    """`train`, `val` and `test` of all configured sets; scenes are generated first where they are not there yet."""
-    sets = []
-    for name in settings.sets:
-        path = write_scenes(scenes_folder(settings.scenes), settings.scenes) if name == "scenes" else name
-        sets.append(read_pictures(path))
-    splits = split_pictures(sets)
-    if not splits["train"]:
-        raise DataError(f"{', '.join(settings.sets)}: no training images; the splits are {sorted(SPLITS)}")
-    return splits
+READERS = {"karpathy": _karpathy, "coco": _coco, "vg": _visual_genome, "nlvr1": _nlvr1, "table": _table}

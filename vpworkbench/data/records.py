@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import logging
 import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.scenes import Scene
+
+log = logging.getLogger(__name__)
 
 LARGEST_MEGAPIXELS = 100
 
@@ -26,18 +30,26 @@ class DataError(ValueError):
     """Data that cannot be used; the message names the file, the record and the remedy."""
 
 
-_FAULTS: ContextVar[list[str] | None] = ContextVar("faults", default=None)
+@dataclass
+class Findings:
+    """What readers tell of a set: faults of records that were left out, and remarks on what they did with others."""
+
+    faults: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+_FINDINGS: ContextVar[Findings | None] = ContextVar("findings", default=None)
 
 
 @contextmanager
-def collected_faults() -> Iterator[list[str]]:
-    """In the block a broken record does not stop its reader: the list gets its message, the record is left out."""
-    faults: list[str] = []
-    token = _FAULTS.set(faults)
+def collected_findings() -> Iterator[Findings]:
+    """In the block a broken record does not stop its reader: its message is kept and it is left out."""
+    findings = Findings()
+    token = _FINDINGS.set(findings)
     try:
-        yield faults
+        yield findings
     finally:
-        _FAULTS.reset(token)
+        _FINDINGS.reset(token)
 
 
 @contextmanager
@@ -46,10 +58,19 @@ def one_record() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        faults = _FAULTS.get()
-        if faults is None:
+        findings = _FINDINGS.get()
+        if findings is None:
             raise
-        faults.append(str(error))
+        findings.faults.append(str(error))
+
+
+def remark(text: str) -> None:
+    """Tell what a reader did on its own account: as a warning, unless findings are being collected."""
+    findings = _FINDINGS.get()
+    if findings is None:
+        log.warning("%s", text)
+    else:
+        findings.remarks.append(text)
 
 
 @functools.lru_cache(maxsize=32)
@@ -57,7 +78,7 @@ def _archive(path: str, process: int) -> zipfile.ZipFile:
     # One handle for each process: a forked worker that shared its parent's would share the file position too.
     try:
         return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
 
 
@@ -76,13 +97,18 @@ class ImageFile:
     def __str__(self) -> str:
         return f"{self.folder}/{self.name}"
 
+    @property
+    def in_zip(self) -> bool:
+        """Whether `folder` is a zip."""
+        return self.folder.suffix.lower() == ".zip"
+
     def read(self) -> bytes:
-        """The file's bytes; `DataError` where it is missing."""
+        """The file's bytes; `DataError` where it is missing or cannot be read."""
         try:
-            if self.folder.suffix == ".zip":
+            if self.in_zip:
                 return archive(self.folder).read(self.name)
             return (self.folder / self.name).read_bytes()
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # zips: many ways
             raise DataError(f"{self}: image missing or unreadable ({error}); restore it or drop its record") from None
 
     def glimpse(self) -> tuple[int, int]:
@@ -90,7 +116,7 @@ class ImageFile:
 
         Files of another content share it now and then, PNGs above all: each of their chunks ends in its own CRC-32.
         """
-        if self.folder.suffix == ".zip":
+        if self.in_zip:
             entry = archive(self.folder).getinfo(self.name)
             return entry.CRC, entry.file_size
         data = self.read()
@@ -124,9 +150,9 @@ class ImageFile:
                 if side is not None and rgb.size != (side, side):
                     rgb = rgb.resize((side, side), Image.Resampling.BICUBIC)
                 return np.array(rgb)
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format
             raise DataError(f"{self}: cannot be decoded ({error}); restore it or drop its record") from None
 
 
@@ -141,12 +167,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_file(folder: Path, name: str, *, source: str) -> ImageFile:
-    """An image named by an annotation; `DataError` where the name leaves the image folder."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or not name.strip():
+def inner_name(name: str, *, source: str) -> str:
+    """The name of an image as an annotation has it, made plain; `DataError` where it leaves the image folder."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\\" in name or not name.strip() or not parts:
         raise DataError(f"{source}: image name {name!r} leaves the image folder; correct the annotation")
-    return ImageFile(folder, name)
+    return "/".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +191,8 @@ class Picture:
         Decides any text by the image's ground truth (True, False, None: unknown); None for photographs.
     scene : Scene or None
         What a generated image shows.
+    origins : frozenset of str
+        The photograph's ids in the collections that sets draw from: `coco:391895`, `flickr:8119368305`.
     """
 
     id: str
@@ -174,6 +202,7 @@ class Picture:
     foils: tuple[str, ...] = ()
     truth: Callable[[str], bool | None] | None = None
     scene: Scene | None = None
+    origins: frozenset[str] = frozenset()
 
     def object_map(self) -> np.ndarray:
         """uint8 (height, width) of a generated image: 0 background, i + 1 where `scene.things[i]` is seen."""
@@ -218,6 +247,10 @@ class Example:
         People's answers to a question, as they wrote them; empty where the release withholds them.
     kind : str
         VQA's answer type.
+    boxes : tuple of Box
+        What NLVR v1's structured representation draws; empty elsewhere.
+    origins : frozenset of str
+        As a picture's; none where there are two images.
     """
 
     id: str
@@ -227,6 +260,8 @@ class Example:
     label: str | None = None
     answers: tuple[str, ...] = ()
     kind: str = ""
+    boxes: tuple[Box, ...] = ()
+    origins: frozenset[str] = frozenset()
 
 
 def _is_among(text: str, texts: tuple[str, ...]) -> bool:

@@ -1,79 +1,36 @@
-"""Readers of the downstream tasks' original files: VQA v2, NLVR2, NLVR v1, SNLI-VE, easy-VQA; no conversion step.
+"""Readers of the downstream tasks' files as published: VQA v2, NLVR2, NLVR v1, SNLI-VE, easy-VQA, one's own table.
 
-A set is one split: its annotation file and the images, in a folder or straight from a zip. Faults name the file and
-the record.
+A file is one split, or tells the split of each record; images lie beside it in folders or in zips that are read in
+place. Faults name the file and the record.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field
 
-from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError, Example, ImageFile, archive, image_file, one_record
-
-M = TypeVar("M", bound=BaseModel)
+from vpworkbench.data.files import (
+    Annotations,
+    ImageIndex,
+    Places,
+    checked,
+    image_index,
+    open_as,
+    origins,
+    split_named,
+    unique,
+)
+from vpworkbench.data.formats import READERS, read_captioned, read_pictures
+from vpworkbench.data.records import DataError, Example, Picture, one_record
+from vpworkbench.data.tables import Row, read_rows, true_or_false
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
-
-
-class ImageIndex:
-    """The images of a set by their file names, wherever below a folder or in which zip they lie.
-
-    Parameters
-    ----------
-    places : sequence of path
-        Folders and zips.
-
-    Raises
-    ------
-    DataError
-        If one does not exist, or none holds a file.
-    """
-
-    def __init__(self, places: Sequence[Path]) -> None:
-        self.places = places
-        self._by_name: dict[str, ImageFile] = {}
-        for place in places:
-            for name in _names(place):
-                self._by_name.setdefault(name.rsplit("/", 1)[-1], ImageFile(place, name))
-        if not self._by_name:
-            raise DataError(f"{', '.join(map(str, places)) or 'no place'}: no images there")
-
-    def find(self, names: Sequence[str], *, record: str) -> ImageFile:
-        """The first of `names` that is there; `DataError` names the record where none is."""
-        for name in names:
-            image_file(Path(), name, source=record)  # refuses names that leave the folder
-            if (found := self._by_name.get(name.rsplit("/", 1)[-1])) is not None:
-                return found
-        raise DataError(
-            f"{record}: image {' or '.join(names)} missing in {', '.join(map(str, self.places))}; restore it or drop "
-            "the record"
-        )
-
-
-def image_index(annotations: Path, images: str | Path | Sequence[str | Path] | None) -> ImageIndex:
-    """Where the images of an annotation file lie: the places given, else every zip and folder beside it."""
-    if images is not None:
-        given = [images] if isinstance(images, str | Path) else list(images)
-        return ImageIndex([Path(place).expanduser() for place in given])
-    folder = annotations.parent
-    beside = [place for place in sorted(folder.iterdir()) if place.suffix == ".zip" or place.is_dir()]
-    return ImageIndex([place for place in beside if place.stem not in ("object_maps", "__MACOSX")])
-
-
-def _names(place: Path) -> list[str]:
-    if place.suffix == ".zip" and place.is_file():
-        return [name for name in archive(place).namelist() if not name.endswith("/")]
-    if place.is_dir():
-        return [path.relative_to(place).as_posix() for path in sorted(place.rglob("*")) if path.is_file()]
-    raise DataError(f"{place}: no such folder or zip of images")
-
 
 # ------------------------------------------------------------------------------------------------------- VQA
 
@@ -88,7 +45,7 @@ class _Answer(BaseModel):
     answer: str
 
 
-class _Annotation(BaseModel):
+class _Answered(BaseModel):
     question_id: int
     image_id: int
     answers: list[_Answer] = Field(min_length=1)
@@ -96,65 +53,83 @@ class _Annotation(BaseModel):
     answer_type: str = ""
 
 
-def read_vqa(questions: str | Path, annotations: str | Path | None, *, split: str, images: Any = None) -> list[Example]:
-    """VQA v2: `v2_OpenEnded_mscoco_*_questions.json` and, but for a test set, `v2_mscoco_*_annotations.json`.
+Source = str | Path | Annotations
+"""An annotation file, or one that is open."""
 
-    Parameters
-    ----------
-    images
-        Folders or zips; those beside the questions where not given.
+
+def read_vqa(questions: Source, annotations: str | Path | None, *, split: str, images: Places = ()) -> list[Example]:
+    """VQA v2: `v2_OpenEnded_mscoco_*_questions.json` and, but for a test set, `v2_mscoco_*_annotations.json`.
 
     Raises
     ------
     DataError
         For a broken or repeated record, an annotation without its question or the reverse, a missing image.
     """
-    questions = Path(questions).expanduser()
-    content = _json(questions, "questions")
-    found = image_index(questions, images)
-    known = {} if annotations is None else _annotations(Path(annotations).expanduser())
-    subset = str(content.get("data_subtype", ""))
+    opened = open_as(questions, "vqa")
+    file, content = opened.file, opened.content
+    index = image_index(file, images)
+    answered = {} if annotations is None else _answers(Path(annotations).expanduser())
+    naming = _Naming(str(content.get("data_type", "")), str(content.get("data_subtype", "")))
+    asked = set()
     examples = []
     for number, raw in enumerate(content["questions"]):
         with one_record():
-            record = checked(_Question, raw, questions, f"questions[{number}]")
-            where = f"{questions}: questions[{number}] (question_id {record.question_id})"
-            annotation = known.pop(record.question_id, None)
-            if annotations is not None and annotation is None:
+            record = checked(_Question, raw, f"{file}: questions[{number}]")
+            where = f"{file}: questions[{number}] (question_id {record.question_id})"
+            asked.add(record.question_id)
+            told = answered.get(record.question_id)
+            if annotations is not None and told is None:
                 raise DataError(f"{where}: no annotation of it in {annotations}; take both files of one release")
-            if annotation is not None and annotation.image_id != record.image_id:
-                raise DataError(f"{where}: image_id {record.image_id}, but {annotation.image_id} in {annotations}")
+            if told is not None and told.image_id != record.image_id:
+                raise DataError(f"{where}: image_id {record.image_id}, but {told.image_id} in {annotations}")
+            image = index.find(*naming.names(record.image_id), where=where)
             examples.append(
                 Example(
                     id=str(record.question_id),
-                    images=(found.find(_vqa_names(record.image_id, subset), record=where),),
+                    images=(image,),
                     text=" ".join(record.question.split()),
                     split=split,
-                    answers=() if annotation is None else tuple(answer.answer for answer in annotation.answers),
-                    kind="" if annotation is None else annotation.answer_type,
+                    answers=() if told is None else tuple(answer.answer for answer in told.answers),
+                    kind="" if told is None else told.answer_type,
+                    origins=origins(image, coco=record.image_id if naming.data_type == "mscoco" else None),
                 )
             )
-    with one_record():
-        if known:
-            raise DataError(f"{annotations}: question_id {next(iter(known))} is in no question of {questions}")
-    return unique(examples, questions)
-
-
-def _annotations(file: Path) -> dict[int, _Annotation]:
-    known: dict[int, _Annotation] = {}
-    for number, raw in enumerate(_json(file, "annotations")["annotations"]):
+    for lonely in answered.keys() - asked:
         with one_record():
-            record = checked(_Annotation, raw, file, f"annotations[{number}]")
+            raise DataError(f"{annotations}: question_id {lonely} is in no question of {file}")
+    return unique(examples, file)
+
+
+def _answers(file: Path) -> dict[int, _Answered]:
+    known: dict[int, _Answered] = {}
+    for number, raw in enumerate(open_as(file, "vqa-answers").content["annotations"]):
+        with one_record():
+            record = checked(_Answered, raw, f"{file}: annotations[{number}]")
             if record.question_id in known:
                 raise DataError(f"{file}: annotations[{number}]: question_id {record.question_id} a second time")
             known[record.question_id] = record
     return known
 
 
-def _vqa_names(image_id: int, subset: str) -> list[str]:
-    """COCO's names as published, then without their prefix; of generated scenes, split and number."""
-    scene = f"{('train', 'val', 'test')[image_id // 10_000_000 % 3]}-{image_id % 10_000_000:06d}.png"
-    return [f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg", scene, f"{image_id}.jpg", f"{image_id}.png"]
+class _Naming(NamedTuple):
+    """What the header of the questions tells of the images' names."""
+
+    data_type: str
+    data_subtype: str
+
+    def names(self, image_id: int) -> list[str]:
+        if self.data_type == "scenes":
+            return [f"{('train', 'val', 'test')[image_id // 10_000_000 % 3]}-{image_id % 10_000_000:06d}.png"]
+        subset = self.data_subtype.replace("-dev", "")  # test-dev2015 asks about images of test2015
+        coco = [f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg"]
+        # Plain numbers are Visual Genome's names too: COCO's questions must not find those.
+        return coco if self.data_type == "mscoco" else [*coco, f"{image_id}.jpg", f"{image_id}.png"]
+
+
+def answers_beside(questions: Path) -> Path | None:
+    """The annotations of a file of questions by the release's names; None where they are not there, as of test sets."""
+    file = questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    return file if file != questions and file.exists() else None
 
 
 def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
@@ -169,20 +144,18 @@ def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
     if spec is None or spec.origin is None:
         raise DataError("easy-vqa: the package is not installed; pip install easy-vqa")
     folder = Path(spec.origin).parent / "data" / split
-    found = ImageIndex([folder / "images"])
-    examples = []
-    for number, (question, answer, image) in enumerate(json.loads((folder / "questions.json").read_text())):
-        where = f"{folder / 'questions.json'}: [{number}]"
-        examples.append(
-            Example(
-                id=f"{split}-{number}",
-                images=(found.find([f"{image}.png"], record=where),),
-                text=question,
-                split=split,
-                answers=(answer,) * 10,
-            )
+    index = ImageIndex([folder / "images"])
+    file = folder / "questions.json"
+    return [
+        Example(
+            id=f"{split}-{number}",
+            images=(index.find(f"{image}.png", where=f"{file}: [{number}]"),),
+            text=question,
+            split=split,
+            answers=(answer,) * 10,
         )
-    return examples
+        for number, (question, answer, image) in enumerate(json.loads(file.read_text(encoding="utf-8")))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ statements
@@ -194,25 +167,26 @@ class _Nlvr2(BaseModel):
     label: Literal["True", "False"] | None = None
 
 
-def read_nlvr2(file: str | Path, *, split: str, images: Any = None) -> list[Example]:
+def read_nlvr2(file: Source, *, split: str, images: Places = ()) -> list[Example]:
     """NLVR2's json lines; images by the naming of its release, `<identifier without its last part>-img0.png`."""
-    file = Path(file).expanduser()
-    found = image_index(file, images)
+    opened = open_as(file, "nlvr2")
+    index = image_index(opened.file, images)
     examples = []
-    for number, raw in json_lines(file):
+    for place, raw in opened.content:
         with one_record():
-            record = checked(_Nlvr2, raw, file, f"line {number}")
-            where = f"{file}: line {number} ({record.identifier})"
+            record = checked(_Nlvr2, raw, f"{opened.file}: {place}")
+            where = f"{opened.file}: {place} ({record.identifier})"
             pair = record.identifier.rsplit("-", 1)[0]
-            sides = (found.find([f"{pair}-img{side}.png"], record=where) for side in (0, 1))
+            sides = tuple(index.find(f"{pair}-img{side}.png", where=where) for side in (0, 1))
             examples.append(
-                Example(record.identifier, tuple(sides), " ".join(record.sentence.split()), split, label=record.label)
+                Example(record.identifier, sides, " ".join(record.sentence.split()), split, label=record.label)
             )
-    return unique(examples, file)
+    return unique(examples, opened.file)
 
 
-def read_nlvr1(path: str | Path) -> list[Example]:
+def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
     """NLVR v1 as single-image true / false, split as `read_pictures` does; the six orders of training boxes apart."""
+    pictures = read_captioned(path, images) if isinstance(path, Annotations) else read_pictures(path, images=images)
     return [
         Example(
             id=picture.id,
@@ -220,8 +194,9 @@ def read_nlvr1(path: str | Path) -> list[Example]:
             text=text,
             split=picture.split,
             label=str(bool(picture.captions)),
+            boxes=picture.truth.keywords["boxes"] if isinstance(picture.truth, partial) else (),
         )
-        for picture in read_pictures(path)
+        for picture in pictures
         for text in picture.captions + picture.foils
     ]
 
@@ -230,11 +205,11 @@ class _SnliVe(BaseModel):
     sentence1: str
     sentence2: str = Field(min_length=1)
     gold_label: Literal["entailment", "neutral", "contradiction", "-"]
-    Flickr30K_ID: str
+    photo: str = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID"))  # both are in use
     pairID: str
 
 
-def read_snli_ve(file: str | Path, *, split: str, images: Any = None, premise: bool = False) -> list[Example]:
+def read_snli_ve(file: Source, *, split: str, images: Places = (), premise: bool = False) -> list[Example]:
     """SNLI-VE's json lines over Flickr30k's images; records without a gold label ("-") are left out.
 
     Parameters
@@ -242,72 +217,112 @@ def read_snli_ve(file: str | Path, *, split: str, images: Any = None, premise: b
     premise : bool
         Put the text premise before the hypothesis. It is the image's own Flickr caption and leaks: off unless asked.
     """
-    file = Path(file).expanduser()
-    found = image_index(file, images)
+    opened = open_as(file, "snli-ve")
+    index = image_index(opened.file, images)
     examples = []
-    for number, raw in json_lines(file):
+    for place, raw in opened.content:
         with one_record():
-            record = checked(_SnliVe, raw, file, f"line {number}")
+            record = checked(_SnliVe, raw, f"{opened.file}: {place}")
             if record.gold_label == "-":
                 continue
-            where = f"{file}: line {number} ({record.pairID})"
-            image = found.find([f"{record.Flickr30K_ID}.jpg", f"{record.Flickr30K_ID}.png"], record=where)
+            where = f"{opened.file}: {place} ({record.pairID})"
+            photo = record.photo.removesuffix(".jpg")
+            image = index.find(f"{photo}.jpg", f"{photo}.png", where=where)
             text = f"{record.sentence1} {record.sentence2}" if premise else record.sentence2
-            examples.append(Example(record.pairID, (image,), " ".join(text.split()), split, label=record.gold_label))
-    return unique(examples, file)
+            examples.append(
+                Example(
+                    id=record.pairID,
+                    images=(image,),
+                    text=" ".join(text.split()),
+                    split=split,
+                    label=record.gold_label,
+                    origins=origins(image, flickr=photo),
+                )
+            )
+    return unique(examples, opened.file)
 
 
-# ---------------------------------------------------------------------------------------------------- common
+# --------------------------------------------------------------------------------------------- one's own table
 
 
-def checked(kind: type[M], raw: Any, file: Path, record: str) -> M:
-    """One record of a file as its model; `DataError` names file, record and key."""
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise DataError(f"{file}: {record}: {key}: {fault['msg']}; correct the record") from None
+def read_table(file: Source, task: str = "", *, images: Places = ()) -> list[Example]:
+    """A csv or json lines of `image`, `text`, `label`, for NLVR2 also `image2`, and, where wanted, `split` and `id`.
+
+    Parameters
+    ----------
+    task : str
+        The label of `vqa` is the answer, that of `nlvr1` and `nlvr2` true or false, that of `snli-ve` one of
+        `ENTAILMENT`; only a test record may lack it. Empty: any label, and none. For the split see `tables.read_rows`.
+
+    Raises
+    ------
+    DataError
+        For a broken row, a label that the task does not know, a missing image, an id that comes twice.
+    """
+    opened = open_as(file, "table")
+    return unique(_of_rows(read_rows(opened, image_index(opened.file, images)), task), opened.file)
 
 
-def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of a file of json lines; blank lines are skipped."""
-    for number, line in enumerate(_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}: line {number} is not json ({error}); is the file whole?") from None
-
-
-def unique(examples: Iterable[Example], file: Path) -> list[Example]:
-    """The examples; `DataError` where an id comes twice, or there is none."""
-    found: dict[str, Example] = {}
-    for example in examples:
+def _of_rows(rows: Sequence[Row], task: str) -> Iterator[Example]:
+    wanted = 2 if task == "nlvr2" else 1
+    for row in rows:
         with one_record():
-            if example.id in found:
-                raise DataError(f"{file}: {example.id}: a second record of this id; drop one of them")
-            found[example.id] = example
-    if not found:
-        raise DataError(f"{file}: holds no record")
-    return list(found.values())
+            if task and len(row.images) != wanted:
+                raise DataError(f"{row.where}: {len(row.images)} images; {task} takes {wanted} (columns image, image2)")
+            if task and not row.label and row.split != "test":
+                raise DataError(f"{row.where}: no label; only rows of the split test may lack it")
+            label = LABELS[task](row) if task and row.label else row.label or None
+            yield Example(
+                id=row.id,
+                images=row.images,
+                text=row.text,
+                split=row.split,
+                label=None if task == "vqa" else label,
+                answers=(label,) * 10 if task == "vqa" and label else (),
+                origins=origins(row.images[0]) if len(row.images) == 1 else frozenset(),
+            )
 
 
-def _json(file: Path, key: str) -> dict[str, Any]:
-    try:
-        content = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not json ({error}); is the file whole?") from None
-    if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise DataError(f"{file}: has no list {key!r}; is it the file that is meant?")
-    return content
+def _relation(row: Row) -> str:
+    if row.label.lower() not in ENTAILMENT:
+        raise DataError(f"{row.where}: label {row.label!r}; one of {', '.join(ENTAILMENT)} is wanted here")
+    return row.label.lower()
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{file}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+LABELS: dict[str, Callable[[Row], str]] = {
+    "vqa": lambda row: row.label, "nlvr1": true_or_false, "nlvr2": true_or_false, "snli-ve": _relation,
+}  # fmt: skip
+"""How a table's label is read, for each task."""
+
+# -------------------------------------------------------------------------------------------------- any file
+
+
+def read_examples(opened: Annotations, task: str, *, images: Places = (), premise: bool = False) -> list[Example]:
+    """The examples of an open file, of the task's own format or a table; its name tells the split if nothing else does.
+
+    Raises
+    ------
+    DataError
+        For a file of another format, and all that its reader refuses.
+    """
+    split = split_named(opened.file, "train")
+    if opened.format == "table":
+        return read_table(opened, task, images=images)
+    if task == "vqa":
+        return read_vqa(opened, answers_beside(opened.file), split=split, images=images)
+    if task == "nlvr1":
+        return read_nlvr1(open_as(opened, "nlvr1"), images=images)
+    if task == "nlvr2":
+        return read_nlvr2(opened, split=split, images=images)
+    return read_snli_ve(opened, split=split, images=images, premise=premise)
+
+
+def read_any(opened: Annotations, *, images: Places = ()) -> list[Picture] | list[Example]:
+    """The records of an open file of whatever format; none of VQA's annotations, which come with their questions."""
+    if opened.format == "vqa-answers":
+        return []
+    if opened.format == "table":
+        return read_table(opened, images=images)
+    if opened.format in READERS:
+        return read_captioned(opened, images)
+    return read_examples(opened, opened.format, images=images)

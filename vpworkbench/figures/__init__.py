@@ -5,6 +5,7 @@ Layers count from 0 in arrays and from 1 on axes; shares lie in [0, 1] in arrays
 `figure.layout.meta["alt"]` says in one sentence, in plain text, what is seen.
 """
 
+from vpworkbench.figures.answers import answers, answers_page
 from vpworkbench.figures.pictures import attention_on_image, masks, parsing, pictures, tokens
 from vpworkbench.figures.probes import (
     flow_curves,
@@ -15,11 +16,13 @@ from vpworkbench.figures.probes import (
     word_attention,
 )
 from vpworkbench.figures.style import ExportError, to_image
-from vpworkbench.figures.training import accuracy_bars, held_out, losses, run_curves
+from vpworkbench.figures.training import accuracy_bars, held_out, losses, recall_bars, run_curves, task_scores
 
 __all__ = [
     "ExportError",
     "accuracy_bars",
+    "answers",
+    "answers_page",
     "attention_on_image",
     "flow_curves",
     "flow_directions",
@@ -31,7 +34,9 @@ __all__ = [
     "nmi",
     "parsing",
     "pictures",
+    "recall_bars",
     "run_curves",
+    "task_scores",
     "to_image",
     "tokens",
     "word_attention",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,8 @@ from vpworkbench.probes.intervals import Interval
 
 if TYPE_CHECKING:
     from vpworkbench.pretrain import HeldOut
+    from vpworkbench.retrieval import RetrievalResult
+    from vpworkbench.tasks import TaskResult
 
 _OBJECTIVES = {
     "mlm": "masked words (MLM), nats",
@@ -38,6 +41,7 @@ _OBJECTIVES = {
     "mfr": "masked features (MFR), squared",
 }
 _WATCHED = {
+    "training_score": "score on training examples",
     "lr_share": "learning rate, % of its peak",
     "gradient_norm": "gradient norm",
     "target_variance": "variance of visual features",
@@ -193,6 +197,39 @@ def accuracy_bars(
     told = ", ".join(f"{name} {percent(mean)}" for name, mean in zip(values, means, strict=True))
     alt = f"{title}: {told}."
     return finish(figure, title=escaped(title), alt=alt, width=width)
+
+
+def task_scores(results: Mapping[str, TaskResult | RetrievalResult], *, title: str) -> go.Figure:
+    """Held-out scores by name with their intervals: one bar each, or for retrieval all recalls of both directions."""
+    if any(hasattr(result, "intervals") for result in results.values()):
+        return recall_bars({name: result.intervals() for name, result in results.items()}, title=title)
+    return accuracy_bars({name: result.interval() for name, result in results.items()}, title=title, axis="score")
+
+
+def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "Retrieval") -> go.Figure:
+    """Recall at K of several models, side by side, with their intervals.
+
+    Parameters
+    ----------
+    recalls : mapping of str to mapping of str to probes.intervals.Interval
+        By model, then `TR R@1` and so on, the same for each.
+    """
+    if not recalls:
+        raise ValueError("recall_bars needs at least one model")
+    figure, told = go.Figure(), []
+    for colour, (name, found) in zip(cycle(PALETTE), recalls.items()):
+        means = np.array([interval.mean for interval in found.values()], dtype=float)
+        spans = Interval(*(np.array(part, dtype=float) for part in zip(*found.values(), strict=True)))
+        figure.add_bar(
+            x=list(found), y=means, name=escaped(name), error_y=error_bars(spans), marker=fill(colour),
+            customdata=[f"[{100 * span.low:.1f}, {100 * span.high:.1f}]" for span in found.values()],
+            hovertemplate="%{y:.1%} %{customdata}",
+        )  # fmt: skip
+        told.append(f"{name} " + ", ".join(f"{key} {percent(mean)}" for key, mean in zip(found, means, strict=True)))
+    figure.update_layout(barmode="group", hovermode="x unified", legend={"orientation": "h", "y": -0.15})
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], title_text="queries with a right one among the K best")
+    alt = f"{title}, TR: texts of an image, IR: the image of a text. {'; '.join(told)}."
+    return finish(figure, title=escaped(title), alt=alt)
 
 
 def _add_bars(

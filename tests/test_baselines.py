@@ -1,0 +1,61 @@
+"""What stands beside a score: simple classifiers, the drawn structure, runs from other starts and seeds."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_tasks import few
+
+from vpworkbench.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
+from vpworkbench.data.nlvr1 import Item
+from vpworkbench.data.records import Example
+from vpworkbench.finetune import prepare_task
+from vpworkbench.runs import open_run
+from vpworkbench.tasks import METRICS
+
+
+def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():
+    settings = few(task="nlvr2")
+    found = baselines(prepare_task(settings), settings, "val")
+    assert set(found) == {"most frequent", "text only", "image only"}
+    assert found["most frequent"].interval().mean == pytest.approx(0.5)
+
+
+def counted(number: int, drawn: int) -> Example:
+    boxes = tuple(tuple(Item("square", "black", 10.0 * i, 0.0, 10.0) for i in range(n)) for n in (drawn, 0, 0))
+    text = f"there are exactly {('one', 'two', 'three', 'four')[number - 1]} black squares"
+    return Example(f"{number}-{drawn}", (), text, "train", label=str(number == drawn), boxes=boxes)
+
+
+def test_maxent_learns_to_compare_what_is_drawn_with_what_is_said():
+    """Of each statement three in four are false: words alone would call all false."""
+    examples = [counted(number, drawn) for number in range(1, 5) for drawn in range(1, 5)]
+    labels = [example.label for example in examples]
+    assert list(maxent_on_structure(examples * 3, labels * 3, examples)) == labels
+
+
+def finished(**parameters) -> None:
+    settings = few(task="vqa", **parameters)
+    run = open_run("04_finetune", settings, name=f"{settings.pretrained}-{settings.seed}-{settings.answer_count}")
+    run.write_summary(**{METRICS["vqa"]: 0.5 + 0.2 * settings.pretrained + 0.1 * settings.seed})
+
+
+def test_runs_are_compared_that_differ_in_start_and_seed_alone(runs_folder):
+    assert start_intervals(runs_by_start(few(task="vqa"))) == {}
+    for seed in (0, 1):
+        finished(seed=seed)
+        finished(seed=seed, pretrained=False)
+    finished(seed=2)
+    finished(overrides={"answer_count": 3})  # another run
+    open_run("04_finetune", few(task="vqa", seed=9), name="unfinished")
+    found = runs_by_start(few(task="vqa", seed=5))
+    assert found["pretrained"].tolist() == [True] * 3 + [False] * 2
+    intervals = start_intervals(found)
+    values = [0.7, 0.8, 0.9]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert [*map(float, intervals["pre-trained"])] == pytest.approx([0.8, low, high, 3])
+    assert [*map(float, intervals["difference"])] == pytest.approx([0.2, 0.2, 0.2, 2])
+    assert json.loads((runs_folder / "04_finetune/True-2-2/config.json").read_text())["seed"] == 2

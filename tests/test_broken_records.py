@@ -1,0 +1,160 @@
+"""Whatever is wrong with a record, its reader names the file and the record; all of it at once where faults collect."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from miniatures import SNLI_VE, coco, karpathy, nlvr1, nlvr2, snli_ve, table, visual_genome, vqa
+
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.records import DataError, collected_findings
+from vpworkbench.data.task_formats import answers_beside, read_nlvr1, read_nlvr2, read_snli_ve, read_table, read_vqa
+
+
+def read_questions(path):
+    return read_vqa(path, answers_beside(path), split="val")
+
+
+QUESTIONS = [
+    {"image": "photos/é 1.jpg", "text": "what colour?", "label": "red"},
+    {"image": "photos/2.jpg", "text": "how many?", "label": "2"},
+]
+PAIRS = [
+    {"image": "photos/é 1.jpg", "image2": "photos/2.jpg", "text": "both red", "label": "true", "id": "a"},
+    {"image": "photos/2.jpg", "image2": "photos/3.jpg", "text": "one red", "label": "False", "id": "b"},
+]
+RELATIONS = [
+    {"image": "photos/é 1.jpg", "text": "it is red", "label": "entailment", "split": "train"},
+    {"image": "photos/2.jpg", "text": "it is blue", "label": "contradiction", "split": "val"},
+]
+READERS = {
+    "karpathy": (karpathy, read_pictures),
+    "coco": (coco, read_pictures),
+    "vg": (visual_genome, read_pictures),
+    "nlvr1": (nlvr1, read_nlvr1),
+    "vqa": (vqa, read_questions),
+    "nlvr2": (nlvr2, partial(read_nlvr2, split="val")),
+    "snli-ve": (snli_ve, partial(read_snli_ve, split="val")),
+    "csv": (table, read_pictures),
+    "jsonl": (partial(table, kind="jsonl"), read_pictures),
+    "csv of questions": (partial(table, rows=QUESTIONS), partial(read_table, task="vqa")),
+    "jsonl of pairs": (partial(table, rows=PAIRS, kind="jsonl"), partial(read_table, task="nlvr2")),
+    "csv of pairs": (partial(table, rows=PAIRS), partial(read_table, task="nlvr2")),
+    "csv of relations": (partial(table, rows=RELATIONS), partial(read_table, task="snli-ve")),
+}
+IMAGE_GONE, LEAVES = "gone.* missing in .*restore it or drop the record", "leaves the image folder"
+CASES = [
+    ("karpathy", {"record": {"sentences": [{"raw": 7}]}}, r"images\[1\]: sentences.0.raw: .*string"),
+    ("karpathy", {"record": {"sentences": [{"text": "x"}]}}, r"images\[1\]: sentences.0.raw: Field required"),
+    ("karpathy", {"record": {"sentences": [{"raw": "  "}]}}, r"images\[1\] \(101.jpg\): an empty caption"),
+    ("karpathy", {"record": {"sentences": []}}, r"images\[1\]: sentences"),
+    ("karpathy", {"record": {"split": "training"}}, r"images\[1\]: split"),
+    ("karpathy", {"record": {"cocoid": "x"}}, r"images\[1\]: cocoid"),
+    ("karpathy", {"record": {"filename": "100.jpg"}}, "100.jpg: a second record of this id"),
+    ("karpathy", {"record": {"filename": "gone.jpg"}}, rf"images\[1\] \(gone.jpg\): image {IMAGE_GONE}"),
+    ("karpathy", {"record": {"filename": "../101.jpg"}}, rf"images\[1\] .*{LEAVES}"),
+    ("coco", {"image": {"id": "x"}}, r"images\[1\]: id: "),
+    ("coco", {"image": {"file_name": ...}}, r"images\[1\]: file_name: Field required"),
+    ("coco", {"image": {"id": 9}}, r"images\[1\] .*: id 9 a second time"),
+    ("coco", {"image": {"file_name": "gone.jpg"}}, rf"images\[1\] \(gone.jpg\): image .*{IMAGE_GONE}"),
+    ("coco", {"image": {"file_name": "/etc/a.jpg"}}, rf"images\[1\] .*{LEAVES}"),
+    ("coco", {"caption": {"caption": None}}, r"annotations\[1\]: caption: .*string"),
+    ("coco", {"caption": {"image_id": ...}}, r"annotations\[1\]: image_id: Field required"),
+    ("coco", {"caption": {"id": 90}}, r"annotations\[1\] \(id 90\): this id a second time"),
+    ("coco", {"caption": {"image_id": 8}}, r"annotations\[1\] \(id 91\): image_id 8 is none of the images"),
+    ("vg", {"image": {"id": "x"}}, r"\[1\]: id: "),
+    ("vg", {"image": {"id": ...}}, r"\[1\]: id: Field required"),
+    ("vg", {"image": {"id": 1, "regions": [{"region_id": 3, "phrase": "x"}]}}, "json: 1: a second record of this id"),
+    ("vg", {"image": {"id": 7, "regions": []}}, r"\[1\] \(id 7\): image .*7.jpg missing"),
+    ("vg", {"region": {"phrase": 3}}, r"\[1\]: regions.0.phrase: .*string"),
+    ("vg", {"region": {"phrase": ...}}, r"\[1\]: regions.0.phrase: Field required"),
+    ("vg", {"region": {"image_id": 1}}, r"\[1\] \(id 2\): region 1400 is of image_id 1"),
+    ("vg", {"data": {"coco_id": "x"}}, r"image_data.json: \[1\]: coco_id"),
+    ("nlvr1", {"record": {"label": "maybe"}}, "line 2: label"),
+    ("nlvr1", {"record": {"identifier": 3}}, "line 2: identifier"),
+    ("nlvr1", {"record": {"sentence": ...}}, "line 2: sentence: Field required"),
+    ("nlvr1", {"record": {"structured_rep": [[{"type": "cone"}], [], []]}}, r"line 2 \(7-1\)"),
+    ("nlvr1", {"record": {"identifier": "7-0"}}, "7-0-0: a second record of this id"),
+    ("nlvr1", {"record": {"identifier": "gone"}}, rf"line 2 \(gone\): image .*{IMAGE_GONE}"),
+    ("nlvr1", {"record": {"directory": "../.."}}, rf"line 2 .*{LEAVES}"),
+    ("vqa", {"question": {"question": ""}}, r"questions\[1\]: question"),
+    ("vqa", {"question": {"question": ...}}, r"questions\[1\]: question: Field required"),
+    ("vqa", {"question": {"image_id": "x"}}, r"questions\[1\]: image_id"),
+    ("vqa", {"question": {"image_id": 7}}, r"question_id 262148001\): image_id 7, but 262148 in"),
+    ("vqa", {"question": {"image_id": 7}, "answer": {"image_id": 7}}, r"262148001\): image COCO_val.*07.jpg .*missing"),
+    ("vqa", {"question": {"question_id": 5}}, r"question_id 5\): no annotation of it"),
+    ("vqa", {"question": {"question_id": 262148000}}, "262148000: a second|262148001 is in no question"),
+    ("vqa", {"answer": {"question_id": 262148000}}, r"annotations\[1\]: question_id 262148000 a second time"),
+    ("vqa", {"answer": {"answers": []}}, r"annotations\[1\]: answers"),
+    ("vqa", {"answer": {"answers": [{"text": "no"}]}}, r"annotations\[1\]: answers.0.answer: Field required"),
+    ("nlvr2", {"record": {"label": "maybe"}}, "line 2: label"),
+    ("nlvr2", {"record": {"sentence": 7}}, "line 2: sentence: .*string"),
+    ("nlvr2", {"record": {"sentence": ...}}, "line 2: sentence: Field required"),
+    ("nlvr2", {"record": {"identifier": "dev-850-0-0"}}, "dev-850-0-0: a second record of this id"),
+    (
+        "nlvr2",
+        {"record": {"identifier": "gone-850-0-0"}},
+        r"line 2 \(gone-850-0-0\): image gone-850-0-img0.png missing",
+    ),
+    ("nlvr2", {"record": {"identifier": "../../x-0-0"}}, rf"line 2 .*{LEAVES}"),
+    ("snli-ve", {"record": {"gold_label": "yes"}}, "line 2: gold_label"),
+    ("snli-ve", {"record": {"sentence2": None}}, "line 2: sentence2"),
+    ("snli-ve", {"record": {"Flickr30K_ID": ...}}, "line 2: Flickr30K_ID: Field required"),
+    ("snli-ve", {"record": {"pairID": SNLI_VE["pairID"]}}, "r1n: a second record of this id"),
+    ("snli-ve", {"record": {"Flickr30K_ID": "9"}}, r"line 2 \(b\): image 9.jpg or 9.png missing"),
+    ("snli-ve", {"record": {"Flickr30K_ID": "../9"}}, rf"line 2 .*{LEAVES}"),
+    ("csv", {"record": {"text": "  "}}, r"line 3 \(photos/é 1.jpg\): an empty text"),
+    ("csv", {"record": {"text": ""}}, "line 3: text"),
+    ("csv", {"record": {"text": ...}}, "needs columns image and text; its header has image, label, split"),
+    ("csv", {"record": {"label": "a dog"}}, r"line 3 .*: label 'a dog'; true or false"),
+    ("csv", {"record": {"text": "a red square"}}, "line 3 .*to be true and, in .*line 2.*to be false|to be false"),
+    ("csv", {"record": {"split": "training"}}, r"line 3 .*: unknown split 'training'"),
+    ("csv", {"record": {"image": "gone.jpg"}}, rf"line 3 \(gone.jpg\): image {IMAGE_GONE}"),
+    ("csv", {"record": {"image": "../2.jpg"}}, rf"line 3 .*{LEAVES}"),
+    ("jsonl", {"record": {"text": ["a"]}}, "line 2: text: .*string"),
+    ("jsonl", {"record": {"text": ...}}, "line 2: text: Field required"),
+    ("jsonl", {"record": {"image": ...}}, "line 2: image: Field required"),
+    ("jsonl", {"record": {"label": 0.5}}, "line 2: label"),
+    ("jsonl", {"record": {"image2": "photos/2.jpg"}}, "line 2 .*has image2"),
+    ("csv of questions", {"record": {"label": ""}}, r"line 3 \(photos/2.jpg\): no label"),
+    ("csv of questions", {"record": {"image": "photos/gone.jpg"}}, IMAGE_GONE),
+    ("jsonl of pairs", {"record": {"label": "maybe"}}, r"line 2 .*: label 'maybe'; true or false"),
+    ("jsonl of pairs", {"record": {"image2": ...}}, "line 2 .*: 1 images; nlvr2 takes 2"),
+    ("csv of pairs", {"record": {"id": "a"}}, "mine.csv: a: a second record of this id"),
+    ("csv of pairs", {"record": {"image2": "/photos/2.jpg"}}, rf"line 3 .*{LEAVES}"),
+    ("csv of relations", {"record": {"label": "entails"}}, r"line 3 .*: label 'entails'; one of entailment, neutral"),
+]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_miniature_itself_is_sound(tmp_path, name):
+    write, read = READERS[name]
+    assert len(read(write(tmp_path))) >= 2
+
+
+@pytest.mark.parametrize("name, changes, message", CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_broken_record_is_named_with_its_file(tmp_path, name, changes, message):
+    write, read = READERS[name]
+    path = write(tmp_path, **changes)
+    with pytest.raises(DataError, match=message) as error:
+        read(path)
+    assert str(tmp_path) in str(error.value)
+
+
+LOST = {
+    "karpathy": {"record": {"filename": "gone.jpg"}}, "coco": {"image": {"file_name": "gone.jpg"}},
+    "vg": {"image": {"id": 7, "regions": []}}, "nlvr1": {"record": {"identifier": "gone"}},
+    "vqa": {"question": {"image_id": 7}, "answer": {"image_id": 7}}, "nlvr2": {"record": {"identifier": "gone-8-0-0"}},
+    "snli-ve": {"record": {"Flickr30K_ID": "9"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_goes_on_where_faults_are_collected(tmp_path, name):
+    """Of two records one has lost its image: that is told once, the other is read."""
+    write, read = READERS[name]
+    path = write(tmp_path, **LOST.get(name, {"record": {"image": "gone.jpg"}}))
+    with collected_findings() as findings:
+        assert read(path)
+    assert len(findings.faults) == 1 and "missing" in findings.faults[0]

@@ -1,0 +1,221 @@
+"""No image of an evaluation split is trained on: by the ids that sets have in common, and by content."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import pytest
+from miniatures import coco, karpathy, lines, picture, snli_ve, table, visual_genome, vqa, written
+
+from vpworkbench.config import DataSettings, finetune_settings
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.records import DataError
+from vpworkbench.data.splits import evaluation_records, load_examples, load_splits, split_pictures
+
+
+def ids(pictures):
+    return [picture.id for picture in pictures]
+
+
+def dropped(caplog):
+    return [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+
+
+def copy(source, target):
+    target.write_bytes(source.read_bytes())
+
+
+# ------------------------------------------------------------------------------------------- captioned sets
+
+
+def test_training_images_of_an_evaluation_split_are_dropped(tmp_path, caplog):
+    path = karpathy(tmp_path)
+    copy(tmp_path / "images" / "101.jpg", tmp_path / "images" / "102.jpg")
+    splits = split_pictures([read_pictures(path)])
+    assert ids(splits["train"]) == ["100.jpg"] and ids(splits["val"]) == ["101.jpg"]
+    assert dropped(caplog) == ["1 training images are also in val or test, by content: dropped"]
+
+
+def test_the_same_photograph_under_other_bytes_is_dropped_by_its_id(tmp_path, caplog):
+    """COCO's 9 trains in one set and tests in the other, with another file: no hash would find it."""
+    told = {"dataset": "coco", "images": [{"filename": "COCO_val2014_000000000009.jpg", "filepath": "val2014",
+            "cocoid": 9, "split": "test", "sentences": [{"raw": "a bath"}]}]}  # fmt: skip
+    picture(tmp_path / "k" / "val2014" / "COCO_val2014_000000000009.jpg", (200, 200, 200))
+    sets = [read_pictures(coco(tmp_path / "c")), read_pictures(written(tmp_path / "k" / "dataset_coco.json", told))]
+    splits = split_pictures(sets)
+    assert ids(splits["train"]) == ["COCO_train2014_000000000025.jpg"]
+    assert dropped(caplog) == ["1 training images are also in val or test, by their ids: dropped"]
+
+
+def test_ids_reach_round_corners(tmp_path, caplog):
+    """Flickr30k holds 7025 out; Visual Genome's 2 says it is that and COCO's 25: so COCO's 25 leaves as well."""
+    told = {"dataset": "flickr30k", "images": [
+        {"filename": "7025.jpg", "split": "test", "sentences": [{"raw": "x"}]}]}  # fmt: skip
+    picture(tmp_path / "f" / "7025.jpg", (250, 0, 250))
+    path = coco(tmp_path / "c", image={"flickr_url": ""})
+    sets = [
+        read_pictures(path),
+        read_pictures(visual_genome(tmp_path / "v", data={"coco_id": 25, "flickr_id": 7025})),
+        read_pictures(written(tmp_path / "f" / "dataset_flickr30k.json", told)),
+    ]
+    splits = split_pictures(sets)
+    assert ids(splits["train"]) == ["COCO_train2014_000000000009.jpg", "1"]
+    assert dropped(caplog) == ["2 training images are also in val or test, by their ids: dropped"]
+    assert ids(split_pictures(sets[:1] + sets[2:])["train"]) == ids(sets[0])  # without Visual Genome nobody can know
+
+
+def test_ids_and_contents_are_counted_apart(tmp_path, caplog):
+    path = coco(tmp_path / "c")
+    held = coco(tmp_path / "h", subset="val2014", image={"id": 26, "file_name": "COCO_val2014_000000000026.jpg"})
+    content = json.loads(held.read_text())
+    content["annotations"] = [told | {"image_id": 26} if told["image_id"] == 25 else told
+                              for told in content["annotations"]]  # fmt: skip
+    written(held, content)
+    names = [
+        f"{folder}/COCO_{folder}_0000000000{number}.jpg" for folder, number in (("train2014", 25), ("val2014", 26))
+    ]
+    copy(tmp_path / "c" / names[0], tmp_path / "h" / names[1])
+    (tmp_path / "h" / "val2014" / "COCO_val2014_000000000009.jpg").unlink()
+    picture(tmp_path / "h" / "val2014" / "COCO_val2014_000000000009.jpg", (1, 250, 1))
+    content["images"][1]["flickr_url"] = ""
+    written(held, content)
+    assert not split_pictures([read_pictures(path), read_pictures(held)])["train"]
+    assert dropped(caplog) == [
+        "1 training images are also in val or test, by their ids: dropped",
+        "1 training images are also in val or test, by content: dropped",
+    ]
+
+
+def test_copies_in_training_become_one_picture(tmp_path, caplog):
+    """Else one copy's caption could serve as an unmatched text of the other."""
+    path = karpathy(tmp_path)
+    copy(tmp_path / "images" / "100.jpg", tmp_path / "images" / "102.jpg")
+    splits = split_pictures([read_pictures(path)])
+    assert [picture.captions for picture in splits["train"]] == [("A dog runs 0 .", "A dog runs 2 .")]
+    assert "1 training images are copies of others" in caplog.text
+
+
+def test_copies_are_joined_by_id(tmp_path):
+    sets = [read_pictures(coco(tmp_path / "c")), read_pictures(visual_genome(tmp_path / "v", data={"coco_id": 25}))]
+    training = split_pictures(sets)["train"]
+    assert ids(training) == ["COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg", "1"]
+    assert training[1].captions == (
+        "A very clean bathroom 25 0.", "A very clean bathroom 25 1.", "the clock is 2", "a man"
+    )  # fmt: skip
+
+
+def test_files_that_only_look_alike_at_a_glimpse_stay_apart(tmp_path):
+    """CRC-32 of anything followed by its own CRC-32 is a constant: as every chunk of a PNG is."""
+    path = karpathy(tmp_path)
+    for number in range(3):
+        data = bytes([number]) * 100
+        (tmp_path / "images" / f"10{number}.jpg").write_bytes(data + zlib.crc32(data).to_bytes(4, "little"))
+    pictures = read_pictures(path)
+    assert len({picture.image.glimpse() for picture in pictures}) == 1
+    assert len(split_pictures([pictures])["train"]) == 2
+
+
+def test_sets_that_are_not_trained_on_can_be_excluded(tmp_path, caplog):
+    """Captioned sets and tasks alike: Flickr30k's val by its id, COCO's by VQA's questions, one's own by content."""
+    flickr = karpathy(tmp_path / "f")  # 101.jpg is in val
+    path = coco(tmp_path / "c", image={"flickr_url": "http://farm4.staticflickr.com/1/101_ab_z.jpg"})
+    assert len(load_splits(DataSettings(sets=str(path)))["train"]) == 2
+    kept = load_splits(DataSettings(sets=str(path), exclude=(str(flickr),)))["train"]
+    assert ids(kept) == ["COCO_train2014_000000000009.jpg"]
+    own = table(tmp_path / "t")  # photos/2.jpg is in val
+    copy(tmp_path / "t" / "photos" / "2.jpg", tmp_path / "c" / "train2014" / "COCO_train2014_000000000009.jpg")
+    with pytest.raises(DataError, match="no training images"):
+        load_splits(DataSettings(sets=str(path), exclude=(str(flickr), str(own))))
+    assert sorted(dropped(caplog))[-1] == "1 training images are also in val or test, by their ids: dropped"
+    assert {record.split for record in evaluation_records(own)} == {"val"}
+
+
+def test_all_that_a_folder_holds_out_is_excluded(tmp_path):
+    vqa(tmp_path / "x")
+    snli_ve(tmp_path / "x" / "y")
+    written(tmp_path / "x" / "settings.json", {"a": 1})
+    found = evaluation_records(tmp_path / "x")
+    assert set().union(*(record.origins for record in found)) == {"coco:262148", "flickr:3416050480"}
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda path: None, "no such file or folder; `exclude` takes"),
+    (lambda path: coco(path), "no records of val or test to exclude"),
+    (lambda path: written(path / "a.json", {"a": 1}), "no records of val or test to exclude"),
+])  # fmt: skip
+def test_nothing_to_exclude(tmp_path, make, message):
+    make(tmp_path / "x")
+    with pytest.raises(DataError, match=message):
+        evaluation_records(tmp_path / "x")
+    with pytest.raises(DataError, match="of no known format"):
+        evaluation_records(written(tmp_path / "a.json", {"a": 1}))
+
+
+def test_images_in_a_place_of_their_own(tmp_path):
+    path = karpathy(tmp_path / "set")
+    (tmp_path / "set" / "images").rename(tmp_path / "elsewhere")
+    splits = load_splits(DataSettings(sets=str(path), images=str(tmp_path / "elsewhere")))
+    assert {name: len(pictures) for name, pictures in splits.items()} == {"train": 2, "val": 1, "test": 0}
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+
+
+def statements(folder, split, image, number, colour):
+    picture(folder / f"{image}-img0.png", colour)
+    picture(folder / f"{image}-img1.png", (0, *colour[:2]))
+    line = {"sentence": "s s s", "label": "True", "identifier": f"{image}-{number}"}
+    with (folder / f"{split}.json").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_no_image_of_an_evaluation_split_is_trained_on(tmp_path, caplog):
+    statements(tmp_path, "train", "train-1-0", 0, (9, 9, 9))
+    statements(tmp_path, "train", "train-2-0", 0, (8, 0, 0))
+    statements(tmp_path, "dev", "dev-1-0", 0, (9, 9, 9))
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(tmp_path))).splits
+    assert ids(splits["train"]) == ["train-2-0-0"] and ids(splits["val"]) == ["dev-1-0-0"]
+    assert dropped(caplog) == ["1 training examples are about images of val or test, by content: dropped"]
+
+
+def test_a_chain_of_pairs_is_not_one_photograph(tmp_path):
+    """Pairs share images: what shares none with val stays, though its neighbour leaves."""
+    for number in range(4):
+        picture(tmp_path / f"{number}.png", (60 * number, 0, 0))
+    rows = [{"image": f"{k}.png", "image2": f"{k + 1}.png", "text": "x", "label": "true", "id": str(k),
+             "split": "val" if k == 2 else "train"} for k in range(3)]  # fmt: skip
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows)))).splits
+    assert ids(splits["train"]) == ["0"]
+
+
+def test_task_images_are_told_by_id(tmp_path, caplog):
+    vqa(tmp_path, subset="train2014")
+    vqa(tmp_path, subset="val2014", question={"question_id": 7}, answer={"question_id": 7})
+    picture(tmp_path / "val2014" / "COCO_val2014_000000262148.jpg", (99, 0, 0))
+    with pytest.raises(DataError, match="every image of train is in val or test too"):
+        load_examples(finetune_settings(task="vqa", data=str(tmp_path)))
+    assert dropped(caplog) == ["2 training examples are about images of val or test, by their ids: dropped"]
+
+
+def test_own_table_for_a_task_with_images_elsewhere(tmp_path):
+    rows = [{"image": f"{k}.jpg", "text": "what?", "label": "red", "split": split}
+            for k, split in enumerate(("train", "train", "val", "test"))]  # fmt: skip
+    for number in range(4):
+        picture(tmp_path / "elsewhere" / f"{number}.jpg", (60 * number, 0, 0))
+    lines(tmp_path / "set" / "mine.jsonl", *rows)
+    settings = finetune_settings(
+        task="vqa", data=str(tmp_path / "set"), overrides={"images": str(tmp_path / "elsewhere")}
+    )
+    splits = load_examples(settings).splits
+    assert {name: ids(examples) for name, examples in splits.items()} == {
+        "train": ["mine, line 1", "mine, line 2"], "val": ["mine, line 3"], "test": ["mine, line 4"],
+    }  # fmt: skip
+
+
+def test_an_id_in_two_files_of_one_split_is_refused(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / f"{name}.jpg", (len(name), 0, ord(name)))
+        lines(tmp_path / f"{name}.jsonl", {"image": f"{name}.jpg", "text": "x", "label": "y", "id": 1, "split": "val"})
+    with pytest.raises(DataError, match="1: a second record of this id"):
+        load_examples(finetune_settings(task="vqa", data=str(tmp_path)))

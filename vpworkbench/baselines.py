@@ -1,0 +1,201 @@
+"""What a score is worth: beside the most frequent label, half of the input, the drawn structure, no pre-training."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from sklearn.feature_extraction import FeatureHasher
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from vpworkbench.config import FinetuneSettings
+from vpworkbench.data import nlvr1
+from vpworkbench.data.batches import stack_files
+from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.dual import dual_scores
+from vpworkbench.finetune import PreparedTask, pair_batches
+from vpworkbench.metrics import most_given
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.probes.intervals import Interval
+from vpworkbench.retrieval import RetrievalResult, chance, retrieval_result
+from vpworkbench.runs import read_json, runs_root
+from vpworkbench.tasks import METRICS, TaskResult, score
+
+Progress = Callable[[str, int, int], None]
+WORDS = r"(?u)\b\w+\b"
+NUMBERS = {word: number for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"), 1)}
+NUMBERS |= {str(number): number for number in range(1, 8)}
+
+
+def baselines(
+    prepared: PreparedTask,
+    settings: FinetuneSettings,
+    split: str,
+    *,
+    most: int = 4_000,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskResult] | dict[str, RetrievalResult]:
+    """The most frequent label, logistic regressions on the text alone and on the image alone; of NLVR v1 MaxEnt too.
+
+    Of retrieval chance, and two dual encoders (`dual`).
+
+    Parameters
+    ----------
+    most : int
+        Training examples that the regressions see, at most.
+    folder : Path or None
+        Keeps the dual encoders: they are trained once for all splits.
+    """
+    task, examples = settings.task, prepared.splits[split]
+    if not examples:
+        return {}
+    if task == "retrieval":
+        with tempfile.TemporaryDirectory() as scratch:
+            found = dual_scores(
+                pair_batches(prepared, settings), examples, settings, folder=folder or Path(scratch), progress=progress
+            )
+        duals = {name: retrieval_result(scores, examples) for name, scores in found.items()}
+        return {"chance": chance(examples)} | duals
+    rng = np.random.default_rng(settings.seed)
+    training = prepared.splits["train"]
+    frequent = Counter(map(_label, training)).most_common(1)[0][0]
+    training = [training[number] for number in rng.permutation(len(training))[:most]]
+    labels = [_label(example) for example in training]
+    text = make_pipeline(CountVectorizer(ngram_range=(1, 2), token_pattern=WORDS), LogisticRegression(max_iter=500))
+    text.fit([example.text for example in training], labels)
+    features = image_features(
+        prepared.model.base, [example.images for example in [*training, *examples]], progress=progress
+    )
+    image = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    image.fit(features[: len(training)], labels)
+    told = {
+        "most frequent": [frequent] * len(examples),
+        "text only": list(text.predict([example.text for example in examples])),
+        "image only": list(image.predict(features[len(training) :])),
+    }
+    if all(example.boxes for example in [*training, *examples]):
+        told["MaxEnt on structure"] = list(maxent_on_structure(training, labels, examples))
+    found = {}
+    for name, predictions in told.items():
+        predicted = {example.id: str(label) for example, label in zip(examples, predictions, strict=True)}
+        found[name] = TaskResult(task, score(task, examples, predicted), predicted)
+    return found
+
+
+def _label(example: Example) -> str:
+    """The label, or what most people answered."""
+    return example.label if example.label is not None else most_given(example.answers)
+
+
+def maxent_on_structure(training: Sequence[Example], labels: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
+    """Maximum entropy on the statement's words crossed with facts of `boxes`: the label of each of `examples`.
+
+    The strength of its prior is chosen by five folds of the training statements.
+    """
+    once = {(example.text, example.boxes): (example, label) for example, label in zip(training, labels, strict=True)}
+    hasher = FeatureHasher(2**18, input_type="string", alternate_sign=False)
+    priors = {"C": [0.001, 0.003, 0.01, 0.03, 0.1]}
+    classifier = GridSearchCV(LogisticRegression(max_iter=300), priors, cv=KFold(5, shuffle=True, random_state=0))
+    classifier.fit(hasher.transform(_crossed(example) for example, _ in once.values()), [y for _, y in once.values()])
+    return classifier.predict(hasher.transform(map(_crossed, examples)))
+
+
+def _crossed(example: Example) -> list[str]:
+    """Each word with each fact about the kinds of item that the statement names."""
+    words = re.findall(WORDS, example.text.lower())
+    facts = list(_facts(words, example.boxes))
+    return [f"{word}|{fact}" for word, fact in product(sorted({*words, ""}), facts)]
+
+
+def _facts(words: Sequence[str], boxes: Sequence[nlvr1.Box]) -> Iterator[str]:
+    """How the numbers of items of the named kinds compare with the numbers named."""
+    numbers = [NUMBERS[word] for word in words if word in NUMBERS]
+    for colour, shape in product(("", *nlvr1.COLOURS.values()), ("", *nlvr1.SHAPES)):
+        if (colour and colour not in words) or (shape and not any(word.startswith(shape) for word in words)):
+            continue
+        counts = [sum(colour in ("", item.colour) and shape in ("", item.shape) for item in box) for box in boxes]
+        kind = f"{'colour ' * bool(colour)}{'shape ' * bool(shape)}"
+        found = {"all": sum(counts), "most": max(counts), "least": min(counts), "boxes": sum(map(bool, counts))}
+        for name, count in found.items():
+            yield from (f"{kind}{name} {np.sign(count - number):+d}" for number in numbers)
+            if not numbers:
+                yield f"{kind}{name} {count}"
+        for number in numbers:
+            yield f"{kind}a box of exactly so many: {number in counts}"
+
+
+@torch.no_grad()
+def image_features(
+    model: VisualParsingModel,
+    images: Sequence[tuple[ImageFile, ...]],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> np.ndarray:
+    """Mean and largest visual features of each example's images, side by side; (example, feature)."""
+    files = list(dict.fromkeys(image for group in images for image in group))
+    pooled: dict[ImageFile, np.ndarray] = {}
+    for start in range(0, len(files), 64):
+        part = files[start : start + 64]
+        pixels = stack_files(part, model.settings.visual.image_px).to(model.device)
+        features = model.eval().visual(pixels).features
+        both = torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1).cpu().numpy()
+        pooled |= dict(zip(part, both, strict=True))
+        if progress:
+            progress("reading images", min(start + 64, len(files)), len(files))
+    return np.stack([np.concatenate([pooled[image] for image in group]) for group in images])
+
+
+def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
+    """Finished runs of `04_finetune` that differ from these settings in nothing but `seed` and `pretrained`.
+
+    Returns
+    -------
+    DataFrame
+        `pretrained`, `seed`, `score` (of the validation split), one row a run, equal runs once.
+    """
+    either = {"seed": 0, "pretrained": True}
+    wanted, rows = settings.model_dump(mode="json") | either, {}
+    for folder in sorted((runs_root() / "04_finetune").glob("*")):
+        if not (folder / "summary.json").exists():
+            continue
+        there = read_json(folder / "config.json")["settings"]
+        if there | either == wanted:
+            rows[there["pretrained"], there["seed"]] = read_json(folder / "summary.json")[METRICS[settings.task]]
+    return pd.DataFrame(
+        [(*key, value) for key, value in sorted(rows.items(), reverse=True)], columns=["pretrained", "seed", "score"]
+    )
+
+
+def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:
+    """Mean score over seeds, pre-trained and from scratch, with 95% t intervals; and of their difference, by seed.
+
+    Parameters
+    ----------
+    runs
+        Of `runs_by_start`. Bounds are nan where there are fewer than two seeds.
+    """
+    by_seed = runs.pivot(index="seed", columns="pretrained", values="score")
+    names = {True: "pre-trained", False: "from scratch"}
+    found = {names[start]: _t_interval(by_seed[start].dropna()) for start in (True, False) if start in by_seed}
+    if len(found) == 2:
+        found["difference"] = _t_interval((by_seed[True] - by_seed[False]).dropna())
+    return found
+
+
+def _t_interval(values: pd.Series) -> Interval:
+    mean, count = values.mean(), len(values)
+    half = stats.t.ppf(0.975, count - 1) * values.std() / np.sqrt(count) if count > 1 else np.nan
+    return Interval(np.array(mean), np.array(mean - half), np.array(mean + half), np.array(count))
