@@ -36,7 +36,7 @@ class Settings(BaseModel):
             *parents, leaf = path.split(".")
             node = values
             for parent in parents:
-                node = node[parent]
+                node = node.setdefault(parent, {})
             node[leaf] = value
         return checked(type(self), values)
 
