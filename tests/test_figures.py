@@ -87,6 +87,7 @@ def every_figure():
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
         "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
+        "run_curves": figures.run_curves({"a": metrics(3), "b": metrics(60)}, "itm"),
         "recall_bars": figures.recall_bars(recalls()),
         "task_scores": figures.task_scores({"ours": found(0), "chance": found(1)}, title="Held-out score"),
         "answers": figures.answers([Reviewed("a", "b", "c", 0.0, (image(),), (attention()[0].reshape(GRID, GRID),))]),
@@ -128,7 +129,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 17
+    assert set(made) == public and len(made) == 18
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]
