@@ -153,6 +153,7 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
                 findings.faults.append(str(error))
         found.errors += findings.faults
         found.warnings += findings.remarks
+    found.errors[:] = dict.fromkeys(found.errors)  # a damaged zip may lie beside several files
     return {kind: records for kind, records in kinds.items() if records}
 
 

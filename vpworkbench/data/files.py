@@ -175,7 +175,8 @@ def _decoded(file: Path, text: str, start: int, place: str = "") -> tuple[Any, i
     try:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError) as error:  # json's own error is a ValueError; so are numbers without end
-        raise DataError(f"{file}: {place and f'{place} is '}not json ({error}); is the file whole?") from None
+        reason = f"{error.msg}, column {error.colno}" if place and isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{file}: {place and f'{place} is '}not json ({reason}); is the file whole?") from None
 
 
 def _json_lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -311,8 +312,9 @@ class ImageIndex:
         self.flat, self.places = flat, [Path(place).expanduser() for place in places]
         self._by_name: dict[str, list[ImageFile]] = defaultdict(list)
         for place in self.places:
-            for name in _names(place):
-                self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
+            with one_record():  # where faults are collected, the other places are still looked into
+                for name in _names(place):
+                    self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
         for name in os.listdir(flat) if flat else ():
             if (mimetypes.guess_type(name)[0] or "").startswith("image/") and name[0] != ".":
                 self._by_name[_key(name)].append(ImageFile(flat, name))
