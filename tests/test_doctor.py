@@ -141,8 +141,9 @@ def test_answers_without_their_questions_are_not_read(tmp_path):
     with pytest.raises(DataError, match="annotations.json: annotations whose questions are not beside them"):
         diagnose(tmp_path)
     karpathy(tmp_path)
-    (unread,) = diagnose(tmp_path).unread
-    assert "v2_mscoco_val2014_annotations.json" in unread
+    (tmp_path / "predictions.csv").write_text("identifier,label\na,True\n")
+    first, second = diagnose(tmp_path).unread
+    assert "predictions.csv" in first and "v2_mscoco_val2014_annotations.json" in second
 
 
 def test_an_image_in_a_damaged_zip_and_images_elsewhere(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
-from PIL import Image
 
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example

@@ -149,10 +149,10 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
                     continue
                 kind, records = _read_file(opened, places, task)
                 kinds[kind] += records
-            except UnknownFormatError as error:
+            except UnknownFormatError:
                 if file == place:
                     raise
-                found.unread.append(str(error).split(":")[0])
+                found.unread.append(str(file))
             except DataError as error:
                 findings.faults.append(str(error))
         found.errors += findings.faults
