@@ -78,7 +78,7 @@ def open_annotations(file: str | Path) -> Annotations:
     file = Path(file).expanduser()
     text = _read_text(file)
     if file.suffix.lower() == ".csv":
-        return Annotations(file, "table", _csv_rows(file, text))
+        return Annotations(file, "table", _with_columns(file, _csv_rows(file, text)))
     if text.lstrip()[0] == "[":
         items = _list_items(file, text)
         place, first = next(items, ("", None))
@@ -221,6 +221,15 @@ def _csv_rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
                     yield f"line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise DataError(f"{file}: line {reader.line_num}: not csv ({error}); correct the quotes") from None
+
+
+def _with_columns(file: Path, rows: Iterator[tuple[str, dict[str, str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a table; a csv with neither of the two columns that it needs is something else."""
+    place, first = next(rows, ("", {}))
+    if first and not {"image", "text"} <= set(first):
+        kind = DataError if {"image", "text"} & set(first) else UnknownFormatError
+        raise kind(f"{file}: needs columns image and text; its header has {', '.join(first)}")
+    return chain([(place, first)] if first else [], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -404,6 +413,8 @@ def _names(place: Path) -> list[str]:
         return [name for name in names if not any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))]
     if place.is_dir() and place.suffix.lower() != ".zip":
         return list(_names_below(place))
+    if place.is_dir():
+        raise DataError(f"{place}: is a folder with the name of a zip; rename it")
     raise DataError(f"{place}: no such folder or zip of images")
 
 
