@@ -15,6 +15,7 @@ from vpworkbench.data.formats import image_contents, load_splits, scenes_folder
 from vpworkbench.data.records import DataError, Example, Picture
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.task_formats import read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
+from vpworkbench.dual import near_captions
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 from vpworkbench.runs import Run
@@ -196,6 +197,8 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     objective, batches = Classification(), None
     if settings.task == "retrieval":
         objective, batches = Matching(), pair_batches(prepared, settings)
+        if settings.retrieval.hard:
+            batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
     else:
         batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
     return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,
