@@ -199,7 +199,7 @@ def test_of_a_pair_the_names_tell_which_id_is_whose(tmp_path):
     pairs = [((2014, 5), (2014, 6), "train"), ((2014, 6), (2014, 8), "train"), ((2017, 5), (2017, 7), "val")]
     rows = [{"image": names[one], "image2": names[other], "text": "x", "label": "true", "split": split, "id": str(k)}
             for k, (one, other, split) in enumerate(pairs)]  # fmt: skip
-    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows))))
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows)))).splits
     assert ids(splits["train"]) == ["1"]
 
 
