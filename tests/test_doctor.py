@@ -128,6 +128,24 @@ def test_answers_out_of_vocabulary(tmp_path):
     assert diagnose(path, answer_count=4).tables["table (vqa)"]["train"]["unanswerable"] == 3
 
 
+def test_a_damaged_zip_hides_no_other_fault(tmp_path):
+    nlvr1(tmp_path, {"label": "maybe"})
+    snli_ve(tmp_path)
+    (tmp_path / "other.zip").write_bytes(b"PK cut")
+    errors = diagnose(tmp_path).errors
+    assert len(errors) == 2 and "other.zip: not a whole zip" in errors[0] and "line 2: label" in errors[1]
+
+
+def test_answers_without_their_questions_are_not_read(tmp_path):
+    vqa(tmp_path).unlink()
+    with pytest.raises(DataError, match="annotations.json: annotations whose questions are not beside them"):
+        diagnose(tmp_path)
+    karpathy(tmp_path)
+    (tmp_path / "predictions.csv").write_text("identifier,label\na,True\n")
+    first, second = diagnose(tmp_path).unread
+    assert "predictions.csv" in first and "v2_mscoco_val2014_annotations.json" in second
+
+
 def test_an_image_in_a_damaged_zip_and_images_elsewhere(tmp_path):
     path = nlvr2(tmp_path)
     archive = tmp_path / "dev_img.zip"

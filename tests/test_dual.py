@@ -20,7 +20,9 @@ from vpworkbench.dual import (
     max_of_hinges,
     symmetric_contrastive,
 )
-from vpworkbench.retrieval import RetrievalBatches, captions_of
+from vpworkbench.finetune import finetune, prepare_task
+from vpworkbench.retrieval import RetrievalBatches, captions_of, owners_of
+from vpworkbench.runs import open_run
 
 
 def batches(model, pictures, images=6, **options):
@@ -115,6 +117,40 @@ def test_both_are_trained_once_and_kept(scenes, tmp_path):
     for name, scores in found.items():
         np.testing.assert_array_equal(again[name], scores)
     assert len(written) == 2 and all(path.stat().st_mtime_ns == before for path, before in written.items())
+
+
+def test_nearest_captions_are_those_of_the_sorted_cosines(dual, scenes):
+    pictures = scenes[:9]
+    features, owner = dual.features(pictures), owners_of(pictures)
+    found, scores = features.nearest(dual.projection, owner, 0.2), features.scores(dual.projection)
+    for row, places in enumerate(found):
+        others = [place for place in np.argsort(-scores[row]) if owner[place] != row]
+        assert len(places) == 9 and list(places) == others[:9]
+
+
+def test_hard_negatives_come_from_the_nearest_captions(model, scenes):
+    some = batches(model, scenes[:30])
+    some.near = np.arange(150).reshape(30, 5)[::-1]  # of picture 0 those of picture 29
+    captions = captions_of(scenes[:30])
+    for step in range(4):
+        batch, rows = some[step], some.chosen(step)[0]
+        texts = model.tokenizer.batch_decode(batch.words, skip_special_tokens=True)
+        for image, text, matched in zip(batch.image_index, batch.text_index, batch.matched, strict=True):
+            picture = some.pictures[rows[image]]
+            near = [captions[place] for place in some.near[rows[image]]]
+            assert texts[text] in (picture.captions if matched else near)
+            assert picture.truth(texts[text]) is bool(matched)
+        assert (~batch.matched).sum() > 6
+
+
+def test_hard_negatives_are_found_once(runs_folder):
+    few = {"scenes.images": 40, "scenes.val": 10, "scenes.test": 8, "train.images": 8, "workers": 0,
+           "retrieval.hard": 0.1}  # fmt: skip
+    settings = finetune_settings(task="retrieval", steps=1, overrides=few)
+    run, prepared = open_run("04_finetune", settings, name="hard"), prepare_task(settings)
+    assert finetune(run, prepared, settings) == 1
+    near = np.load(run.folder / "near.npy")
+    assert near.shape == (40, 20) and not (owners_of(prepared.splits["train"])[near] == np.arange(40)[:, None]).any()
 
 
 def test_it_begins_where_pretraining_began():

@@ -220,7 +220,8 @@ def test_an_unpacked_zip_is_not_a_second_set(tmp_path):
 
 @pytest.mark.parametrize("make, message", [
     (lambda path: None, "no such folder or zip"), (lambda path: path.write_bytes(b"PK no"), "not a whole zip"),
-    (lambda path: path.mkdir(), "no such folder or zip"), (lambda path: path.write_bytes(b""), "not a whole zip"),
+    (lambda path: path.mkdir(), "is a folder with the name of a zip"),
+    (lambda path: path.write_bytes(b""), "not a whole zip"),
 ])  # fmt: skip
 def test_places_that_hold_no_images(tmp_path, make, message):
     make(tmp_path / "images.zip")

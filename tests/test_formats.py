@@ -116,6 +116,13 @@ def test_own_table_without_labels_and_splits_holds_out_the_same_tenth(tmp_path, 
     assert fewer == held_out & set(names[:40])
 
 
+def test_of_a_few_images_one_validates(tmp_path):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png", (ord(name), 0, 0))
+    (tmp_path / "mine.csv").write_text("text,image\n" + "".join(f"a b c,{name}.png\n" for name in "abc"))
+    assert Counter(picture.split for picture in read_pictures(tmp_path)) == {"train": 2, "val": 1}
+
+
 def test_own_tables_by_the_split_in_their_names(tmp_path):
     for split in ("train", "validation"):
         picture(tmp_path / f"{split}.png")

@@ -217,28 +217,28 @@ FEW = {"scenes.images": 40, "scenes.val": 10, "scenes.test": 8, "train.images": 
 
 
 class Stopping(Run):
-    """A run that is stopped behind its second step, after the checkpoint of that step."""
+    """A run that is stopped in its second step, behind the checkpoint of the first."""
 
     def progress(self, what, done, total):
-        if done == 3:
+        if done == 2:
             raise KeyboardInterrupt
 
 
 def test_a_stopped_run_ends_with_the_same_weights_and_scores(runs_folder):
-    settings = finetune_settings(task="retrieval", steps=4, checkpoint_every=2, overrides=FEW)
+    settings = finetune_settings(task="retrieval", steps=3, checkpoint_every=1, overrides=FEW)
     whole = open_run("04_finetune", settings, name="whole"), prepare_task(settings)
-    assert finetune(*whole, settings) == 4
+    assert finetune(*whole, settings) == 3
     stopped = open_run("04_finetune", settings, name="stopped")
     with pytest.raises(KeyboardInterrupt):
         finetune(Stopping(stopped.folder, settings), prepare_task(settings), settings)
     resumed = stopped, prepare_task(settings)
-    assert finetune(*resumed, settings) == 4
+    assert finetune(*resumed, settings) == 3
     results = [evaluate_split(*one, settings, "val") for one in (whole, resumed)]
     np.testing.assert_array_equal(results[0].scores, results[1].scores)
     np.testing.assert_array_equal(evaluate_retrieval(load_task("whole"), whole[1].splits["val"]).scores,
                                   results[0].scores)  # fmt: skip
     lines = [(run.folder / "metrics.jsonl").read_text().count("\n") for run, _ in (whole, resumed)]
-    assert lines == [4, 4]
+    assert lines == [3, 3]
     rows = (stopped.folder / "predictions-val.csv").read_text().splitlines()
     assert len(rows) == 10 + len(captions_of(whole[1].splits["val"])) and rows[0].startswith("TR,val-000000.png,")
 

@@ -189,6 +189,20 @@ def test_a_chain_of_pairs_is_not_one_photograph(tmp_path):
     assert ids(splits["train"]) == ["0"]
 
 
+def test_of_a_pair_the_names_tell_which_id_is_whose(tmp_path):
+    """COCO's 5 in val has other bytes than in training: pairs with it leave; a pair with its mate 6 stays."""
+    names = {}
+    for number, (year, coco_id) in enumerate([(2014, 5), (2014, 6), (2017, 5), (2017, 7), (2014, 8), (2014, 9)]):
+        prefix = f"COCO_train{year}_" if year == 2014 else ""
+        names[year, coco_id] = f"train{year}/{prefix}{coco_id:012d}.jpg"
+        picture(tmp_path / names[year, coco_id], (40 * number, 0, 0))
+    pairs = [((2014, 5), (2014, 6), "train"), ((2014, 6), (2014, 8), "train"), ((2017, 5), (2017, 7), "val")]
+    rows = [{"image": names[one], "image2": names[other], "text": "x", "label": "true", "split": split, "id": str(k)}
+            for k, (one, other, split) in enumerate(pairs)]  # fmt: skip
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows)))).splits
+    assert ids(splits["train"]) == ["1"]
+
+
 def test_task_images_are_told_by_id(tmp_path, caplog):
     vqa(tmp_path, subset="train2014")
     vqa(tmp_path, subset="val2014", question={"question_id": 7}, answer={"question_id": 7})

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
-from PIL import Image
 
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
@@ -188,25 +187,6 @@ def test_the_learning_curve_is_the_score_on_the_step(scenes):
     batch = TaskBatches(examples, model, size=8, seed=0).batch(examples)
     watched = Classification().watch(model, batch)
     assert model.training and watched == {"training_score": evaluate_task(model, examples).scores.mean()}
-
-
-def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path, caplog):
-    folder = tmp_path / "set"
-    (folder / "images").mkdir(parents=True)
-    line = {"sentence": "s s s", "label": "True"}
-    for split, release in (("train", "train"), ("dev", "dev")):
-        for side in (0, 1):
-            Image.new("RGB", (8, 8), (side * 9, 0, 0)).save(folder / "images" / f"{split}-1-0-img{side}.png")
-        (folder / f"{release}.json").write_text(json.dumps(line | {"identifier": f"{split}-1-0-0"}) + "\n")
-    other = folder / "images" / "train-2-0-img0.png"
-    Image.new("RGB", (8, 8), (0, 99, 0)).save(other)
-    Image.new("RGB", (8, 8), (0, 50, 0)).save(other.with_name("train-2-0-img1.png"))
-    with (folder / "train.json").open("a") as file:
-        file.write(json.dumps(line | {"identifier": "train-2-0-0"}) + "\n")
-    splits, shared = load_examples(finetune_settings(task="nlvr2", data=str(folder)))
-    assert not shared
-    assert [example.id for example in splits["train"]] == ["train-2-0-0"]
-    assert "1 training examples are about images of val or test" in caplog.text
 
 
 def test_fine_tuning_has_its_own_rate_for_the_visual_side(scenes):

@@ -23,11 +23,12 @@ from vpworkbench.config import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.data.batches import Words, stack_images
 from vpworkbench.data.records import Picture
 from vpworkbench.pretrain import load_run
-from vpworkbench.retrieval import RetrievalBatches, captions_of
+from vpworkbench.retrieval import RetrievalBatches, captions_of, owners_of
 from vpworkbench.runs import Run
 from vpworkbench.train import fit
 from vpworkbench.weights import bert_folder, new_visual
 
+Progress = Callable[[str, int, int], None]
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
 FROZEN_TRAIN = TrainSettings(epochs=30, images=128, log_every=10)
 """Of the projections of frozen features: seconds. More epochs overfit 800 photographs."""
@@ -39,7 +40,7 @@ def dual_scores(
     settings: FinetuneSettings,
     *,
     folder: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
     """Cosines of every image with every caption, float32 (image, caption), by the frozen and by the trained one.
 
@@ -51,16 +52,10 @@ def dual_scores(
         Keeps what is trained, `dual-frozen/` and `dual-trained/`: another call goes on there, or only scores.
     """
     dual = build_dual(settings)
-    run = Run(folder / "dual-frozen", settings)
-    (run.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    finished = (run.folder / "checkpoint" / "progress.json").exists()
-    features = None if finished else dual.features(batches.pictures, progress=progress)
-    many = batches.of(min(FROZEN_TRAIN.images, len(batches.pictures)))
-    fit(dual.projection, Contrastive(), DualBatches(many, features), run, optim=FROZEN_OPTIM, train=FROZEN_TRAIN,
-        seed=settings.seed, what="frozen dual projection")  # fmt: skip
+    train_projection(dual, batches, folder, settings, progress=progress)
     found = {"frozen dual projection": dual.features(pictures, progress=progress).scores(dual.projection)}
     run = Run(folder / "dual-trained", settings)
-    (run.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    run.folder.mkdir(parents=True, exist_ok=True)
     fit(dual, HardestNegative(), DualBatches(batches), run, optim=settings.optim, train=settings.train,
         seed=settings.seed, workers=settings.workers, what="dual encoder, hardest negatives")  # fmt: skip
     return found | {"trained dual encoder": dual.features(pictures, progress=progress).scores(dual.projection)}
@@ -79,6 +74,49 @@ def build_dual(settings: FinetuneSettings) -> DualEncoder:
         text = BertModel.from_pretrained(bert_folder(start.init_text), local_files_only=True, add_pooling_layer=False)
     torch.manual_seed(settings.seed)
     return DualEncoder(visual, text, base.words)
+
+
+def train_projection(
+    dual: DualEncoder,
+    batches: RetrievalBatches,
+    folder: Path,
+    settings: FinetuneSettings,
+    *,
+    features: Features | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Fit the projections to frozen features of the training pairs; what `folder` holds of it is taken from there."""
+    run = Run(folder / "dual-frozen", settings)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if features is None and not (run.folder / "checkpoint" / "progress.json").exists():
+        features = dual.features(batches.pictures, progress=progress)
+    many = batches.of(min(FROZEN_TRAIN.images, len(batches.pictures)))
+    fit(dual.projection, Contrastive(), DualBatches(many, features), run, optim=FROZEN_OPTIM, train=FROZEN_TRAIN,
+        seed=settings.seed, what="frozen dual projection")  # fmt: skip
+
+
+def near_captions(
+    batches: RetrievalBatches, settings: FinetuneSettings, *, folder: Path, progress: Progress | None = None
+) -> np.ndarray:
+    """The share `retrieval.hard` of all captions that comes nearest to each image, by the frozen projections.
+
+    Parameters
+    ----------
+    folder : Path
+        Keeps them as `near.npy`, and the projections.
+
+    Returns
+    -------
+    int64 array, (picture, caption)
+        Places of captions in training, nearest first; never an image's own.
+    """
+    file = folder / "near.npy"
+    if not file.exists():
+        dual = build_dual(settings)
+        features = dual.features(batches.pictures, progress=progress)
+        train_projection(dual, batches, folder, settings, features=features)
+        np.save(file, features.nearest(dual.projection, owners_of(batches.pictures), settings.retrieval.hard))
+    return np.load(file)
 
 
 class Projection(nn.Module):
@@ -140,9 +178,7 @@ class DualEncoder(nn.Module):
         return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
     @torch.no_grad()
-    def features(
-        self, pictures: Sequence[Picture], *, progress: Callable[[str, int, int], None] | None = None
-    ) -> Features:
+    def features(self, pictures: Sequence[Picture], *, progress: Progress | None = None) -> Features:
         """Pooled images and captions, computed once."""
         self.eval()
         device, captions = self.projection.log_scale.device, captions_of(pictures)
@@ -181,6 +217,22 @@ class Features:
         device = projection.log_scale.device
         with torch.no_grad():
             return projection.eval()(self.images.to(device), self.texts.to(device)).cpu().numpy()
+
+    def nearest(self, projection: Projection, owner: np.ndarray, share: float) -> np.ndarray:
+        """Places of the share of captions that comes nearest to each image, its own left out; (image, caption).
+
+        Parameters
+        ----------
+        owner : int array, (caption,)
+            Image of each caption.
+        """
+        most = max(1, min(round(share * len(owner)), len(owner) - int(np.bincount(owner).max())))
+        found = []
+        for start in range(0, len(self.images), 256):
+            scores = Features(self.images[start : start + 256], self.texts).scores(projection)
+            scores[owner == np.arange(start, start + len(scores))[:, None]] = -np.inf
+            found.append(torch.from_numpy(scores).topk(most, dim=1).indices.numpy())
+        return np.concatenate(found)
 
 
 # -------------------------------------------------------------------------------------------------------- losses
@@ -273,20 +325,22 @@ class DualBatches(Dataset):
     def __init__(self, batches: RetrievalBatches, features: Features | None = None) -> None:
         self.batches, self.features = batches, features
         self.steps_per_epoch = batches.steps_per_epoch
-        pictures = batches.pictures
-        first = np.cumsum([0, *(len(picture.captions) for picture in pictures)])
-        self._rows = {id(picture): row for row, picture in enumerate(pictures)}
-        self._first = first
+        self._first = np.cumsum([0, *(len(picture.captions) for picture in batches.pictures)])  # caption of a picture
+
+    def records(self, step: int) -> list[str]:
+        """Ids of the pictures of a step."""
+        return self.batches.records(step)
 
     def __getitem__(self, step: int) -> DualBatch:
-        chosen, texts, rng = self.batches.chosen(step)
-        negative = torch.tensor([[picture.denies(text) for text in texts] for picture in chosen])
+        rows, texts, rng = self.batches.chosen(step)
+        pictures = [self.batches.pictures[row] for row in rows]
+        negative = torch.tensor([[picture.denies(text) for text in texts] for picture in pictures])
         if self.features is None:
-            pixels = self.batches.pixels(chosen, rng)
-            return DualBatch((pixels, *self.batches.words.tensors(texts)), negative)
-        rows = [self._rows[id(picture)] for picture in chosen]
-        places = [self._first[row] + self.batches.pictures[row].captions.index(text)
-                  for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+            return DualBatch((self.batches.pixels(pictures, rng), *self.batches.words.tensors(texts)), negative)
+        places = [
+            self._first[row] + picture.captions.index(text)
+            for row, picture, text in zip(rows, pictures, texts, strict=True)
+        ]
         return DualBatch((self.features.images[rows], self.features.texts[places]), negative)
 
 
@@ -300,5 +354,7 @@ __all__ = [
     "build_dual",
     "dual_scores",
     "max_of_hinges",
+    "near_captions",
     "symmetric_contrastive",
+    "train_projection",
 ]

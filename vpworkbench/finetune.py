@@ -11,6 +11,7 @@ import torch
 from vpworkbench.config import FinetuneSettings
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.splits import load_examples
+from vpworkbench.dual import near_captions
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
 from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
@@ -81,6 +82,8 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     objective, batches = Classification(), None
     if settings.task == "retrieval":
         objective, batches = Matching(), pair_batches(prepared, settings)
+        if settings.retrieval.hard:
+            batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
     else:
         batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
     return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,

@@ -77,6 +77,14 @@ class RetrievalBatches(Dataset):
 
     A negative is never a caption of the same image, nor one that is said of it in the same words; where there is
     ground truth it is false of the image. An epoch shows each image once.
+
+    Attributes
+    ----------
+    pictures : list of Picture
+        Those that have captions.
+    near : int array or None, (picture, caption)
+        Set from outside (`dual.near_captions`): unmatched captions are drawn from these, places among all captions of
+        the pictures, and not from the batch.
     """
 
     def __init__(
@@ -97,6 +105,8 @@ class RetrievalBatches(Dataset):
             )
         self.words, self.images, self.image_px = words, images, image_px
         self.negatives, self.seed, self.flip = negatives, seed, flip
+        self.near: np.ndarray | None = None
+        self._captions = captions_of(self.pictures)
         self.steps_per_epoch = len(self.pictures) / images
 
     def of(self, images: int) -> RetrievalBatches:
@@ -106,26 +116,40 @@ class RetrievalBatches(Dataset):
 
     def records(self, step: int) -> list[str]:
         """Ids of the pictures of a step."""
-        return [picture.id for picture in self.chosen(step)[0]]
+        return [self.pictures[row].id for row in self.chosen(step)[0]]
 
-    def chosen(self, step: int) -> tuple[list[Picture], list[str], np.random.Generator]:
-        """The images of a step, a caption of each, and what further draws are made from."""
+    def chosen(self, step: int) -> tuple[list[int], list[str], np.random.Generator]:
+        """Rows of the pictures of a step, a caption of each, and what further draws are made from."""
         rng = np.random.default_rng((self.seed, 1, step))
         epoch, start = divmod(step * self.images, len(self.pictures))
         order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pictures))
-        chosen = [self.pictures[n] for n in order.take(range(start, start + self.images), mode="wrap")]
-        return chosen, [picture.captions[int(rng.integers(len(picture.captions)))] for picture in chosen], rng
+        rows = order.take(range(start, start + self.images), mode="wrap").tolist()
+        captions = [self.pictures[row].captions for row in rows]
+        return rows, [texts[int(rng.integers(len(texts)))] for texts in captions], rng
 
     def __getitem__(self, step: int) -> PairBatch:
-        chosen, texts, rng = self.chosen(step)
+        rows, texts, rng = self.chosen(step)
         pairs = []
-        for row in range(len(chosen)):
-            pairs.append((row, row, True))
-            pairs += [(row, other, False) for other in self._others(chosen, texts, row, rng)]
-        words, word_tokens = self.words.tensors(texts)
-        image_index, text_index, matched = zip(*pairs, strict=True)
-        return PairBatch(self.pixels(chosen, rng), words, word_tokens, torch.tensor(image_index),
-                         torch.tensor(text_index), torch.tensor(matched))  # fmt: skip
+        for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            pairs.append((place, text, True))
+            others = texts if self.near is None else [self._captions[other] for other in self.near[row]]
+            pairs += [(place, other, False) for other in self._unmatched(self.pictures[row], others, rng)]
+        image_index, said, matched = zip(*pairs, strict=True)
+        places = {text: place for place, text in enumerate(dict.fromkeys(said))}
+        words, word_tokens = self.words.tensors(list(places))
+        return PairBatch(
+            images=self.pixels([self.pictures[row] for row in rows], rng),
+            words=words,
+            word_tokens=word_tokens,
+            image_index=torch.tensor(image_index),
+            text_index=torch.tensor([places[text] for text in said]),
+            matched=torch.tensor(matched),
+        )
+
+    def _unmatched(self, picture: Picture, texts: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """Of these texts some that are false of a picture."""
+        fitting = [text for text in dict.fromkeys(texts) if picture.denies(text)]
+        return [fitting[place] for place in rng.permutation(len(fitting))[: self.negatives]]
 
     def pixels(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
         """uint8 (image, 3, height, width), half of them mirrored where that is asked for."""
@@ -134,12 +158,6 @@ class RetrievalBatches(Dataset):
             mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
             images[mirrored] = images[mirrored].flip(-1)
         return images
-
-    def _others(self, chosen: Sequence[Picture], texts: Sequence[str], row: int, rng: np.random.Generator) -> list[int]:
-        fitting = [other for other, text in enumerate(texts) if other != row and chosen[row].denies(text)]
-        if not fitting:
-            return []
-        return [int(other) for other in rng.choice(fitting, min(self.negatives, len(fitting)), replace=False)]
 
 
 class Matching:

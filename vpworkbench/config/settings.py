@@ -263,6 +263,10 @@ class RetrievalSettings(Settings):
     """Image-text retrieval: the pairs that are trained on, and what is searched (paper Sec. 4.2, Table 4)."""
 
     negatives: int = Field(2, ge=1, description="unmatched captions of each image, from its batch")
+    hard: float = Field(
+        0.0, ge=0, le=1, description="draw them from this share of all training captions instead, those that come "
+        "nearest to the image by the frozen dual projection",
+    )  # fmt: skip
     flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
     search_images: int = Field(0, ge=0, description="the first images of val, and of test, are searched; 0: all")
     pairs: int = Field(512, ge=1, description="pairs in one pass of the fusion when scoring; thousands on a GPU")

@@ -27,7 +27,7 @@ from vpworkbench.data.formats import read_captioned
 from vpworkbench.data.records import DataError, ImageFile, Picture, collected_findings
 from vpworkbench.data.splits import Record, image_contents, images_of, photographs
 from vpworkbench.data.tables import TRUE_FALSE
-from vpworkbench.data.task_formats import ENTAILMENT, read_any, read_easy_vqa, read_examples, read_table
+from vpworkbench.data.task_formats import ENTAILMENT, answers_beside, read_any, read_easy_vqa, read_examples, read_table
 from vpworkbench.metrics import normalised_answer
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -139,20 +139,27 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")
     kinds: dict[str, list[Record]] = defaultdict(list)
-    files = annotation_files(place)
+    files, answers = annotation_files(place), set()
     for file in tqdm(files, "reading records", unit=" files", delay=2):
         with collected_findings() as findings:
             try:
-                kind, records = _read_file(open_annotations(file), places, task)
+                opened = open_annotations(file)
+                if opened.format == "vqa-answers":
+                    answers.add(file)
+                    continue
+                kind, records = _read_file(opened, places, task)
                 kinds[kind] += records
-            except UnknownFormatError as error:
+            except UnknownFormatError:
                 if file == place:
                     raise
-                found.unread.append(str(error).split(":")[0])
+                found.unread.append(str(file))
             except DataError as error:
                 findings.faults.append(str(error))
         found.errors += findings.faults
         found.warnings += findings.remarks
+    lonely = answers - {answers_beside(file) for file in files}
+    found.unread += [f"{file}: annotations whose questions are not beside them" for file in sorted(lonely)]
+    found.errors[:] = dict.fromkeys(found.errors)  # a damaged zip may lie beside several files
     return {kind: records for kind, records in kinds.items() if records}
 
 

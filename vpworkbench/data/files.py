@@ -78,7 +78,7 @@ def open_annotations(file: str | Path) -> Annotations:
     file = Path(file).expanduser()
     text = _read_text(file)
     if file.suffix.lower() == ".csv":
-        return Annotations(file, "table", _csv_rows(file, text))
+        return Annotations(file, "table", _with_columns(file, _csv_rows(file, text)))
     if text.lstrip()[0] == "[":
         items = _list_items(file, text)
         place, first = next(items, ("", None))
@@ -175,7 +175,8 @@ def _decoded(file: Path, text: str, start: int, place: str = "") -> tuple[Any, i
     try:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError) as error:  # json's own error is a ValueError; so are numbers without end
-        raise DataError(f"{file}: {place and f'{place} is '}not json ({error}); is the file whole?") from None
+        reason = f"{error.msg}, column {error.colno}" if place and isinstance(error, json.JSONDecodeError) else error
+        raise DataError(f"{file}: {place and f'{place} is '}not json ({reason}); is the file whole?") from None
 
 
 def _json_lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -220,6 +221,15 @@ def _csv_rows(file: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
                     yield f"line {reader.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise DataError(f"{file}: line {reader.line_num}: not csv ({error}); correct the quotes") from None
+
+
+def _with_columns(file: Path, rows: Iterator[tuple[str, dict[str, str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a table; a csv with neither of the two columns that it needs is something else."""
+    place, first = next(rows, ("", {}))
+    if first and not {"image", "text"} <= set(first):
+        kind = DataError if {"image", "text"} & set(first) else UnknownFormatError
+        raise kind(f"{file}: needs columns image and text; its header has {', '.join(first)}")
+    return chain([(place, first)] if first else [], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- records
@@ -311,8 +321,9 @@ class ImageIndex:
         self.flat, self.places = flat, [Path(place).expanduser() for place in places]
         self._by_name: dict[str, list[ImageFile]] = defaultdict(list)
         for place in self.places:
-            for name in _names(place):
-                self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
+            with one_record():  # where faults are collected, the other places are still looked into
+                for name in _names(place):
+                    self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
         for name in os.listdir(flat) if flat else ():
             if (mimetypes.guess_type(name)[0] or "").startswith("image/") and name[0] != ".":
                 self._by_name[_key(name)].append(ImageFile(flat, name))
@@ -402,6 +413,8 @@ def _names(place: Path) -> list[str]:
         return [name for name in names if not any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))]
     if place.is_dir() and place.suffix.lower() != ".zip":
         return list(_names_below(place))
+    if place.is_dir():
+        raise DataError(f"{place}: is a folder with the name of a zip; rename it")
     raise DataError(f"{place}: no such folder or zip of images")
 
 

@@ -37,12 +37,14 @@ from vpworkbench.data.tables import read_rows, true_or_false
 NLVR1_VAL_DIRECTORY = "5"
 """NLVR v1's `dev` is split by `directory`, as its README advises: this one validates, the others train."""
 
+NLVR1_FILES = ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json")
+TABLE_FILES = ("*.csv", "*.jsonl")
 FOLDERS = (
     ("dataset_*.json",),
     ("captions_*.json", "annotations/captions_*.json"),
     ("region_descriptions.json", "annotations/region_descriptions.json"),
-    ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json"),
-    ("*.csv", "*.jsonl"),
+    NLVR1_FILES,
+    TABLE_FILES,
 )
 """What a folder is searched for; the first line that finds a file makes the set."""
 

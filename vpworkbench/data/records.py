@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.scenes import Scene
@@ -152,6 +152,10 @@ class ImageFile:
                 return np.array(rgb)
         except DataError:
             raise
+        except UnidentifiedImageError:  # its message is an address in memory
+            raise DataError(
+                f"{self}: cannot be decoded (no known image format); restore it or drop its record"
+            ) from None
         except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format
             raise DataError(f"{self}: cannot be decoded ({error}); restore it or drop its record") from None
 

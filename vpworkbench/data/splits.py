@@ -23,7 +23,7 @@ from vpworkbench.data.files import (
     origins,
     unique,
 )
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.formats import NLVR1_FILES, TABLE_FILES, read_pictures
 from vpworkbench.data.records import DataError, Example, ImageFile, Picture
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import SceneSettings
@@ -130,7 +130,7 @@ TASK_FILES = {
     "vqa": ("v2_OpenEnded_*_train*_questions.json", "v2_OpenEnded_*_val*_questions.json",
             "v2_OpenEnded_*_test*_questions.json"),
     "nlvr2": ("train.json", "dev.json", "test1.json"),
-    "nlvr1": ("train.json", "dev.json", "test.json"),
+    "nlvr1": NLVR1_FILES,
     "snli-ve": ("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),
 }  # fmt: skip
 """What a folder is searched for; of several the first by name (VQA's test-dev before its test)."""
@@ -216,7 +216,8 @@ def _task_files(task: str, folder: Path) -> list[Path]:
     if task == "nlvr2" and (folder / "nlvr2").is_dir():
         folder = folder / "nlvr2"
     found = [sorted(folder.glob(pattern)) for pattern in TASK_FILES[task]]
-    return [files[0] for files in found if files] or sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
+    own = sorted(file for pattern in TABLE_FILES for file in folder.glob(pattern) if file.name[0] != ".")
+    return [files[0] for files in found if files] or own
 
 
 def _easy_vqa() -> dict[str, list[Example]]:

@@ -46,15 +46,13 @@ def read_rows(table: Annotations, images: ImageIndex) -> list[Row]:
     Raises
     ------
     DataError
-        For a lacking column, a broken row, an unknown split, a missing image.
+        For a broken row, an unknown split, a missing image.
     """
     rows: list[Row] = []
     unread: set[str] = set()
     names_splits = False
     for place, raw in table.content:
         if isinstance(raw, dict):
-            if table.file.suffix.lower() == ".csv" and not {"image", "text"} <= set(raw):
-                raise DataError(f"{table.file}: needs columns image and text; its header has {', '.join(raw)}")
             unread |= set(raw) - set(_Row.model_fields)
             names_splits |= "split" in raw
         with one_record():
