@@ -87,9 +87,9 @@ class SwinParser(_Visual):
         for block in blocks:
             block.attn.fused_attn = block is not blocks[-1]
         self._softmax = blocks[-1].attn.softmax = _Recorded(dim=-1)
-        places = window_places(blocks[-1])
-        self.in_order = len(places) == 1 and bool((places[0, :-1] < places[0, 1:]).all())  # one window, no shift
-        self.register_buffer("places", places, persistent=False)
+        last = blocks[-1]
+        self.in_order = last.window_size == last.input_resolution and not any(last.shift_size)  # one window, no shift
+        self.register_buffer("places", window_places(last), persistent=False)
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
