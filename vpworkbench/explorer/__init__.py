@@ -1,0 +1,1 @@
+"""See and touch attention masks, live in JupyterLab."""
