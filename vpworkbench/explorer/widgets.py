@@ -299,7 +299,8 @@ class Drop(Drawn):
     """
 
     _esm = module("drop")
-    file = traitlets.Bytes().tag(sync=True, echo_update=False)  # or the file would travel back
+    # A page's bytes arrive as a memoryview; echoed, the file would travel back.
+    file = traitlets.Bytes().tag(sync=True, echo_update=False, from_json=lambda value, widget: bytes(value))
     file_name = traitlets.Unicode().tag(sync=True)
     count = traitlets.Int().tag(sync=True)
     limit_mib = traitlets.Float(8).tag(sync=True)

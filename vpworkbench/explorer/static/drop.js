@@ -3,7 +3,7 @@
 export default widget("drop", (model, page) => {
   const input = make("input", { type: "file", accept: "image/*", class: "vpw-file" });
   const text = make("span", {}, "Choose an image, or drop one here");
-  const zone = make("label", { class: "vpw-drop" }, input, text);
+  const zone = make("label", { class: "vpw-zone" }, input, text);
   page.body.append(zone);
   const mib = (bytes) => `${(bytes / 2 ** 20).toFixed(1)} MiB`;
 

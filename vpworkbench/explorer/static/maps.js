@@ -50,7 +50,8 @@ export default widget("maps", (model, page) => {
   };
   /** Numbers along an axis, few enough to be read. */
   const ticks = (element, count, room, side) => {
-    const step = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => (room / count) * step >= (side === "left" ? 22 : 13)) ?? count;
+    const least = (step) => (side === "left" ? 22 : step > 1 ? 30 : 13);
+    const step = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => (room / count) * step >= least(step)) ?? count;
     const labels = [];
     for (let index = 0; index < count; index += step) {
       const label = make("span", {}, String(index + model.get("count_from")));

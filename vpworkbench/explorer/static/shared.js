@@ -67,7 +67,7 @@ function frame(model, kind) {
   };
   const exports = (table) => {
     for (const [name, title, save] of EXPORTS) {
-      const button = make("button", { type: "button", title, "aria-label": `${title}` }, name);
+      const button = make("button", { type: "button", title, "aria-label": title }, name);
       button.addEventListener("click", () => save({ root, table, name: model.get("label"), alt: model.get("alt") }));
       tools.append(button);
     }
@@ -100,7 +100,7 @@ function stage({ geometry, hover, pick }) {
     const box = place >= 0 && place < geometry().count ? geometry().box(place) : null;
     marks[mark].hidden = !box;
     if (!box) return;
-    const [x0, y0, x1, y1] = box.map((share) => `${100 * share}%`);
+    const [x0, y0, x1, y1] = Array.from(box, (share) => `${100 * share}%`);
     Object.assign(marks[mark].style, { left: x0, top: y0, width: `calc(${x1} - ${x0})`, height: `calc(${y1} - ${y0})` });
   };
   const self = { element, canvas, picked: -1, show };
@@ -249,17 +249,17 @@ function drawBoxes(context, geometry, values, paint, outside = null) {
 /** Darker where a value is small beside the largest. */
 function drawShade(context, geometry, values) {
   const top = Math.max(1e-12, values[largest(values)]);
-  const paint = (value) => `rgba(0, 0, 0, ${0.82 * (1 - Math.max(0, value) / top)})`;
-  drawBoxes(context, geometry, values, paint, "rgba(0, 0, 0, 0.82)");
+  const paint = (value) => `rgba(0, 0, 0, ${0.8 * (1 - Math.max(0, value) / top)})`;
+  drawBoxes(context, geometry, values, paint, "rgba(0, 0, 0, 0.8)");
 }
 
 function drawGrid(context, geometry) {
   const { width, height } = context.canvas;
   context.lineWidth = 1;
-  context.strokeStyle = "rgba(150, 150, 150, 0.55)";
+  context.strokeStyle = "rgba(150, 150, 150, 0.45)";
   for (let place = 0; place < geometry.count; place++) {
     const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
-    context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0 - 1, y1 - y0 - 1);
+    context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0, y1 - y0); // neighbours share a line
   }
 }
 
