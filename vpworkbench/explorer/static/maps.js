@@ -1,5 +1,11 @@
 // Matrices side by side in one colour scale, with one shared pick.
 
+const COLOURS = new Uint32Array(256); // Cividis as the canvas stores it: opaque, blue green red from the top byte
+for (let step = 0; step < 256; step++) {
+  const [red, green, blue] = CIVIDIS.subarray(3 * step, 3 * step + 3);
+  COLOURS[step] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+}
+
 export default widget("maps", (model, page) => {
   let [geometry, maps, numbers, drawn] = [matrix(0, 0), [], new Float32Array(), null];
   const shape = () => model.get("shape");
@@ -126,9 +132,3 @@ export default widget("maps", (model, page) => {
     });
   };
 });
-
-const COLOURS = new Uint32Array(256); // Cividis as the canvas stores it: opaque, blue green red from the top byte
-for (let step = 0; step < 256; step++) {
-  const [red, green, blue] = CIVIDIS.subarray(3 * step, 3 * step + 3);
-  COLOURS[step] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
-}
