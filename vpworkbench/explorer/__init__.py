@@ -12,6 +12,7 @@ from typing import Any
 
 import ipywidgets
 import pandas as pd
+import plotly.graph_objects as go
 from torch import nn
 
 from vpworkbench.compare import Opened
@@ -187,13 +188,14 @@ class Explorer(ipywidgets.VBox):
         reading, models = self.readings[0], [one.name for one in self.subjects]
         masks, words, flow = self.masks, self.words, self.flow
         numbers = self.trial.tables()["answers"]
-        first = [part for place in range(len(masks.readings)) for part in (
-            Part(masks.panels[place], still.panels(masks, place)), Part(masks.errors[place], still.errors(masks, place)),
-        )]  # fmt: skip
-        second = [part for place in range(len(words.readings)) for part in (
-            Part(words.maps[place], still.heads(words, place)), Part(words.readers[place], still.sentence(words, place)),
-        )]  # fmt: skip
-        third = [Part(_plain(flow), still.curves(flow), "Flow, NMI and tokens.")]
+        first, second = [], []
+        for place in range(len(masks.readings)):
+            first.append(Part(masks.panels[place], still.panels(masks, place)))
+            first.append(Part(masks.errors[place], still.errors(masks, place)))
+        for place in range(len(words.readings)):
+            second.append(Part(words.maps[place], still.heads(words, place)))
+            second.append(Part(words.readers[place], still.sentence(words, place)))
+        third = [Part(go.Figure(flow.figure), still.curves(flow), "Flow, NMI and tokens.")]
         third += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
         return write_page(path, f"{' and '.join(models)} on “{reading.text}”", [
             Section(masks.title, masks.note.text, first), Section(words.title, words.note.text, second),
@@ -224,12 +226,6 @@ class Explorer(ipywidgets.VBox):
         if self.readings:
             bundle["image/png"] = base64.b64encode(still.overview(self.masks, self.flow)).decode("ascii")
         return bundle
-
-
-def _plain(flow: FlowView) -> Any:
-    import plotly.graph_objects as go
-
-    return go.Figure(flow.figure)
 
 
 def _below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
