@@ -80,7 +80,7 @@ function stage({ geometry, hover, pick }) {
   const canvas = make("canvas", { "aria-hidden": "true" });
   const marks = { picked: make("div", { class: "vpw-mark vpw-picked" }), cursor: make("div", { class: "vpw-mark" }) };
   const attributes = { class: "vpw-stage", tabindex: 0, role: "application" };
-  const element = make("div", attributes, canvas, marks.picked, marks.cursor);
+  const element = make("div", attributes, canvas, marks.cursor, marks.picked);
   let current = -1;
   const at = (event) => {
     const box = canvas.getBoundingClientRect();
