@@ -9,6 +9,7 @@ from vpworkbench.config import (
     PRESETS,
     PretrainSettings,
     SettingsError,
+    finetune_settings,
     pretrain_settings,
     probe_settings,
     visual_init_settings,
@@ -50,13 +51,28 @@ def test_mask_budget_is_fifteen_percent():
         ({"overrides": {"visual.image_px": 100}}, "image_px 100 must be a multiple of 16"),
         ({"overrides": {"optim.lr_fusion": "fast"}}, "optim.lr_fusion.*'fast'"),
         ({"steps": -1}, "train.steps.*-1"),
-        ({"steps": 5, "epochs": 2}, "give steps or epochs"),
         ({"overrides": {"train.images": 6, "train.accumulate": 4}}, "accumulate 4 must divide images 6"),
     ],
 )
 def test_wrong_values_name_the_setting(parameters, message):
     with pytest.raises(SettingsError, match=message):
         pretrain_settings(**parameters)
+
+
+def test_lengths_small_by_default_and_the_presets_at_0():
+    assert pretrain_settings().train.steps == finetune_settings().train.steps == 40
+    assert pretrain_settings(steps=0) == PRESETS["tiny"]
+    long = pretrain_settings(epochs=2).train
+    assert (long.steps, long.epochs) == (0, 2)
+    assert finetune_settings(steps=0).train.steps == 1_000
+    assert visual_init_settings(images=0, epochs=0).scenes.images == 12_000
+
+
+def test_a_short_run_generates_no_more_scenes_than_it_sees():
+    assert pretrain_settings(steps=40).data.scenes.images == 1_000  # 640 are seen
+    assert finetune_settings(steps=40).scenes.images == 2_000
+    assert pretrain_settings(steps=40, overrides={"data.scenes.images": 7}).data.scenes.images == 7
+    assert pretrain_settings(steps=40, data="elsewhere").data == pretrain_settings(steps=0, data="elsewhere").data
 
 
 def test_all_faults_at_once():

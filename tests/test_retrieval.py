@@ -271,7 +271,7 @@ def test_a_search_needs_two_images(scenes_folder, tmp_path):
 
 
 def test_schedule_of_the_paper():
-    settings = finetune_settings(task="retrieval", preset="paper")
+    settings = finetune_settings(task="retrieval", preset="paper", steps=0)
     assert settings.optim.lr_fusion == settings.optim.lr_visual == 5e-5 and settings.train.images == 32
     assert settings.train.epochs == 10 and settings.optim.decay_at == (0.5,) and settings.optim.decay == 0.5
     assert settings.retrieval.search_images == 0  # all

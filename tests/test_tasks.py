@@ -203,8 +203,7 @@ def test_fine_tuning_has_its_own_rate_for_the_visual_side(scenes):
 @pytest.mark.parametrize(
     "parameters, message",
     [({"task": "vqaa"}, "no task 'vqaa'; did you mean 'vqa'"), ({"preset": "papr"}, "no preset 'papr'"),
-     ({"overrides": {"answer_counts": 3}}, "did you mean 'answer_count'"),
-     ({"steps": 3, "epochs": 2}, "steps or epochs")],
+     ({"overrides": {"answer_counts": 3}}, "did you mean 'answer_count'")],
 )  # fmt: skip
 def test_wrong_settings_name_the_nearest(parameters, message):
     with pytest.raises(SettingsError, match=message):
@@ -212,7 +211,7 @@ def test_wrong_settings_name_the_nearest(parameters, message):
 
 
 def test_schedules_of_the_paper():
-    vqa, nlvr2, snli = (finetune_settings(task=task, preset="paper") for task in ("vqa", "nlvr2", "snli-ve"))
+    vqa, nlvr2, snli = (finetune_settings(task=task, preset="paper", steps=0) for task in ("vqa", "nlvr2", "snli-ve"))
     assert vqa.train.epochs == 100 and vqa.optim.decay_at == (0.65, 0.75) and vqa.optim.decay == 0.1
     assert nlvr2.optim.decay == 0.5 and [round(80 * at) for at in nlvr2.optim.decay_at] == [60, 65, 70, 75, 78, 79]
     assert snli.optim.lr_fusion == 5e-5 and [round(25 * at) for at in snli.optim.decay_at] == [15, 20, 23]

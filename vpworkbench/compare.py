@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vpworkbench.config import CompareSettings
 from vpworkbench.data.records import Picture
-from vpworkbench.data.splits import load_splits
+from vpworkbench.data.splits import load_held_out
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import load_run
 from vpworkbench.probes import modality_masks
@@ -94,8 +94,7 @@ def open_models(sources: Sequence[str]) -> list[Opened]:
 
 def held_out(settings: CompareSettings) -> list[Picture]:
     """The held-out pictures on which all models are compared, each with a caption."""
-    pictures = load_splits(settings.data)["val"]
-    return [picture for picture in pictures if picture.captions][: settings.images]
+    return [picture for picture in load_held_out(settings.data) if picture.captions][: settings.images]
 
 
 def probe_all(

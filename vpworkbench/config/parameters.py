@@ -14,8 +14,10 @@ from vpworkbench.config.settings import (
     PretrainSettings,
     ProbeSettings,
     RunsSettings,
+    TrainSettings,
     VisualInitSettings,
 )
+from vpworkbench.data.scenes import SceneSettings
 
 
 def pretrain_settings(
@@ -26,7 +28,7 @@ def pretrain_settings(
     masking: str = "",
     init_visual: str = "auto",
     init_text: str = "",
-    steps: int = 0,
+    steps: int = 40,
     epochs: float = 0,
     seed: int = 0,
     checkpoint_every: int = 0,
@@ -42,14 +44,15 @@ def pretrain_settings(
     init_visual : str
         `auto` takes the preset's start where the shipped weights fit it (family and sizes), else none.
     steps, epochs
-        Neither given: the preset's own length.
+        Epochs, where given, decide; else steps; both 0: the preset's own length. A run of few steps generates fewer
+        scenes, unless `overrides` says how many.
 
     Raises
     ------
     SettingsError
         All faults at once.
     """
-    base = named_preset(preset)
+    base, overrides = named_preset(preset), overrides or {}
     masking = masking or ("attention" if visual == "swin" else "random")
     values: dict[str, Any] = {
         "data.sets": data, "visual.family": visual, "mask.mode": masking,
@@ -57,28 +60,31 @@ def pretrain_settings(
         "init_visual": base.init_visual if init_visual == "auto" else init_visual,
     }  # fmt: skip
     if steps or epochs:
-        values |= {"train.steps": steps, "train.epochs": epochs}
-    return base.with_overrides(values | (overrides or {}))
+        values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
+    settings = base.with_overrides(values | overrides)
+    if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
+        return settings
+    return settings.with_overrides({"data.scenes.images": _scenes_seen(settings.data.scenes, settings.train)})
 
 
 def visual_init_settings(
     *,
     preset: str = "tiny",
     visual: str = "swin",
-    images: int = 12_000,
-    epochs: float = 8,
+    images: int = 640,
+    epochs: float = 4,
     seed: int = 0,
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> VisualInitSettings:
-    """Settings of a run from the parameters of `00_visual_init.ipynb`."""
+    """Settings of a run from the parameters of `00_visual_init.ipynb`; 0 images: the preset's, 0 epochs: 8."""
     base = named_preset(preset)
     scenes = base.data.scenes.model_copy(update={"image_px": base.visual.image_px})
     values = {
         "preset": preset, "seed": seed, "visual": base.visual.model_dump(), "scenes": scenes.model_dump(),
     }  # fmt: skip
     changes = {
-        "visual.family": visual, "scenes.images": images, "train.epochs": epochs,
+        "visual.family": visual, "scenes.images": images or scenes.images, "train.epochs": epochs or 8,
         "train.checkpoint_every": checkpoint_every,
     }  # fmt: skip
     return checked(VisualInitSettings, values).with_overrides(changes | (overrides or {}))
@@ -128,22 +134,32 @@ def finetune_settings(
     data: str = "scenes",
     checkpoint: str = "",
     pretrained: bool = True,
-    steps: int = 0,
+    steps: int = 40,
     epochs: float = 0,
     seed: int = 0,
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> FinetuneSettings:
-    """Settings of a run from the parameters of `04_finetune.ipynb`."""
+    """Settings of a run from the parameters of `04_finetune.ipynb`; steps and epochs as of `pretrain_settings`."""
     if preset not in TASK_PRESETS:
         raise SettingsError(f"preset: no preset {preset!r}{nearest(preset, TASK_PRESETS)} (known: tiny, paper)")
     if task not in TASK_PRESETS[preset]:
         known = ", ".join(TASK_PRESETS[preset])
         raise SettingsError(f"task: no task {task!r}{nearest(task, TASK_PRESETS[preset])} (known: {known})")
+    overrides = overrides or {}
     parts = {name: part.model_dump() for name, part in TASK_PRESETS[preset][task].items()}
     base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
     values = {"data": data, "checkpoint": checkpoint, "pretrained": pretrained, "seed": seed,
               "train.checkpoint_every": checkpoint_every}  # fmt: skip
     if steps or epochs:
-        values |= {"train.steps": steps, "train.epochs": epochs}
-    return base.with_overrides(values | (overrides or {}))
+        values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
+    settings = base.with_overrides(values | overrides)
+    if settings.data != "scenes" or "scenes.images" in overrides:
+        return settings
+    return settings.with_overrides({"scenes.images": _scenes_seen(settings.scenes, settings.train)})
+
+
+def _scenes_seen(scenes: SceneSettings, train: TrainSettings) -> int:
+    """How many scenes are worth generating: in thousands, no more than the steps see."""
+    seen = -(-train.steps * train.images // 1000) * 1000
+    return min(seen, scenes.images) if train.steps else scenes.images

@@ -52,6 +52,12 @@ def load_splits(settings: DataSettings) -> dict[str, list[Picture]]:
     return splits
 
 
+def load_held_out(settings: DataSettings) -> list[Picture]:
+    """The `val` of `load_splits` alone: it does not depend on the scenes of training, of which one is generated."""
+    scenes = settings.scenes.model_copy(update={"images": 1, "test": 0})
+    return load_splits(settings.model_copy(update={"scenes": scenes}))["val"]
+
+
 def cache_root() -> Path:
     """Where what can be made again is kept: `$VPW_CACHE`, else the user's cache folder."""
     return Path(os.environ.get("VPW_CACHE") or Path.home() / ".cache" / "vpworkbench")
