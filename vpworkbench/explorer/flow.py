@@ -60,9 +60,7 @@ class FlowView:
             self.layer.max = self.layer.value = most
         self.span = (min(self.span[0], most - 1), min(self.span[1], most - 1))
         with self.figure.batch_update():
-            for number, reading in enumerate(self.readings):
-                for trace, values in zip(self._traces(number), _values(reading), strict=True):
-                    trace.update(values)
+            _fill(self.figure, self.readings)
         self._draw_span()
         self._draw_points()
 
@@ -117,7 +115,7 @@ class FlowView:
             self.close()
             self.readings = readings
         figure = _empty([reading.subject.name for reading in self.readings], [one.layers for one in self.readings])
-        self.figure = go.FigureWidget(figure)
+        self.figure = go.FigureWidget(_fill(figure, self.readings))
         self.figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
                                "modeBarButtonsToRemove": ["select2d", "lasso2d"]}  # fmt: skip
         for number, trace in enumerate(self._triangles()):
@@ -132,8 +130,7 @@ class FlowView:
         return [trace for trace in self.figure.data if isinstance(trace, go.Heatmap)] if self.figure else []
 
     def _traces(self, number: int) -> list[Any]:
-        """Of one model, in the order of `_values`."""
-        return [trace for trace in self.figure.data if trace.meta == number]
+        return _traces(self.figure, number)
 
     def _clicked(self, number: int, points: Any) -> None:
         if not points.xs:
@@ -169,13 +166,26 @@ class FlowView:
                 trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
 
 
+def _traces(figure: go.Figure, number: int) -> list[Any]:
+    """Of one model, in the order of `_values`."""
+    return [trace for trace in figure.data if trace.meta == number]
+
+
+def _fill(figure: go.Figure, readings: Sequence[Reading]) -> go.Figure:
+    for number, reading in enumerate(readings):
+        for trace, values in zip(_traces(figure, number), _values(reading), strict=True):
+            trace.update(values)
+    return figure
+
+
 def _values(reading: Reading) -> list[dict[str, Any]]:
     """What each trace of a model shows, in the order in which `_empty` adds them."""
     flow, null = reading.flow, reading.null
     layers = np.arange(1, reading.layers + 1)
     upper = np.where(layers[:, None] <= layers, flow, np.nan)
     return [
-        {"z": upper, "text": np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))},
+        # x and y too: a heat map in the page forgets them where only its z changes.
+        {"x": layers, "y": layers, "z": upper, "text": np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))},
         {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
     ]  # fmt: skip
 
