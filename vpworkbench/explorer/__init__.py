@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import ipywidgets
 import pandas as pd
@@ -33,6 +33,12 @@ __all__ = ["Explorer", "explore"]
 
 Model = Subject | Opened | nn.Module | str | None
 PICTURES = 24
+ViewName = Literal["masks", "words", "flow", "try"]
+View = TypeVar("View", MasksView, WordsView, FlowView)
+VIEWS: dict[ViewName, type[MasksView] | type[WordsView] | type[FlowView]] = {
+    "masks": MasksView, "words": WordsView, "flow": FlowView,
+}  # fmt: skip
+"""What shows readings; `try` is always there, as sentence and picture stand above all of them."""
 
 
 def explore(
@@ -41,6 +47,7 @@ def explore(
     *,
     beside: Model = None,
     pictures: int = PICTURES,
+    views: Sequence[ViewName] = ("masks", "words", "flow", "try"),
 ) -> Explorer:
     """Open the explorer of a model, or of two on the same input.
 
@@ -56,12 +63,16 @@ def explore(
         A second model, drawn under the first: before and after pre-training, masks by attention and at random.
     pictures : int
         At most so many to choose from.
+    views
+        Which are shown. A notebook without `flow` stays small: plotly's script alone is 5 MB of a saved one.
 
     Raises
     ------
-    CheckpointError, DataError, TypeError
-        If there is no such model or set, or it has no picture.
+    CheckpointError, DataError, TypeError, ValueError
+        If there is no such model, set or view, or the set has no picture.
     """
+    if unknown := [name for name in views if name not in (*VIEWS, "try")]:
+        raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join((*VIEWS, 'try'))}")
     names = ("model", "beside") if beside is not None else ("model",)
     given = (model, beside) if beside is not None else (model,)
     subjects = [subject(one, name=name) for one, name in zip(given, names, strict=True)]
@@ -76,7 +87,7 @@ def explore(
         "" if data is None else repr(str(data)) if isinstance(data, str | Path) else "pictures",
         "" if beside is None else f"beside={beside!r}" if isinstance(beside, str) else "beside=other",
     ) if part)  # fmt: skip
-    return Explorer(subjects, chosen, call=f"explore({call})")
+    return Explorer(subjects, chosen, views=views, call=f"explore({call})")
 
 
 def _pictures(data: Sequence[Picture] | str | Path | None) -> list[Picture]:
@@ -92,22 +103,31 @@ class Explorer(ipywidgets.VBox):
 
     Attributes
     ----------
-    masks, words, flow, trial : the views
+    masks, words, flow : the views, None where they are not shown
+    trial : TryView
     readings : list of Reading
         Of the present input, one for each model.
     """
 
-    def __init__(self, subjects: Sequence[Subject], pictures: Sequence[Picture], *, call: str = "explore(...)") -> None:
+    def __init__(
+        self,
+        subjects: Sequence[Subject],
+        pictures: Sequence[Picture],
+        *,
+        views: Sequence[ViewName] = (*VIEWS, "try"),
+        call: str = "explore(...)",
+    ) -> None:
         super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 30}px"})
         self.add_class("vpw-explorer")
         self.subjects, self._call = list(subjects), call
         self.readings = self._read(pictures[0], chosen_text(pictures[0]))
-        self.masks, self.words = MasksView(self.readings), WordsView(self.readings)
-        self.flow = FlowView(self.readings)
+        made = {name: kind(self.readings) for name, kind in VIEWS.items() if name in views}
+        self.masks, self.words, self.flow = (made.get(name) for name in VIEWS)
         self.trial = TryView(self.readings, pictures, self._input)
+        self._views = (*made.values(), self.trial)
+        shown = [view for view in self._views if view is not self.trial or "try" in views]
         self._code = Copy(label="The lines that recreate this view", width=WIDTH)
-        self._views = (self.masks, self.words, self.flow, self.trial)
-        self._tabs = ipywidgets.Tab([view.widget for view in self._views], titles=[view.title for view in self._views])
+        self._tabs = ipywidgets.Tab([view.widget for view in shown], titles=[view.title for view in shown])
         take = ipywidgets.Accordion([column(self._code)], titles=["copy as code"], selected_index=None)
         take.observe(lambda change: self._copy(), "selected_index")
         self._tabs.observe(lambda change: self._copy(), "selected_index")
@@ -140,7 +160,7 @@ class Explorer(ipywidgets.VBox):
         head: int | None = None, draw: int | None = None,
     ) -> Explorer:  # fmt: skip
         """Pick a visual token and what is hidden with it; see `MasksView.set`."""
-        self.masks.set(token, k=k, select=select, head=head, draw=draw)
+        self._shown(self.masks, "masks").set(token, k=k, select=select, head=head, draw=draw)
         return self
 
     def read(
@@ -148,13 +168,19 @@ class Explorer(ipywidgets.VBox):
         rolled: bool | None = None,
     ) -> Explorer:  # fmt: skip
         """Pin a word or a patch, choose layer and head; see `WordsView.set`."""
-        self.words.set(place, layer=layer, head=head, rolled=rolled)
+        self._shown(self.words, "words").set(place, layer=layer, head=head, rolled=rolled)
         return self
 
     def span(self, start: int, stop: int, *, model: int = 0, layer: int | None = None) -> Explorer:
         """Choose a span of layers, from 0; see `FlowView.set`."""
-        self.flow.set(start, stop, model=model, layer=layer)
+        self._shown(self.flow, "flow").set(start, stop, model=model, layer=layer)
         return self
+
+    @staticmethod
+    def _shown(view: View | None, name: ViewName) -> View:
+        if view is None:
+            raise ValueError(f"this explorer was opened without the view {name!r}; add it to `views`")
+        return view
 
     @property
     def code(self) -> str:
@@ -163,7 +189,7 @@ class Explorer(ipywidgets.VBox):
         place = next(place for place, one in enumerate(self.trial.pictures) if one is reading.picture)
         lines = ["from vpworkbench.explorer import explore", "", f"view = {self._call}"]
         lines += [f"view.look({place})", f"view.say({reading.text!r})"]
-        lines += [line for line in (self.masks.code(), self.words.code(), self.flow.code()) if line]
+        lines += [line for view in self._views if view is not self.trial and (line := view.code())]
         return "\n".join([*lines, "view"])
 
     def _copy(self) -> None:
@@ -185,22 +211,27 @@ class Explorer(ipywidgets.VBox):
 
     def save(self, path: str | Path) -> Path:
         """Write the whole as one HTML file that opens without a kernel and without a network."""
-        reading, models = self.readings[0], [one.name for one in self.subjects]
         masks, words, flow = self.masks, self.words, self.flow
-        numbers = self.trial.tables()["answers"]
-        first, second = [], []
-        for place in range(len(masks.readings)):
-            first.append(Part(masks.panels[place], still.panels(masks, place)))
-            first.append(Part(masks.errors[place], still.errors(masks, place)))
-        for place in range(len(words.readings)):
-            second.append(Part(words.maps[place], still.heads(words, place)))
-            second.append(Part(words.readers[place], still.sentence(words, place)))
-        third = [Part(go.Figure(flow.figure), still.curves(flow), "Flow, NMI and tokens.")]
-        third += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
-        return write_page(path, f"{' and '.join(models)} on “{reading.text}”", [
-            Section(masks.title, masks.note.text, first), Section(words.title, words.note.text, second),
-            Section(flow.title, flow.note.text, third), Section("What it says", "", [Part(numbers)]),
-        ])  # fmt: skip
+        sections = []
+        if masks is not None:
+            parts = [part for place in range(len(masks.readings)) for part in (
+                Part(masks.panels[place], still.panels(masks, place)),
+                Part(masks.errors[place], still.errors(masks, place)),
+            )]  # fmt: skip
+            sections.append(Section(masks.title, masks.note.text, parts))
+        if words is not None:
+            parts = [part for place in range(len(words.readings)) for part in (
+                Part(words.maps[place], still.heads(words, place)),
+                Part(words.readers[place], still.sentence(words, place)),
+            )]  # fmt: skip
+            sections.append(Section(words.title, words.note.text, parts))
+        if flow is not None:
+            parts = [Part(go.Figure(flow.figure), still.curves(flow), "Flow, NMI and tokens.")]
+            parts += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
+            sections.append(Section(flow.title, flow.note.text, parts))
+        sections.append(Section("What it says", "", [Part(self.trial.tables()["answers"])]))
+        models = " and ".join(one.name for one in self.subjects)
+        return write_page(path, f"{models} on “{self.readings[0].text}”", sections)
 
     def close(self) -> None:
         """Take the explorer off the page and free what it holds."""
@@ -224,7 +255,7 @@ class Explorer(ipywidgets.VBox):
         bundle = super()._repr_mimebundle_(**options) or {}
         bundle["text/plain"] = repr(self)
         if self.readings:
-            bundle["image/png"] = base64.b64encode(still.overview(self.masks, self.flow)).decode("ascii")
+            bundle["image/png"] = base64.b64encode(still.overview(self.readings, self.masks)).decode("ascii")
         return bundle
 
 

@@ -183,9 +183,10 @@ def _values(reading: Reading) -> list[dict[str, Any]]:
     flow, null = reading.flow, reading.null
     layers = np.arange(1, reading.layers + 1)
     upper = np.where(layers[:, None] <= layers, flow, np.nan)
+    told = np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))
     return [
         # x and y too: a heat map in the page forgets them where only its z changes.
-        {"x": layers, "y": layers, "z": upper, "text": np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))},
+        {"x": layers, "y": layers, "z": upper, "text": told},
         {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
     ]  # fmt: skip
 

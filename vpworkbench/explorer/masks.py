@@ -120,9 +120,9 @@ class MasksView:
     def tables(self) -> dict[str, pd.DataFrame]:
         """The numbers of what is seen, one row for each visual token and model."""
         parts = []
-        for reading, values in zip(self.readings, self._values, strict=True):
+        for reading, values in zip(self.readings, self.values, strict=True):
             told = pd.DataFrame(values[1:].T, columns=["attention", "attention_mask", "random_mask"])
-            for name, error in zip(("attention_error", "random_error"), self._errors_of(reading), strict=True):
+            for name, error in zip(("attention_error", "random_error"), self.errors_of(reading), strict=True):
                 told[name] = error
             told.insert(0, "token", range(len(told)))
             told.insert(0, "model", reading.subject.name)
@@ -133,7 +133,7 @@ class MasksView:
         self._later.cancel()
         for panel in [*self.panels, *self.errors]:
             panel.close()
-        self.readings, self._parsed, self._values = [], [], []
+        self.readings, self._parsed, self.values = [], [], []
 
     # ------------------------------------------------------------------------------------------------ drawing
 
@@ -183,8 +183,8 @@ class MasksView:
         """Send the page its slice; errors of reconstruction follow when the hand rests."""
         if self._is_quiet or not self.readings:
             return
-        self._values = [self._panel_values(parsing) for parsing, _ in self._parsed]
-        for reading, panel, values in zip(self.readings, self.panels, self._values, strict=True):
+        self.values = [self._panel_values(parsing) for parsing, _ in self._parsed]
+        for reading, panel, values in zip(self.readings, self.panels, self.values, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images else {}
             panel.update(values=values, picked=self.pick, label=f"{reading.subject.name}: masks",
                          alt=self._alt(values), **more)  # fmt: skip
@@ -212,7 +212,7 @@ class MasksView:
     def _tell(self, errors: Sequence[tuple[float, float]] = ()) -> None:
         pick = torch.tensor([self.pick])
         rows = []
-        for number, (reading, values) in enumerate(zip(self.readings, self._values, strict=True)):
+        for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
             masked = torch.from_numpy(values[2:]).bool()
             on = [mask_on_object(one[None], pick, self._objects).item() if one.any() else np.nan for one in masked]
             expected = random_on_object(masked[1:], pick, self._objects).item()
@@ -223,7 +223,7 @@ class MasksView:
         self.numbers.value = table(names, rows)
 
     def _reconstruct(self, *, images: bool = False) -> None:
-        found = [self._errors_of(reading) for reading in self.readings]
+        found = [self.errors_of(reading) for reading in self.readings]
         for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
             panel.update(values=np.nan_to_num(errors), picked=self.pick, label="Squared error of each hidden token",
@@ -232,10 +232,10 @@ class MasksView:
                     for errors in found])  # fmt: skip
 
     @torch.no_grad()
-    def _errors_of(self, reading: Reading) -> NDArray[np.float32]:
+    def errors_of(self, reading: Reading) -> NDArray[np.float32]:
         """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are seen."""
         place = self.readings.index(reading)
-        masked = torch.from_numpy(self._values[place][2:]).bool().to(reading.subject.base.device)
+        masked = torch.from_numpy(self.values[place][2:]).bool().to(reading.subject.base.device)
         model, features = reading.subject.base, self._parsed[place][1]
         words = {name: reading.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
         both = features._replace(features=features.features.expand(2, -1, -1))

@@ -80,7 +80,7 @@ def _fine_tuned(name: str) -> TaskModel | None:
         return None
 
 
-@dataclass
+@dataclass(eq=False)
 class Reading:
     """One image and one text, read by one model.
 

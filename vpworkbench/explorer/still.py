@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,23 +13,25 @@ from matplotlib.patches import Rectangle
 
 from vpworkbench.explorer.flow import FlowView
 from vpworkbench.explorer.masks import CAPTIONS, ERRORS, MasksView
+from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.words import GRID, WordsView
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION
 
 INCH_PX = 100
 
 
-def overview(masks: MasksView, flow: FlowView) -> bytes:
-    """PNG of the image with its mask and the flow curves."""
-    figure = _figure(940, 250 * len(flow.readings))
-    rows = figure.subplots(len(flow.readings), 4, squeeze=False)
-    for number, (reading, axes) in enumerate(zip(flow.readings, rows, strict=True)):
+def overview(readings: Sequence[Reading], masks: MasksView | None) -> bytes:
+    """PNG of the image with its mask and the flow curves, a row for each model."""
+    figure = _figure(940, 250 * len(readings))
+    rows = figure.subplots(len(readings), 4, squeeze=False)
+    for number, (reading, axes) in enumerate(zip(readings, rows, strict=True)):
         axes[0].imshow(reading.image)
         axes[0].set_title(_cut(f"{reading.subject.name}: {reading.text}", 34))
         axes[1].imshow(reading.image)
         axes[1].set_title("attention mask")
-        if reading in masks.readings:
-            values = masks._values[masks.readings.index(reading)]
+        place = _place(masks.readings, reading) if masks is not None else None
+        if place is not None:
+            values = masks.values[place]
             _cover(axes[1], reading.image, reading.boxes, values[2])
             _outline(axes[1], reading.image, reading.boxes[masks.pick])
         _curves(axes[2], reading.flow[0], reading.null[0], "flow from the input to layer j", PALETTE[number])
@@ -40,7 +43,7 @@ def overview(masks: MasksView, flow: FlowView) -> bytes:
 
 def panels(view: MasksView, number: int) -> bytes:
     """PNG of the four panels of one model."""
-    reading, values = view.readings[number], view._values[number]
+    reading, values = view.readings[number], view.values[number]
     figure = _figure(940, 260)
     for axes, caption, kind, one in zip(figure.subplots(1, 4), CAPTIONS, ("", "shade", "mask", "mask"), values,
                                         strict=True):  # fmt: skip
@@ -59,7 +62,7 @@ def errors(view: MasksView, number: int) -> bytes:
     """PNG of the errors behind both masks."""
     reading = view.readings[number]
     figure = _figure(470, 250)
-    for axes, caption, one in zip(figure.subplots(1, 2), ERRORS, np.nan_to_num(view._errors_of(reading)), strict=True):
+    for axes, caption, one in zip(figure.subplots(1, 2), ERRORS, np.nan_to_num(view.errors_of(reading)), strict=True):
         axes.imshow(reading.image)
         _cover(axes, reading.image, reading.boxes, 0.82 * (1 - one / max(one.max(), 1e-12)), colour="black")
         axes.set_title(caption, fontsize=7)
@@ -78,7 +81,7 @@ def heads(view: WordsView, number: int) -> bytes:
 def sentence(view: WordsView, number: int) -> bytes:
     """PNG: the image where the pinned word, or else the last one, looks; the sentence under it."""
     reading, reader = view.readings[number], view.readers[number]
-    looks = view._slice(reading, view.maps[number].picked)["looks"]
+    looks = view.slice(reading, view.maps[number].picked)["looks"]
     word = reader.pinned if 0 <= reader.pinned < len(reading.words) else len(reading.words) - 1
     figure = _figure(470, 300)
     axes = figure.subplots()
@@ -122,6 +125,10 @@ def mixing(view: FlowView, number: int) -> bytes:
         axes.axhline(split - 0.5, color="white", lw=1)
         axes.axvline(split - 0.5, color="white", lw=1)
     return _png(figure)
+
+
+def _place(readings: Sequence[Reading], reading: Reading) -> int | None:
+    return next((place for place, one in enumerate(readings) if one is reading), None)
 
 
 def _figure(width_px: int, height_px: int) -> Figure:

@@ -56,7 +56,7 @@ class WordsView:
                         alt="Shares of attention by layer and head.")  # fmt: skip
             reader.update(
                 image=shown_image(reading.image), boxes=reading.boxes, words=reading.words,
-                pinned=reader.pinned if reader.pinned < places else -1, **self._slice(reading, inside),
+                pinned=reader.pinned if reader.pinned < places else -1, **self.slice(reading, inside),
             )  # fmt: skip
             self._is_quiet = False
 
@@ -100,7 +100,7 @@ class WordsView:
             heads.append(pd.DataFrame({"model": reading.subject.name, "layer": layers.ravel() + 1,
                                        "head": count.ravel() + 1}
                                       | {name: value.ravel() for name, value in values.items()}))  # fmt: skip
-            parts = self._slice(reading, maps.picked)
+            parts = self.slice(reading, maps.picked)
             word, patch = np.indices(parts["looks"].shape)
             looks.append(pd.DataFrame({
                 "model": reading.subject.name, "word": [reading.words[place] for place in word.ravel()],
@@ -131,7 +131,7 @@ class WordsView:
         pairs = [one for pair in zip(self.maps, self.readers, strict=True) for one in pair]
         self.widget.children = (self.note, row(self.mean, self.rolled), *pairs)
 
-    def _slice(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
+    def slice(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
         layer, head = picked
         head = None if self.mean.value else head
         rolled = self.rolled.value
@@ -168,4 +168,4 @@ class WordsView:
         if self._is_quiet:
             return
         for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
-            reader.update(**self._slice(reading, maps.picked))
+            reader.update(**self.slice(reading, maps.picked))
