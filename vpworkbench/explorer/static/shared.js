@@ -78,7 +78,8 @@ function frame(model, kind) {
 /** A canvas with marks over it: pointer and arrow keys move over the places of `geometry()`, click and Enter pick. */
 function stage({ geometry, hover, pick }) {
   const canvas = make("canvas", { "aria-hidden": "true" });
-  const marks = { picked: make("div", { class: "vpw-mark vpw-picked" }), cursor: make("div", { class: "vpw-mark" }) };
+  const mark = (kind) => make("div", { class: `vpw-mark ${kind}`, hidden: "" });
+  const marks = { picked: mark("vpw-picked"), cursor: mark("vpw-cursor") };
   const attributes = { class: "vpw-stage", tabindex: 0, role: "application" };
   const element = make("div", attributes, canvas, marks.cursor, marks.picked);
   let current = -1;
