@@ -130,6 +130,16 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"Jupyter did not start:\n{log.read_text()[-2000:]}")
 
 
+def with_parameters(jupyter: Jupyter, path: Path, **values: object) -> str:
+    """A copy of a notebook in the server's folder, its parameters followed by others as papermill does it; its name."""
+    book = nbformat.read(path, as_version=4)
+    place = next(place for place, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
+    lines = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    book.cells.insert(place + 1, nbformat.v4.new_code_cell(lines))
+    nbformat.write(book, jupyter.folder / path.name)
+    return path.name
+
+
 def notebook(jupyter: Jupyter, name: str, *cells: str) -> str:
     """A notebook of these code cells in the server's folder; its name."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -163,9 +173,14 @@ _READY = """async () => {
 }"""
 
 
-def idle(page: Any) -> None:
-    """Wait until the kernel has nothing to do and every cell has run."""
-    page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'")
+def finished(page: Any) -> list[str]:
+    """Wait until every cell has run; the errors that cells show."""
+    page.wait_for_function(f"({_CELLS}).every(cell => cell.executionCount)")
+    errors = f"({_CELLS}).flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === 'error')"
+    return page.evaluate(f"{errors}.map(output => output.ename + ': ' + output.evalue)")
+
+
+_CELLS = "[...jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
 
 
 def no_sideways_scrolling(page: Any) -> bool:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import (  # fixtures are found by name in the module
+    ROOT,
     Jupyter,
     browser,
-    idle,
+    finished,
     jupyter,
     no_sideways_scrolling,
     notebook,
     open_notebook,
     screenshots,
+    with_parameters,
 )
 from PIL import Image
 
@@ -59,8 +61,8 @@ for part in (panels, reader, maps, drop, copy):
 def lab(browser: Any, jupyter: Jupyter) -> Iterator[Any]:
     """JupyterLab with one of each widget."""
     page = open_notebook(browser, jupyter, notebook(jupyter, "widgets.ipynb", WIDGETS))
-    page.wait_for_selector(".vpw-copy[data-drawn]:not([data-drawn='0'])")
-    idle(page)
+    page.wait_for_selector(".vpw-copy:not([data-drawn='0'])")
+    assert finished(page) == []
     yield page
     page.context.close()
 
@@ -212,3 +214,160 @@ def test_the_dark_theme_is_readable(lab: Any, screenshots: Path) -> None:
     for widget in ("panels", "reader", "maps", "copy"):
         lab.locator(f".vpw-{widget}").scroll_into_view_if_needed()
         lab.screenshot(path=screenshots / f"dark-{widget}.png")
+
+
+# ---- the explorer itself, in its notebook
+
+TABS = ["Masks", "Words and patches", "Flow", "Try it"]
+
+
+def opened_explorer(browser: Any, jupyter: Jupyter, scenes: Path, place: str) -> Any:
+    name = with_parameters(jupyter, ROOT / "notebooks" / "05_explore_masks.ipynb", data=str(scenes), name=place)
+    page = open_notebook(browser, jupyter, name, place=place)
+    assert finished(page) == []
+    page.locator(".vpw-explorer").scroll_into_view_if_needed()
+    page.wait_for_selector(".vpw-explorer .vpw-panels:not([data-drawn='0'])")
+    return page
+
+
+@pytest.fixture(scope="module")
+def explorer(browser: Any, jupyter: Jupyter, scenes_folder: Path) -> Iterator[Any]:
+    """05_explore_masks in JupyterLab, run to its end."""
+    page = opened_explorer(browser, jupyter, scenes_folder, "lab")
+    yield page
+    page.context.close()
+
+
+def tab(page: Any, name: str) -> None:
+    page.locator(".vpw-explorer .lm-TabBar-tab", has_text=name).click()
+
+
+def drawn(page: Any, widget: str, act: Callable[[], object]) -> None:
+    """Do something, then wait until new data are on the widget."""
+    place = page.locator(f".vpw-explorer {widget}").first
+    version = int(place.get_attribute("data-version"))
+    act()
+    page.wait_for_function(
+        "([widget, version]) => document.querySelector(`.vpw-explorer ${widget}`).dataset.version > version",
+        arg=[widget, version],
+    )
+
+
+def hidden_cells(page: Any, panel: int, side: int = 6) -> set[tuple[int, int]]:
+    """Cells of a mask panel that differ from the plain image, told by their centres."""
+    plain, masked = (
+        pixels(page, ".vpw-explorer .vpw-panels canvas", place)[..., :3].astype(int) for place in (0, panel)
+    )
+    at = ((np.arange(side) + 0.4) / side * len(plain)).astype(int)
+    rows, columns = np.nonzero(np.abs(plain - masked).sum(-1)[np.ix_(at, at)] > 4)
+    return set(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def test_a_token_is_picked_and_masked(explorer: Any, screenshots: Path) -> None:
+    tab(explorer, "Masks")
+    stage = explorer.locator(".vpw-explorer .vpw-stage").nth(0)
+    drawn(explorer, ".vpw-panels", lambda: stage.click(position=cell(stage, 3, 2, 6, 6)))
+    for panel in (2, 3):  # by attention, at random
+        assert len(hidden_cells(explorer, panel)) == 5 and (3, 2) in hidden_cells(explorer, panel)
+    handle = explorer.locator(".vpw-explorer .noUi-handle").first
+    drawn(explorer, ".vpw-panels", lambda: handle.press("ArrowRight"))
+    assert [len(hidden_cells(explorer, panel)) for panel in (2, 3)] == [6, 6]
+    by_attention, at_random = (hidden_cells(explorer, panel) for panel in (2, 3))
+    drawn(explorer, ".vpw-panels", lambda: explorer.get_by_role("button", name="draw again").click())
+    assert hidden_cells(explorer, 2) == by_attention and hidden_cells(explorer, 3) != at_random
+    explorer.wait_for_function("!document.querySelector('.vpw-explorer table').textContent.includes('…')")
+    explorer.screenshot(path=screenshots / "explorer-masks.png")
+
+
+def test_words_layers_and_heads(explorer: Any, screenshots: Path) -> None:
+    tab(explorer, "Words and patches")
+    status = explorer.locator(".vpw-explorer .vpw-reader .vpw-status")
+    word = explorer.locator(".vpw-explorer .vpw-word").nth(1)
+    word.hover()
+    before = status.text_content()
+    assert before.startswith(f"“{word.text_content()}” looks ")
+    heads = explorer.locator(".vpw-explorer .vpw-maps .vpw-stage").nth(0)
+    drawn(explorer, ".vpw-reader", lambda: heads.click(position=cell(heads, 0, 3, 3, 6)))
+    assert explorer.locator(".vpw-explorer .vpw-reader .vpw-title").text_content().endswith("layer 1, head 4")
+    word.hover()
+    assert status.text_content() != before
+    word.click()
+    stage = explorer.locator(".vpw-explorer .vpw-reader .vpw-stage")
+    stage.hover(position=cell(stage, 1, 1, 6, 6))
+    assert status.text_content().startswith(f"“{word.text_content()}” looks at token 7 ")
+    assert "vpw-picked" in word.get_attribute("class")
+    explorer.screenshot(path=screenshots / "explorer-words.png")
+    explorer.locator(".vpw-explorer .vpw-sentence").press("Escape")
+
+
+def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path) -> None:
+    tab(explorer, "Flow")
+    explorer.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")
+    figure = explorer.locator(".vpw-explorer .js-plotly-plot").first
+    rows = figure.evaluate("plot => [Array.from(plot.data[0].x), Array.from(plot.data[0].y)]")
+    assert rows == [[1, 2, 3], [1, 2, 3]]
+    box = figure.locator(".cartesianlayer .subplot.xy .bglayer rect, .draglayer .xy .nsewdrag").first.bounding_box()
+    explorer.mouse.move(box["x"] + 5 / 6 * box["width"], box["y"] + 1 / 2 * box["height"])
+    explorer.wait_for_selector(".vpw-explorer .hoverlayer text", state="attached")
+    explorer.mouse.click(box["x"] + 5 / 6 * box["width"], box["y"] + 1 / 2 * box["height"])
+    title = ".vpw-explorer .lm-TabPanel-stackedPanel > :not(.lm-mod-hidden) .vpw-maps .vpw-title"
+    explorer.wait_for_function(
+        "title => document.querySelector(title)?.textContent.endsWith('input of layer 2 to the output of 3')",
+        arg=".vpw-explorer .vpw-maps:last-of-type .vpw-title" if not explorer.locator(title).count() else title,
+    )
+    outer = explorer.locator(".vpw-explorer").bounding_box()
+    assert figure.bounding_box()["x"] + figure.bounding_box()["width"] <= outer["x"] + outer["width"]
+    explorer.screenshot(path=screenshots / "explorer-flow.png")
+
+
+def test_the_sentence_and_the_picture_are_ones_own(explorer: Any, tmp_path: Path, screenshots: Path) -> None:
+    sentence = explorer.get_by_label("sentence").first
+    sentence.fill(f"a red [MASK] {EVIL}")
+    drawn(explorer, ".vpw-reader", lambda: sentence.press("Enter"))
+    words = explorer.locator(".vpw-explorer .vpw-word").all_text_contents()
+    assert words[:4] == ["[CLS]", "a", "red", "[MASK]"]
+    assert explorer.evaluate("window.hacked") is None
+    tab(explorer, "Try it")
+    explorer.wait_for_function("document.querySelector('.vpw-explorer').textContent.includes('[MASK]')")
+    good, broken = tmp_path / "blue.png", tmp_path / "broken.png"
+    Image.new("RGB", (90, 90), (20, 40, 200)).save(good)
+    broken.write_bytes(b"no picture")
+    upload, status = (
+        explorer.locator(".vpw-explorer .vpw-file"),
+        explorer.locator(".vpw-explorer .vpw-drop .vpw-status"),
+    )
+    drawn(explorer, ".vpw-drop", lambda: upload.set_input_files(broken))
+    assert status.text_content() == "broken.png: no picture that can be read"
+    drawn(explorer, ".vpw-panels", lambda: upload.set_input_files(good))
+    canvas = pixels(explorer, ".vpw-explorer .vpw-panels canvas")
+    assert np.median(canvas[..., :3].reshape(-1, 3), axis=0).tolist() == pytest.approx([20, 40, 200], abs=6)
+    explorer.screenshot(path=screenshots / "explorer-try.png")
+
+
+def test_bad_sentences_leave_the_explorer_alive(explorer: Any) -> None:
+    sentence = explorer.get_by_label("sentence").first
+    sentence.fill("word " * 2000)
+    sentence.press("Enter")
+    explorer.wait_for_function("document.querySelector('.vpw-explorer').textContent.includes('2,000 words')")
+    sentence.fill("a blue square")
+    drawn(explorer, ".vpw-reader", lambda: sentence.press("Enter"))
+    assert explorer.locator(".vpw-explorer .vpw-word").all_text_contents()[1:4] == ["a", "blue", "square"]
+
+
+@pytest.mark.parametrize("name", TABS)
+def test_views_fit_beside_the_file_browser(explorer: Any, name: str, screenshots: Path) -> None:
+    tab(explorer, name)
+    assert no_sideways_scrolling(explorer)
+    assert explorer.failures == []
+
+
+def test_the_same_notebook_in_notebook_7(
+    browser: Any, jupyter: Jupyter, scenes_folder: Path, screenshots: Path
+) -> None:
+    page = opened_explorer(browser, jupyter, scenes_folder, "notebook")
+    stage = page.locator(".vpw-explorer .vpw-stage").nth(0)
+    drawn(page, ".vpw-panels", lambda: stage.click(position=cell(stage, 3, 2, 6, 6)))
+    assert (3, 2) in hidden_cells(page, 2)
+    assert no_sideways_scrolling(page) and page.failures == []
+    page.screenshot(path=screenshots / "notebook-7.png")
+    page.context.close()

@@ -22,6 +22,7 @@ from vpworkbench.probes.layers import LayerChoice, streams_of
 from vpworkbench.tasks import TaskModel
 
 HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
+PRODUCTS_BYTES = 2**28  # of all spans of a reading, beyond which few of them are kept
 LARGEST_MAP = 1_200  # rows and columns that a page draws; larger maps are pooled
 
 
@@ -141,8 +142,9 @@ class Reading:
         """
         if rolled:
             return self.product(0, layer)
-        one = self.attention[layer]
-        return one.float().mean(dim=0) if head is None else one[head].float()
+        if head is None:
+            return 2 * self._mixed[layer] - torch.eye(self.tokens)
+        return self.attention[layer, head].float()
 
     def looks(self, layer: int, head: int | None = None, *, rolled: bool = False) -> NDArray[np.float32]:
         """Where each word looks on the image, (word, vision)."""
@@ -173,13 +175,18 @@ class Reading:
     def product(self, start: int, stop: int) -> Tensor:
         """A^{i,j} (paper Eq. 4), from the input of layer `start` to the output of layer `stop`; (token, token)."""
         rolled = self._products.setdefault(start, [])
-        if len(self._products) > 2:  # the input's and the last one asked for
+        if len(self._products) > 2 and self.layers * self._mixed.nbytes > PRODUCTS_BYTES:  # the input's and the last
             self._products = {key: value for key, value in self._products.items() if key in (0, start)}
-        identity = torch.eye(self.tokens)
         while start + len(rolled) <= stop:
-            mixed = (self.attention[start + len(rolled)].float().mean(dim=0) + identity) / 2  # Eq. 3
+            mixed = self._mixed[start + len(rolled)]
             rolled.append(mixed @ rolled[-1] if rolled else mixed)
         return rolled[stop - start]
+
+    @cached_property
+    def _mixed(self) -> Tensor:
+        """0.5 (I + W) of every layer, W the mean of its heads (paper Eq. 3); (layer, token, token)."""
+        identity = torch.eye(self.tokens)
+        return torch.stack([(maps.mean(dim=0, dtype=torch.float32) + identity) / 2 for maps in self.attention])
 
     def span(self, start: int, stop: int) -> tuple[NDArray[np.float32], list[int]]:
         """A^{i,j} with the words first and the visual tokens behind them, and where those begin.
@@ -196,11 +203,13 @@ class Reading:
         words = int(self.counted[0].sum())
         matrix = self.product(start, stop)[np.ix_(order, order)]
         factor = -(-len(order) // LARGEST_MAP)
-        if factor > 1:
-            cut = np.arange(0, len(order), factor)
-            matrix = torch.from_numpy(np.add.reduceat(np.add.reduceat(matrix.numpy(), cut, axis=0), cut, axis=1))
-            matrix /= torch.from_numpy(np.diff(np.append(cut, len(order))))[:, None]
-        return matrix.numpy(), [round(words / factor)]
+        if factor == 1:
+            return matrix.numpy(), [words]
+        # each modality by itself: no cell may mix them
+        cut = np.concatenate([np.arange(0, words, factor), np.arange(words, len(order), factor)])
+        pooled = np.add.reduceat(np.add.reduceat(matrix.numpy(), cut, axis=0), cut, axis=1)
+        pooled /= np.diff(np.append(cut, len(order)))[:, None]
+        return pooled, [-(-words // factor)]
 
     @cached_property
     def nmi(self) -> NDArray[np.float64]:

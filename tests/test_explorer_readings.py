@@ -1,0 +1,246 @@
+"""What the explorer knows of one input: attention, products and flow, against plain computations."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from conftest import narrow_model
+from sklearn.cluster import KMeans
+from sklearn.metrics import normalized_mutual_info_score
+
+from vpworkbench.compare import Opened, Prepared
+from vpworkbench.config import FusionSettings, ModelSettings, VisualSettings
+from vpworkbench.data.records import Picture
+from vpworkbench.explorer import readings as module
+from vpworkbench.explorer.readings import Reading, Subject, read, same_boxes, subject
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_masks
+from vpworkbench.probes.geometry import grid_boxes
+from vpworkbench.tasks import TaskModel
+
+IMAGE = 90  # id of an image place
+ENCODER = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+               initializer_range=0.5)  # fmt: skip
+
+
+@pytest.fixture
+def reading(model: VisualParsingModel, scenes: list[Picture]) -> Reading:
+    return read(subject(model), scenes[0], scenes[0].captions[0])
+
+
+def opened(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Opened:
+    """A model of transformers that is given the same inputs whatever the picture."""
+
+    def prepare(pictures: list[Picture], texts: list[str]) -> Prepared:
+        masks = modality_masks(model, inputs)
+        return Prepared(inputs, masks.vision, masks.tokens, masks.tokens & ~masks.vision)
+
+    return Opened(type(model).__name__, model.eval(), prepare, 1)
+
+
+def vilt() -> Opened:
+    torch.manual_seed(0)
+    model = hf.ViltModel(hf.ViltConfig(**ENCODER, image_size=24, patch_size=8, max_image_length=-1))
+    ids = torch.randint(1, 80, (1, 7))
+    pixels = {"pixel_values": torch.rand(1, 3, 24, 24), "pixel_mask": torch.ones(1, 24, 24, dtype=torch.long)}
+    return opened(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | pixels)
+
+
+def llava() -> Opened:
+    torch.manual_seed(0)
+    vision = hf.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                 image_size=24, patch_size=8)  # fmt: skip
+    text = hf.LlamaConfig(**ENCODER, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
+    ids = torch.tensor([[5, *[IMAGE] * 9, 6, 7, 8]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 24, 24)}
+    return opened(hf.LlavaForConditionalGeneration(config), inputs)
+
+
+def product(attention: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Eq. 3-4 as printed, in float64."""
+    result = identity = torch.eye(attention.shape[-1], dtype=torch.float64)
+    for layer in attention[start : stop + 1].double():
+        result = (identity + layer.mean(dim=0)) / 2 @ result
+    return result
+
+
+def test_attention_is_that_of_the_eager_model(reading: Reading, model: VisualParsingModel) -> None:
+    found = []
+
+    def keep(module: torch.nn.Module, args: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        found.append(output[1][0])
+
+    model.fusion.bert.set_attn_implementation("eager")
+    for layer in model.fusion.bert.encoder.layer:
+        layer.attention.self.register_forward_hook(keep)
+    with torch.no_grad():
+        model(**reading.forward)
+    torch.testing.assert_close(reading.attention, torch.stack(found), atol=1e-5, rtol=1e-4)
+
+
+def test_flow_is_that_of_the_maps_and_of_the_probe(reading: Reading, model: VisualParsingModel) -> None:
+    language, vision = (torch.from_numpy(part) for part in reading.counted)
+    printed = flow_from_attention(reading.attention.double(), vision, language=language)
+    np.testing.assert_allclose(reading.flow, printed, atol=1e-6)
+    inputs = model.prepare([reading.picture], [reading.text])
+    probed = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens)
+    np.testing.assert_allclose(reading.null, probed.null[0], atol=1e-6)
+
+
+def test_products_looks_and_reads(reading: Reading) -> None:
+    for start, stop in combinations_with_replacement(range(reading.layers), 2):
+        wanted = product(reading.attention, start, stop)
+        matrix, (border,) = reading.span(start, stop)  # words stand first in this model
+        np.testing.assert_allclose(matrix, wanted, atol=1e-6)
+        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+    assert border == len(reading.words)
+    words, tokens = len(reading.words), reading.tokens
+    one, mean = reading.attention[1, 0], reading.attention[1].mean(dim=0)
+    np.testing.assert_allclose(reading.looks(1, 0), one[:words, words:])
+    np.testing.assert_allclose(reading.reads(1, 0), one[words:, :words])
+    np.testing.assert_allclose(reading.looks(1), mean[:words, words:], atol=1e-6)
+    np.testing.assert_allclose(reading.looks(1, rolled=True), product(reading.attention, 0, 1)[:words, words:],
+                               atol=1e-6)  # fmt: skip
+    assert reading.looks(0).shape == (words, tokens - words) == reading.reads(0).T.shape
+
+
+def test_grid_of_layers_and_heads(reading: Reading) -> None:
+    words = len(reading.words)
+    for layer, head in np.ndindex(reading.layers, reading.heads):
+        weights = reading.attention[layer, head].double().numpy()
+        entropy = -(weights * np.log(weights)).sum(axis=1).mean() / np.log(reading.tokens)
+        wanted = weights[:words, words:].sum(axis=1).mean(), weights[words:, :words].sum(axis=1).mean(), entropy
+        np.testing.assert_allclose(reading.grid[:, layer, head], wanted, atol=1e-5)
+
+
+@torch.no_grad()
+def test_nmi_and_components(reading: Reading, model: VisualParsingModel) -> None:
+    hidden = model(**reading.forward).hidden
+    for layer, states in enumerate(hidden):
+        clusters = KMeans(2, n_init=10, random_state=0).fit_predict(states[0].double().numpy())
+        wanted = normalized_mutual_info_score(reading.counted[1], clusters)
+        assert reading.nmi[layer] == pytest.approx(wanted, abs=1e-6), layer
+    hidden = hidden[-1][0].double()
+    hidden = hidden - hidden.mean(dim=0)
+    _, values, axes = torch.linalg.svd(hidden, full_matrices=False)
+    np.testing.assert_allclose(np.abs(reading.map[-1]), (hidden @ axes[:2].T).abs().numpy(), atol=1e-3)
+
+
+def test_words_boxes_and_image(reading: Reading, model: VisualParsingModel) -> None:
+    assert reading.words == ["[CLS]", *model.tokenizer.tokenize(reading.text), "[SEP]"]
+    grid = model.settings.visual.grid
+    np.testing.assert_allclose(reading.boxes, grid_boxes(grid, grid))
+    assert reading.image.shape == (96, 96, 3) and reading.image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("make, words, patches", [(vilt, 7, 10), (llava, 4, 9)])
+def test_models_of_transformers(make, words: int, patches: int, scenes: list[Picture]) -> None:
+    model = make()
+    reading = read(subject(model), scenes[0], "a red ball")
+    assert (len(reading.words), len(reading.vision)) == (words, patches)
+    language, vision = (torch.from_numpy(part) for part in reading.counted)
+    np.testing.assert_allclose(reading.attention.sum(dim=-1), 1, atol=1e-5)
+    wanted = flow_from_attention(reading.attention.double(), vision, language=language)
+    np.testing.assert_allclose(reading.flow, wanted, atol=1e-5)
+    matrix, (border,) = reading.span(0, 2)
+    order = np.concatenate([np.flatnonzero(part) for part in reading.counted])
+    np.testing.assert_allclose(matrix, product(reading.attention, 0, 2)[np.ix_(order, order)], atol=1e-6)
+    assert border == words
+    # the patches tile the image; ViLT's class token covers all of it
+    areas = np.prod(reading.boxes[:, 2:] - reading.boxes[:, :2], axis=1)
+    assert areas.sum() == pytest.approx(1 if make is llava else 2, abs=1e-5)
+
+
+def test_vilt_is_read_in_one_order_of_its_patches(scenes: list[Picture]) -> None:
+    """It draws a new order in every forward; boxes and attention must be of the same one."""
+    model = vilt()
+    reading = read(subject(model), scenes[0], "a red ball")
+    places = len(reading.words) + 1 + np.arange(9)
+    rows = reading.attention[0, 0][0, places]
+    states = reading.hidden[0][0, places]
+    again = read(subject(model), scenes[0], "a red ball")
+    match = [int(np.abs(reading.boxes[1:] - box).sum(axis=1).argmin()) for box in again.boxes[1:]]
+    torch.testing.assert_close(again.attention[0, 0][0, places], rows[match], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again.hidden[0][0, places], states[match], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("specials", ["language", "exclude"])
+def test_places_in_neither_modality_have_words_but_no_part_in_the_flow(
+    model: VisualParsingModel, scenes: list[Picture], specials: str
+) -> None:
+    def prepare(pictures: list[Picture], texts: list[str]) -> object:
+        return model.prepare(pictures, texts, special_tokens=specials)
+
+    reading = read(Subject("model", Opened("model", model, prepare, 1), model), scenes[0], "a red ball")
+    assert reading.words[0] == "[CLS]" and reading.counted[0, 0] == (specials == "language")
+    matrix, (border,) = reading.span(0, 1)
+    assert border == len(reading.words) - 2 * (specials == "exclude") and len(matrix) == reading.counted.sum()
+
+
+def wide_model(scenes: list[Picture], tokens_on_a_side: int, layers: int = 2) -> VisualParsingModel:
+    torch.manual_seed(0)
+    settings = ModelSettings(
+        visual=VisualSettings(family="patch", image_px=8 * tokens_on_a_side, stride=8, patch_width=16),
+        fusion=FusionSettings(layers=layers, width=32, heads=4, feed_forward=32),
+        text_tokens=24,
+    )
+    return VisualParsingModel(settings, build_tokenizer([scenes[0].captions[0]])).eval()
+
+
+def test_six_hundred_tokens(scenes: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_model(scenes, 25)
+    whole = read(subject(model), scenes[0], scenes[0].captions[0])
+    assert whole.tokens > 625 and whole.attention.dtype == torch.float32
+    monkeypatch.setattr(module, "HALF_ABOVE", 2**20)
+    half = read(subject(model), scenes[0], scenes[0].captions[0])
+    assert half.attention.dtype == torch.float16
+    np.testing.assert_allclose(half.span(0, 1)[0], whole.span(0, 1)[0], atol=1e-4)
+    np.testing.assert_allclose(half.looks(1, 2), whole.looks(1, 2), atol=1e-4)
+    np.testing.assert_allclose(half.flow, whole.flow, atol=1e-7)
+
+
+@pytest.mark.parametrize("text", ["a red ball", "a large red ball"])  # 5 and 6 tokens
+def test_large_maps_are_pooled_by_modality(
+    model: VisualParsingModel, scenes: list[Picture], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    reading = read(subject(model), scenes[0], text)
+    whole, (border,) = reading.span(0, 1)
+    monkeypatch.setattr(module, "LARGEST_MAP", 30)
+    pooled, (edge,) = reading.span(0, 1)
+    assert len(pooled) <= 32 < len(whole)
+    np.testing.assert_allclose(pooled.sum(axis=1), 1, atol=1e-5)
+    # no cell mixes words and patches: what the words give the image stays what it was
+    to_vision = whole[:border, border:].sum(axis=1)
+    counts = [min(2, border - first) for first in range(0, border, 2)]
+    np.testing.assert_allclose(np.average(pooled[:edge, edge:].sum(axis=1), weights=counts), to_vision.mean(),
+                               atol=1e-6)  # fmt: skip
+
+
+def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    with pytest.raises(ValueError, match="empty sentence"):
+        read(subject(model), scenes[0], "  ")
+
+    def blind(pictures: list[Picture], texts: list[str]) -> Prepared:
+        inputs = model.prepare(pictures, texts)
+        return Prepared(inputs.forward, torch.zeros_like(inputs.vision), inputs.tokens, inputs.language)
+
+    with pytest.raises(ValueError, match="no visual token"):
+        read(Subject("blind", Opened("blind", model, blind, 1)), scenes[0], "a red ball")
+    with pytest.raises(TypeError, match="open_model"):
+        subject(torch.nn.Linear(2, 2))
+
+
+def test_subjects(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    task = TaskModel(model, "nlvr1", ("False", "True"))
+    found = subject(task)
+    assert found.base is model and found.task is task and "nlvr1" in found.name
+    assert subject(found) is found
+    other = narrow_model(scenes, family="patch", stride=32)
+    one, two = (read(subject(each), scenes[0], "a red ball") for each in (model, other))
+    assert same_boxes([one, one]) and not same_boxes([one, two])
