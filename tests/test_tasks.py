@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
 
+from vpworkbench import cli
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
 from vpworkbench.data.splits import load_examples
-from vpworkbench.finetune import PreparedTask, finetune, load_task, prepare_task
+from vpworkbench.finetune import PreparedTask, finetune, load_task, predict_table, prepare_task
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import with_words_of
 from vpworkbench.runs import open_run
@@ -228,3 +230,62 @@ def test_refusals(scenes, tmp_path):
         model.predict(scenes[0].image, "a red square")
     with pytest.raises(DataError, match="gone.png"):
         TaskModel(narrow_model(scenes), "nlvr1", ("False", "True")).predict(tmp_path / "gone.png", "a red square")
+
+
+@pytest.fixture
+def answering(scenes, tmp_path) -> TaskModel:
+    """A model with random weights, and its folder `model` in the test's own."""
+    model = TaskModel(narrow_model(scenes), "vqa", ("no", "red", "yes")).eval()
+    model.save_pretrained(tmp_path / "model")
+    return model
+
+
+def test_predictions_of_many_are_those_of_each(scenes, answering):
+    images = [scenes[number % 3].image for number in range(40)]
+    texts = [f"is there a red ring {'or a square ' * (number % 2)}?" for number in range(40)]
+    together = answering.predict_all(images, texts)
+    for image, text, shares in list(zip(images, texts, together, strict=True))[::13]:
+        alone = answering.predict(image.pixels(), text)
+        assert list(alone) == list(shares) and alone == pytest.approx(shares, abs=1e-5)
+
+
+def test_a_table_is_predicted_in_its_order_or_refused_whole(scenes, scenes_folder, answering, tmp_path):
+    names = [picture.image.name for picture in scenes[:3]]
+    rows = [(name, "what is red?") for name in (names[2], names[0], names[1])]
+    with open(tmp_path / "asked.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "text"), *rows])
+    found = predict_table(answering, tmp_path / "asked.csv", images=[scenes[0].image.folder])
+    assert [Path(name).name for name in found["image"]] == [Path(name).name for name, _ in rows]
+    assert set(found["prediction"]) <= set(answering.labels) and found["probability"].between(0, 1).all()
+    with open(tmp_path / "asked.csv", "a", newline="") as file:
+        csv.writer(file).writerow(("absent.png", "what is red?"))
+    with pytest.raises(DataError, match=r"asked.csv: .*absent\.png.* missing"):
+        predict_table(answering, tmp_path / "asked.csv", images=[scenes[0].image.folder])
+
+
+def test_predict_refuses_what_it_cannot_answer(scenes, answering, tmp_path):
+    with pytest.raises(DataError, match="vqa takes 1 images a text, not 2"):
+        answering.predict([scenes[0].image, scenes[1].image], "what is red?")
+    with pytest.raises(DataError, match="an empty text"):
+        answering.predict(scenes[0].image, "  ")
+    with pytest.raises(DataError, match="absent.png: image missing"):
+        answering.predict(tmp_path / "absent.png", "what is red?")
+
+
+def test_vpw_predict_answers_and_tells_what_is_wrong(scenes, answering, tmp_path, capsys):
+    def vpw(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["predict", *map(str, arguments)])
+        return stopped.value.code, *capsys.readouterr()
+
+    image, model = tmp_path / "a.png", tmp_path / "model"
+    image.write_bytes(scenes[0].image.read())
+    code, told, _ = vpw(model, "--image", image, "--text", "what is red?")
+    assert code == 0 and {line.split()[1] for line in told.splitlines()} == set(answering.labels)
+    (tmp_path / "asked.jsonl").write_text('{"image": "a.png", "text": "what is red?"}\n')
+    code, told, _ = vpw(model, "--table", tmp_path / "asked.jsonl")
+    assert code == 0 and told.splitlines()[0] == "id,image,text,prediction,probability"
+    code, _, wrong = vpw(tmp_path / "nowhere", "--image", image, "--text", "what?")
+    assert code == 2 and "no whole fine-tuned model" in wrong
+    code, _, wrong = vpw(model, "--image", image)
+    assert code == 2 and "give --image and --text, or --table" in wrong

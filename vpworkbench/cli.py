@@ -8,12 +8,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from vpworkbench.tasks import TaskModel
 
 app = typer.Typer(
     help="Visual parsing workbench: pre-train, probe and look.",
@@ -167,38 +164,24 @@ def predict(
     image: Annotated[list[Path] | None, typer.Option(help="an image; twice for NLVR2")] = None,
     text: Annotated[str, typer.Option(help="question, statement or hypothesis")] = "",
     table: Annotated[
-        Path | None, typer.Option(help="csv with columns image (image2) and text: one prediction a row")
+        Path | None, typer.Option(help="csv or json lines with image (image2) and text: one prediction a row")
+    ] = None,
+    place: Annotated[
+        list[str] | None, typer.Option(help="folder or zip of the table's images; repeatable; default: beside it")
     ] = None,
 ) -> None:
     """What a fine-tuned model answers, with its probability; for a table, csv on standard output."""
     from vpworkbench.config import SettingsError
-    from vpworkbench.finetune import load_task
+    from vpworkbench.finetune import load_task, predict_table
 
     if (table is None) == (not image or not text):
         raise SettingsError("give --image and --text, or --table")
     model = load_task(checkpoint)
-    if table is None:
-        for label, share in list(model.predict(list(image or []), text).items())[:5]:
-            print(f"{share:6.1%}  {label}")
+    if table is not None:
+        print(predict_table(model, table, images=place or ()).to_csv(index=False), end="")
         return
-    _predict_table(model, table)
-
-
-def _predict_table(model: TaskModel, table: Path) -> None:
-    import csv
-
-    from vpworkbench.data.records import DataError
-
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"image", "text"} <= set(rows[0]):
-        raise DataError(f"{table}: needs a header with the columns image and text, and a row")
-    out = csv.writer(sys.stdout, lineterminator="\n")
-    out.writerow([*rows[0], "prediction", "probability"])
-    for row in rows:
-        places = [table.parent / row[key] for key in ("image", "image2") if row.get(key)]
-        label, share = next(iter(model.predict(places, row["text"]).items()))
-        out.writerow([*row.values(), label, f"{share:.4f}"])
+    for label, share in list(model.predict(list(image or []), text).items())[:5]:
+        print(f"{share:6.1%}  {label}")
 
 
 @bench.command("probes")
@@ -361,9 +344,10 @@ def _exit_code(error: Exception) -> int | None:
     """2: wrong parameters; 1: failed on the way; None: a bug of ours, whose traceback is wanted."""
     from vpworkbench.config import SettingsError
     from vpworkbench.data.records import DataError
+    from vpworkbench.model import CheckpointError
     from vpworkbench.runs import RunError
 
-    if isinstance(error, (SettingsError, DataError, FileNotFoundError, FileExistsError)):
+    if isinstance(error, (SettingsError, DataError, CheckpointError, FileNotFoundError, FileExistsError)):
         return 2
     return 1 if isinstance(error, (RunError, OSError)) else None
 

@@ -33,6 +33,7 @@ CHECKS = {
     "00_tour": "vpworkbench.config:probe_settings",
     "03_compare_models": "vpworkbench.config:compare_settings",
     "04_finetune": "vpworkbench.config:finetune_settings",
+    "05_explore_masks": "vpworkbench.config:explore_settings",
     "06_runs": "vpworkbench.config:runs_settings",
 }
 """For each notebook the function that turns its parameters into settings, or refuses them."""

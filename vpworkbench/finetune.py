@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from vpworkbench.config import FinetuneSettings
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.splits import load_examples
+from vpworkbench.data.task_formats import read_table
 from vpworkbench.dual import near_captions
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
@@ -136,3 +139,33 @@ def load_task(checkpoint: str | Path) -> TaskModel:
         if (folder / "task.json").exists():
             return TaskModel.from_pretrained(folder)
     return TaskModel.from_pretrained(place)
+
+
+def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str | Path] = ()) -> pd.DataFrame:
+    """The likeliest label of each row of a csv or json lines of `image`, `text` and, for NLVR2, `image2`.
+
+    Parameters
+    ----------
+    images : sequence of path
+        Folders and zips of the images; empty: beside the table.
+
+    Returns
+    -------
+    DataFrame
+        `id`, `image`, `text`, `prediction`, `probability`, in the order of the table.
+
+    Raises
+    ------
+    DataError
+        For a broken row or a missing image, before anything is predicted.
+    """
+    rows = read_table(table, "", images=images)
+    likeliest = [next(iter(one.items())) for one in model.predict_all([row.images for row in rows],
+                                                                      [row.text for row in rows])]  # fmt: skip
+    return pd.DataFrame({
+        "id": [row.id for row in rows],
+        "image": [" ".join(image.name for image in row.images) for row in rows],
+        "text": [row.text for row in rows],
+        "prediction": [label for label, _ in likeliest],
+        "probability": [round(share, 4) for _, share in likeliest],
+    })  # fmt: skip

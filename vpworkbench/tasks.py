@@ -193,24 +193,50 @@ class TaskModel(nn.Module):
             ) from None
         return model.to(device).eval()
 
-    @torch.no_grad()
     def predict(self, images: Any, text: str) -> dict[str, float]:
         """Probability of each label for one text, likeliest first.
 
         Parameters
         ----------
         images : image file, path, PIL image or uint8 array (height, width, 3); for NLVR2 a pair of them
+
+        Raises
+        ------
+        DataError
+            For an image that is missing or cannot be read, a wrong number of images, an empty text.
         """
-        given = list(images) if isinstance(images, list | tuple) else [images]
+        return self.predict_all([images], [text])[0]
+
+    @torch.no_grad()
+    def predict_all(self, images: Sequence[Any], texts: Sequence[str]) -> list[dict[str, float]]:
+        """As `predict`, of text i and `images[i]`; in batches, of which each encodes an image once."""
         sides = 2 if self.task == "nlvr2" else 1
-        if len(given) != sides:
-            raise ValueError(f"{self.task} takes {sides} images, not {len(given)}")
-        pixels = stack_files([_as_file(image) for image in given], self.base.settings.visual.image_px)
-        words, word_tokens = self.words.tensors([text])
-        index = torch.arange(sides)[None]
-        logits = self.eval()(*(part.to(self.device) for part in (pixels, index, words, word_tokens)))[0]
-        shares = (logits.sigmoid() if self.task == "vqa" else logits.softmax(dim=-1)).tolist()
-        return dict(sorted(zip(self.labels, shares, strict=True), key=lambda pair: -pair[1]))
+        groups = [
+            [_as_file(one) for one in (given if isinstance(given, list | tuple) else [given])] for given in images
+        ]
+        for group, text in zip(groups, texts, strict=True):
+            if len(group) != sides:
+                raise DataError(f"{text!r:.80}: {self.task} takes {sides} images a text, not {len(group)}")
+            if not text.strip():
+                raise DataError(f"an empty text for image {group[0]!s:.80}; give a question, statement or hypothesis")
+        found: list[dict[str, float]] = []
+        for start in range(0, len(texts), EVALUATED_AT_ONCE):
+            part = groups[start : start + EVALUATED_AT_ONCE]
+            # Files are equal by their names, other images only to themselves.
+            keys = [[one if isinstance(one, ImageFile) else id(one) for one in group] for group in part]
+            once = {
+                key: one for row, group in zip(keys, part, strict=True) for key, one in zip(row, group, strict=True)
+            }
+            places = {key: place for place, key in enumerate(once)}
+            pixels = stack_files(list(once.values()), self.base.settings.visual.image_px)
+            index = torch.tensor([[places[key] for key in row] for row in keys])
+            inputs = (pixels, index, *self.words.tensors(texts[start : start + EVALUATED_AT_ONCE]))
+            logits = self.eval()(*(tensor.to(self.device) for tensor in inputs))
+            shares = logits.sigmoid() if self.task == "vqa" else logits.softmax(dim=-1)
+            found += [
+                dict(sorted(zip(self.labels, row, strict=True), key=lambda pair: -pair[1])) for row in shares.tolist()
+            ]
+        return found
 
 
 def _as_file(image: Any) -> Any:

@@ -7,6 +7,7 @@ whole tree. Everything a run was made with is written back by `model_dump`.
 from vpworkbench.config.base import Settings, SettingsError, checked, fault_lines, nearest
 from vpworkbench.config.parameters import (
     compare_settings,
+    explore_settings,
     finetune_settings,
     pretrain_settings,
     probe_settings,
@@ -17,6 +18,7 @@ from vpworkbench.config.presets import PRESETS, TASK_PRESETS, preset
 from vpworkbench.config.settings import (
     CompareSettings,
     DataSettings,
+    ExploreSettings,
     FinetuneSettings,
     FusionSettings,
     LossSettings,
@@ -34,6 +36,7 @@ from vpworkbench.config.settings import (
 
 __all__ = [
     "CompareSettings",
+    "ExploreSettings",
     "DataSettings",
     "FinetuneSettings",
     "FusionSettings",
@@ -54,6 +57,7 @@ __all__ = [
     "VisualSettings",
     "checked",
     "compare_settings",
+    "explore_settings",
     "fault_lines",
     "finetune_settings",
     "nearest",

@@ -9,6 +9,7 @@ from vpworkbench.config.presets import TASK_PRESETS
 from vpworkbench.config.presets import preset as named_preset
 from vpworkbench.config.settings import (
     CompareSettings,
+    ExploreSettings,
     FinetuneSettings,
     PretrainSettings,
     ProbeSettings,
@@ -103,6 +104,20 @@ def compare_settings(
     """Settings of a run from the parameters of `03_compare_models.ipynb`."""
     values = {"models": models, "images": images, "seed": seed}
     return checked(CompareSettings, values).with_overrides({"data.sets": data})
+
+
+def explore_settings(
+    *,
+    checkpoint: str = "",
+    beside: str = "",
+    data: str = "scenes",
+    picture: int = 0,
+    sentence: str = "",
+    seed: int = 0,
+) -> ExploreSettings:
+    """Settings of a run from the parameters of `05_explore_masks.ipynb`."""
+    given = {"checkpoint": checkpoint, "beside": beside, "data": data, "picture": picture, "sentence": sentence}
+    return checked(ExploreSettings, given | {"seed": seed})
 
 
 def runs_settings(

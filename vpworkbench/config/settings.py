@@ -301,6 +301,17 @@ class FinetuneSettings(Settings):
     train: TrainSettings
 
 
+class ExploreSettings(Settings):
+    """Which model is explored, on which pictures."""
+
+    checkpoint: Place = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
+    beside: Place = Field("", description="a second one under it; '' none")
+    data: Place = Field("scenes", description="a captioned set; its held-out pictures are shown")
+    picture: int = Field(0, ge=0, description="the picture to begin with")
+    sentence: str = Field("", description="the sentence to begin with; '' the picture's first caption")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the random mask")
+
+
 class RunsSettings(Settings):
     """Which runs are put side by side."""
 

@@ -1,0 +1,122 @@
+"""The explorer as one HTML file: opened from disk with the network blocked, with and without scripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from browser import SIZE, browser, screenshots
+
+from vpworkbench.explorer.page import Part, Section, write_page
+from vpworkbench.explorer.widgets import Copy, Maps, Panels, Reader, encoded
+
+__all__ = ["browser", "screenshots"]
+EVIL = '</script><img src=x onerror="window.hacked = true"><!--'
+BOXES = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
+PICTURE = encoded(np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3))
+
+
+def sections() -> list[Section]:
+    panels = Panels(label=EVIL, alt="Masks on the image.", image=PICTURE, boxes=BOXES, values=np.eye(2, 16), picked=5,
+                    kinds=["shade", "mask"], captions=["attention", EVIL], width=700)  # fmt: skip
+    reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a", EVIL], looks=np.full((2, 16), 0.03),
+                    reads=np.full((16, 2), 0.2))  # fmt: skip
+    maps = Maps(label="Heads", values=np.arange(12.0).reshape(1, 3, 4), names=[EVIL], count_from=1)
+    return [
+        Section("Masks", EVIL, [Part(panels, PICTURE), Part("only text " + EVIL)]),
+        Section("Words", "", [Part(reader, PICTURE, "The words."), Part(maps, PICTURE)]),
+        Section("Numbers", "", [
+            Part(go.Figure(go.Scatter(y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
+            Part(pd.DataFrame({EVIL: [EVIL, 2]})), Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
+        ]),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(tmp_path_factory.mktemp("page") / "page.html", EVIL, sections())
+
+
+def test_a_page_is_one_small_file_that_asks_for_nothing(written: Path) -> None:
+    text = written.read_text()
+    assert written.stat().st_size <= 8 * 2**20
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
+    assert text.count("export default widget(") == 4  # each module once
+    assert text.count("<h2>") == 3
+
+
+def test_text_cannot_end_the_data(written: Path) -> None:
+    assert EVIL not in written.read_text()
+    assert "<img src=x" not in written.read_text()
+
+
+def test_what_no_page_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not list"):
+        write_page(tmp_path / "page.html", "", [Section("", "", [Part([1, 2])])])
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.fixture
+def opened(browser: Any, written: Path) -> Iterator[Any]:
+    """The file in a browser that is offline and lists what it asked for."""
+    context = browser.new_context(viewport=SIZE, offline=True)
+    page = context.new_page()
+    page.asked, page.failures = [], []
+    page.route(re.compile("^(https?|wss?):"), lambda route: route.abort())
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("pageerror", lambda error: page.failures.append(str(error)))
+    page.goto(written.as_uri())
+    yield page
+    context.close()
+
+
+@pytest.mark.browser
+def test_every_part_is_drawn_without_a_network(opened: Any, written: Path, screenshots: Path) -> None:
+    for widget in ("panels", "reader", "maps", "copy"):
+        opened.wait_for_selector(f".vpw-{widget}[data-drawn='1']")
+    opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
+    assert all(address == written.as_uri() or address.startswith(("blob:", "data:")) for address in opened.asked)
+    assert opened.failures == []
+    assert opened.evaluate("window.hacked") is None
+    assert opened.locator(".vpw-title").nth(0).text_content() == EVIL
+    assert opened.locator("h1").text_content() == EVIL
+    assert opened.locator("figcaption").nth(1).text_content() == EVIL
+    script = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data).size"
+    assert all(opened.locator("canvas").nth(place).evaluate(script) > 10 for place in range(4))
+    assert opened.locator(".still:visible").count() == 0
+    assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    opened.screenshot(path=screenshots / "page.png", full_page=True)
+
+
+@pytest.mark.browser
+def test_a_page_answers_the_pointer_and_saves(opened: Any, tmp_path: Path) -> None:
+    opened.wait_for_selector(".vpw-panels[data-drawn='1']")
+    stage = opened.locator(".vpw-panels .vpw-stage").nth(0)
+    box = stage.bounding_box()
+    stage.click(position={"x": 0.6 * box["width"], "y": 0.1 * box["height"]})
+    assert opened.locator(".vpw-panels .vpw-status").text_content().startswith("token 2 (row 1, column 3)")
+    mark = opened.locator(".vpw-panels .vpw-picked").nth(1).evaluate("element => element.style.left")
+    assert mark == "50%"
+    with opened.expect_download() as download:
+        opened.locator(".vpw-maps .vpw-tools button", has_text="CSV").click()
+    download.value.save_as(tmp_path / "maps.csv")
+    table = pd.read_csv(tmp_path / "maps.csv")
+    assert table["map"].unique().tolist() == [EVIL] and table["value"].tolist() == list(range(12))
+
+
+@pytest.mark.browser
+def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> None:
+    context = browser.new_context(viewport=SIZE, java_script_enabled=False)
+    page = context.new_page()
+    page.goto(written.as_uri())
+    alts = [page.locator("img").nth(place).get_attribute("alt") for place in range(page.locator("img").count())]
+    assert alts == ["Masks on the image.", "The words.", "Heads", "A curve.", "Alone."]
+    assert page.locator("img:visible").count() == 5
+    context.close()

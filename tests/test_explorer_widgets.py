@@ -1,0 +1,147 @@
+"""The explorer's widgets without a page: conversions, one message per update, refusals, what they hold and free."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpworkbench.explorer.widgets import STATIC, Copy, Drawn, Drop, Maps, Panels, Reader, encoded, module
+
+BOXES = [[0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.25, 0.25, 0.75, 0.75]]  # two tokens and one that overlaps both
+
+
+def panels(**traits: Any) -> Panels:
+    given = {"boxes": BOXES, "values": [[0, 1, 2], [1, 0, 0]], "kinds": ["shade", "mask"], "captions": ["a", "b"]}
+    return Panels(**(given | traits))
+
+
+def reader(**traits: Any) -> Reader:
+    given = {"boxes": BOXES, "words": ["a", "ball"], "looks": np.ones((2, 3)), "reads": np.ones((3, 2))}
+    return Reader(**(given | traits))
+
+
+@pytest.mark.parametrize("dtype", ["float64", ">f4", "int64", "bool"])
+def test_arrays_travel_as_little_endian_floats(dtype: str) -> None:
+    values = np.array([[0, 1, 1], [1, 0, 0]]).astype(dtype)
+    assert np.frombuffer(panels(values=values).values, "<f4").tolist() == [0, 1, 1, 1, 0, 0]
+
+
+def test_arrays_are_told_by_their_meaning_not_their_memory() -> None:
+    columns_first = np.asfortranarray(np.arange(6).reshape(2, 3))
+    assert np.frombuffer(panels(values=columns_first).values, "<f4").tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("pixels", [np.full((4, 6, 3), 255, np.uint8), np.full((4, 6, 3), 1.7), np.ones((4, 6))])
+def test_images_become_png(pixels: np.ndarray) -> None:
+    with Image.open(io.BytesIO(encoded(pixels))) as image:
+        assert (image.format, image.size, image.mode) == ("PNG", (6, 4), "RGB")
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert encoded(encoded(pixels)) == encoded(pixels)  # encoded ones stay as they are
+    assert encoded(Image.open(io.BytesIO(encoded(pixels)))) == encoded(pixels)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4, 6), (1, 4, 6, 3)])
+def test_arrays_that_are_no_image_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="row, column"):
+        encoded(np.zeros(shape))
+
+
+def test_an_update_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    widget, sent = panels(), []
+    monkeypatch.setattr(widget, "_send", lambda message, buffers=None: sent.append((message, buffers)))
+    widget.update(values=np.zeros((2, 3)), captions=["c", "d"], picked=2)
+    (message, buffers), *others = sent
+    assert not others
+    assert message["state"] == {"captions": ["c", "d"], "picked": 2, "version": 1}
+    assert message["buffer_paths"] == [["values"]] and bytes(buffers[0]) == bytes(24)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"values": np.zeros((2, 4))}, r"\(panel, token\) = \(2, 3\)"),
+        ({"values": np.zeros(6)}, r"shape \(6,\); expected 2 axes"),
+        ({"boxes": np.zeros((4, 4))}, r"\(2, 4\)"),
+        ({"boxes": np.zeros((4, 3))}, "x0 y0 x1 y1"),
+        ({"captions": ["a"]}, "each of the 2 panels"),
+        ({"valeus": 3}, "no valeus; it has alt, boxes"),
+        ({"kinds": ["shade", "dark"]}, "dark"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_changes_nothing(change: dict[str, Any], message: str) -> None:
+    widget = panels()
+    before = widget.state()
+    with pytest.raises(Exception, match=message) as caught:
+        widget.update(**change)
+    assert isinstance(caught.value, ValueError) or "kinds" in change
+    assert widget.state() == before
+
+
+def test_a_reader_needs_both_directions() -> None:
+    with pytest.raises(ValueError, match=r"looks must be \(word, patch\) = \(2, 3\)"):
+        reader(looks=np.ones((3, 3)))
+    with pytest.raises(ValueError, match=r"reads must be \(patch, word\) = \(3, 2\)"):
+        reader(reads=np.ones((2, 2)))
+    widget = reader()
+    widget.update(words=["a"], looks=np.ones((1, 3)), reads=np.ones((3, 1)))
+    assert widget.words == ["a"] and widget.version == 1
+
+
+def test_maps_know_their_shape() -> None:
+    widget = Maps(values=np.zeros((2, 3, 4)), names=["a", "b"])
+    assert widget.shape == [2, 3, 4]
+    widget.update(values=np.full((1, 5, 5), np.nan), names=["a"])
+    assert widget.shape == [1, 5, 5]
+    assert np.isnan(np.frombuffer(widget.values, "<f4")).all()  # nan travels: it is drawn transparent
+    with pytest.raises(ValueError, match="one entry for each of the 2 maps"):
+        Maps(values=np.zeros((2, 3, 4)), names=["a"])
+    with pytest.raises(ValueError, match="low must have one entry"):
+        widget.update(low=[0.0, 0.0])
+    with pytest.raises(ValueError, match="follows from values"):
+        widget.update(shape=[1, 1, 1])
+
+
+def test_a_page_sets_what_it_picks() -> None:
+    picked = []
+    widget, upload = panels(), Drop()
+    widget.observe(lambda change: picked.append(change.new), "picked")
+    widget.set_state({"picked": 2})  # as a message of the page does
+    upload.set_state({"file": memoryview(b"abc"), "file_name": "a.png", "count": 1})
+    assert picked == [2]
+    assert upload.file == b"abc"
+
+
+@pytest.mark.parametrize("widget", [panels, reader, Maps, Drop, Copy])
+def test_a_state_holds_what_a_page_needs(widget: Any) -> None:
+    state = widget(label="Name").state()
+    assert state["traits"]["label"] == "Name" and state["traits"]["version"] == 0
+    assert "export default widget(" in state["esm"] and ".vpw" in state["css"]
+    assert not any(name.startswith("_") or name == "layout" for name in state["traits"])
+
+
+def test_names_are_stable_and_closing_frees_the_arrays() -> None:
+    widget = panels(label="Masks", image=np.ones((4, 4, 3)))
+    assert repr(widget) == repr(panels(label="Masks")) == "Panels('Masks')"
+    widget.close()
+    assert not (widget.image or widget.boxes or widget.values)
+
+
+def test_modules_are_small_and_take_no_markup() -> None:
+    texts = {path.name: path.read_text() for path in STATIC.glob("*.js")}
+    names = {cls.__name__.lower() for cls in Drawn.__subclasses__()}
+    assert {f"{name}.js" for name in names} | {"shared.js", "page.js"} == set(texts)
+    for name, text in texts.items():
+        assert not any(word in text for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write"))
+        assert len(text) < 20_000, name
+    assert all(len(module(name)) < 30_000 for name in names)
+
+
+def test_the_colours_are_cividis() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    table = (matplotlib.colormaps["cividis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    assert base64.b64encode(table.tobytes()).decode() in module("maps")

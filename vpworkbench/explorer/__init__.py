@@ -1,0 +1,236 @@
+"""See and touch attention masks: `explore(model)` in a notebook.
+
+The tensors stay in the kernel; a click sends one slice to the page, hover sends nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import pandas as pd
+import plotly.graph_objects as go
+from torch import nn
+
+from vpworkbench.compare import Opened
+from vpworkbench.config import DataSettings
+from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.splits import load_splits
+from vpworkbench.explorer import still
+from vpworkbench.explorer.flow import FlowView
+from vpworkbench.explorer.masks import MasksView, Select
+from vpworkbench.explorer.page import Part, Section, write_page
+from vpworkbench.explorer.parts import WIDTH, column
+from vpworkbench.explorer.readings import Reading, Subject, chosen_text, read, subject
+from vpworkbench.explorer.try_it import TryView
+from vpworkbench.explorer.widgets import Copy
+from vpworkbench.explorer.words import WordsView
+
+__all__ = ["Explorer", "explore"]
+
+Model = Subject | Opened | nn.Module | str | None
+PICTURES = 24
+
+
+def explore(
+    model: Model = None,
+    data: Sequence[Picture] | str | Path | None = None,
+    *,
+    beside: Model = None,
+    pictures: int = PICTURES,
+) -> Explorer:
+    """Open the explorer of a model, or of two on the same input.
+
+    Parameters
+    ----------
+    model
+        A `VisualParsingModel`, a `TaskModel`, a model that `compare.open_model` opened, or the name or folder of a run;
+        None: the tiny model that ships.
+    data
+        Pictures, a captioned set that `load_splits` reads ("scenes", a folder, a file), or None: generated scenes. Of a
+        set the held-out pictures are shown.
+    beside
+        A second model, drawn under the first: before and after pre-training, masks by attention and at random.
+    pictures : int
+        At most so many to choose from.
+
+    Raises
+    ------
+    CheckpointError, DataError, TypeError
+        If there is no such model or set, or it has no picture.
+    """
+    names = ("model", "beside") if beside is not None else ("model",)
+    given = (model, beside) if beside is not None else (model,)
+    subjects = [subject(one, name=name) for one, name in zip(given, names, strict=True)]
+    if len(subjects) == 2 and subjects[0].name == subjects[1].name:
+        subjects = [Subject(f"{one.name} ({number})", one.opened, one.base, one.task)
+                    for number, one in enumerate(subjects, start=1)]  # fmt: skip
+    chosen = _pictures(data)[:pictures]
+    if not chosen:
+        raise DataError(f"{data}: no picture to explore")
+    call = ", ".join(part for part in (
+        repr(model) if isinstance(model, str) else "model" if model is not None else "",
+        "" if data is None else repr(str(data)) if isinstance(data, str | Path) else "pictures",
+        "" if beside is None else f"beside={beside!r}" if isinstance(beside, str) else "beside=other",
+    ) if part)  # fmt: skip
+    return Explorer(subjects, chosen, call=f"explore({call})")
+
+
+def _pictures(data: Sequence[Picture] | str | Path | None) -> list[Picture]:
+    if data is not None and not isinstance(data, str | Path):
+        return list(data)
+    settings = DataSettings() if data is None else DataSettings(sets=(str(data),))
+    splits = load_splits(settings)
+    return next((splits[name] for name in ("val", "test", "train") if splits.get(name)), [])
+
+
+class Explorer(ipywidgets.VBox):
+    """Four views of one input: masks, words and patches, flow, try it.
+
+    Attributes
+    ----------
+    masks, words, flow, trial : the views
+    readings : list of Reading
+        Of the present input, one for each model.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], pictures: Sequence[Picture], *, call: str = "explore(...)") -> None:
+        super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 30}px"})
+        self.add_class("vpw-explorer")
+        self.subjects, self._call = list(subjects), call
+        self.readings = self._read(pictures[0], chosen_text(pictures[0]))
+        self.masks, self.words = MasksView(self.readings), WordsView(self.readings)
+        self.flow = FlowView(self.readings)
+        self.trial = TryView(self.readings, pictures, self._input)
+        self._code = Copy(label="The lines that recreate this view", width=WIDTH)
+        self._views = (self.masks, self.words, self.flow, self.trial)
+        self._tabs = ipywidgets.Tab([view.widget for view in self._views], titles=[view.title for view in self._views])
+        take = ipywidgets.Accordion([column(self._code)], titles=["copy as code"], selected_index=None)
+        take.observe(lambda change: self._copy(), "selected_index")
+        self._tabs.observe(lambda change: self._copy(), "selected_index")
+        self.children = (self.trial.controls, self._tabs, take)
+        self._copy()
+
+    def _read(self, picture: Picture, text: str) -> list[Reading]:
+        return [read(one, picture, text) for one in self.subjects]
+
+    def _input(self, picture: Picture, text: str) -> None:
+        self.readings = self._read(picture, text)  # fails before anything is shown
+        for view in self._views:
+            view.show(self.readings)
+        self._copy()
+
+    # ------------------------------------------------------------------------------------------- in a notebook
+
+    def say(self, text: str) -> Explorer:
+        """Read another sentence with the same picture."""
+        self._input(self.readings[0].picture, text)
+        return self
+
+    def look(self, picture: int) -> Explorer:
+        """Read another of the pictures, by its place."""
+        self.trial.look(picture)
+        return self
+
+    def pick(
+        self, token: int | None = None, *, k: int | None = None, select: Select | None = None,
+        head: int | None = None, draw: int | None = None,
+    ) -> Explorer:  # fmt: skip
+        """Pick a visual token and what is hidden with it; see `MasksView.set`."""
+        self.masks.set(token, k=k, select=select, head=head, draw=draw)
+        return self
+
+    def read(
+        self, place: int | None = None, *, layer: int | None = None, head: int | None = None,
+        rolled: bool | None = None,
+    ) -> Explorer:  # fmt: skip
+        """Pin a word or a patch, choose layer and head; see `WordsView.set`."""
+        self.words.set(place, layer=layer, head=head, rolled=rolled)
+        return self
+
+    def span(self, start: int, stop: int, *, model: int = 0, layer: int | None = None) -> Explorer:
+        """Choose a span of layers, from 0; see `FlowView.set`."""
+        self.flow.set(start, stop, model=model, layer=layer)
+        return self
+
+    @property
+    def code(self) -> str:
+        """The lines that recreate what is seen."""
+        reading = self.readings[0]
+        place = next(place for place, one in enumerate(self.trial.pictures) if one is reading.picture)
+        lines = ["from vpworkbench.explorer import explore", "", f"view = {self._call}"]
+        lines += [f"view.look({place})", f"view.say({reading.text!r})"]
+        lines += [line for line in (self.masks.code(), self.words.code(), self.flow.code()) if line]
+        return "\n".join([*lines, "view"])
+
+    def _copy(self) -> None:
+        self._code.update(text=self.code)
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The numbers behind all views."""
+        return {name: table for view in self._views for name, table in view.tables().items()}
+
+    def save_csv(self, folder: str | Path) -> list[Path]:
+        """Write every table as a csv."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name, table in self.tables().items():
+            files.append(folder / f"{name}.csv")
+            table.to_csv(files[-1], index=False)
+        return files
+
+    def save(self, path: str | Path) -> Path:
+        """Write the whole as one HTML file that opens without a kernel and without a network."""
+        reading, models = self.readings[0], [one.name for one in self.subjects]
+        masks, words, flow = self.masks, self.words, self.flow
+        numbers = self.trial.tables()["answers"]
+        first, second = [], []
+        for place in range(len(masks.readings)):
+            first.append(Part(masks.panels[place], still.panels(masks, place)))
+            first.append(Part(masks.errors[place], still.errors(masks, place)))
+        for place in range(len(words.readings)):
+            second.append(Part(words.maps[place], still.heads(words, place)))
+            second.append(Part(words.readers[place], still.sentence(words, place)))
+        third = [Part(go.Figure(flow.figure), still.curves(flow), "Flow, NMI and tokens.")]
+        third += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
+        return write_page(path, f"{' and '.join(models)} on “{reading.text}”", [
+            Section(masks.title, masks.note.text, first), Section(words.title, words.note.text, second),
+            Section(flow.title, flow.note.text, third), Section("What it says", "", [Part(numbers)]),
+        ])  # fmt: skip
+
+    def close(self) -> None:
+        """Take the explorer off the page and free what it holds."""
+        for view in self._views:
+            view.close()
+        for widget in _below(self):
+            widget.close()
+        self._code.close()
+        self.readings, self.subjects, self.children = [], [], ()
+        super().close()
+
+    def __repr__(self) -> str:
+        if not self.readings:
+            return "Explorer(closed)"
+        models = ", ".join(f"{one.subject.name}: {one.layers} layers, {one.heads} heads, {len(one.boxes)} visual tokens"
+                           for one in self.readings)  # fmt: skip
+        return f"Explorer({models}; {self.readings[0].text!r})"
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """The live view; where there is none (GitHub), a picture of image, mask and flow."""
+        bundle = super()._repr_mimebundle_(**options) or {}
+        bundle["text/plain"] = repr(self)
+        if self.readings:
+            bundle["image/png"] = base64.b64encode(still.overview(self.masks, self.flow)).decode("ascii")
+        return bundle
+
+
+def _below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+    """All widgets in a box, and in the boxes in it."""
+    found: list[ipywidgets.Widget] = []
+    for child in getattr(widget, "children", ()):
+        found += [*_below(child), child]
+    return found

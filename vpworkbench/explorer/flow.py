@@ -1,0 +1,227 @@
+"""View 3: Inter-Modality Flow of every span of layers, the mixing behind one span, and the modalities as clusters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from vpworkbench.explorer.parts import WIDTH, Note, column, row
+from vpworkbench.explorer.readings import Reading
+from vpworkbench.explorer.widgets import Maps
+from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
+
+HEIGHT = 560
+
+
+class FlowView:
+    """The (i, j) triangle beside its two curves; below, NMI and the tokens of one layer on two components.
+
+    Attributes
+    ----------
+    widget : ipywidgets.Widget
+    figure : FigureWidget
+        The only one of an explorer: its script alone is 5 MB in a saved notebook.
+    maps : list of Maps
+        A^{i,j} of the chosen span, for each model.
+    """
+
+    title = "Flow"
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self.layer = ipywidgets.IntSlider(
+            0, 0, 1, description="layer of the tokens below (0: the input)", layout={"width": "420px"},
+            style={"description_width": "initial"},
+        )  # fmt: skip
+        self.layer.observe(lambda change: self._draw_points(), "value")
+        self.note = Note(
+            "Click a cell of the triangle: the block structure of A from the input of layer i to the output of "
+            "layer j. Dashed: attention spread evenly."
+        )
+        self.figure: go.FigureWidget | None = None
+        self.maps: list[Maps] = []
+        self.span, self.shown = (0, 0), 0
+        self.widget = column()
+        self.show(readings)
+
+    def show(self, readings: Sequence[Reading]) -> None:
+        """Look at new readings."""
+        self.readings = list(readings)
+        if self.figure is None or [one.name for one in self._triangles()] != [r.subject.name for r in readings]:
+            self._build()
+        most = min(reading.layers for reading in self.readings)
+        if self.layer.max != most:
+            self.layer.max = self.layer.value = most
+        self.span = (min(self.span[0], most - 1), min(self.span[1], most - 1))
+        with self.figure.batch_update():
+            for number, reading in enumerate(self.readings):
+                for trace, values in zip(self._traces(number), _values(reading), strict=True):
+                    trace.update(values)
+        self._draw_span()
+        self._draw_points()
+
+    def set(self, start: int, stop: int, *, model: int = 0, layer: int | None = None) -> None:
+        """Choose a span of layers, from 0, and the layer whose tokens are drawn (0: the input).
+
+        Raises
+        ------
+        ValueError
+            For a span or layer that is not there.
+        """
+        reading = self.readings[model] if 0 <= model < len(self.readings) else None
+        if reading is None or not 0 <= start <= stop < reading.layers:
+            raise ValueError(f"span ({start}, {stop}) of model {model} is not there: 0 <= start <= stop < layers")
+        if layer is not None and not 0 <= layer <= reading.layers:
+            raise ValueError(f"layer {layer} is not there; 0 to {reading.layers}")
+        self.span, self.shown = (start, stop), model
+        self._draw_span()
+        if layer is not None:
+            self.layer.value = layer
+        self._draw_points()
+
+    def code(self) -> str:
+        """The call that recreates the view."""
+        return f"view.span({self.span[0]}, {self.span[1]}, model={self.shown}, layer={self.layer.value})"
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`flow`: every span with its null; `clusters`: NMI by layer, 0 the input."""
+        spans, clusters = [], []
+        for reading in self.readings:
+            start, stop = np.triu_indices(reading.layers)
+            spans.append(pd.DataFrame({
+                "model": reading.subject.name, "from_layer": start + 1, "to_layer": stop + 1,
+                "flow": reading.flow[start, stop], "uniform": reading.null[start, stop],
+            }))  # fmt: skip
+            clusters.append(pd.DataFrame({"model": reading.subject.name, "layer": np.arange(len(reading.nmi)),
+                                          "nmi": reading.nmi}))  # fmt: skip
+        return {"flow": pd.concat(spans, ignore_index=True), "clusters": pd.concat(clusters, ignore_index=True)}
+
+    def close(self) -> None:
+        for one in self.maps:
+            one.close()
+        if self.figure is not None:
+            self.figure.close()
+        self.figure, self.maps, self.readings = None, [], []
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def _build(self) -> None:
+        if self.figure is not None:
+            readings = self.readings
+            self.close()
+            self.readings = readings
+        figure = _empty([reading.subject.name for reading in self.readings], [one.layers for one in self.readings])
+        self.figure = go.FigureWidget(figure)
+        self.figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
+                               "modeBarButtonsToRemove": ["select2d", "lasso2d"]}  # fmt: skip
+        for number, trace in enumerate(self._triangles()):
+            trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
+        self.maps = [
+            Maps(values=np.zeros((1, 1, 1)), names=["A"], row_name="query", column_name="key", percent=True,
+                 width=WIDTH // 2) for _ in self.readings
+        ]  # fmt: skip
+        self.widget.children = (self.note, self.figure, row(self.layer), row(*self.maps))
+
+    def _triangles(self) -> list[go.Heatmap]:
+        return [trace for trace in self.figure.data if isinstance(trace, go.Heatmap)] if self.figure else []
+
+    def _traces(self, number: int) -> list[Any]:
+        """Of one model, in the order of `_values`."""
+        return [trace for trace in self.figure.data if trace.meta == number]
+
+    def _clicked(self, number: int, points: Any) -> None:
+        if not points.xs:
+            return
+        start, stop = int(points.ys[0]) - 1, int(points.xs[0]) - 1
+        if start <= stop:
+            self.span, self.shown = (start, stop), number
+            self._draw_span()
+            self._draw_points()
+
+    def _draw_span(self) -> None:
+        start, stop = self.span
+        for reading, maps in zip(self.readings, self.maps, strict=True):
+            matrix, splits = reading.span(start, stop)
+            off = matrix[~np.eye(len(matrix), dtype=bool)]
+            pooled = "" if len(matrix) == int(reading.counted.sum()) else f", pooled from {int(reading.counted.sum())}"
+            maps.update(
+                values=matrix[None], names=[f"words first, then {len(matrix) - splits[0]} visual tokens{pooled}"],
+                splits=splits, low=[0.0], high=[float(np.quantile(off, 0.995)) if len(off) else 1.0],
+                label=f"{reading.subject.name}: A from the input of layer {start + 1} to the output of {stop + 1}",
+                alt="Rows are queries, columns keys; the lines part words and visual tokens.",
+            )  # fmt: skip
+        with self.figure.batch_update():
+            for number in range(len(self.readings)):
+                self._traces(number)[-1].update({"x": [stop + 1], "y": [start + 1]})
+
+    def _draw_points(self) -> None:
+        reading = self.readings[min(self.shown, len(self.readings) - 1)]
+        points = reading.map[min(self.layer.value, reading.layers)]
+        with self.figure.batch_update():
+            for trace, chosen in zip([one for one in self.figure.data if one.meta == "points"], reading.counted,
+                                     strict=True):  # fmt: skip
+                trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
+
+
+def _values(reading: Reading) -> list[dict[str, Any]]:
+    """What each trace of a model shows, in the order in which `_empty` adds them."""
+    flow, null = reading.flow, reading.null
+    layers = np.arange(1, reading.layers + 1)
+    upper = np.where(layers[:, None] <= layers, flow, np.nan)
+    return [
+        {"z": upper, "text": np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))},
+        {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
+    ]  # fmt: skip
+
+
+def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
+    """The figure without numbers: updates then change data alone, a layout in an update takes twice as long."""
+    two = len(names) > 1
+    below = [{}, {}, {}] if two else [{}, {"colspan": 2}, None]
+    titles = ["flow from i to j, %" if not two else escaped(names[0]), "F from the input to j", "F within layer i"]
+    titles += [escaped(names[1]), "NMI", "tokens"] if two else ["NMI (0: mixed, 1: apart)", "tokens by modality"]
+    figure = make_subplots(2, 3, specs=[[{}, {}, {}], below], subplot_titles=titles, horizontal_spacing=0.09,
+                           vertical_spacing=0.17)  # fmt: skip
+    cells = [(1, 1), (2, 1)]
+    nmi, points = ((2, 2), (2, 3)) if two else ((2, 1), (2, 2))
+    for number, (name, count) in enumerate(zip(names, layers, strict=True)):
+        along, colour = list(range(1, count + 1)), PALETTE[number]
+        cell = dict(zip(("row", "col"), cells[number], strict=True))
+        figure.add_heatmap(
+            x=along, y=along, name=name, meta=number, colorscale=COLOURS, showscale=False, hoverongaps=False, xgap=1,
+            ygap=1, texttemplate="%{text}" if count <= 12 else None,
+            hovertemplate="from layer %{y} to layer %{x}: %{z:.1%}<extra></extra>", **cell,
+        )  # fmt: skip
+        look = {"meta": number, "legendgroup": name, "line": {"color": colour}, "mode": "lines+markers"}
+        uniform = look | {"line": {"color": colour, "dash": "dash"}, "mode": "lines", "showlegend": False}
+        for place in (2, 3):
+            figure.add_scatter(x=along, name=escaped(name), showlegend=two and place == 2, row=1, col=place,
+                               hovertemplate="layer %{x}: %{y:.1%}", **look)  # fmt: skip
+            figure.add_scatter(x=along, name="uniform", row=1, col=place, hovertemplate="uniform: %{y:.1%}", **uniform)
+        figure.add_scatter(x=[0, *along], name=escaped(name), showlegend=False, hovertemplate="layer %{x}: %{y:.2f}",
+                           row=nmi[0], col=nmi[1], **look)  # fmt: skip
+        figure.add_scatter(x=[1], y=[1], mode="markers", meta=number, hoverinfo="skip", showlegend=False,
+                           marker={"symbol": "square-open", "size": 18, "color": VISION, "line": {"width": 3}},
+                           **cell)  # fmt: skip
+        step = max(1, math.ceil(count / 12))
+        figure.update_yaxes(title_text="from layer i", autorange="reversed", dtick=step, showgrid=False, **cell)
+        figure.update_xaxes(title_text="to layer j", dtick=step, showgrid=False, **cell)
+    for name, colour, symbol in (("language", LANGUAGE, "circle"), ("vision", VISION, "square")):
+        figure.add_scatter(mode="markers", name=name, meta="points", row=points[0], col=points[1], opacity=0.85,
+                           marker={"color": colour, "symbol": symbol, "size": 7}, hoverinfo="name")  # fmt: skip
+    for place in (2, 3):
+        figure.update_xaxes(title_text="layer", row=1, col=place)
+        figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=place)
+    figure.update_xaxes(title_text="layer (0: input)", row=nmi[0], col=nmi[1])
+    figure.update_yaxes(range=[-0.03, 1.03], row=nmi[0], col=nmi[1])
+    figure.update_xaxes(title_text="first component", row=points[0], col=points[1])
+    figure.update_yaxes(title_text="second", row=points[0], col=points[1])
+    figure.update_layout(legend={"orientation": "h", "y": -0.12, "font": {"color": GREY}}, uirevision="keep")
+    alt = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
+    return finish(figure, alt=alt, width=WIDTH, height=HEIGHT)

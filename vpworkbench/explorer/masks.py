@@ -1,0 +1,262 @@
+"""View 1: what a visual token depends on, and what hiding it with those tokens leaves to guess (paper Sec. 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vpworkbench.examples import token_objects
+from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, table
+from vpworkbench.explorer.readings import Reading, same_boxes
+from vpworkbench.explorer.widgets import Panels
+from vpworkbench.objectives import visual_mask
+from vpworkbench.probes import mask_on_object, random_on_object
+
+Select = Literal["row", "column", "symmetric"]
+CAPTIONS = ["the image", "attention of the token", "attention mask", "random mask"]
+ERRORS = ["error behind the attention mask", "error behind the random mask"]
+
+
+class MasksView:
+    """The image with its tokens; one pick, its row of the parsing attention, the mask that follows, a random one.
+
+    Attributes
+    ----------
+    widget : ipywidgets.Widget
+    panels, errors : list of Panels
+        One for each model that has visual tokens on a grid.
+    """
+
+    title = "Masks"
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        self.pick, self._draw, self._later = -1, 0, Later()
+        self.k = ipywidgets.IntSlider(2, 1, 2, description="k, tokens hidden", style={"description_width": "initial"})
+        self.select = ipywidgets.ToggleButtons(
+            options=["row", "column", "symmetric"],
+            tooltips=["what the pick attends to", "what attends to the pick", "both"],
+            style={"button_width": "90px"},
+        )
+        self.head = ipywidgets.Dropdown(options=heads_of(0), layout={"width": "150px"})
+        self.again = ipywidgets.Button(description="draw again", tooltip="another random mask")
+        self.note, self.numbers = Note(), ipywidgets.HTML()
+        self.panels: list[Panels] = []
+        self.errors: list[Panels] = []
+        self.widget = column()
+        for control in (self.k, self.select, self.head):
+            control.observe(lambda change: self._redraw(), "value")
+        self.again.on_click(lambda button: self._draw_again())
+        self.show(readings)
+
+    def show(self, readings: Sequence[Reading]) -> None:
+        """Look at new readings: another image, another text, or another model."""
+        self._later.cancel()
+        self.readings = [reading for reading in readings if reading.subject.base is not None]
+        self._parsed = [_parsed(reading) for reading in self.readings]
+        if self.readings and not same_boxes(self.readings):  # one pick cannot fit both
+            self.readings, self._parsed = self.readings[:1], self._parsed[:1]
+        without = [reading.subject.name for reading in readings if reading not in self.readings]
+        without += [one.subject.name for one, (parsing, _) in zip(self.readings, self._parsed, strict=True)
+                    if parsing is None]  # fmt: skip
+        self.note.say(
+            f"No mask by attention for {', '.join(without)}: only the Swin parser has a parsing attention."
+            if without else "Click a token; arrow keys and Enter do the same."
+        )  # fmt: skip
+        if not self.readings:
+            self.panels, self.errors = [], []
+            self.widget.children = (self.note,)
+            return
+        tokens = len(self.readings[0].boxes)
+        self._objects = _objects(self.readings[0])
+        heads = max((0 if parsing is None else len(parsing) for parsing, _ in self._parsed), default=0)
+        with self._quiet():
+            if self.k.max != tokens:
+                self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
+            self.head.options, self.head.value = heads_of(heads), None
+        if not 0 <= self.pick < tokens:
+            on = np.flatnonzero(self._objects[0].numpy())
+            self.pick = int(on[0]) if len(on) else tokens // 2
+        self._build()
+        self._redraw(images=True)
+
+    def set(self, token: int | None = None, *, k: int | None = None, select: Select | None = None,
+            head: int | None = None, draw: int | None = None) -> None:  # fmt: skip
+        """Pick a token, and choose what is hidden with it; what is not given stays.
+
+        Raises
+        ------
+        ValueError
+            For a token, k, head or way of choosing that is not there.
+        """
+        tokens = len(self.readings[0].boxes) if self.readings else 0
+        for name, value, stop in (("token", token, tokens), ("k", None if k is None else k - 1, tokens),
+                                  ("head", head, len(self.head.options) - 1)):  # fmt: skip
+            if value is not None and not 0 <= value < stop:
+                raise ValueError(f"{name}: {value + (name == 'k')} is not there; {stop} are")
+        if select not in (None, *self.select.options):
+            raise ValueError(f"select: {select!r} is none of {', '.join(self.select.options)}")
+        with self._quiet():
+            self.pick = self.pick if token is None else token
+            self.k.value = self.k.value if k is None else k
+            self.select.value = select or self.select.value
+            self.head.value = head
+            self._draw = self._draw if draw is None else draw
+        self._redraw()
+
+    def code(self) -> str:
+        """The call that recreates the view."""
+        if not self.readings:
+            return ""
+        return (f"view.pick({self.pick}, k={self.k.value}, select={self.select.value!r}, head={self.head.value}, "
+                f"draw={self._draw})")  # fmt: skip
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The numbers of what is seen, one row for each visual token and model."""
+        parts = []
+        for reading, values in zip(self.readings, self._values, strict=True):
+            told = pd.DataFrame(values[1:].T, columns=["attention", "attention_mask", "random_mask"])
+            for name, error in zip(("attention_error", "random_error"), self._errors_of(reading), strict=True):
+                told[name] = error
+            told.insert(0, "token", range(len(told)))
+            told.insert(0, "model", reading.subject.name)
+            parts.append(told)
+        return {"masks": pd.concat(parts, ignore_index=True)} if parts else {}
+
+    def close(self) -> None:
+        self._later.cancel()
+        for panel in [*self.panels, *self.errors]:
+            panel.close()
+        self.readings, self._parsed, self._values = [], [], []
+
+    # ------------------------------------------------------------------------------------------------ drawing
+
+    def _build(self) -> None:
+        if len(self.panels) != len(self.readings):
+            empty = {"image": b"", "boxes": np.zeros((0, 4))}
+            self.panels = [
+                Panels(width=WIDTH, kinds=["plain", "shade", "mask", "mask"], captions=CAPTIONS,
+                       values=np.zeros((4, 0)), **empty) for _ in self.readings
+            ]  # fmt: skip
+            self.errors = [
+                Panels(width=WIDTH // 2, kinds=["shade", "shade"], captions=ERRORS, values=np.zeros((2, 0)), **empty)
+                for _ in self.readings
+            ]
+            for panel in self.panels:
+                panel.observe(self._picked, "picked")
+        controls = row(self.k, self.select, self.head, self.again)
+        self.widget.children = (self.note, controls, *self.panels, self.numbers, *self.errors)
+
+    def _picked(self, change: dict[str, Any]) -> None:
+        if change["new"] < 0:
+            change["owner"].picked = self.pick  # Escape: something is always picked
+        elif change["new"] != self.pick:
+            self.pick = change["new"]
+            self._redraw()
+
+    def _draw_again(self) -> None:
+        self._draw += 1
+        self._redraw()
+
+    def _quiet(self) -> Any:
+        """In the block, controls that change redraw nothing."""
+        view = self
+
+        class Quiet:
+            def __enter__(self) -> None:
+                view._is_quiet = True
+
+            def __exit__(self, *error: object) -> None:
+                view._is_quiet = False
+
+        return Quiet()
+
+    _is_quiet = False
+
+    def _redraw(self, *, images: bool = False) -> None:
+        """Send the page its slice; errors of reconstruction follow when the hand rests."""
+        if self._is_quiet or not self.readings:
+            return
+        self._values = [self._panel_values(parsing) for parsing, _ in self._parsed]
+        for reading, panel, values in zip(self.readings, self.panels, self._values, strict=True):
+            more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images else {}
+            panel.update(values=values, picked=self.pick, label=f"{reading.subject.name}: masks",
+                         alt=self._alt(values), **more)  # fmt: skip
+        self._tell()
+        self._later(lambda: self._reconstruct(images=images))
+
+    def _panel_values(self, parsing: Tensor | None) -> NDArray[np.float32]:
+        """(panel, token): grid, attention of the pick, both masks."""
+        tokens = len(self.readings[0].boxes)
+        noise = torch.rand(1, tokens, generator=torch.Generator().manual_seed(self._draw))
+        noise[0, self.pick] = 2
+        values = torch.zeros(4, tokens)
+        if parsing is not None:
+            one = parsing.mean(dim=0) if self.head.value is None else parsing[self.head.value]
+            values[1] = {"row": one[self.pick], "column": one[:, self.pick],
+                         "symmetric": one[self.pick] + one[:, self.pick]}[self.select.value]  # fmt: skip
+            values[2] = visual_mask(noise, self.k.value, parsing=one[None], select=self.select.value)[0]
+        values[3] = visual_mask(noise, self.k.value)[0]
+        return values.numpy()
+
+    def _alt(self, values: NDArray[np.float32]) -> str:
+        return (f"Token {self.pick} is picked; {int(values[2].sum())} tokens are hidden by attention and "
+                f"{int(values[3].sum())} at random.")  # fmt: skip
+
+    def _tell(self, errors: Sequence[tuple[float, float]] = ()) -> None:
+        pick = torch.tensor([self.pick])
+        rows = []
+        for number, (reading, values) in enumerate(zip(self.readings, self._values, strict=True)):
+            masked = torch.from_numpy(values[2:]).bool()
+            on = [mask_on_object(one[None], pick, self._objects).item() if one.any() else np.nan for one in masked]
+            expected = random_on_object(masked[1:], pick, self._objects).item()
+            told = [f"{error:.3f}" for error in errors[number]] if errors else ["…", "…"]
+            rows.append([reading.subject.name, *map(_share, on), _share(expected), *told])
+        names = ["model", "attention mask on the object", "random mask on it", "expected at random",
+                 "error per hidden token, attention", "random"]  # fmt: skip
+        self.numbers.value = table(names, rows)
+
+    def _reconstruct(self, *, images: bool = False) -> None:
+        found = [self._errors_of(reading) for reading in self.readings]
+        for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
+            more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
+            panel.update(values=np.nan_to_num(errors), picked=self.pick, label="Squared error of each hidden token",
+                         alt="Bright where the features of a hidden token are guessed badly.", **more)  # fmt: skip
+        self._tell([tuple(float(np.nanmean(error)) if np.isfinite(error).any() else np.nan for error in errors)
+                    for errors in found])  # fmt: skip
+
+    @torch.no_grad()
+    def _errors_of(self, reading: Reading) -> NDArray[np.float32]:
+        """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are seen."""
+        place = self.readings.index(reading)
+        masked = torch.from_numpy(self._values[place][2:]).bool().to(reading.subject.base.device)
+        model, features = reading.subject.base, self._parsed[place][1]
+        words = {name: reading.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
+        both = features._replace(features=features.features.expand(2, -1, -1))
+        predicted = model.mfr(model.fuse(both, **words, masked=masked).vision)
+        error = (predicted - both.features).square().mean(dim=-1)
+        return error.masked_fill(~masked, torch.nan).cpu().numpy()
+
+
+def _share(share: float) -> str:
+    return "background" if np.isnan(share) else f"{100 * share:.0f}%"
+
+
+@torch.no_grad()
+def _parsed(reading: Reading) -> tuple[Tensor | None, Any]:
+    """Parsing attention (head, vision, vision), None where there is none, and the visual tokens."""
+    visual = reading.subject.base.visual(reading.forward["images"])
+    return (None if visual.parsing is None else visual.parsing[0].float().cpu()), visual
+
+
+def _objects(reading: Reading) -> Tensor:
+    """The object under each token, (1, vision); zeros where the picture has no object masks."""
+    if reading.picture.scene is None:
+        return torch.zeros(1, len(reading.boxes), dtype=torch.long)
+    return token_objects([reading.picture], reading.subject.base.settings.visual.grid).long()

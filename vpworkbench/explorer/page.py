@@ -1,0 +1,120 @@
+"""An explorer as one HTML file: its widgets run from the values they hold, without a kernel and without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from vpworkbench.explorer.widgets import STATIC, Drawn
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing on the page.
+
+    Attributes
+    ----------
+    content : Drawn, plotly.graph_objects.Figure, pandas.DataFrame, str or None
+        Text is shown as it is, not as markup; None: the picture alone.
+    picture : bytes
+        PNG, seen where scripts are off or fail, or where there is nothing else.
+    alt : str
+        The picture in words; empty: as the widget says it.
+    """
+
+    content: Drawn | go.Figure | pd.DataFrame | str | None
+    picture: bytes = b""
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    heading: str
+    paragraph: str
+    parts: Sequence[Part] = field(default_factory=list)
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
+    """Write one self-contained file; its content security policy forbids every request."""
+    path = Path(path)
+    parts = [part for section in sections for part in section.parts]
+    widgets = [part.content.state() for part in parts if isinstance(part.content, Drawn)]
+    modules = {state["name"]: state["esm"] for state in widgets}  # each once, however many widgets it draws
+    figures = any(isinstance(part.content, go.Figure) for part in parts)
+    values = [{"name": state["name"], "traits": state["traits"]} for state in widgets]
+    pieces = [
+        _HEAD.format(title=html.escape(title), style=(STATIC / "page.css").read_text(encoding="utf-8")),
+        *{f"<style>{state['css']}</style>" for state in widgets},
+        f"<script>{get_plotlyjs()}</script>" if figures else "",
+        f"</head>\n<body>\n<h1>{html.escape(title)}</h1>",
+        *(_section(section) for section in sections),
+        _island("modules", modules),
+        _island("values", values),
+        f'<script type="module">{(STATIC / "page.js").read_text(encoding="utf-8")}</script>',
+        "</body>\n</html>\n",
+    ]
+    path.write_text("\n".join(pieces), encoding="utf-8")
+    return path
+
+
+_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval' blob:;
+ style-src 'unsafe-inline'; img-src data: blob:">
+<title>{title}</title>
+<style>{style}</style>"""
+
+
+def _section(section: Section) -> str:
+    parts = "\n".join(_part(part) for part in section.parts)
+    intro = f"<p>{html.escape(section.paragraph)}</p>" if section.paragraph else ""
+    return f"<section>\n<h2>{html.escape(section.heading)}</h2>\n{intro}\n{parts}\n</section>"
+
+
+def _part(part: Part) -> str:
+    content = part.content
+    picture = _picture(part)
+    if isinstance(content, Drawn):
+        return f'<div class="part"><div class="still">{picture}</div><div class="live" data-widget></div></div>'
+    if isinstance(content, go.Figure):
+        figure = content.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+        return f'<div class="part"><noscript>{picture}</noscript><div class="scroll">{figure}</div></div>'
+    if isinstance(content, pd.DataFrame):
+        return f'<div class="part scroll">{content.to_html(border=0, escape=True)}</div>'
+    if isinstance(content, str):
+        return f'<p class="part">{html.escape(content)}</p>'
+    if content is None:
+        return f'<div class="part">{picture}</div>'
+    raise TypeError(f"write_page takes widgets, plotly figures, data frames and text, not {type(content).__name__}")
+
+
+def _picture(part: Part) -> str:
+    if not part.picture:
+        return ""
+    alt = part.alt or getattr(part.content, "alt", "") or getattr(part.content, "label", "")
+    data = base64.b64encode(part.picture).decode("ascii")
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _island(name: str, values: object) -> str:
+    """Data that a script reads; no text in it can end the element."""
+
+    def plain(value: object) -> dict[str, Any]:
+        if isinstance(value, bytes):
+            return {"base64": base64.b64encode(value).decode("ascii")}
+        raise TypeError(f"a page cannot hold {type(value).__name__}")
+
+    text = json.dumps(values, default=plain, ensure_ascii=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'

@@ -1,0 +1,320 @@
+"""What one model makes of one image and one text, kept in the kernel: the explorer sends slices of it to the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vpworkbench.compare import Opened, open_model
+from vpworkbench.data.records import Picture
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
+from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model
+from vpworkbench.probes.geometry import grid_boxes, patches_recorded
+from vpworkbench.probes.layers import LayerChoice, streams_of
+from vpworkbench.tasks import TaskModel
+
+HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
+LARGEST_MAP = 1_200  # rows and columns that a page draws; larger maps are pooled
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is looked at.
+
+    Attributes
+    ----------
+    name : str
+    opened : Opened
+        The probed module and how it is given pictures and texts.
+    base : VisualParsingModel or None
+        Where it is one of ours: it has a parsing attention perhaps, and the heads of pre-training.
+    task : TaskModel or None
+        Where it was fine-tuned: it answers.
+    """
+
+    name: str
+    opened: Opened
+    base: VisualParsingModel | None = None
+    task: TaskModel | None = None
+
+
+def subject(model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model") -> Subject:
+    """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
+
+    Raises
+    ------
+    CheckpointError
+        If no model is found under that name.
+    TypeError
+        For a module that is not ours: `compare.open_model` knows how transformers models take pictures.
+    """
+    if isinstance(model, Subject):
+        return model
+    if isinstance(model, TaskModel):
+        base = model.base.eval()
+        return Subject(f"{name}, {model.task}", Opened(name, base, base.prepare, 1), base, model.eval())
+    if isinstance(model, VisualParsingModel):
+        return Subject(name, Opened(name, model.eval(), model.prepare, 1), model)
+    if isinstance(model, str) or model is None:
+        return subject(_fine_tuned(model or "") or open_model(model or ""), name=model or "shipped")
+    if isinstance(model, Opened):
+        return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
+    raise TypeError(f"{type(model).__name__} is no model that is known here; open it by compare.open_model(path)")
+
+
+def _fine_tuned(name: str) -> TaskModel | None:
+    from vpworkbench.finetune import load_task
+    from vpworkbench.model import CheckpointError
+
+    try:
+        return load_task(name) if name else None
+    except CheckpointError:
+        return None
+
+
+@dataclass
+class Reading:
+    """One image and one text, read by one model.
+
+    Attributes
+    ----------
+    image : uint8 array, (height, width, 3)
+    words : list of str
+        Tokens of the language places, in their order.
+    language, vision : int64 array
+        Places of the words and of the visual tokens that lie on the image, in the sequence.
+    counted : bool array (2, token)
+        The sets L and V of paper Eq. 6.
+    boxes : float array, (vision, 4)
+        x0 y0 x1 y1 as shares of the image.
+    attention : Tensor, (layer, head, token, token)
+        Softmax weights, rows over the last axis sum to 1.
+    flow, null : float array, (layer, layer)
+        Inter-Modality Flow of every span and its value under uniform attention; nan where j < i.
+    hidden : tuple of Tensor, (1, token, channel)
+        Features at the input of the first layer and behind every layer.
+    """
+
+    subject: Subject
+    picture: Picture
+    text: str
+    image: NDArray[np.uint8]
+    words: list[str]
+    language: NDArray[np.int64]
+    vision: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+    boxes: NDArray[np.float32]
+    attention: Tensor
+    flow: NDArray[np.float64]
+    null: NDArray[np.float64]
+    hidden: tuple[Tensor, ...]
+    forward: dict[str, Any]
+    _products: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.attention.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.attention.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        return self.attention.shape[2]
+
+    def weights(self, layer: int, head: int | None, *, rolled: bool = False) -> Tensor:
+        """Attention of one layer, (query, key): of one head, or of their mean (None).
+
+        Parameters
+        ----------
+        rolled : bool
+            From the input to this layer with the residual, A^{1,j} (paper Eq. 4), the mean of the heads.
+        """
+        if rolled:
+            return self.product(0, layer)
+        one = self.attention[layer]
+        return one.float().mean(dim=0) if head is None else one[head].float()
+
+    def looks(self, layer: int, head: int | None = None, *, rolled: bool = False) -> NDArray[np.float32]:
+        """Where each word looks on the image, (word, vision)."""
+        return self.weights(layer, head, rolled=rolled)[np.ix_(self.language, self.vision)].numpy()
+
+    def reads(self, layer: int, head: int | None = None, *, rolled: bool = False) -> NDArray[np.float32]:
+        """Which words each visual token reads, (vision, word)."""
+        return self.weights(layer, head, rolled=rolled)[np.ix_(self.vision, self.language)].numpy()
+
+    @cached_property
+    def grid(self) -> NDArray[np.float32]:
+        """By layer and head: mean share that words give to the image, that the image gives to words, and entropy.
+
+        Returns
+        -------
+        array, (3, layer, head)
+            The entropy in bits over the entropy of even attention: 0 one token, 1 all alike.
+        """
+        language, vision = (torch.from_numpy(part) for part in self.counted)
+        found = torch.empty(3, self.layers, self.heads)
+        for layer, maps in enumerate(self.attention):
+            one = maps.float()
+            found[0, layer] = one[:, language][:, :, vision].sum(dim=2).mean(dim=1)
+            found[1, layer] = one[:, vision][:, :, language].sum(dim=2).mean(dim=1)
+            found[2, layer] = torch.special.entr(one).sum(dim=2).mean(dim=1) / np.log(self.tokens)
+        return found.numpy()
+
+    def product(self, start: int, stop: int) -> Tensor:
+        """A^{i,j} (paper Eq. 4), from the input of layer `start` to the output of layer `stop`; (token, token)."""
+        rolled = self._products.setdefault(start, [])
+        if len(self._products) > 2:  # the input's and the last one asked for
+            self._products = {key: value for key, value in self._products.items() if key in (0, start)}
+        identity = torch.eye(self.tokens)
+        while start + len(rolled) <= stop:
+            mixed = (self.attention[start + len(rolled)].float().mean(dim=0) + identity) / 2  # Eq. 3
+            rolled.append(mixed @ rolled[-1] if rolled else mixed)
+        return rolled[stop - start]
+
+    def span(self, start: int, stop: int) -> tuple[NDArray[np.float32], list[int]]:
+        """A^{i,j} with the words first and the visual tokens behind them, and where those begin.
+
+        Returns
+        -------
+        array, (row, column)
+            Shares that queries (rows) give to keys; sums over rows and columns that were pooled to fit a page are
+            means over queries and sums over keys, so that rows keep their sum.
+        list of int
+            The first row, and column, of the visual tokens.
+        """
+        order = np.concatenate([np.flatnonzero(part) for part in self.counted])
+        words = int(self.counted[0].sum())
+        matrix = self.product(start, stop)[np.ix_(order, order)]
+        factor = -(-len(order) // LARGEST_MAP)
+        if factor > 1:
+            cut = np.arange(0, len(order), factor)
+            matrix = torch.from_numpy(np.add.reduceat(np.add.reduceat(matrix.numpy(), cut, axis=0), cut, axis=1))
+            matrix /= torch.from_numpy(np.diff(np.append(cut, len(order))))[:, None]
+        return matrix.numpy(), [round(words / factor)]
+
+    @cached_property
+    def nmi(self) -> NDArray[np.float64]:
+        """Of two clusters and the two modalities, (layer + 1,): the input first (paper Fig. 5)."""
+        return modality_nmi(self.hidden, *self._sets).numpy()[0]
+
+    @cached_property
+    def map(self) -> NDArray[np.float64]:
+        """Tokens on two principal components, (layer + 1, token, 2); nan at tokens of neither modality."""
+        return modality_pca(self.hidden, *self._sets).coordinates[0].double().cpu().numpy()
+
+    @property
+    def _sets(self) -> tuple[Tensor, Tensor]:
+        language, vision = (torch.from_numpy(part)[None] for part in self.counted)
+        return vision, vision | language
+
+
+@torch.no_grad()
+def read(model: Subject, picture: Picture, text: str) -> Reading:
+    """Let a model read a picture with a text; every attention map of the pass is kept.
+
+    Raises
+    ------
+    ValueError
+        If the text is empty, or the model builds no visual token from the picture.
+    """
+    if not text.strip():
+        raise ValueError("an empty sentence has no words to look at; type some")
+    opened = model.opened
+    inputs = opened.prepare([picture], [text])
+    if not inputs.vision.any():
+        raise ValueError(f"{model.name} makes no visual token of this input: there is nothing to look at")
+    flow = inter_modality_flow(opened.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
+    with patches_recorded(opened.model) as shuffled:
+        attention = _attention(opened.model, inputs)
+    if model.base is not None:
+        grid = model.base.settings.visual.grid
+        boxes = torch.full((inputs.vision.shape[1], 4), torch.nan)
+        boxes[inputs.vision[0].cpu()] = grid_boxes(grid, grid)
+        image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
+    else:
+        masks = modality_masks(opened.model, inputs.forward)
+        boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
+        image = picture.image.pixels()
+    real = inputs.tokens[0].cpu()
+    vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
+    places = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
+    spoken = (real & ~vision).nonzero()[:, 0].numpy()
+    return Reading(
+        subject=model, picture=picture, text=text, image=image,
+        words=_words(model, inputs, spoken), language=spoken, vision=places,
+        counted=torch.stack([language, vision]).numpy(), boxes=boxes[places].float().numpy(),
+        attention=attention, flow=flow.flow[0].double().cpu().numpy(), null=flow.null[0].double().cpu().numpy(),
+        hidden=tuple(part.detach() for part in hidden_states(opened.model, inputs.forward, tokens=inputs.tokens)),
+        forward=dict(inputs.forward),
+    )  # fmt: skip
+
+
+def _attention(model: nn.Module, inputs: Any) -> Tensor:
+    """(layer, head, token, token) of the layers in which the modalities meet; of two streams put together."""
+    choice = LayerChoice(*inputs.vision.shape, streams=streams_of(model))
+    tokens = inputs.vision.shape[1]
+    maps: list[Tensor] = []
+    joint = torch.empty(0)
+
+    def keep(call: AttentionCall) -> Tensor:
+        nonlocal joint
+        place = choice.place(call)
+        if place is None:
+            return call.output()
+        weights = call.weights()[0].float().cpu()
+        if place.is_everything:
+            maps.append(weights)
+            return call.output()
+        if place.opens:
+            joint = torch.eye(tokens).repeat(len(weights), 1, 1)
+        joint[:, place.queries] /= 2  # Eq. 3, for each of the attentions that make up a layer
+        joint[:, place.queries, place.keys] += weights / 2
+        if place.closes:
+            maps.append(2 * joint - torch.eye(tokens))
+        return call.output()
+
+    with attention_handled(model, keep):
+        run_model(model, inputs.forward)
+    choice.close(model, inputs.forward)
+    small = len(maps) * maps[0].numel() <= HALF_ABOVE
+    return torch.stack([one if small else one.half() for one in maps])
+
+
+def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
+    """The tokens at these places, as the tokenizer writes them; a number where they are not told."""
+    forward = inputs.forward
+    if model.base is not None:
+        ids, tokenizer = forward["words"][0], model.base.tokenizer
+    else:
+        processor = getattr(model.opened.prepare, "processor", None)
+        ids, tokenizer = forward.get("input_ids"), getattr(processor, "tokenizer", processor)
+        ids = ids[0] if ids is not None else torch.empty(0)
+    if len(ids) == inputs.tokens.shape[1]:  # images stand among the words
+        ids = ids[torch.from_numpy(places).to(ids.device)]
+    elif (mask := forward.get("attention_mask")) is not None and mask.shape[-1] == len(ids):
+        ids = ids[mask[0].bool()]
+    if len(ids) != len(places) or tokenizer is None:
+        return [f"token {place}" for place in places]
+    words = map(str, tokenizer.convert_ids_to_tokens(ids.tolist()))
+    return [word.replace("Ġ", "").replace("▁", "") or "·" for word in words]  # what stands for a space
+
+
+def chosen_text(picture: Picture) -> str:
+    """The sentence that a picture is first read with."""
+    return picture.captions[0] if picture.captions else "a picture"
+
+
+def same_boxes(readings: Sequence[Reading]) -> bool:
+    """Whether all models cut the image alike, so that one pick fits all."""
+    first = readings[0].boxes
+    return all(one.boxes.shape == first.shape and np.allclose(one.boxes, first, atol=1e-4) for one in readings)

@@ -1,0 +1,135 @@
+// Matrices side by side in one colour scale, with one shared pick.
+
+const COLOURS = new Uint32Array(256); // Cividis as the canvas stores it: opaque, blue green red from the top byte
+for (let step = 0; step < 256; step++) {
+  const [red, green, blue] = CIVIDIS.subarray(3 * step, 3 * step + 3);
+  COLOURS[step] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+}
+
+export default widget("maps", (model, page) => {
+  let [geometry, maps, numbers, drawn] = [matrix(0, 0), [], new Float32Array(), null];
+  const shape = () => model.get("shape");
+  const values = (map) => numbers.subarray(map * geometry.count, (map + 1) * geometry.count);
+  const told = (value) => (Number.isNaN(value) ? "none" : model.get("percent") ? percent(value) : short(value));
+  const pair = (place) => [Math.floor(place / shape()[2]), place % shape()[2]];
+
+  const describe = (place) => {
+    const [row, column] = pair(place).map((index) => index + model.get("count_from"));
+    const shown = model.get("names").map((name, map) => `${name}: ${told(values(map)[place])}`);
+    return [`${model.get("row_name")} ${row}, ${model.get("column_name")} ${column}`, ...shown].join(" · ");
+  };
+  const hover = (place, event) => {
+    for (const { stage } of maps) stage.hover(place);
+    page.tell(place < 0 ? "" : describe(place), event);
+  };
+  const pick = (place) => {
+    if (place < 0) return;
+    model.set("picked", pair(place));
+    model.save_changes();
+  };
+
+  /** Range of colours: as given, or that of what is there. */
+  const range = (map) => {
+    if (model.get("low").length) return [model.get("low")[map], model.get("high")[map]];
+    let [low, high] = [Infinity, -Infinity];
+    for (const value of values(map)) if (Number.isFinite(value)) [low, high] = [Math.min(low, value), Math.max(high, value)];
+    return low <= high ? [low, high] : [0, 1];
+  };
+  const paint = (canvas, map, [low, high]) => {
+    const [, rows, columns] = shape();
+    [canvas.width, canvas.height] = [columns, rows]; // one dot per cell; the style sheet enlarges, without blur
+    if (!rows || !columns) return;
+    const context = canvas.getContext("2d");
+    const cells = context.createImageData(columns, rows);
+    const dots = new Uint32Array(cells.data.buffer);
+    const scale = high > low ? 255 / (high - low) : 0;
+    values(map).forEach((value, place) => {
+      if (Number.isFinite(value)) dots[place] = COLOURS[Math.max(0, Math.min(255, Math.round((value - low) * scale)))];
+    });
+    context.putImageData(cells, 0, 0);
+  };
+  /** Numbers along an axis, few enough to be read. */
+  const ticks = (element, count, room, side) => {
+    const least = (step) => (side === "left" ? 22 : step > 1 ? 30 : 13);
+    const step = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => (room / count) * step >= least(step)) ?? count;
+    const labels = [];
+    for (let index = 0; index < count; index += step) {
+      const label = make("span", {}, String(index + model.get("count_from")));
+      label.style[side] = `${(100 * (index + 0.5)) / count}%`;
+      labels.push(label);
+    }
+    element.replaceChildren(...labels);
+  };
+  const rebuild = (count) => {
+    maps = Array.from({ length: count }, () => {
+      const one = stage({ geometry: () => geometry, hover, pick });
+      one.canvas.classList.add("vpw-cells");
+      const parts = { stage: one, lines: make("div", { class: "vpw-lines" }) };
+      for (const part of ["rows", "columns", "low", "high"]) parts[part] = make("div", { class: `vpw-${part}` });
+      parts.caption = make("figcaption");
+      parts.axes = make("div", { class: "vpw-axes" });
+      const bar = make("canvas", { class: "vpw-cells", width: 256, height: 1, "aria-hidden": "true" });
+      const context = bar.getContext("2d");
+      const strip = context.createImageData(256, 1);
+      new Uint32Array(strip.data.buffer).set(COLOURS);
+      context.putImageData(strip, 0, 0);
+      one.element.append(parts.lines);
+      parts.plot = make("div", { class: "vpw-plot" }, parts.rows, one.element, parts.columns);
+      const scale = make("div", { class: "vpw-scale" }, parts.low, bar, parts.high);
+      parts.figure = make("figure", {}, parts.caption, parts.plot, parts.axes, scale);
+      return parts;
+    });
+    page.body.replaceChildren(...maps.map(({ figure }) => figure));
+    page.body.style.gridTemplateColumns = `repeat(${count}, minmax(0, 1fr))`;
+  };
+  const drawLines = (element) => {
+    const [, rows, columns] = shape();
+    const line = (side, size, split, count) => {
+      const one = make("div", { class: "vpw-line" });
+      one.style[side] = `calc(${(100 * split) / count}% - 1px)`;
+      one.style[size] = "2px";
+      return one;
+    };
+    const inside = (count) => model.get("splits").filter((split) => split > 0 && split < count);
+    const across = inside(rows).map((split) => line("top", "height", split, rows));
+    const down = inside(columns).map((split) => line("left", "width", split, columns));
+    element.replaceChildren(...across, ...down);
+  };
+  page.exports(() => {
+    const rows = [["map", model.get("row_name"), model.get("column_name"), "value"]];
+    const first = model.get("count_from");
+    model.get("names").forEach((name, map) => {
+      values(map).forEach((value, place) => {
+        const [row, column] = pair(place);
+        rows.push([name, row + first, column + first, Number.isNaN(value) ? "" : value]);
+      });
+    });
+    return rows;
+  });
+
+  return () => {
+    const [count, rows, columns] = shape();
+    geometry = matrix(rows, columns);
+    if (count !== maps.length) [drawn] = [null, rebuild(count)];
+    const fresh = drawn !== model.get("values"); // a pick alone colours nothing anew
+    if (fresh) numbers = floats((drawn = model.get("values")));
+    const width = (model.get("width") - 16 * (count - 1)) / Math.max(1, count) - 30;
+    const height = Math.max(90, Math.min((width * rows) / Math.max(1, columns), width, 420));
+    const [row, column] = model.get("picked").length ? model.get("picked") : [-1, -1];
+    maps.forEach((one, map) => {
+      const limits = range(map);
+      paint(one.stage.canvas, map, limits);
+      one.stage.canvas.classList.toggle("vpw-dense", columns > width || rows > height);
+      one.stage.element.style.height = `${height}px`;
+      ticks(one.rows, rows, height, "top");
+      ticks(one.columns, columns, width, "left");
+      drawLines(one.lines);
+      const name = model.get("names")[map];
+      one.stage.element.setAttribute("aria-label", `${name}. ${model.get("alt")} Arrow keys move, Enter picks.`);
+      one.stage.pick(row < 0 ? -1 : row * columns + column);
+      one.caption.textContent = name;
+      one.axes.textContent = `down: ${model.get("row_name")} · across: ${model.get("column_name")}`;
+      [one.low.textContent, one.high.textContent] = limits.map(told);
+    });
+  };
+});

@@ -1,0 +1,152 @@
+"""View 4: another sentence, another image, one's own; what the model says of it."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ipywidgets
+import pandas as pd
+from PIL import Image, UnidentifiedImageError
+
+from vpworkbench import examples
+from vpworkbench.data.records import DataError, ImageFile, Picture
+from vpworkbench.explorer.parts import Note, column, row, table
+from vpworkbench.explorer.readings import Reading
+from vpworkbench.explorer.widgets import Drop
+
+MOST_WORDS = 512
+LARGEST_PX = 20_000_000  # pixels of an upload
+
+
+class TryView:
+    """A sentence to edit, a picture to choose or to drop, and the answers.
+
+    Parameters
+    ----------
+    readings
+        Of the first picture.
+    pictures : sequence of Picture
+    read : callable
+        (picture, text) -> None: lets the models read; raises a ValueError that says what is wrong.
+    """
+
+    title = "Try it"
+
+    def __init__(
+        self, readings: Sequence[Reading], pictures: Sequence[Picture], read: Callable[[Picture, str], None]
+    ) -> None:
+        self._read, self._is_quiet = read, False
+        self.pictures = list(pictures)
+        self.scratch = tempfile.TemporaryDirectory(prefix="vpworkbench-explorer-")
+        self.text = ipywidgets.Text(
+            continuous_update=False, description="sentence", layout={"width": "640px"},
+            placeholder="type a sentence and press Enter; [MASK] is filled in",
+        )  # fmt: skip
+        self.choice = ipywidgets.Dropdown(description="picture", layout={"width": "260px"})
+        self.caption = ipywidgets.Dropdown(description="caption", layout={"width": "640px"})
+        self.drop = Drop(label="Your own image: choose or drop it here", width=420)
+        self.note, self.answers = Note(), ipywidgets.HTML()
+        self.text.observe(lambda change: self.say(change["new"]), "value")
+        self.choice.observe(lambda change: self.look(change["new"]), "value")
+        self.caption.observe(lambda change: self.say(change["new"]), "value")
+        self.drop.observe(lambda change: self.take(bytes(self.drop.file), self.drop.file_name), "count")
+        # Sentence and picture stand above all views; what is said of them is this one.
+        self.controls = column(row(self.text, self.choice), self.note)
+        self.widget = column(row(self.caption), self.answers, self.drop)
+        self.show(readings)
+
+    def show(self, readings: Sequence[Reading]) -> None:
+        """Show what the models say."""
+        self.readings = list(readings)
+        picture, text = readings[0].picture, readings[0].text
+        self._is_quiet = True
+        names = [(_name(one, place), place) for place, one in enumerate(self.pictures)]
+        if tuple(names) != self.choice.options:
+            self.choice.options = names
+        self.choice.value = next(place for place, one in enumerate(self.pictures) if one is picture)
+        self.caption.options = list(dict.fromkeys([*picture.captions[:10], *picture.foils[:4], text]))
+        self.caption.value = text
+        self.text.value = text
+        self._is_quiet = False
+        self.note.say("")
+        self.answers.value = table(["model", "asked", "answer"], [
+            (model, asked, answer) for model, asked, answer in self._said()
+        ])  # fmt: skip
+
+    def say(self, text: str) -> None:
+        """Read another sentence with the same picture; what is wrong with it is said in the page."""
+        self._try(self.readings[0].picture, text)
+
+    def look(self, place: int) -> None:
+        """Read another picture of the list, with its own first caption where it has one."""
+        picture = self.pictures[place]
+        self._try(picture, picture.captions[0] if picture.captions else self.readings[0].text)
+
+    def take(self, content: bytes, name: str) -> None:
+        """An image of one's own: the sentence stays."""
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                if image.width * image.height > LARGEST_PX:
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
+                image.load()
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            told = error if isinstance(error, ValueError) and "pixels" in str(error) else "no picture that can be read"
+            self.drop.update(message=f"{name}: {told}")
+            return
+        file = f"{len(self.pictures)}-{Path(name).name[-60:] or 'image'}"
+        (Path(self.scratch.name) / file).write_bytes(content)
+        picture = Picture(Path(name).name, ImageFile(Path(self.scratch.name), file), "test", ())
+        self.pictures.append(picture)
+        if self._try(picture, self.readings[0].text):
+            self.drop.update(message=f"{name} is read")
+        else:
+            self.pictures.pop()
+            self.drop.update(message=self.note.text)
+
+    def _try(self, picture: Picture, text: str) -> bool:
+        if self._is_quiet:
+            return True
+        try:
+            if len(text.split()) > MOST_WORDS:
+                raise ValueError(f"{len(text.split()):,} words are too many for a model; at most {MOST_WORDS}")
+            self._read(picture, text)
+        except (ValueError, DataError, RuntimeError, IndexError) as error:
+            self.note.say(f"Not read: {str(error).splitlines()[0][:300]}")
+            return False
+        return True
+
+    def _said(self) -> list[tuple[str, str, str]]:
+        said = []
+        for reading in self.readings:
+            name, base, task = reading.subject.name, reading.subject.base, reading.subject.task
+            if base is not None and task is None:
+                share = examples.match_probability(base, reading.picture, [reading.text])[0]
+                said.append((name, "is the sentence true of the image? (ITM)", f"{100 * share:.1f}%"))
+                if base.tokenizer.mask_token_id in base.words.ids(reading.text):
+                    words = examples.fill_mask(base, reading.picture, reading.text)
+                    told = ", ".join(f"{word} {100 * share:.0f}%" for word, share in words)
+                    said.append((name, "what stands at [MASK]? (MLM)", told))
+            if task is not None:
+                sides = 2 if task.task == "nlvr2" else 1
+                shares = task.predict(
+                    [reading.picture.image] * sides if sides > 1 else reading.picture.image, reading.text
+                )
+                told = ", ".join(f"{label} {100 * share:.0f}%" for label, share in list(shares.items())[:5])
+                said.append((name, f"{task.task}: its answer", told))
+        return said or [(self.readings[0].subject.name, "", "This model has no head that answers here.")]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`answers`."""
+        return {"answers": pd.DataFrame(self._said(), columns=["model", "asked", "answer"])}
+
+    def close(self) -> None:
+        self.drop.close()
+        self.scratch.cleanup()
+        self.readings, self.pictures = [], []
+
+
+def _name(picture: Picture, place: int) -> str:
+    return f"{place}: {picture.id}"[:60]
