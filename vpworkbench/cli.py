@@ -184,6 +184,19 @@ def predict(
         print(f"{share:6.1%}  {label}")
 
 
+@app.command()
+def explore(
+    checkpoint: Annotated[str, typer.Argument(help="a run or checkpoint, also fine-tuned; none: the shipped one")] = "",
+    data: Annotated[str, typer.Option(help="a captioned set, its held-out pictures are shown; none: scenes")] = "",
+    port: Annotated[int, typer.Option(help="of 127.0.0.1")] = 8866,
+    browser: Annotated[bool, typer.Option(help="open the page")] = True,
+) -> None:
+    """Serve the explorer as a page without code, by Voila, with Jupyter's token."""
+    from vpworkbench.serve import serve
+
+    serve(checkpoint, data, port=port, browser=browser)
+
+
 @bench.command("probes")
 def bench_probes(
     tokens: Annotated[str, typer.Option(help="lengths of the sequences, with commas")] = "300,600,1200,2400",

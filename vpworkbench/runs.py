@@ -214,7 +214,8 @@ def runs_root() -> Path:
 def shipped_run() -> Path:
     """The run of the tiny model that ships with the repository, in `papermill_runs/gallery/`."""
     for root in repositories():
-        return root / "papermill_runs" / GALLERY / "01_pretrain-tiny"
+        if (folder := root / "papermill_runs" / GALLERY / "01_pretrain-tiny").is_dir():
+            return folder
     raise FileNotFoundError("the tiny model ships with the repository: work in a clone of it, or name a checkpoint")
 
 

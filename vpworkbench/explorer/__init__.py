@@ -18,7 +18,7 @@ from torch import nn
 from vpworkbench.compare import Opened
 from vpworkbench.config import DataSettings
 from vpworkbench.data.records import DataError, Picture
-from vpworkbench.data.splits import load_splits
+from vpworkbench.data.splits import load_held_out, load_splits
 from vpworkbench.explorer import still
 from vpworkbench.explorer.flow import FlowView
 from vpworkbench.explorer.masks import MasksView, Select
@@ -93,7 +93,9 @@ def explore(
 def _pictures(data: Sequence[Picture] | str | Path | None) -> list[Picture]:
     if data is not None and not isinstance(data, str | Path):
         return list(data)
-    settings = DataSettings() if data is None else DataSettings(sets=(str(data),))
+    settings = DataSettings(sets=("scenes" if data is None else str(data),))
+    if settings.sets == ("scenes",):
+        return load_held_out(settings)  # no scenes of training are generated for it
     splits = load_splits(settings)
     return next((splits[name] for name in ("val", "test", "train") if splits.get(name)), [])
 
