@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 1280, "height": 800}
-WAIT_MS = 60_000
+WAIT_MS = 120_000  # patience where other work runs beside
 SETTINGS = {  # no news from outside, nothing that covers the page
     "notification": {"fetchNews": "false", "checkForUpdates": False},
 }

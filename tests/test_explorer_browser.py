@@ -306,15 +306,15 @@ def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path)
     figure = explorer.locator(".vpw-explorer .js-plotly-plot").first
     rows = figure.evaluate("plot => [Array.from(plot.data[0].x), Array.from(plot.data[0].y)]")
     assert rows == [[1, 2, 3], [1, 2, 3]]
-    box = figure.locator(".cartesianlayer .subplot.xy .bglayer rect, .draglayer .xy .nsewdrag").first.bounding_box()
-    explorer.mouse.move(box["x"] + 5 / 6 * box["width"], box["y"] + 1 / 2 * box["height"])
+    triangle = figure.locator(".nsewdrag[data-subplot=xy]")
+    triangle.scroll_into_view_if_needed()
+    box = triangle.bounding_box()
+    place = (box["x"] + 5 / 6 * box["width"], box["y"] + 1 / 2 * box["height"])  # second row, last column
+    explorer.mouse.move(*place)
     explorer.wait_for_selector(".vpw-explorer .hoverlayer text", state="attached")
-    explorer.mouse.click(box["x"] + 5 / 6 * box["width"], box["y"] + 1 / 2 * box["height"])
-    title = ".vpw-explorer .lm-TabPanel-stackedPanel > :not(.lm-mod-hidden) .vpw-maps .vpw-title"
-    explorer.wait_for_function(
-        "title => document.querySelector(title)?.textContent.endsWith('input of layer 2 to the output of 3')",
-        arg=".vpw-explorer .vpw-maps:last-of-type .vpw-title" if not explorer.locator(title).count() else title,
-    )
+    explorer.mouse.click(*place)
+    title = explorer.locator(".vpw-explorer .vpw-title", has_text="from the input of layer 2 to the output of 3")
+    title.wait_for()
     outer = explorer.locator(".vpw-explorer").bounding_box()
     assert figure.bounding_box()["x"] + figure.bounding_box()["width"] <= outer["x"] + outer["width"]
     explorer.screenshot(path=screenshots / "explorer-flow.png")

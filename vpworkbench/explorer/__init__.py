@@ -119,9 +119,9 @@ class Explorer(ipywidgets.VBox):
         views: Sequence[ViewName] = (*VIEWS, "try"),
         call: str = "explore(...)",
     ) -> None:
-        super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 30}px"})
+        super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 40}px"})
         self.add_class("vpw-explorer")
-        self.subjects, self._call = list(subjects), call
+        self.subjects, self._call, self._given = list(subjects), call, len(pictures)
         self.readings = self._read(pictures[0], chosen_text(pictures[0]))
         made = {name: kind(self.readings) for name, kind in VIEWS.items() if name in views}
         self.masks, self.words, self.flow = (made.get(name) for name in VIEWS)
@@ -153,7 +153,9 @@ class Explorer(ipywidgets.VBox):
         return self
 
     def look(self, picture: int) -> Explorer:
-        """Read another of the pictures, by its place."""
+        """Read another of the pictures, by its place; those that were dropped stand behind the others."""
+        if not 0 <= picture < len(self.trial.pictures):
+            raise ValueError(f"picture {picture} is not there; {len(self.trial.pictures)} are, from 0")
         self.trial.look(picture)
         return self
 
@@ -190,7 +192,10 @@ class Explorer(ipywidgets.VBox):
         reading = self.readings[0]
         place = next(place for place, one in enumerate(self.trial.pictures) if one is reading.picture)
         lines = ["from vpworkbench.explorer import explore", "", f"view = {self._call}"]
-        lines += [f"view.look({place})", f"view.say({reading.text!r})"]
+        own = place >= self._given  # an image that was dropped: its file is elsewhere
+        name = reading.picture.id
+        lines += [f'view.trial.take(open({name!r}, "rb").read(), {name!r})' if own else f"view.look({place})"]
+        lines += [f"view.say({reading.text!r})"]
         lines += [line for view in self._views if view is not self.trial and (line := view.code())]
         return "\n".join([*lines, "view"])
 

@@ -38,14 +38,18 @@ class MasksView:
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.pick, self._draw, self._later = -1, 0, Later()
-        self.k = ipywidgets.IntSlider(2, 1, 2, description="k, tokens hidden", style={"description_width": "initial"})
+        self.k = ipywidgets.IntSlider(
+            2, 1, 2, description="k, tokens hidden", style={"description_width": "initial"}, layout={"width": "260px"}
+        )
         self.select = ipywidgets.ToggleButtons(
             options=["row", "column", "symmetric"],
             tooltips=["what the pick attends to", "what attends to the pick", "both"],
-            style={"button_width": "90px"},
+            style={"button_width": "76px"},
         )
-        self.head = ipywidgets.Dropdown(options=heads_of(0), layout={"width": "150px"})
-        self.again = ipywidgets.Button(description="draw again", tooltip="another random mask")
+        self.head = ipywidgets.Dropdown(options=heads_of(0), layout={"width": "130px"})
+        self.again = ipywidgets.Button(
+            description="draw again", tooltip="another random mask", layout={"width": "100px"}
+        )
         self.note, self.numbers = Note(), ipywidgets.HTML()
         self.panels: list[Panels] = []
         self.errors: list[Panels] = []
@@ -70,7 +74,7 @@ class MasksView:
             if without else "Click a token; arrow keys and Enter do the same."
         )  # fmt: skip
         if not self.readings:
-            self.panels, self.errors = [], []
+            self._drop_panels()
             self.widget.children = (self.note,)
             return
         tokens = len(self.readings[0].boxes)
@@ -131,14 +135,14 @@ class MasksView:
 
     def close(self) -> None:
         self._later.cancel()
-        for panel in [*self.panels, *self.errors]:
-            panel.close()
+        self._drop_panels()
         self.readings, self._parsed, self.values = [], [], []
 
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _build(self) -> None:
         if len(self.panels) != len(self.readings):
+            self._drop_panels()
             empty = {"image": b"", "boxes": np.zeros((0, 4))}
             self.panels = [
                 Panels(width=WIDTH, kinds=["plain", "shade", "mask", "mask"], captions=CAPTIONS,
@@ -148,10 +152,15 @@ class MasksView:
                 Panels(width=WIDTH // 2, kinds=["shade", "shade"], captions=ERRORS, values=np.zeros((2, 0)), **empty)
                 for _ in self.readings
             ]
-            for panel in self.panels:
+            for panel in [*self.panels, *self.errors]:
                 panel.observe(self._picked, "picked")
         controls = row(self.k, self.select, self.head, self.again)
         self.widget.children = (self.note, controls, *self.panels, self.numbers, *self.errors)
+
+    def _drop_panels(self) -> None:
+        for panel in [*self.panels, *self.errors]:
+            panel.close()
+        self.panels, self.errors = [], []
 
     def _picked(self, change: dict[str, Any]) -> None:
         if change["new"] < 0:
@@ -214,10 +223,11 @@ class MasksView:
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
             masked = torch.from_numpy(values[2:]).bool()
-            on = [mask_on_object(one[None], pick, self._objects).item() if one.any() else np.nan for one in masked]
-            expected = random_on_object(masked[1:], pick, self._objects).item()
-            told = [f"{error:.3f}" for error in errors[number]] if errors else ["…", "…"]
-            rows.append([reading.subject.name, *map(_share, on), _share(expected), *told])
+            on = [mask_on_object(one[None], pick, self._objects).item() if one.any() else None for one in masked]
+            on.append(random_on_object(masked[1:], pick, self._objects).item())
+            shares = [_share(one) for one in on] if self._objects.any() else ["no object masks"] * 3
+            told = ["–" if np.isnan(error) else f"{error:.3f}" for error in errors[number]] if errors else ["…", "…"]
+            rows.append([reading.subject.name, *shares, *told])
         names = ["model", "attention mask on the object", "random mask on it", "expected at random",
                  "error per hidden token, attention", "random"]  # fmt: skip
         self.numbers.value = table(names, rows)
@@ -244,7 +254,9 @@ class MasksView:
         return error.masked_fill(~masked, torch.nan).cpu().numpy()
 
 
-def _share(share: float) -> str:
+def _share(share: float | None) -> str:
+    if share is None:
+        return "–"
     return "background" if np.isnan(share) else f"{100 * share:.0f}%"
 
 

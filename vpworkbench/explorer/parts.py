@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-WIDTH = 940  # pixels: fits beside the file browser of a 1280-pixel JupyterLab
+WIDTH = 800  # pixels: fits beside the file browser of a 1280-pixel JupyterLab, inside a tab
 SHOWN_PX = 480  # largest side of an image in the page
 
 

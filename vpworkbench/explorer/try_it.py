@@ -71,7 +71,7 @@ class TryView:
         self.caption.value = text
         self.text.value = text
         self._is_quiet = False
-        self.note.say("")
+        self.note.say(*_unseen(self.readings))
         self.answers.value = table(["model", "asked", "answer"], [
             (model, asked, answer) for model, asked, answer in self._said()
         ])  # fmt: skip
@@ -129,11 +129,10 @@ class TryView:
                     words = examples.fill_mask(base, reading.picture, reading.text)
                     told = ", ".join(f"{word} {100 * share:.0f}%" for word, share in words)
                     said.append((name, "what stands at [MASK]? (MLM)", told))
-            if task is not None:
-                sides = 2 if task.task == "nlvr2" else 1
-                shares = task.predict(
-                    [reading.picture.image] * sides if sides > 1 else reading.picture.image, reading.text
-                )
+            if task is not None and task.task == "nlvr2":
+                said.append((name, "nlvr2", "It answers statements about two images; here there is one."))
+            elif task is not None:
+                shares = task.predict(reading.picture.image, reading.text)
                 told = ", ".join(f"{label} {100 * share:.0f}%" for label, share in list(shares.items())[:5])
                 said.append((name, f"{task.task}: its answer", told))
         return said or [(self.readings[0].subject.name, "", "This model has no head that answers here.")]
@@ -146,6 +145,21 @@ class TryView:
         self.drop.close()
         self.scratch.cleanup()
         self.readings, self.pictures = [], []
+
+
+def _unseen(readings: Sequence[Reading]) -> list[str]:
+    """What of the sentence the models do not see as it is written."""
+    told = []
+    for reading in readings:
+        base = reading.subject.base
+        if base is None:
+            continue
+        count = len(base.tokenizer(reading.text, truncation=False, verbose=False)["input_ids"])
+        if count > base.words.longest:
+            told.append(f"{reading.subject.name} reads {base.words.longest} of {count} tokens; the rest is cut off.")
+        if unknown := reading.words.count(base.tokenizer.unk_token):
+            told.append(f"{reading.subject.name} does not know {unknown} of these tokens; it reads them as [UNK].")
+    return told
 
 
 def _name(picture: Picture, place: int) -> str:

@@ -1,0 +1,346 @@
+"""The explorer without a browser: what its methods, its tables and its code say, and what it refuses."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import ipywidgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import psutil
+import pytest
+import torch
+from conftest import narrow_model
+from PIL import Image
+from test_explorer_readings import llava, vilt, wide_model
+
+from vpworkbench.data.records import DataError, Picture
+from vpworkbench.examples import fill_mask, match_probability
+from vpworkbench.explorer import Explorer, explore
+from vpworkbench.explorer.widgets import Panels
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.tasks import TaskModel
+
+EVIL = '<img src=x onerror="hacked()">'
+
+
+@pytest.fixture
+def view(model: VisualParsingModel, scenes: list[Picture]) -> Iterator[Explorer]:
+    made = explore(model, scenes[:4])
+    yield made
+    made.close()
+
+
+def png(side: int = 40) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def arrays(panels: Panels) -> np.ndarray:
+    return np.frombuffer(panels.values, "<f4").reshape(len(panels.kinds), -1)
+
+
+def test_four_views_and_one_plotly_figure(view: Explorer) -> None:
+    def below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+        return [widget, *(one for child in getattr(widget, "children", ()) for one in below(child))]
+
+    assert sum(isinstance(one, go.FigureWidget) for one in below(view)) == 1
+    tabs = next(one for one in below(view) if isinstance(one, ipywidgets.Tab))
+    assert list(tabs.titles) == ["Masks", "Words and patches", "Flow", "Try it"]
+
+
+# ----------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("select", ["row", "column", "symmetric"])
+def test_masks_are_the_top_of_the_parsing_attention(
+    view: Explorer, model: VisualParsingModel, scenes: list[Picture], select: str
+) -> None:
+    view.pick(14, k=6, select=select, head=1)
+    parsing = model.visual(model.prepare(scenes[:1], ["a"]).forward["images"]).parsing[0, 1].detach().numpy()
+    ranked = {"row": parsing[14], "column": parsing[:, 14], "symmetric": parsing[14] + parsing[:, 14]}[select]
+    others = [token for token in np.argsort(-ranked) if token != 14][:5]
+    _, shade, mask, drawn = arrays(view.masks.panels[0])
+    np.testing.assert_allclose(shade, ranked, atol=1e-6)
+    assert set(np.flatnonzero(mask)) == {14, *others}
+    assert drawn.sum() == 6 and drawn[14] == 1
+
+
+def test_a_click_picks_and_draw_again_changes_the_random_mask_alone(view: Explorer) -> None:
+    panels = view.masks.panels[0]
+    panels.picked = 3
+    first = arrays(panels)
+    assert view.masks.pick == 3 and first[2, 3] == 1
+    view.masks.again.click()
+    second = arrays(panels)
+    np.testing.assert_array_equal(first[:3], second[:3])
+    assert not np.array_equal(first[3], second[3])
+    panels.picked = -1  # Escape
+    assert view.masks.pick == panels.picked == 3
+
+
+def test_reconstruction_errors_are_those_of_mfr(view: Explorer, model: VisualParsingModel) -> None:
+    view.pick(8, k=5)
+    table = view.tables()["masks"]
+    masked = torch.from_numpy(table.attention_mask.to_numpy() > 0)[None]
+    with torch.no_grad():
+        joint = model(**view.readings[0].forward, masked=masked)
+        wanted = (model.mfr(joint.vision) - joint.visual.features).square().mean(dim=-1)[0]
+    hidden = masked[0].numpy()
+    np.testing.assert_allclose(table.attention_error[hidden], wanted.numpy()[hidden], rtol=1e-4)
+    assert table.attention_error[~hidden].isna().all() and hidden.sum() == 5
+
+
+def test_share_of_the_mask_on_the_object(view: Explorer, scenes: list[Picture]) -> None:
+    objects = scenes[0].object_map()
+    cells = objects.reshape(6, 16, 6, 16).transpose(0, 2, 1, 3).reshape(36, -1)
+    owner = np.array([np.bincount(cell).argmax() for cell in cells])
+    token = int(np.flatnonzero(owner)[0])
+    view.pick(token, k=4)
+    mask = arrays(view.masks.panels[0])[2] > 0
+    wanted = (owner[mask] == owner[token]).mean()
+    assert f">{100 * wanted:.0f}%<" in view.masks.numbers.value
+
+
+@pytest.mark.parametrize("wrong", [{"token": 36}, {"token": -1}, {"k": 0}, {"k": 37}, {"head": 9}, {"select": "best"}])
+def test_picks_that_are_not_there(view: Explorer, wrong: dict) -> None:
+    before = view.code
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        view.pick(**wrong)
+    assert view.code == before
+
+
+# ----------------------------------------------------------------------------------------------- words, flow
+
+
+def test_words_follow_layer_head_and_rollout(view: Explorer) -> None:
+    reading, reader = view.readings[0], view.words.readers[0]
+    for layer, head, rolled in [(0, 1, False), (1, None, False), (1, None, True)]:
+        view.read(2, layer=layer, head=head, rolled=rolled)
+        looks = np.frombuffer(reader.looks, "<f4").reshape(len(reading.words), -1)
+        np.testing.assert_allclose(looks, reading.looks(layer, head, rolled=rolled), atol=1e-7)
+        assert reader.pinned == 2
+    view.words.maps[0].picked = [0, 1]  # a click
+    view.words.rolled.value = False
+    looks = np.frombuffer(reader.looks, "<f4").reshape(len(reading.words), -1)
+    np.testing.assert_allclose(looks, reading.looks(0, 1), atol=1e-7)
+    assert not view.words.mean.value
+    for wrong in ({"place": 99}, {"layer": 2}, {"head": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            view.read(**wrong)
+
+
+def test_span_shows_its_product(view: Explorer) -> None:
+    view.span(0, 1, layer=1)
+    shown = np.frombuffer(view.flow.maps[0].values, "<f4").reshape(view.flow.maps[0].shape)[0]
+    np.testing.assert_allclose(shown, view.readings[0].span(0, 1)[0])
+    points = [trace for trace in view.flow.figure.data if trace.meta == "points"]
+    words = view.readings[0].counted[0]
+    np.testing.assert_allclose(points[0].x, view.readings[0].map[1][words, 0])
+    for start, stop, layer in ((1, 0, None), (0, 2, None), (-1, 0, None), (0, 1, 3)):
+        with pytest.raises(ValueError, match="not there"):
+            view.span(start, stop, layer=layer)
+
+
+def test_tables(view: Explorer, tmp_path: Path) -> None:
+    tables, reading = view.tables(), view.readings[0]
+    assert set(tables) == {"masks", "heads", "looks", "flow", "clusters", "answers"}
+    for _, line in tables["flow"].iterrows():
+        assert line.flow == reading.flow[line.from_layer - 1, line.to_layer - 1]
+    np.testing.assert_array_equal(tables["clusters"].nmi, reading.nmi)
+    looks = tables["looks"].pivot(index="place", columns="token", values="looks")
+    layer, _ = view.words.maps[0].picked
+    np.testing.assert_allclose(looks, reading.looks(layer))
+    files = view.save_csv(tmp_path / "csv")
+    assert {file.stem for file in files} == set(tables)
+    assert len(pd.read_csv(tmp_path / "csv" / "masks.csv")) == 36
+
+
+# ----------------------------------------------------------------------------------------------- input
+
+
+def test_answers(view: Explorer, model: VisualParsingModel, scenes: list[Picture]) -> None:
+    view.say("a [MASK] ball")
+    told = view.tables()["answers"].set_index("asked").answer
+    match = match_probability(model, scenes[0], ["a [MASK] ball"])[0]
+    assert told.iloc[0] == f"{100 * match:.1f}%"
+    for word, share in fill_mask(model, scenes[0], "a [MASK] ball"):
+        assert f"{word} {100 * share:.0f}%" in told.iloc[1]
+
+
+def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    task = TaskModel(model, "vqa", ("yes", "no", "red")).eval()
+    view = explore(task, scenes[:2])
+    view.say("is there a ball?")
+    best, share = next(iter(task.predict(scenes[0].image, "is there a ball?").items()))
+    assert view.tables()["answers"].answer[0].startswith(f"{best} {100 * share:.0f}%")
+    view.close()
+
+
+def test_a_statement_about_two_images_has_no_answer_here(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    view = explore(TaskModel(model, "nlvr2", ("False", "True")), scenes[:2])
+    assert "two images" in view.tables()["answers"].answer[0]
+    view.close()
+
+
+def test_another_sentence_and_picture_change_all_views(view: Explorer, scenes: list[Picture]) -> None:
+    view.trial.text.value = "a red ball"  # typed and Enter
+    assert view.readings[0].text == "a red ball" and view.words.readers[0].words[1:-1] == ["a", "red", "ball"]
+    before = view.masks.panels[0].image
+    view.look(2)
+    assert view.readings[0].picture is scenes[2] and view.readings[0].text == scenes[2].captions[0]
+    assert view.masks.panels[0].image != before != view.words.readers[0].image
+    with pytest.raises(ValueError, match="picture"):
+        view.look(4)
+
+
+@pytest.mark.parametrize("text, told", [("", "empty"), ("  ", "empty"), ("ball " * 2000, "2,000 words")])
+def test_sentences_that_cannot_be_read(view: Explorer, text: str, told: str) -> None:
+    before = view.readings
+    view.trial.text.value = "a red ball"
+    view.trial.text.value = text
+    assert told in view.trial.note.text and view.readings[0].text == "a red ball" and before
+    view.trial.text.value = "a red star"  # still alive
+    assert view.readings[0].text == "a red star" and not view.trial.note.text
+
+
+def test_long_sentences_are_cut_and_it_is_said(view: Explorer, model: VisualParsingModel) -> None:
+    view.say("ball " * 100)
+    assert len(view.readings[0].words) == model.settings.text_tokens
+    assert f"{model.settings.text_tokens} of 102" in view.trial.note.text
+
+
+def test_uploads(view: Explorer) -> None:
+    def drop(content: bytes, name: str) -> str:
+        with view.trial.drop.hold_trait_notifications():
+            view.trial.drop.file, view.trial.drop.file_name = content, name
+            view.trial.drop.count += 1
+        return view.trial.drop.message
+
+    text = view.readings[0].text
+    assert "is read" in drop(png(), "own.png")
+    assert view.readings[0].picture.id == "own.png" and view.readings[0].text == text
+    assert (view.readings[0].image[..., 0] > 200).all()
+    reading = view.readings[0]
+    for content in (b"", b"no picture", png()[:60], b"GIF89a"):
+        assert "no picture that can be read" in drop(content, EVIL)
+    assert "pixels" in drop(png(5000), "huge.png")
+    assert view.readings[0] is reading
+    assert "is read" in drop(png(), f"../{EVIL}/../../a.png")
+    assert len(view.trial.choice.options) == 6 and view.trial.choice.value == 5
+    view.look(0)
+    assert view.readings[0].picture is not reading.picture
+    assert "<img" not in view.trial.note.value + view.trial.answers.value
+
+
+def test_text_is_escaped(view: Explorer) -> None:
+    view.say(f"a ball {EVIL}")
+    assert "<img" not in view.trial.answers.value + view.trial.note.value + view.masks.numbers.value
+
+
+# ----------------------------------------------------------------------------------------------- kept
+
+
+def test_code_recreates_the_view(view: Explorer, model: VisualParsingModel, scenes: list[Picture]) -> None:
+    view.look(1).say("a red ball").pick(9, k=8, select="symmetric", head=2, draw=3)
+    view.read(2, layer=0, head=1).span(1, 1, layer=1)
+    names: dict[str, object] = {"model": model, "pictures": scenes[:4]}
+    exec(view.code, names)  # the code that a reader would copy
+    again = names["view"]
+    assert again.code == view.code and repr(again) == repr(view)
+    for one, two in ((again.masks.panels, view.masks.panels), (again.words.readers, view.words.readers),
+                     (again.flow.maps, view.flow.maps)):  # fmt: skip
+        ours, theirs = (widget[0].state()["traits"] for widget in (one, two))
+        assert {key: value for key, value in ours.items() if key != "version"} == {
+            key: value for key, value in theirs.items() if key != "version"
+        }
+    again.close()
+
+
+def test_code_of_an_own_image_says_what_is_missing(view: Explorer) -> None:
+    view.trial.take(png(), "own.png")
+    assert "own.png" in view.code
+    compile(view.code, "code", "exec")
+
+
+def test_shown_without_a_kernel(view: Explorer, tmp_path: Path) -> None:
+    bundle = view._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(view) and " at 0x" not in repr(view)
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert picture.width >= 600 and len(picture.convert("L").getcolors()) > 50
+    page = view.save(tmp_path / "page.html")
+    text = page.read_text()
+    assert page.stat().st_size < 8e6 and text.count("<img alt=") >= 6 and "http-equiv" in text
+
+
+def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = narrow_model(scenes)
+    for parameter in other.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    view = explore(model, scenes[:2], beside=other)
+    assert [len(part) for part in (view.masks.panels, view.words.readers, view.flow.maps)] == [2, 2, 2]
+    view.masks.panels[1].picked = 7
+    assert [panels.picked for panels in view.masks.panels] == [7, 7]
+    assert not np.array_equal(*(arrays(panels)[2] for panels in view.masks.panels))
+    np.testing.assert_array_equal(*(arrays(panels)[3] for panels in view.masks.panels))  # the same dice
+    view.words.readers[0].pinned = 3
+    assert view.words.readers[1].pinned == 3
+    assert view.tables()["flow"].model.nunique() == 2
+    assert view.save(tmp_path / "two.html").exists()
+    view.close()
+
+
+def test_a_model_without_parsing_attention(scenes: list[Picture]) -> None:
+    view = explore(wide_model(scenes, 6), scenes[:2])
+    assert "only the Swin parser" in view.masks.note.text
+    view.pick(3, k=5)
+    assert arrays(view.masks.panels[0])[3].sum() == 5
+    assert "background" not in view.masks.numbers.value or "–" in view.masks.numbers.value
+    view.close()
+
+
+@pytest.mark.parametrize("make", [vilt, llava])
+def test_a_model_of_transformers(make, scenes: list[Picture], tmp_path: Path) -> None:
+    view = explore(make(), scenes[:2])
+    assert not view.masks.panels and "No mask by attention" in view.masks.note.text
+    view.read(1, layer=2, head=3).span(0, 2)
+    assert "no head" in view.tables()["answers"].answer[0]
+    view.save(tmp_path / "page.html")
+    exec(view.code, {"model": view.subjects[0].opened, "pictures": scenes[:2]})
+    view.close()
+
+
+def test_no_picture(model: VisualParsingModel) -> None:
+    with pytest.raises(DataError, match="no picture"):
+        explore(model, [])
+
+
+def test_twenty_explorers_leave_nothing(scenes: list[Picture]) -> None:
+    model = wide_model(scenes, 20)  # 425 tokens
+
+    def once() -> None:
+        explore(model, scenes[:2]).close()
+
+    for _ in range(3):
+        once()
+    gc.collect()
+    process, widgets = psutil.Process(), len(ipywidgets.widgets.widget._instances)
+    before = process.memory_info().rss
+    for _ in range(20):
+        once()
+    gc.collect()
+    assert process.memory_info().rss - before < 50e6
+    assert len(ipywidgets.widgets.widget._instances) - widgets < 20
+
+
+def test_closed(view: Explorer) -> None:
+    view.close()
+    assert repr(view) == "Explorer(closed)"
