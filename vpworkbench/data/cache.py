@@ -57,7 +57,10 @@ class PixelCache:
         self._sums = self.path.with_suffix(".crc.npy")
         if not (self.path.exists() and self._sums.exists()):
             self._build(files, side, progress)
-        self.pixels, self.sums = np.load(self.path, mmap_mode="r"), np.load(self._sums)
+        try:
+            self.pixels, self.sums = np.load(self.path, mmap_mode="r"), np.load(self._sums)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{self.path}: not whole ({error}); delete it, and it is built again") from None
         if self.pixels.shape != (len(files), side, side, 3) or len(self.sums) != len(files):
             raise DataError(f"{self.path}: not whole; delete it, and it is built again")
 
