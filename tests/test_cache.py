@@ -55,6 +55,13 @@ def test_a_damaged_image_is_noticed_when_it_is_read(images, tmp_path):
         cache.stack(images)
 
 
+@pytest.mark.parametrize("left", [0, 100, 3000])
+def test_a_file_that_was_cut_off_is_named(images, tmp_path, left):
+    os.truncate(PixelCache(tmp_path / "cache", images, 48).path, left)
+    with pytest.raises(DataError, match=r"pixels-\w+.npy: not whole .*; delete it, and it is built again"):
+        PixelCache(tmp_path / "cache", images, 48)
+
+
 def test_a_full_disk_leaves_nothing_half_built(images, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
     with pytest.raises(OSError, match="No space left"):

@@ -48,6 +48,14 @@ def test_help_comes_at_once(vpw):
     assert min(walls_s) < 1.5
 
 
+def test_import_adds_little_to_torch_and_transformers():
+    code = (
+        "import time, torch, transformers; t = time.process_time(); import vpworkbench; print(time.process_time() - t)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(said) <= 0.5
+
+
 def test_version(vpw):
     assert vpw("--version").stdout.startswith("vpworkbench")
 

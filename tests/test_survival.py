@@ -196,6 +196,23 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(scenes, caplog):
     assert "step-000004: not whole" in caplog.text
 
 
+@pytest.mark.usefixtures("runs_folder")
+def test_damaged_final_weights_are_made_again_or_refused_in_one_line(scenes, caplog):
+    changes = {"train.checkpoint_every": 4, "train.keep_last": 2}
+    run = run_of(scenes, "final", **changes)
+    whole, folder = outcome(run.folder), run.folder / "checkpoint"
+    (folder / "step-old").mkdir()  # of somebody who put a copy there
+    for left in (9, 0):
+        (folder / "model.safetensors").write_bytes(whole[0][: len(whole[0]) // 10 * left])
+        assert outcome(run_of(scenes, "final", **changes).folder) == whole
+    assert "the final weights are not whole" in caplog.text and (folder / "step-old").is_dir()
+
+    alone = run_of(scenes, "alone", steps=2)
+    (alone.folder / "checkpoint" / "progress.json").write_text("[")
+    with pytest.raises(RunError, match="no checkpoint can be read; delete that folder to train from the start"):
+        run_of(scenes, "alone", steps=2)
+
+
 # -------------------------------------------------------------------------------------------------- guards
 
 

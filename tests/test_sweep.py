@@ -59,10 +59,22 @@ def test_wrong_jobs_are_told_all_at_once_and_start_nothing(tmp_path, runs_folder
         ("notebook: 01_pretrain", "no jobs"),
         ("notebook: 01_pretrain\njobs: [{seed: 1}, {seed: 1}]", "two jobs of this name"),
         ("a: [", "not yaml"),
+        ("notebook: 3\ngrid: {seed: [1]}", "grid.yaml: notebook: must be a text"),
+        ("notebook: 01_pretrain\nname: 7\ngrid: {seed: [1]}", "grid.yaml: name: must be a text"),
+        ("notebook: 01_pretrain\nparameters: [1]\ngrid: {seed: [1]}", "parameters: a mapping"),
+        ("notebook: 01_pretrain\njobs: {seed: 1}", "jobs: a list"),
+        ("notebook: 01_pretrain\njobs: [{seed: 1}, 2]", r"jobs\[1\]: a mapping .* \(given: 2\)"),
+        ("notebook: 01_pretrain\ngrid: [seed]", "grid: a mapping"),
+        ("notebook: 01_pretrain\ngrid: {1: [1]}", "grid: a mapping"),
+        ("notebook: 01_pretrain\nparameters: {overrides: 3}\ngrid: {mask.budget: [3]}", "parameters.overrides: a map"),
     ]:
         (tmp_path / "grid.yaml").write_text(text)
         with pytest.raises(SettingsError, match=told):
             read_jobs(tmp_path / "grid.yaml")
+    with pytest.raises(SettingsError, match="none.yaml: cannot be read"):
+        read_jobs(tmp_path / "none.yaml")
+    with pytest.raises(SettingsError, match="workers: must be at least 0"):
+        sweep(make_jobs("01_pretrain", grid={"seed": [0]}), workers=-1)
     assert not runs_folder.exists()
 
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from vpworkbench.runs import RunError, write_atomically
 
 log = logging.getLogger(__name__)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+"""What reading a file that was cut off, damaged or removed comes to."""
 
 
 class Checkpoints:
@@ -62,12 +64,14 @@ class Checkpoints:
                 {name: value.contiguous().cpu() for name, value in tensors.items()}, draft / "optimiser.safetensors"
             )
             (draft / "progress.json").write_text(json.dumps(progress))
-        _drop(self._found("step"), self.keep_last)
+        found = self._found("step")
+        _drop([later for later in found if _number(later) > step], 0)  # they could not be read
+        _drop([earlier for earlier in found if _number(earlier) <= step], self.keep_last)
 
     def save_if_best(self, model: nn.Module, step: int, held_out_loss: float) -> None:
         """The weights in `best-<step>/`, where none before reached a held-out loss as low."""
         found = self._found("best")
-        lowest = json.loads((found[-1] / "progress.json").read_text())["held_out_loss"] if found else float("inf")
+        lowest = _held_out_loss(found[-1]) if found else float("inf")
         if held_out_loss < lowest:
             with self._draft(self.folder / f"best-{step:06d}") as draft:
                 model.save_pretrained(draft)
@@ -91,16 +95,20 @@ class Checkpoints:
         RunError
             If there are checkpoints and none can be read.
         """
+        final = False
         if (self.folder / "progress.json").exists():
-            model.load_state_dict(load_file(self.folder / "model.safetensors", device=str(device)))
-            return json.loads((self.folder / "progress.json").read_text())["step"], {}
+            try:
+                return _load_final(self.folder, model, device), {}
+            except UNREADABLE as error:
+                final = True
+                log.warning("%s: the final weights are not whole (%s); trying the last step", self.folder, error)
         steps = self._found("step")
         for folder in reversed(steps):
             try:
                 return _load(folder, model, optimiser, device)
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            except UNREADABLE as error:
                 log.warning("%s: not whole (%s); trying the one before", folder, error)
-        if steps:
+        if steps or final:
             raise RunError(f"{self.folder}: no checkpoint can be read; delete that folder to train from the start")
         return 0, {}
 
@@ -136,8 +144,19 @@ class Checkpoints:
             ) from error
 
     def _found(self, kind: str) -> list[Path]:
-        """`step-*` or `best-*`, oldest first."""
-        return sorted(self.folder.glob(f"{kind}-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+        """`step-*` or `best-*`, oldest first; a copy that somebody put there, of another name, is left alone."""
+        numbers = {folder: folder.name.partition("-")[2] for folder in self.folder.glob(f"{kind}-*")}
+        return sorted((folder for folder, number in numbers.items() if number.isdecimal()), key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
+def _load_final(folder: Path, model: nn.Module, device: torch.device) -> int:
+    step = int(json.loads((folder / "progress.json").read_text())["step"])
+    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+    return step
 
 
 def _drop(folders: list[Path], keep: int) -> None:
@@ -160,6 +179,15 @@ def _load(
         name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["window"].items()
     }
     return progress["step"], window
+
+
+def _held_out_loss(folder: Path) -> float:
+    """Of the best weights; infinite where they are damaged: any others are better."""
+    try:
+        return float(json.loads((folder / "progress.json").read_text())["held_out_loss"])
+    except UNREADABLE as error:
+        log.warning("%s: not whole (%s); the next weights take its place", folder, error)
+        return float("inf")
 
 
 def _flush(path: Path) -> None:

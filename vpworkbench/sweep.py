@@ -50,12 +50,16 @@ def read_jobs(path: str | Path) -> list[Job]:
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not yaml ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or "notebook" not in content:
         raise SettingsError(f"{path}: needs a notebook, and a grid or jobs (keys: {', '.join(KEYS)})")
     if unknown := [key for key in content if key not in KEYS]:
         raise SettingsError(f"{path}: no such key {unknown[0]!r}{nearest(str(unknown[0]), KEYS)}")
+    if missing := [key for key in ("notebook", "name") if not isinstance(content.get(key, ""), str)]:
+        raise SettingsError(f"{path}: {missing[0]}: must be a text (given: {content[missing[0]]!r:.40})")
     return make_jobs(**content)
 
 
@@ -85,6 +89,9 @@ def make_jobs(
     SettingsError
         For wrong parameters, those of all jobs at once; nothing was started.
     """
+    for key, given in {"parameters": parameters, "grid": grid, **_numbered(jobs)}.items():
+        if given is not None:
+            _check_keys(key, given)
     if wrong := [key for key, values in (grid or {}).items() if not isinstance(values, (list, tuple))]:
         raise SettingsError(f"grid.{wrong[0]}: a list of values is wanted")
     varied = [dict(one) for one in jobs or ()]
@@ -123,9 +130,13 @@ def sweep(jobs: Sequence[Job], *, workers: int = 0, scheduler: str = "") -> pd.D
 
     Raises
     ------
+    SettingsError
+        For a negative number of workers, or a scheduler that cannot be reached.
     KeyboardInterrupt
         If SIGINT or SIGTERM came: every running job writes a checkpoint first.
     """
+    if workers < 0:
+        raise SettingsError(f"workers: must be at least 0 (given: {workers})")
     stopped: list[signal.Signals] = []
     results: dict[int, tuple[str, str]] = {}
     run = _on_cluster if scheduler else _here
@@ -224,6 +235,20 @@ def _name(prefix: str, change: Mapping[str, Any]) -> str:
     plain = {key: re.sub(r"[^\w.+@-]+", "_", str(value)) for key, value in change.items()}
     name = "-".join(part for part in (prefix, ",".join(f"{key}={value}" for key, value in plain.items())) if part)
     return name if len(name) <= 100 else f"{prefix}-{digest(dict(change))}".lstrip("-")
+
+
+def _numbered(jobs: Any) -> dict[str, Any]:
+    """Single jobs by a name that tells their place in the list."""
+    if not isinstance(jobs, (list, tuple, type(None))):
+        raise SettingsError("jobs: a list is wanted, of a mapping of parameters for each job")
+    return {f"jobs[{number}]": job for number, job in enumerate(jobs or ())}
+
+
+def _check_keys(place: str, given: Any) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise SettingsError(f"{place}: a mapping from names of parameters is wanted (given: {given!r:.60})")
+    if not isinstance(given.get("overrides", {}), Mapping) and place != "grid":
+        raise SettingsError(f"{place}.overrides: a mapping from settings is wanted (given: {given['overrides']!r:.60})")
 
 
 def _with_overrides(shared: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,13 +57,16 @@ class PixelCache:
         self._sums = self.path.with_suffix(".crc.npy")
         if not (self.path.exists() and self._sums.exists()):
             self._build(files, side, progress)
-        self.pixels, self.sums = np.load(self.path, mmap_mode="r"), np.load(self._sums)
+        try:
+            self.pixels, self.sums = np.load(self.path, mmap_mode="r"), np.load(self._sums)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{self.path}: not whole ({error}); delete it, and it is built again") from None
         if self.pixels.shape != (len(files), side, side, 3) or len(self.sums) != len(files):
             raise DataError(f"{self.path}: not whole; delete it, and it is built again")
 
     def _build(self, files: list[ImageFile], side: int, progress: Callable[[str, int, int], None] | None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(f".{os.getpid()}.part")
+        draft, sums_draft = (self.path.with_suffix(f".{os.getpid()}.{kind}part") for kind in ("", "crc."))
         sums = np.zeros(len(files), dtype=np.uint32)
         try:
             with open(draft, "wb") as out:
@@ -75,10 +78,13 @@ class PixelCache:
                     out.write(pixels)
                     if progress:
                         progress("decoding images", row + 1, len(files))
-            np.save(self._sums, sums)
+            with open(sums_draft, "wb") as out:
+                np.save(out, sums)
+            os.replace(sums_draft, self._sums)  # another process may read, or build, the same
             os.replace(draft, self.path)
         finally:
             draft.unlink(missing_ok=True)
+            sums_draft.unlink(missing_ok=True)
 
     def stack(self, images: Sequence[ImageFile]) -> Tensor:
         """As `stack_files`: uint8 (image, 3, side, side).
