@@ -78,8 +78,8 @@ def outcome(folder: Path) -> tuple[bytes, list]:
 
 
 def test_two_kills_change_nothing(scenes_folder, tmp_path):
-    """One while a checkpoint is written, one later; with a process that prepares batches."""
-    chosen = settings(**{"train.checkpoint_every": 1, "data.workers": 1})
+    """One while a checkpoint is written, one later; with a process that prepares batches, and accumulation."""
+    chosen = settings(**{"train.checkpoint_every": 1, "train.accumulate": 2, "data.workers": 1})
     whole = finish(scenes_folder, tmp_path / "whole", chosen)
     folder = tmp_path / "killed" / "01_pretrain" / "a" / "checkpoint"
     for moment in (".writing-step-000003", "step-000005"):
@@ -94,22 +94,29 @@ def test_two_kills_change_nothing(scenes_folder, tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(scenes_folder, tmp_path):
-    chosen = settings(steps=40, **{"train.checkpoint_every": 1, "data.workers": 1, "train.keep_last": 2})
-    began = time.monotonic()
+    """At random moments after the first sign of training; every other one while a checkpoint is written."""
+    steps = 200
+    chosen = settings(steps, **{"train.checkpoint_every": 1, "data.workers": 1, "train.keep_last": 2})
     whole = finish(scenes_folder, tmp_path / "whole", chosen)
-    took_s, rng, kills, writing = time.monotonic() - began, random.Random(0), 0, 0
     checkpoint = tmp_path / "killed" / "01_pretrain" / "a" / "checkpoint"
-    while kills < 20:
+    rng, reached, writing = random.Random(0), 0, 0
+
+    def done() -> int:
+        return max((int(path.name.removeprefix("step-")) for path in checkpoint.glob("step-*")), default=0)
+
+    for kill in range(20):
         process = start(scenes_folder, tmp_path / "killed", chosen)
-        process.join(rng.uniform(0.1, 0.15) * took_s)
-        if process.exitcode == 0:
-            break
+        goal = reached + rng.randint(1, 6)
+        wait_until(lambda goal=goal: done() >= goal, process)
+        if kill % 2:
+            wait_until(lambda: any(checkpoint.glob(".writing-*")), process)
+        else:
+            time.sleep(rng.uniform(0, 0.2))
         process.kill()
         process.join()
-        kills += 1
-        writing += bool(list(checkpoint.glob(".writing-*")))
-    print(f"{kills} kills, {writing} of them while a checkpoint was written")
-    assert kills >= 10
+        assert process.exitcode == -signal.SIGKILL and done() >= goal
+        reached, writing = done(), writing + any(checkpoint.glob(".writing-*"))
+    assert writing >= 3
     assert outcome(finish(scenes_folder, tmp_path / "killed", chosen)) == outcome(whole)
 
 

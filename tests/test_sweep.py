@@ -11,7 +11,7 @@ import time
 import pytest
 from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
-from vpworkbench import cli
+from vpworkbench import cli, runs
 from vpworkbench.config import SettingsError
 from vpworkbench.sweep import Job, make_jobs, read_jobs, sweep
 
@@ -98,6 +98,12 @@ def test_done_is_skipped_failed_is_told_and_the_rest_goes_on(notebook, runs_fold
     assert table["state"].tolist() == ["done"] * 3
     lines = [json.loads((folder / "summary.json").read_text())["lines"] for folder in folders]
     assert lines == [1, 2, 1]  # the complete ones were not run again
+
+
+def test_a_sweep_is_one_call_in_python(notebook, runs_folder):
+    table = runs.sweep(str(notebook), name="p", grid={"seed": [1, 2]}, workers=2)
+    assert table["name"].tolist() == ["p-seed=1", "p-seed=2"] and table["state"].tolist() == ["done", "done"]
+    assert all((runs_folder / "trial" / name / "summary.json").exists() for name in table["name"])
 
 
 def test_a_signal_stops_every_job(tmp_path, runs_folder, monkeypatch):

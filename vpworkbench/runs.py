@@ -230,6 +230,21 @@ def list_runs(root: Path | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["notebook", "name", "complete", "seed"])
 
 
+def sweep(notebook: str, *, workers: int = 0, scheduler: str = "", **jobs: Any) -> pd.DataFrame:
+    """Run a grid or a list of jobs of a notebook, each in a run folder: what `vpw sweep` does, from Python.
+
+    Parameters
+    ----------
+    workers, scheduler
+        Where the jobs run: see `vpworkbench.sweep.sweep`, which also says what comes back.
+    **jobs
+        `grid` or `jobs`, `name`, `parameters`: see `vpworkbench.sweep.make_jobs`.
+    """
+    from vpworkbench import sweep as sweeps  # late: it builds on this module
+
+    return sweeps.sweep(sweeps.make_jobs(notebook, **jobs), workers=workers, scheduler=scheduler)
+
+
 @contextmanager
 def held(lock: Path, *, patience_s: float) -> Iterator[None]:
     """Hold a lock, which the system releases when its process ends in whatever way; the file tells who has it.
