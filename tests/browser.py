@@ -149,7 +149,7 @@ def notebook(jupyter: Jupyter, name: str, *cells: str) -> str:
 
 
 def open_notebook(browser: Any, jupyter: Jupyter, name: str, *, place: str = "lab", dark: bool = False) -> Any:
-    """Open a notebook in "lab" or "notebook" and run all of it; the page, its failures listed in `page.failures`."""
+    """Open a notebook in "lab" or "notebook" and run all of it; `page.failures` lists what fails from then on."""
     context = browser.new_context(viewport=SIZE, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
@@ -159,9 +159,11 @@ def open_notebook(browser: Any, jupyter: Jupyter, name: str, *, place: str = "la
     page.goto(f"{jupyter.address}/{path}/{name}?token={jupyter.token}")
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.evaluate(_READY)
+    page.failures.clear()  # those of Jupyter's own start
     if dark:
         page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
         page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+    page.failures.clear()  # what Notebook 7 itself stumbles over while it loads is not the notebook's
     page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
     return page
 

@@ -226,10 +226,11 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
     for name, colour, symbol in (("language", LANGUAGE, "circle"), ("vision", VISION, "square")):
         figure.add_scatter(mode="markers", name=name, meta="points", row=points[0], col=points[1], opacity=0.85,
                            marker={"color": colour, "symbol": symbol, "size": 7}, hoverinfo="name")  # fmt: skip
+    step = max(1, math.ceil(max(layers) / 12))
     for place in (2, 3):
-        figure.update_xaxes(title_text="layer", row=1, col=place)
+        figure.update_xaxes(title_text="layer", dtick=step, row=1, col=place)
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=place)
-    figure.update_xaxes(title_text="layer (0: input)", row=nmi[0], col=nmi[1])
+    figure.update_xaxes(title_text="layer (0: input)", dtick=step, row=nmi[0], col=nmi[1])
     figure.update_yaxes(range=[-0.03, 1.03], row=nmi[0], col=nmi[1])
     figure.update_xaxes(title_text="first component", row=points[0], col=points[1])
     figure.update_yaxes(title_text="second", row=points[0], col=points[1])
