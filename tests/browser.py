@@ -130,14 +130,17 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"Jupyter did not start:\n{log.read_text()[-2000:]}")
 
 
-def with_parameters(jupyter: Jupyter, path: Path, **values: object) -> str:
-    """A copy of a notebook in the server's folder, its parameters followed by others as papermill does it; its name."""
+def with_parameters(jupyter: Jupyter, path: Path, copy: str, **values: object) -> str:
+    """Copy a notebook to the server's folder, its parameters followed by others as papermill does it; its name.
+
+    A file that is open already shares its kernel, so each test gives its copy a name of its own.
+    """
     book = nbformat.read(path, as_version=4)
     place = next(place for place, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
     lines = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(lines))
-    nbformat.write(book, jupyter.folder / path.name)
-    return path.name
+    nbformat.write(book, jupyter.folder / copy)
+    return copy
 
 
 def notebook(jupyter: Jupyter, name: str, *cells: str) -> str:

@@ -222,7 +222,8 @@ TABS = ["Masks", "Words and patches", "Flow", "Try it"]
 
 
 def opened_explorer(browser: Any, jupyter: Jupyter, scenes: Path, place: str) -> Any:
-    name = with_parameters(jupyter, ROOT / "notebooks" / "05_explore_masks.ipynb", data=str(scenes), name=place)
+    stored = ROOT / "notebooks" / "05_explore_masks.ipynb"
+    name = with_parameters(jupyter, stored, f"{place}.ipynb", data=str(scenes), name=place)
     page = open_notebook(browser, jupyter, name, place=place)
     assert finished(page) == []
     page.locator(".vpw-explorer").scroll_into_view_if_needed()
