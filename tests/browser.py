@@ -179,12 +179,13 @@ _READY = """async () => {
 
 
 def finished(page: Any) -> list[str]:
-    """Wait until every cell has run; the errors that cells show."""
+    """Wait until every cell has run; the errors and warnings that cells show."""
     page.wait_for_function(f"({_CELLS}).every(cell => cell.executionCount)")
-    errors = f"({_CELLS}).flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === 'error')"
-    return page.evaluate(f"{errors}.map(output => output.ename + ': ' + output.evalue)")
+    return page.evaluate(f"({_CELLS}).flatMap(cell => cell.outputs.toJSON()).flatMap({_ERRORS})")
 
 
+_ERRORS = """({output_type, name, ename, evalue, text}) =>
+    output_type === 'error' ? [`${ename}: ${evalue}`] : name === 'stderr' ? [[text].flat().join('')] : []"""
 _CELLS = "[...jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
 
 

@@ -182,11 +182,12 @@ def _values(reading: Reading) -> list[dict[str, Any]]:
     """What each trace of a model shows, in the order in which `_empty` adds them."""
     flow, null = reading.flow, reading.null
     layers = np.arange(1, reading.layers + 1)
-    upper = np.where(layers[:, None] <= layers, flow, np.nan)
-    told = np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))
+    upper = np.triu(np.isfinite(flow))
+    told = np.where(upper, np.char.mod("%.0f", 100 * flow), "")
+    cells = np.where(upper, flow, None).tolist()  # a matrix travels as JSON, which has no nan
     return [
         # x and y too: a heat map in the page forgets them where only its z changes.
-        {"x": layers, "y": layers, "z": upper, "text": told},
+        {"x": layers, "y": layers, "z": cells, "text": told},
         {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
     ]  # fmt: skip
 
