@@ -52,6 +52,7 @@ class MasksView:
         )
         self.note, self.numbers = Note(), ipywidgets.HTML()
         self.panels: list[Panels] = []
+        self.values: list[NDArray[np.float32]] = []  # of the panels of each model
         self.errors: list[Panels] = []
         self.widget = column()
         for control in (self.k, self.select, self.head):
@@ -75,6 +76,7 @@ class MasksView:
         )  # fmt: skip
         if not self.readings:
             self._drop_panels()
+            self.values = []
             self.widget.children = (self.note,)
             return
         tokens = len(self.readings[0].boxes)
