@@ -279,7 +279,7 @@ def test_a_token_is_picked_and_masked(explorer: Any, screenshots: Path) -> None:
     heads = explorer.locator(".vpw-explorer select", has_text="mean of heads")
     for name in ("head 2", "mean of heads"):
         drawn(explorer, ".vpw-panels", lambda name=name: heads.select_option(name))
-        assert heads.evaluate("select => select.selectedOptions[0]?.text") == name
+        assert heads.evaluate("select => select.selectedOptions[0]?.text.replaceAll('\\u00a0', ' ')") == name
     assert hidden_cells(explorer, 2) == by_attention
     explorer.wait_for_function("!document.querySelector('.vpw-explorer table').textContent.includes('…')")
     explorer.screenshot(path=screenshots / "explorer-masks.png")
