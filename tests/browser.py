@@ -39,7 +39,7 @@ def chromium() -> str:
     return next((path for path in found if path), "")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while Playwright is there, other tests find an event loop that runs
 def browser() -> Iterator[Any]:
     """A running Chromium; skipped with the reason where it or Playwright is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
@@ -68,7 +68,7 @@ class Jupyter(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def jupyter(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jupyter]:
     """One server that shows both JupyterLab and Notebook 7; settings, kernels and files are scratch."""
     scratch = tmp_path_factory.mktemp("jupyter")

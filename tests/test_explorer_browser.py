@@ -106,6 +106,7 @@ def test_a_click_reaches_the_kernel_and_its_answer_the_page(lab: Any, answered: 
     answered(".vpw-panels", lambda: stage.click(position=cell(stage, 4, 7)))
     assert lab.locator(".vpw-panels figcaption").nth(2).text_content() == "kernel: 55"  # 4 x 12 + 7
     assert brightest_cell(lab, 1) == (4, 7)
+    assert "mask: hidden" in lab.locator(".vpw-panels .vpw-status").text_content().replace("kernel: 55", "mask")
     mark = lab.locator(".vpw-panels .vpw-picked").nth(1).bounding_box()
     second = lab.locator(".vpw-panels .vpw-stage").nth(1).bounding_box()
     assert mark["x"] - second["x"] == pytest.approx(7 / 12 * second["width"], abs=1)
