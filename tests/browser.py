@@ -39,7 +39,7 @@ def chromium() -> str:
     return next((path for path in found if path), "")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: while Playwright is there, other tests find an event loop that runs
 def browser() -> Iterator[Any]:
     """A running Chromium; skipped with the reason where it or Playwright is missing."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
@@ -68,7 +68,7 @@ class Jupyter(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def jupyter(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jupyter]:
     """One server that shows both JupyterLab and Notebook 7; settings, kernels and files are scratch."""
     scratch = tmp_path_factory.mktemp("jupyter")
@@ -130,14 +130,17 @@ def _wait(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise RuntimeError(f"Jupyter did not start:\n{log.read_text()[-2000:]}")
 
 
-def with_parameters(jupyter: Jupyter, path: Path, **values: object) -> str:
-    """A copy of a notebook in the server's folder, its parameters followed by others as papermill does it; its name."""
+def with_parameters(jupyter: Jupyter, path: Path, copy: str, **values: object) -> str:
+    """Copy a notebook to the server's folder, its parameters followed by others as papermill does it; its name.
+
+    A file that is open already shares its kernel, so each test gives its copy a name of its own.
+    """
     book = nbformat.read(path, as_version=4)
     place = next(place for place, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
     lines = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(lines))
-    nbformat.write(book, jupyter.folder / path.name)
-    return path.name
+    nbformat.write(book, jupyter.folder / copy)
+    return copy
 
 
 def notebook(jupyter: Jupyter, name: str, *cells: str) -> str:
@@ -149,7 +152,7 @@ def notebook(jupyter: Jupyter, name: str, *cells: str) -> str:
 
 
 def open_notebook(browser: Any, jupyter: Jupyter, name: str, *, place: str = "lab", dark: bool = False) -> Any:
-    """Open a notebook in "lab" or "notebook" and run all of it; the page, its failures listed in `page.failures`."""
+    """Open a notebook in "lab" or "notebook" and run all of it; `page.failures` lists what fails from then on."""
     context = browser.new_context(viewport=SIZE, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
@@ -159,9 +162,11 @@ def open_notebook(browser: Any, jupyter: Jupyter, name: str, *, place: str = "la
     page.goto(f"{jupyter.address}/{path}/{name}?token={jupyter.token}")
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.evaluate(_READY)
+    page.failures.clear()  # those of Jupyter's own start
     if dark:
         page.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
         page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
+    page.failures.clear()  # what Notebook 7 itself stumbles over while it loads is not the notebook's
     page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
     return page
 
@@ -174,12 +179,13 @@ _READY = """async () => {
 
 
 def finished(page: Any) -> list[str]:
-    """Wait until every cell has run; the errors that cells show."""
+    """Wait until every cell has run; the errors and warnings that cells show."""
     page.wait_for_function(f"({_CELLS}).every(cell => cell.executionCount)")
-    errors = f"({_CELLS}).flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === 'error')"
-    return page.evaluate(f"{errors}.map(output => output.ename + ': ' + output.evalue)")
+    return page.evaluate(f"({_CELLS}).flatMap(cell => cell.outputs.toJSON()).flatMap({_ERRORS})")
 
 
+_ERRORS = """({output_type, name, ename, evalue, text}) =>
+    output_type === 'error' ? [`${ename}: ${evalue}`] : name === 'stderr' ? [[text].flat().join('')] : []"""
 _CELLS = "[...jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
 
 

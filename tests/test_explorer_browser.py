@@ -106,6 +106,7 @@ def test_a_click_reaches_the_kernel_and_its_answer_the_page(lab: Any, answered: 
     answered(".vpw-panels", lambda: stage.click(position=cell(stage, 4, 7)))
     assert lab.locator(".vpw-panels figcaption").nth(2).text_content() == "kernel: 55"  # 4 x 12 + 7
     assert brightest_cell(lab, 1) == (4, 7)
+    assert "mask: hidden" in lab.locator(".vpw-panels .vpw-status").text_content().replace("kernel: 55", "mask")
     mark = lab.locator(".vpw-panels .vpw-picked").nth(1).bounding_box()
     second = lab.locator(".vpw-panels .vpw-stage").nth(1).bounding_box()
     assert mark["x"] - second["x"] == pytest.approx(7 / 12 * second["width"], abs=1)
@@ -222,7 +223,8 @@ TABS = ["Masks", "Words and patches", "Flow", "Try it"]
 
 
 def opened_explorer(browser: Any, jupyter: Jupyter, scenes: Path, place: str) -> Any:
-    name = with_parameters(jupyter, ROOT / "notebooks" / "05_explore_masks.ipynb", data=str(scenes), name=place)
+    stored = ROOT / "notebooks" / "05_explore_masks.ipynb"
+    name = with_parameters(jupyter, stored, f"{place}.ipynb", data=str(scenes), name=place)
     page = open_notebook(browser, jupyter, name, place=place)
     assert finished(page) == []
     page.locator(".vpw-explorer").scroll_into_view_if_needed()
@@ -275,6 +277,11 @@ def test_a_token_is_picked_and_masked(explorer: Any, screenshots: Path) -> None:
     by_attention, at_random = (hidden_cells(explorer, panel) for panel in (2, 3))
     drawn(explorer, ".vpw-panels", lambda: explorer.get_by_role("button", name="draw again").click())
     assert hidden_cells(explorer, 2) == by_attention and hidden_cells(explorer, 3) != at_random
+    heads = explorer.locator(".vpw-explorer select", has_text="mean of heads")
+    for name in ("head 2", "mean of heads"):
+        drawn(explorer, ".vpw-panels", lambda name=name: heads.select_option(name))
+        assert heads.evaluate("select => select.selectedOptions[0]?.text.replaceAll('\\u00a0', ' ')") == name
+    assert hidden_cells(explorer, 2) == by_attention
     explorer.wait_for_function("!document.querySelector('.vpw-explorer table').textContent.includes('…')")
     explorer.screenshot(path=screenshots / "explorer-masks.png")
 

@@ -242,13 +242,14 @@ class Explorer(ipywidgets.VBox):
 
     def close(self) -> None:
         """Take the explorer off the page and free what it holds."""
+        controls = [part for view in self._views for part in vars(view).values() if isinstance(part, ipywidgets.Widget)]
         for view in self._views:
             view.close()
-        for widget in _below(self):
-            widget.close()
-        self._code.close()
+        for widget in [*controls, *_below(self), self._code]:
+            _close(widget)
         self.readings, self.subjects, self.children = [], [], ()
-        super().close()
+        for part in (self.layout, super()):
+            part.close()
 
     def __repr__(self) -> str:
         if not self.readings:
@@ -264,6 +265,13 @@ class Explorer(ipywidgets.VBox):
         if self.readings:
             bundle["image/png"] = base64.b64encode(still.overview(self.readings, self.masks)).decode("ascii")
         return bundle
+
+
+def _close(widget: ipywidgets.Widget) -> None:
+    """Close a widget and its layout and style, which ipywidgets would keep for good."""
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if isinstance(part, ipywidgets.Widget):
+            part.close()
 
 
 def _below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:

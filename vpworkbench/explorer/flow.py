@@ -182,11 +182,12 @@ def _values(reading: Reading) -> list[dict[str, Any]]:
     """What each trace of a model shows, in the order in which `_empty` adds them."""
     flow, null = reading.flow, reading.null
     layers = np.arange(1, reading.layers + 1)
-    upper = np.where(layers[:, None] <= layers, flow, np.nan)
-    told = np.where(np.isnan(upper), "", np.char.mod("%.0f", 100 * np.nan_to_num(upper)))
+    upper = np.triu(np.isfinite(flow))
+    told = np.where(upper, np.char.mod("%.0f", 100 * flow), "")
+    cells = np.where(upper, flow, None).tolist()  # a matrix travels as JSON, which has no nan
     return [
         # x and y too: a heat map in the page forgets them where only its z changes.
-        {"x": layers, "y": layers, "z": upper, "text": told},
+        {"x": layers, "y": layers, "z": cells, "text": told},
         {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
     ]  # fmt: skip
 
@@ -226,10 +227,11 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
     for name, colour, symbol in (("language", LANGUAGE, "circle"), ("vision", VISION, "square")):
         figure.add_scatter(mode="markers", name=name, meta="points", row=points[0], col=points[1], opacity=0.85,
                            marker={"color": colour, "symbol": symbol, "size": 7}, hoverinfo="name")  # fmt: skip
+    step = max(1, math.ceil(max(layers) / 12))
     for place in (2, 3):
-        figure.update_xaxes(title_text="layer", row=1, col=place)
+        figure.update_xaxes(title_text="layer", dtick=step, row=1, col=place)
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=place)
-    figure.update_xaxes(title_text="layer (0: input)", row=nmi[0], col=nmi[1])
+    figure.update_xaxes(title_text="layer (0: input)", dtick=step, row=nmi[0], col=nmi[1])
     figure.update_yaxes(range=[-0.03, 1.03], row=nmi[0], col=nmi[1])
     figure.update_xaxes(title_text="first component", row=points[0], col=points[1])
     figure.update_yaxes(title_text="second", row=points[0], col=points[1])

@@ -39,19 +39,20 @@ class MasksView:
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.pick, self._draw, self._later = -1, 0, Later()
         self.k = ipywidgets.IntSlider(
-            2, 1, 2, description="k, tokens hidden", style={"description_width": "initial"}, layout={"width": "260px"}
+            2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "220px"}
         )
         self.select = ipywidgets.ToggleButtons(
             options=["row", "column", "symmetric"],
             tooltips=["what the pick attends to", "what attends to the pick", "both"],
-            style={"button_width": "76px"},
+            style={"button_width": "90px"},
         )
-        self.head = ipywidgets.Dropdown(options=heads_of(0), layout={"width": "130px"})
+        self.head = ipywidgets.Dropdown(options=heads_of(0), layout={"width": "125px"})
         self.again = ipywidgets.Button(
             description="draw again", tooltip="another random mask", layout={"width": "100px"}
         )
         self.note, self.numbers = Note(), ipywidgets.HTML()
         self.panels: list[Panels] = []
+        self.values: list[NDArray[np.float32]] = []  # of the panels of each model
         self.errors: list[Panels] = []
         self.widget = column()
         for control in (self.k, self.select, self.head):
@@ -75,6 +76,7 @@ class MasksView:
         )  # fmt: skip
         if not self.readings:
             self._drop_panels()
+            self.values = []
             self.widget.children = (self.note,)
             return
         tokens = len(self.readings[0].boxes)
@@ -83,7 +85,7 @@ class MasksView:
         with self._quiet():
             if self.k.max != tokens:
                 self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
-            self.head.options, self.head.value = heads_of(heads), None
+            self.head.options, self.head.value = heads_of(heads), -1
         if not 0 <= self.pick < tokens:
             on = np.flatnonzero(self._objects[0].numpy())
             self.pick = int(on[0]) if len(on) else tokens // 2
@@ -110,7 +112,7 @@ class MasksView:
             self.pick = self.pick if token is None else token
             self.k.value = self.k.value if k is None else k
             self.select.value = select or self.select.value
-            self.head.value = head
+            self.head.value = -1 if head is None else head
             self._draw = self._draw if draw is None else draw
         self._redraw()
 
@@ -118,7 +120,8 @@ class MasksView:
         """The call that recreates the view."""
         if not self.readings:
             return ""
-        return (f"view.pick({self.pick}, k={self.k.value}, select={self.select.value!r}, head={self.head.value}, "
+        head = None if self.head.value < 0 else self.head.value
+        return (f"view.pick({self.pick}, k={self.k.value}, select={self.select.value!r}, head={head}, "
                 f"draw={self._draw})")  # fmt: skip
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -207,7 +210,7 @@ class MasksView:
         noise[0, self.pick] = 2
         values = torch.zeros(4, tokens)
         if parsing is not None:
-            one = parsing.mean(dim=0) if self.head.value is None else parsing[self.head.value]
+            one = parsing.mean(dim=0) if self.head.value < 0 else parsing[self.head.value]
             values[1] = {"row": one[self.pick], "column": one[:, self.pick],
                          "symmetric": one[self.pick] + one[:, self.pick]}[self.select.value]  # fmt: skip
             values[2] = visual_mask(noise, self.k.value, parsing=one[None], select=self.select.value)[0]

@@ -76,9 +76,9 @@ def column(*children: ipywidgets.Widget) -> ipywidgets.VBox:
     return ipywidgets.VBox(children, layout={"max_width": f"{WIDTH}px", "overflow": "hidden"})
 
 
-def heads_of(count: int) -> Sequence[tuple[str, int | None]]:
-    """What a choice of heads offers."""
-    return [("mean of heads", None), *((f"head {head + 1}", head) for head in range(count))]
+def heads_of(count: int) -> Sequence[tuple[str, int]]:
+    """What a choice of heads offers; -1 is their mean, as a dropdown shows None as if nothing were chosen."""
+    return (("mean of heads", -1), *((f"head {head + 1}", head) for head in range(count)))
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

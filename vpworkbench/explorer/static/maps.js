@@ -7,7 +7,7 @@ for (let step = 0; step < 256; step++) {
 }
 
 export default widget("maps", (model, page) => {
-  let [geometry, maps, numbers, drawn] = [matrix(0, 0), [], new Float32Array(), null];
+  let [geometry, maps, numbers, drawn, over] = [matrix(0, 0), [], new Float32Array(), null, [-1]];
   const shape = () => model.get("shape");
   const values = (map) => numbers.subarray(map * geometry.count, (map + 1) * geometry.count);
   const told = (value) => (Number.isNaN(value) ? "none" : model.get("percent") ? percent(value) : short(value));
@@ -19,6 +19,7 @@ export default widget("maps", (model, page) => {
     return [`${model.get("row_name")} ${row}, ${model.get("column_name")} ${column}`, ...shown].join(" · ");
   };
   const hover = (place, event) => {
+    over = [place, event];
     for (const { stage } of maps) stage.hover(place);
     page.tell(place < 0 ? "" : describe(place), event);
   };
@@ -131,5 +132,6 @@ export default widget("maps", (model, page) => {
       one.axes.textContent = `down: ${model.get("row_name")} · across: ${model.get("column_name")}`;
       [one.low.textContent, one.high.textContent] = limits.map(told);
     });
+    if (over[0] >= 0 && over[0] < geometry.count) hover(...over); // the new numbers under a pointer at rest
   };
 });

@@ -2,7 +2,7 @@
 
 export default widget("panels", (model, page) => {
   const picture = decoder(model, "image");
-  let [geometry, panels] = [regions(null), []];
+  let [geometry, panels, over] = [regions(null), [], [-1]];
   const values = (panel) => floats(model.get("values")).subarray(panel * geometry.count, (panel + 1) * geometry.count);
 
   const told = (kind, value) => (kind === "mask" ? (value >= 0.5 ? "hidden" : "seen") : percent(value));
@@ -14,6 +14,7 @@ export default widget("panels", (model, page) => {
     return [geometry.name(token), ...shown].join(" · ");
   };
   const hover = (token, event) => {
+    over = [token, event];
     for (const { stage } of panels) stage.hover(token);
     page.tell(token < 0 ? "" : describe(token), event);
   };
@@ -56,7 +57,7 @@ export default widget("panels", (model, page) => {
       stage.pick(model.get("picked"));
       caption.textContent = captions[panel];
     });
-    page.root.classList.toggle("vpw-broken", !bitmap);
+    if (over[0] >= 0 && over[0] < geometry.count) hover(...over); // the new numbers under a pointer at rest
     if (!bitmap) page.tell("This picture cannot be read.");
   };
 });

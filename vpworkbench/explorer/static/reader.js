@@ -119,6 +119,5 @@ export default widget("reader", (model, page) => {
       token.setAttribute("aria-selected", word === pinned);
     });
     show(free() ? Math.min(shown, words().length + geometry.count - 1) : pinned);
-    page.root.classList.toggle("vpw-broken", !bitmap);
   };
 });
