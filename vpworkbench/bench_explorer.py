@@ -134,9 +134,7 @@ def explorer_bench(
     """
     measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, _browser() as browser, _jupyter(Path(folder)) as address:
-        page, run_all_s = _open(
-            browser, address, Path(folder), "wide", ["wide", "more"], ".vpw-maps.large, .large .vpw"
-        )
+        page, run_all_s = _open(browser, address, Path(folder), "wide", ["wide", "more"], ".large .vpw")
         for number, (name, (target, way, act)) in enumerate(_actions(page).items()):
             measured[name] = _times(page, target, way, act, events)
             if progress:
@@ -203,12 +201,9 @@ def _actions(page: Any) -> dict[str, tuple[str, str, Callable[[], None]]]:
     def tab(name: str) -> None:
         page.locator(".vpw-explorer .lm-TabBar-tab", has_text=name).first.click()
 
-    def slide(scope: str, place: int) -> Callable[[], None]:
-        def press() -> None:
-            handle = page.locator(f"{scope} .noUi-handle").nth(place)
-            handle.press("ArrowRight" if next(places) % 12 < 6 else "ArrowLeft")
-
-        return press
+    def slide(scope: str, place: int, keys: tuple[str, str] = ("ArrowRight", "ArrowLeft")) -> Callable[[], None]:
+        handle = page.locator(f"{scope} .noUi-handle").nth(place)
+        return _alternating(lambda key: handle.press(key), keys)  # there and back: never against an end
 
     def choose_head() -> None:
         heads = page.locator(".vpw-explorer select").nth(1)
@@ -239,9 +234,10 @@ def _actions(page: Any) -> dict[str, tuple[str, str, Callable[[], None]]]:
         "head of the mask": (".vpw-panels", "version", choose_head),
         "layer and head": (".vpw-explorer .vpw-reader", "version", in_tab("Words", click_head)),
         "layer of the tokens (plotly)": (
-            ".vpw-explorer .js-plotly-plot", "plotly", in_tab("Flow", slide(".vpw-explorer .jp-OutputArea, .vpw-explorer", 1)),
+            ".vpw-explorer .js-plotly-plot", "plotly",
+            in_tab("Flow", slide(".vpw-explorer", 1, ("ArrowLeft", "ArrowRight"))),  # it stands at the last layer
         ),
-        "map of 600 x 600": (".large.vpw, .large .vpw", "version", slide(".jp-Cell:nth-of-type(2), .jp-Notebook", -1)),
+        "map of 600 x 600": (".large .vpw", "version", slide(".jp-Notebook", -1)),
         "floor: slider to label": (".floor", "text", slide(".jp-Notebook", -2)),
     }  # fmt: skip
 
@@ -268,9 +264,8 @@ def _alternating(act: Callable[[str], None], values: Sequence[str]) -> Callable[
 
 
 def _told(times: Sequence[float]) -> dict[str, Any]:
-    return {
-        "median": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "ms": [round(one, 1) for one in times],
-    }  # fmt: skip
+    rounded = [round(one, 1) for one in times]
+    return {"median": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "ms": rounded}
 
 
 @contextmanager
