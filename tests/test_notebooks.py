@@ -28,6 +28,7 @@ LEFT = {
     "02_probe": {"summary.json", "probes.parquet", "means.csv", "flow-triangle.html"},
     "03_compare_models": {"summary.json", "table.csv", "probes.parquet"},
     "04_finetune": {"summary.json", "predictions-test.json", "scores.html", "scores-test.html", "answers.html"},
+    "05_explore_masks": {"summary.json", "explorer.html", "masks.csv"},
     "06_runs": {"runs.csv", "curves.html"},
 }
 """What each notebook leaves in its run's folder."""
