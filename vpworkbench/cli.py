@@ -311,6 +311,35 @@ def bench_retrieval(
     print(page)
 
 
+@bench.command("explorer")
+def bench_explorer(
+    events: Annotated[int, typer.Option(help="of each kind; the first two do not count", min=3)] = 20,
+    tokens: Annotated[str, typer.Option(help="lengths at which pages are compared, with commas")] = "64,128,184,256",
+    scripts: Annotated[
+        str, typer.Option(help="folder of the scripts that bertviz and CircuitsVis load; none: from the network")
+    ] = "",
+) -> None:
+    """The explorer in JupyterLab, from event to drawing, and its page against bertviz and CircuitsVis."""
+    from vpworkbench.bench_explorer import TARGETS_MS, explorer_bench, write_report
+    from vpworkbench.runs import run_folder
+
+    lengths = [int(length) for length in tokens.split(",") if length]
+    result = explorer_bench(events=events, tokens=lengths, scripts=scripts, progress=_line)
+    page = write_report(result, run_folder("bench", "explorer"))
+    for name, part in result["events"].items():
+        wanted = ", ".join(f"{target:,}" for target in TARGETS_MS.get(name, ()) if target)
+        print(
+            f"{name:30} median {part['median']:8.1f} ms, p95 {part['p95']:8.1f} ms"
+            + f" (target {wanted})" * bool(wanted)
+        )
+    print(f"run-all to the first view drawn: {result['run_all_s']} s")
+    for name, pages in result["pages"].items():
+        for length, part in pages.items():
+            print(f"{name:12} N {length}: built in {part['build_s']:.2f} s, {part['bytes'] / 1e6:.1f} MB, "
+                  f"first drawing {part['first_drawing_s']} s")  # fmt: skip
+    print(page)
+
+
 def _line(what: str, done: int, total: int) -> None:
     print(f"{what}: {done}/{total}", file=sys.stderr)
 

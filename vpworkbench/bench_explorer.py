@@ -1,0 +1,433 @@
+"""What the explorer costs in a real page: from an event to new data on the element, and the page against its peers.
+
+A headless Chromium shows JupyterLab; the times are taken by the page itself, so browser, kernel and what lies between
+count, and the driver does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from PIL import Image
+
+from vpworkbench.config import ModelSettings, SettingsError, preset
+from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.explorer import Explorer, explore
+from vpworkbench.figures.style import PALETTE, finish
+from vpworkbench.model import VisualParsingModel
+from vpworkbench.pretrain import build_tokenizer
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+WORDS = [f"word{number}" for number in range(500)]
+TARGETS_MS = {
+    "click a token": (80, 150), "k": (80, 150), "head of the mask": (80, 150), "layer and head": (80, 150),
+    "layer of the tokens (plotly)": (120, 200), "map of 600 x 600": (100, 200), "sentence, ablation-224": (1_500, None),
+}  # fmt: skip
+"""Median and 95th percentile that an event may take on two CPU cores; the floor has none."""
+GRIDS = {64: 6, 128: 10, 184: 12, 256: 14}
+"""Tokens of a page, and on a side of its image; the rest are words."""
+
+CELLS = {
+    "wide": """
+from vpworkbench.bench_explorer import wide
+view = wide()
+view
+""",
+    "more": """
+import ipywidgets
+import numpy as np
+from IPython.display import display
+from vpworkbench.explorer.widgets import Maps
+slider, label = ipywidgets.IntSlider(description="floor"), ipywidgets.Label("0")
+label.add_class("floor")
+slider.observe(lambda change: setattr(label, "value", str(change.new)), "value")
+values = np.random.default_rng(0).random((8, 1, 600, 600), dtype=np.float32)
+maps = Maps(values=values[0], names=["600 x 600"], row_name="query", column_name="key", width=700)
+maps.add_class("large")
+other = ipywidgets.IntSlider(description="large")
+other.observe(lambda change: maps.update(values=values[change.new % 8]), "value")
+display(slider, label, other, maps)
+""",
+    "ablation": """
+from vpworkbench.bench_explorer import ablation
+view = ablation()
+view
+""",
+}
+
+CLOCK = """() => {
+  const clock = window.vpwClock = { start: null, took: null };
+  for (const kind of ["click", "keydown", "change"])
+    document.addEventListener(kind, event => { clock.start ??= event.timeStamp; }, true);
+  const end = (at, stop) => {
+    if (clock.start === null || clock.took !== null) return;
+    clock.took = at - clock.start;
+    stop();
+  };
+  clock.arm = (selector, way) => {
+    [clock.start, clock.took] = [null, null];
+    const element = document.querySelector(selector);
+    if (way === "plotly") {
+      const drawn = () => end(performance.now(), () => element.removeListener("plotly_afterplot", drawn));
+      element.on("plotly_afterplot", drawn);
+      return;
+    }
+    const before = element.dataset.version;
+    const observer = new MutationObserver(() => {
+      if (way === "text") end(performance.now(), () => observer.disconnect());
+      else if (element.dataset.version !== before) end(Number(element.dataset.drawnAt), () => observer.disconnect());
+    });
+    const text = { childList: true, characterData: true, subtree: true };
+    observer.observe(element, way === "text" ? text : { attributes: true, attributeFilter: ["data-drawn"] });
+  };
+}"""
+
+
+def explorer_bench(
+    *,
+    events: int = 20,
+    tokens: Sequence[int] = tuple(GRIDS),
+    scripts: str | Path = "",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure the explorer of models with random weights in JupyterLab, and its page against bertviz and CircuitsVis.
+
+    Parameters
+    ----------
+    events : int
+        Of each kind; the first two warm up and do not count.
+    tokens : sequence of int
+        Lengths at which pages are compared, of those in `GRIDS`; 12 layers of 12 heads.
+    scripts : path
+        Folder of the scripts that the peers' pages load from a network, by file name; empty: the network is asked.
+
+    Returns
+    -------
+    dict
+        `events`: milliseconds by kind, `median` and `p95`; `run_all_s`; `pages`: by tool and length `build_s`,
+        `bytes` and `first_drawing_s` (None: nothing was drawn in a minute, for example without a network).
+
+    Raises
+    ------
+    SettingsError
+        If Playwright or a browser is missing.
+    """
+    measured: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder, _browser() as browser, _jupyter(Path(folder)) as address:
+        page, run_all_s = _open(browser, address, Path(folder), "wide", ["wide", "more"], ".large .vpw")
+        for number, (name, (target, way, act)) in enumerate(_actions(page).items()):
+            measured[name] = _times(page, target, way, act, events)
+            if progress:
+                progress("events", number + 1, len(TARGETS_MS) + 1)
+        page.context.close()
+        page, _ = _open(browser, address, Path(folder), "ablation", ["ablation"], ".vpw-panels")
+        sentence = page.locator(".vpw-explorer input[type=text]").first
+        edited = _alternating(lambda text: sentence.fill(text), ["word1 word2 word3", "word4 word5"])
+        measured["sentence, ablation-224"] = _times(
+            page, ".vpw-reader", "version", lambda: sentence.press("Enter"), max(5, events // 3), before=edited
+        )
+        page.context.close()
+        pages = _pages(browser, Path(folder), tokens, Path(scripts) if scripts else None, progress)
+    return {
+        "device": f"cpu, {os.cpu_count()} cores", "torch": torch.__version__, "run_all_s": run_all_s,
+        "events": {name: _told(times) for name, times in measured.items()}, "pages": pages,
+    }  # fmt: skip
+
+
+def wide(layers: int = 12, grid: int = 12, words: int = 40) -> Explorer:
+    """An explorer of a model with random weights, 12 heads, grid^2 visual tokens, and a sentence of so many tokens."""
+    settings = ModelSettings(
+        visual=preset("tiny").visual.model_copy(update={"image_px": 16 * grid, "window": grid}),
+        fusion=preset("tiny").fusion.model_copy(update={"layers": layers, "heads": 12}),
+        text_tokens=words,
+    )
+    return explore(_model(settings), [_noise(16 * grid, " ".join(WORDS[: words - 2]))])  # [CLS] and [SEP]
+
+
+def ablation() -> Explorer:
+    """An explorer at the sizes of the paper's ablations: Swin-T at 224 px, three layers of width 768."""
+    chosen = preset("ablation-224")
+    settings = ModelSettings(visual=chosen.visual, fusion=chosen.fusion, text_tokens=chosen.data.text_tokens)
+    return explore(_model(settings), [_noise(chosen.visual.image_px, " ".join(WORDS[:10]))])
+
+
+def _model(settings: ModelSettings) -> VisualParsingModel:
+    torch.manual_seed(0)
+    return VisualParsingModel(settings, build_tokenizer([" ".join(WORDS)])).eval()
+
+
+def _noise(side: int, text: str) -> Picture:
+    folder = Path(tempfile.mkdtemp(prefix="vpworkbench-bench-"))
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "noise.png")
+    return Picture("noise", ImageFile(folder, "noise.png"), "val", (text,))
+
+
+# ----------------------------------------------------------------------------------------------- in JupyterLab
+
+
+def _actions(page: Any) -> dict[str, tuple[str, str, Callable[[], None]]]:
+    """What is done, on which element its answer is awaited, and how the answer shows there."""
+    stage = page.locator(".vpw-panels .vpw-stage").first
+    places = iter(range(10**6))
+
+    def click_token() -> None:
+        token = 7 * next(places) % 144
+        box = stage.bounding_box()
+        stage.click(
+            position={"x": (token % 12 + 0.5) * box["width"] / 12, "y": (token // 12 + 0.5) * box["height"] / 12}
+        )
+
+    def tab(name: str) -> None:
+        page.locator(".vpw-explorer .lm-TabBar-tab", has_text=name).first.click()
+
+    def slide(scope: str, place: int, keys: tuple[str, str] = ("ArrowRight", "ArrowLeft")) -> Callable[[], None]:
+        handle = page.locator(f"{scope} .noUi-handle").nth(place)
+        return _alternating(lambda key: handle.press(key), keys)  # there and back: never against an end
+
+    def choose_head() -> None:
+        heads = page.locator(".vpw-explorer select").nth(1)
+        heads.select_option(index=1 + next(places) % 3)
+
+    def click_head() -> None:
+        maps = page.locator(".vpw-explorer .vpw-maps canvas").first
+        box, place = maps.bounding_box(), next(places) * 5 % 144
+        at = {"x": (place % 12 + 0.5) / 12 * box["width"], "y": (place // 12 + 0.5) / 12 * box["height"]}
+        maps.click(position=at)
+
+    def in_tab(name: str, act: Callable[[], None]) -> Callable[[], None]:
+        opened = []
+
+        def once() -> None:
+            if not opened:
+                tab(name)
+                page.wait_for_timeout(1_000)
+                page.evaluate("vpwClock.start = null")
+                opened.append(name)
+            act()
+
+        return once
+
+    return {
+        "click a token": (".vpw-panels", "version", click_token),
+        "k": (".vpw-panels", "version", slide(".vpw-explorer", 0)),
+        "head of the mask": (".vpw-panels", "version", choose_head),
+        "layer and head": (".vpw-explorer .vpw-reader", "version", in_tab("Words", click_head)),
+        "layer of the tokens (plotly)": (
+            ".vpw-explorer .js-plotly-plot", "plotly",
+            in_tab("Flow", slide(".vpw-explorer", 1, ("ArrowLeft", "ArrowRight"))),  # it stands at the last layer
+        ),
+        "map of 600 x 600": (".large .vpw", "version", slide(".jp-Notebook", -1)),
+        "floor: slider to label": (".floor", "text", slide(".jp-Notebook", -2)),
+    }  # fmt: skip
+
+
+def _times(
+    page: Any, target: str, way: str, act: Callable[[], None], events: int, *, before: Callable[[], None] | None = None
+) -> list[float]:
+    """Milliseconds from an event to its answer on the element, as the page tells them."""
+    times = []
+    for _ in range(events):
+        if before:
+            before()
+        page.evaluate("([selector, way]) => vpwClock.arm(selector, way)", [target, way])
+        act()
+        page.wait_for_function("vpwClock.took !== null")
+        times.append(page.evaluate("vpwClock.took"))
+        page.wait_for_timeout(500)  # what a view does when the hand rests
+    return times[2:]
+
+
+def _alternating(act: Callable[[str], None], values: Sequence[str]) -> Callable[[], None]:
+    count = iter(range(10**6))
+    return lambda: act(values[next(count) % len(values)])
+
+
+def _told(times: Sequence[float]) -> dict[str, Any]:
+    rounded = [round(one, 1) for one in times]
+    return {"median": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "ms": rounded}
+
+
+@contextmanager
+def _browser() -> Iterator[Any]:
+    if find_spec("playwright") is None:
+        raise SettingsError("the bench drives a browser by Playwright: pip install 'vpworkbench[dev]'")
+    from playwright.sync_api import sync_playwright
+
+    chosen = os.environ.get("VPW_CHROMIUM", "")
+    path = next(filter(None, map(shutil.which, [chosen] if chosen else BROWSERS)), None)
+    if path is None:
+        raise SettingsError(f"no browser: install one of {', '.join(BROWSERS)}, or set VPW_CHROMIUM")
+    flags = ["--disable-gpu", "--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def _jupyter(folder: Path) -> Iterator[str]:
+    """Address with token of a JupyterLab of its own, without anyone's settings."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    own = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
+    own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_TOKEN": token}
+    own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
+    flags = ["--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+             f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True",
+             *(["--allow-root"] if os.geteuid() == 0 else [])]  # fmt: skip
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *flags], env=os.environ | own, **silent)
+    try:
+        _wait(f"http://127.0.0.1:{port}/api?token={token}")
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def _wait(address: str, patience_s: float = 90) -> None:
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    raise SettingsError("JupyterLab did not start; does `jupyter lab` work here?")
+
+
+def _open(browser: Any, address: str, folder: Path, name: str, cells: Sequence[str], last: str) -> tuple[Any, float]:
+    """Run all cells of a notebook in the page; seconds until the first view and the last element are drawn."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELLS[cell].strip()) for cell in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+    page.set_default_timeout(180_000)
+    page.goto(address.format(f"{name}.ipynb"))
+    page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
+    page.evaluate("""async () => { const panel = jupyterapp.shell.currentWidget;
+        await panel.context.ready; await panel.sessionContext.ready; }""")
+    page.evaluate(CLOCK)
+    began = time.monotonic()
+    page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
+    drawn = "[data-drawn]:not([data-drawn='0'])"
+    page.wait_for_selector(f".vpw-explorer .vpw-panels{drawn}")
+    seconds = time.monotonic() - began
+    page.wait_for_function(f"document.querySelector({json.dumps(last)})")
+    page.wait_for_timeout(3_000)
+    return page, round(seconds, 2)
+
+
+# ----------------------------------------------------------------------------------------- pages, against peers
+
+
+def _pages(
+    browser: Any, folder: Path, tokens: Sequence[int], scripts: Path | None, progress: Callable[..., None] | None
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Build each tool's page of the same attention, and see when it draws first."""
+    makers = {"ours": (_ours, ".vpw-panels[data-drawn]:not([data-drawn='0'])")}
+    if find_spec("bertviz"):
+        makers["bertviz"] = (_bertviz, "svg .attention_head, svg line, svg path")
+    if find_spec("circuitsvis"):
+        makers["circuitsvis"] = (_circuitsvis, "[id^=circuits-vis] canvas, [id^=circuits-vis] img")
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in makers}
+    for number, length in enumerate(tokens):
+        view = wide(grid=GRIDS[length], words=length - GRIDS[length] ** 2)
+        for name, (make, drawn) in makers.items():
+            path, began = folder / f"{name}-{length}.html", time.monotonic()
+            make(view, path)
+            found[name][length] = {"build_s": round(time.monotonic() - began, 3), "bytes": path.stat().st_size}
+            found[name][length]["first_drawing_s"] = _first_drawing(browser, path, drawn, scripts)
+            path.unlink()
+        view.close()
+        if progress:
+            progress("pages", number + 1, len(tokens))
+    return found
+
+
+def _ours(view: Explorer, path: Path) -> None:
+    view.save(path)
+
+
+def _bertviz(view: Explorer, path: Path) -> None:
+    from bertviz import model_view
+
+    attention = view.readings[0].attention[:, None]  # layer, example, head, query, key
+    shown = model_view(tuple(attention), [f"t{place}" for place in range(attention.shape[-1])], html_action="return")
+    head = '<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js"></script>'
+    path.write_text(f"<!doctype html><meta charset=utf-8>{head}{shown.data}", encoding="utf-8")
+
+
+def _circuitsvis(view: Explorer, path: Path) -> None:
+    from circuitsvis.attention import attention_heads
+
+    attention = view.readings[0].attention.flatten(0, 1)  # it knows heads of one layer: here of all
+    shown = attention_heads([f"t{place}" for place in range(attention.shape[-1])], attention)
+    path.write_text(f"<!doctype html><meta charset=utf-8>{shown}", encoding="utf-8")
+
+
+def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -> float | None:
+    """Seconds from the start of loading, in the page's own time; None if a minute draws nothing."""
+    from playwright.sync_api import Error
+
+    page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
+
+    def serve(route: Any) -> None:
+        file = scripts / Path(route.request.url.split("?")[0]).name
+        if file.exists():
+            route.fulfill(path=file, headers={"access-control-allow-origin": "*"}, content_type="text/javascript")
+        else:
+            route.abort()
+
+    if scripts:
+        page.route("https://**", serve)
+    try:
+        page.goto(path.as_uri(), wait_until="commit", timeout=60_000)
+        told = page.wait_for_function(
+            f"document.querySelector({json.dumps(drawn)}) && performance.now()", timeout=60_000
+        )
+        return round(told.json_value() / 1000, 3)
+    except Error:
+        return None
+    finally:
+        page.context.close()
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def write_report(result: dict[str, Any], folder: Path) -> Path:
+    """Write `bench.json` and the figure; the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    figure = go.Figure()
+    for number, (name, part) in enumerate(result["events"].items()):
+        figure.add_box(x=part["ms"], name=name, marker_color=PALETTE[number % len(PALETTE)], showlegend=False)
+    figure.update_xaxes(title_text="milliseconds from the event to new data on the element", type="log")
+    alt = "Milliseconds from an event to new data on the element, a box for each kind of event."
+    page = folder / "explorer.html"
+    finish(figure, alt=alt, width=900, height=460).write_html(page, include_plotlyjs="directory")
+    return page
