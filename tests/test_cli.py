@@ -48,6 +48,14 @@ def test_help_comes_at_once(vpw):
     assert min(walls_s) < 1.5
 
 
+def test_the_package_is_imported_without_what_is_heavy():
+    """It costs nothing beyond Python itself: torch and transformers come with the modules that need them."""
+    heavy = "{'torch', 'transformers', 'pandas', 'plotly', 'papermill'}"
+    code = f"import sys, vpworkbench; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 def test_version(vpw):
     assert vpw("--version").stdout.startswith("vpworkbench")
 

@@ -203,6 +203,20 @@ def test_a_damaged_checkpoint_falls_back_on_the_one_before(scenes, caplog):
     assert "step-000004: not whole" in caplog.text
 
 
+@pytest.mark.usefixtures("runs_folder")
+def test_training_does_not_silently_begin_anew_where_no_checkpoint_can_be_read(scenes):
+    """And nothing of a checkpoint, the optimiser's state included, is a pickle."""
+    run = run_of(scenes, "spoilt", steps=4, **{"train.checkpoint_every": 2, "train.keep_last": 2})
+    folder = run.folder / "checkpoint"
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"} and (folder / "step-000002" / "optimiser.safetensors").exists()
+    (folder / "progress.json").unlink()  # of the final weights
+    optimiser = folder / "step-000002" / "optimiser.safetensors"
+    optimiser.write_bytes(optimiser.read_bytes()[:-9])
+    with pytest.raises(RunError, match="no checkpoint can be read; delete that folder to train from the start"):
+        run_of(scenes, "spoilt", steps=4, **{"train.checkpoint_every": 2, "train.keep_last": 2})
+
+
 # -------------------------------------------------------------------------------------------------- guards
 
 
