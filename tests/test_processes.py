@@ -113,14 +113,29 @@ def test_processes_must_divide_a_step_and_do_not_name_a_run():
     assert two.model_dump(mode="json") == settings().model_dump(mode="json")
 
 
+LAUNCHERS = {
+    "train.processes": [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # --multi_gpu, for accelerate starts one process on CPUs without MPI; ours stay on CPUs all the same
+    "accelerate launch": [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_vpw_train_starts_several_processes(scenes_folder, tmp_path):
-    """As the notebook does it: `train.processes` 2."""
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_vpw_train_in_two_processes_by_every_launcher(scenes_folder, tmp_path, launcher):
+    """The first as the notebook does it."""
     few = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20,
-           "data.scenes.test": 10, "train.processes": 2}  # fmt: skip
-    command = [sys.executable, "-m", "vpworkbench.cli", "train", "01_pretrain", "--name", "a",
+           "data.scenes.test": 10, "train.device": "cpu"}  # fmt: skip
+    if launcher == "train.processes":
+        few |= {"train.processes": 2}
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "vpworkbench.cli", "train", "01_pretrain", "--name", "a",
                "-p", "steps=2", "-p", f"overrides={json.dumps(few)}"]  # fmt: skip
     environment = os.environ | {"VPW_RUNS": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[:6000]
     assert json.loads((tmp_path / "01_pretrain/a/checkpoint/progress.json").read_text()) == {"step": 2}
+    assert done.stdout.count(str(tmp_path / "01_pretrain" / "a")) == (1 if launcher == "train.processes" else 2)
