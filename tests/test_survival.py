@@ -210,7 +210,11 @@ def test_training_does_not_silently_begin_anew_where_no_checkpoint_can_be_read(s
     folder = run.folder / "checkpoint"
     kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert kinds == {".safetensors", ".json"} and (folder / "step-000002" / "optimiser.safetensors").exists()
-    (folder / "progress.json").unlink()  # of the final weights
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(RunError, match=r"model.safetensors: the final weights cannot be read .*; delete .*progress"):
+        run_of(scenes, "spoilt", steps=4, **{"train.checkpoint_every": 2, "train.keep_last": 2})
+    (folder / "progress.json").unlink()
     optimiser = folder / "step-000002" / "optimiser.safetensors"
     optimiser.write_bytes(optimiser.read_bytes()[:-9])
     with pytest.raises(RunError, match="no checkpoint can be read; delete that folder to train from the start"):

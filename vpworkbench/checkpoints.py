@@ -89,10 +89,17 @@ class Checkpoints:
         Raises
         ------
         RunError
-            If there are checkpoints and none can be read.
+            If there are checkpoints and none can be read, or the final weights cannot.
         """
         if (self.folder / "progress.json").exists():
-            model.load_state_dict(load_file(self.folder / "model.safetensors", device=str(device)))
+            final = self.folder / "model.safetensors"
+            try:
+                model.load_state_dict(load_file(final, device=str(device)))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise RunError(
+                    f"{final}: the final weights cannot be read ({error}); delete {self.folder / 'progress.json'}, and "
+                    "the same call trains on from the last checkpoint before them, or from the start if none was kept"
+                ) from error
             return json.loads((self.folder / "progress.json").read_text())["step"], {}
         steps = self._found("step")
         for folder in reversed(steps):
