@@ -41,17 +41,19 @@ def gradients(scenes, device="cpu") -> dict[str, torch.Tensor]:
 
 
 def launched(out: Path) -> None:
-    """What `torchrun` starts: save the gradients, then train the run to its end."""
+    """What `torchrun` starts: save the gradients, train one run to its end and another to its third step."""
     torch.set_num_threads(1)
     scenes = read_pictures(os.environ["TEST_SCENES"])
     torch.save(gradients(scenes), out / f"gradients-{os.environ['RANK']}.pt")
     train(scenes)
+    with pytest.raises(pytest.fail.Exception):
+        train(scenes, steps=3, name="left")
 
 
-def train(scenes, steps: int = 6) -> Run:
+def train(scenes, steps: int = 6, name: str = "shared") -> Run:
     """The run to its end, or as far as `steps`."""
     chosen = settings(**{"train.checkpoint_every": 2})
-    run, model = open_run("01_pretrain", chosen, name="shared"), narrow_model(scenes)
+    run, model = open_run("01_pretrain", chosen, name=name), narrow_model(scenes)
     for module in model.modules():  # each process draws dropout of its own
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -63,7 +65,7 @@ def train(scenes, steps: int = 6) -> Run:
 
 
 def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
-    """Gradients of a step within 1e-5; a run begun by one process and ended by two ends as one does."""
+    """Gradients of a step within 1e-5; a run that one process begins and two end, or the reverse, ends as one's."""
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "one"))
     whole = train(scenes)
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "two"))
@@ -87,10 +89,13 @@ def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
 
     run = open_run("01_pretrain", settings(**{"train.checkpoint_every": 2}), name="shared")
     assert json.loads((run.folder / "checkpoint" / "progress.json").read_text()) == {"step": 6}
-    left, right = (each.metrics().drop(columns="step_s") for each in (whole, run))
-    assert left["step"].tolist() == right["step"].tolist() == [2, 4, 6]
-    for name in ("mlm", "itm", "vla", "mfr", "gradient_norm"):
-        assert left[name].to_numpy() == pytest.approx(right[name].to_numpy(), rel=1e-4), name
+    assert (run.folder.parent / "left" / "checkpoint" / "step-000002").exists()
+    alone_again = train(scenes, name="left")
+    ours, *others = (each.metrics().drop(columns="step_s") for each in (whole, run, alone_again))
+    for theirs in others:
+        assert ours["step"].tolist() == theirs["step"].tolist() == [2, 4, 6]
+        for name in ("mlm", "itm", "vla", "mfr", "gradient_norm"):
+            assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), rel=1e-4), name
 
 
 def test_shares_are_the_parts_of_a_step_without_overlap(scenes):
