@@ -1,6 +1,7 @@
 """Decoded images in one file: the same pixels, built once, noticed where something changed."""
 
 import errno
+import multiprocessing
 import os
 
 import numpy as np
@@ -77,3 +78,22 @@ def test_batches_from_it_are_the_same(scenes, tmp_path):
     cache = PixelCache(tmp_path / "cache", [picture.image for picture in scenes], 96)
     plain, cached = (group_batches(scenes, model, data, images=4, seed=0, cache=each)[3] for each in (None, cache))
     assert torch.equal(plain.images, cached.images) and torch.equal(plain.words, cached.words)
+
+
+def build(folder, images, told):
+    PixelCache(folder, images, 48, progress=lambda *_: told.put(os.getpid()))
+
+
+def test_one_of_several_processes_builds_it(images, tmp_path):
+    """As under `torchrun`: the others wait, and then read."""
+    fresh = multiprocessing.get_context("forkserver")
+    told = fresh.Queue()
+    several = [fresh.Process(target=build, args=(tmp_path / "cache", images, told)) for _ in range(3)]
+    for process in several:
+        process.start()
+    builders = [told.get(timeout=120) for _ in images]
+    for process in several:
+        process.join(120)
+        assert process.exitcode == 0
+    assert len(set(builders)) == 1 and told.empty()
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2  # pixels and checksums

@@ -40,12 +40,20 @@ def vpw(tmp_path):
 
 def test_help_comes_at_once(vpw):
     walls_s = []
-    while len(walls_s) < 3 and min(walls_s, default=9) > 1.5:  # again where another process was in the way
+    while len(walls_s) < 5 and min(walls_s, default=9) > 1:  # again where another process was in the way
         began = time.perf_counter()
         result = vpw("--help")
         walls_s.append(time.perf_counter() - began)
         assert result.returncode == 0 and all(word in result.stdout for word in ("run", "runs", "scenes"))
-    assert min(walls_s) < 1.5
+    assert min(walls_s) <= 1
+
+
+def test_the_package_is_imported_without_what_is_heavy():
+    """It costs nothing beyond Python itself: torch and transformers come with the modules that need them."""
+    heavy = "{'torch', 'transformers', 'pandas', 'plotly', 'papermill'}"
+    code = f"import sys, vpworkbench; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 def test_import_adds_little_to_torch_and_transformers():

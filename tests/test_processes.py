@@ -41,17 +41,19 @@ def gradients(scenes, device="cpu") -> dict[str, torch.Tensor]:
 
 
 def launched(out: Path) -> None:
-    """What `torchrun` starts: save the gradients, then train the run to its end."""
+    """What `torchrun` starts: save the gradients, train one run to its end and another to its third step."""
     torch.set_num_threads(1)
     scenes = read_pictures(os.environ["TEST_SCENES"])
     torch.save(gradients(scenes), out / f"gradients-{os.environ['RANK']}.pt")
     train(scenes)
+    with pytest.raises(pytest.fail.Exception):
+        train(scenes, steps=3, name="left")
 
 
-def train(scenes, steps: int = 6) -> Run:
+def train(scenes, steps: int = 6, name: str = "shared") -> Run:
     """The run to its end, or as far as `steps`."""
     chosen = settings(**{"train.checkpoint_every": 2})
-    run, model = open_run("01_pretrain", chosen, name="shared"), narrow_model(scenes)
+    run, model = open_run("01_pretrain", chosen, name=name), narrow_model(scenes)
     for module in model.modules():  # each process draws dropout of its own
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -63,7 +65,7 @@ def train(scenes, steps: int = 6) -> Run:
 
 
 def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
-    """Gradients of a step within 1e-5; a run begun by one process and ended by two ends as one does."""
+    """Gradients of a step within 1e-5; a run that one process begins and two end, or the reverse, ends as one's."""
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "one"))
     whole = train(scenes)
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "two"))
@@ -87,10 +89,13 @@ def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
 
     run = open_run("01_pretrain", settings(**{"train.checkpoint_every": 2}), name="shared")
     assert json.loads((run.folder / "checkpoint" / "progress.json").read_text()) == {"step": 6}
-    left, right = (each.metrics().drop(columns="step_s") for each in (whole, run))
-    assert left["step"].tolist() == right["step"].tolist() == [2, 4, 6]
-    for name in ("mlm", "itm", "vla", "mfr", "gradient_norm"):
-        assert left[name].to_numpy() == pytest.approx(right[name].to_numpy(), rel=1e-4), name
+    assert (run.folder.parent / "left" / "checkpoint" / "step-000002").exists()
+    alone_again = train(scenes, name="left")
+    ours, *others = (each.metrics().drop(columns="step_s") for each in (whole, run, alone_again))
+    for theirs in others:
+        assert ours["step"].tolist() == theirs["step"].tolist() == [2, 4, 6]
+        for name in ("mlm", "itm", "vla", "mfr", "gradient_norm"):
+            assert ours[name].to_numpy() == pytest.approx(theirs[name].to_numpy(), rel=1e-4), name
 
 
 def test_shares_are_the_parts_of_a_step_without_overlap(scenes):
@@ -113,14 +118,29 @@ def test_processes_must_divide_a_step_and_do_not_name_a_run():
     assert two.model_dump(mode="json") == settings().model_dump(mode="json")
 
 
+LAUNCHERS = {
+    "train.processes": [],
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # --multi_gpu, for accelerate starts one process on CPUs without MPI; ours stay on CPUs all the same
+    "accelerate launch": [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_vpw_train_starts_several_processes(scenes_folder, tmp_path):
-    """As the notebook does it: `train.processes` 2."""
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_vpw_train_in_two_processes_by_every_launcher(scenes_folder, tmp_path, launcher):
+    """The first as the notebook does it."""
     few = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20,
-           "data.scenes.test": 10, "train.processes": 2}  # fmt: skip
-    command = [sys.executable, "-m", "vpworkbench.cli", "train", "01_pretrain", "--name", "a",
+           "data.scenes.test": 10, "train.device": "cpu"}  # fmt: skip
+    if launcher == "train.processes":
+        few |= {"train.processes": 2}
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "vpworkbench.cli", "train", "01_pretrain", "--name", "a",
                "-p", "steps=2", "-p", f"overrides={json.dumps(few)}"]  # fmt: skip
     environment = os.environ | {"VPW_RUNS": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[:6000]
     assert json.loads((tmp_path / "01_pretrain/a/checkpoint/progress.json").read_text()) == {"step": 2}
+    assert done.stdout.count(str(tmp_path / "01_pretrain" / "a")) == (1 if launcher == "train.processes" else 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -55,6 +56,29 @@ def test_a_step_never_waits_for_the_device(scenes, mode, where):
     with Asked() as asked:
         batch.images[batch.matched[: len(batch.images)]]
     assert asked.seen  # it would be noticed
+
+
+class Called(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(options or {}))
+
+
+def test_attention_is_fused_everywhere_but_in_the_last_block_of_the_parser(scenes):
+    """Without dropout and gradients of the position bias, for which a CPU has no fused kernel."""
+    model = narrow_model(scenes).eval()
+    batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
+    with torch.no_grad(), Called() as called:
+        Pretraining(settings()).losses(model, batch)
+    blocks = sum(model.visual.settings.depths) + model.fusion.bert.config.num_hidden_layers
+    fused = sum(count for name, count in called.counts.items() if name.startswith("_scaled_dot_product"))
+    assert fused == blocks - 1 and called.counts["_softmax"] == 1
 
 
 def gradients(scenes, chosen) -> dict[str, torch.Tensor]:

@@ -220,6 +220,21 @@ def test_damaged_final_weights_are_made_again_or_refused_in_one_line(scenes, cap
         run_of(scenes, "alone", steps=2)
 
 
+@pytest.mark.usefixtures("runs_folder")
+def test_training_does_not_silently_begin_anew_where_no_checkpoint_can_be_read(scenes):
+    """And nothing of a checkpoint, the optimiser's state included, is a pickle."""
+    run = run_of(scenes, "spoilt", steps=4, **{"train.checkpoint_every": 2, "train.keep_last": 2})
+    folder = run.folder / "checkpoint"
+    kinds = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"} and (folder / "step-000002" / "optimiser.safetensors").exists()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    optimiser = folder / "step-000002" / "optimiser.safetensors"
+    optimiser.write_bytes(optimiser.read_bytes()[:-9])
+    with pytest.raises(RunError, match="no checkpoint can be read; delete that folder to train from the start"):
+        run_of(scenes, "spoilt", steps=4, **{"train.checkpoint_every": 2, "train.keep_last": 2})
+
+
 # -------------------------------------------------------------------------------------------------- guards
 
 

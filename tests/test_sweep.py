@@ -13,6 +13,7 @@ from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench import cli, runs
 from vpworkbench.config import SettingsError
+from vpworkbench.execution import run_notebook
 from vpworkbench.sweep import Job, make_jobs, read_jobs, sweep
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
@@ -147,3 +148,32 @@ def test_the_job_of_a_dead_worker_goes_on_at_another(tmp_path, runs_folder, monk
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert len({line["kernel"] for line in lines}) == 2  # the second went on where the first was
+
+
+@pytest.mark.slow
+def test_training_that_its_worker_s_death_cut_off_resumes_from_the_checkpoint(runs_folder):
+    """Pre-training on a cluster of two workers: the weights are those of a run that nobody disturbed."""
+    distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
+    few = {"train.images": 4, "data.workers": 0, "train.log_every": 1,
+           "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}  # fmt: skip
+    parameters = {"steps": 12, "checkpoint_every": 2, "overrides": few}
+    jobs = make_jobs("01_pretrain", parameters=parameters, jobs=[{"seed": 1}])
+    folder = runs_folder / "01_pretrain" / "seed=1"
+    killed, before = [], []
+
+    def kill():
+        while not (folder / "checkpoint" / "step-000004").exists():
+            time.sleep(0.02)
+        before.extend((folder / "metrics.jsonl").read_text().splitlines()[:4])
+        killed.append(int((folder / ".execution.lock").read_text().split()[0]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        threading.Thread(target=kill, daemon=True).start()
+        table = sweep(jobs, scheduler=cluster.scheduler_address)
+    assert killed and table["state"].tolist() == ["done"], table["error"].tolist()
+    after = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(before) == 4 and after[:4] == before and len(after) == 12  # with their seconds: not trained again
+    whole = run_notebook("01_pretrain", name="whole", parameters=jobs[0].parameters).parent
+    one, other = (each / "checkpoint" / "model.safetensors" for each in (folder, whole))
+    assert one.read_bytes() == other.read_bytes()

@@ -93,7 +93,7 @@ class Checkpoints:
         Raises
         ------
         RunError
-            If there are checkpoints and none can be read.
+            If there are checkpoints and none can be read, or the final weights cannot.
         """
         final = False
         if (self.folder / "progress.json").exists():

@@ -6,6 +6,7 @@ Worker processes and runs share its pages; the plain files stay where they are a
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.records import DataError, ImageFile
+from vpworkbench.runs import held
 
 
 class PixelCache:
@@ -55,8 +57,10 @@ class PixelCache:
         name = hashlib.sha256(repr((side, contents)).encode()).hexdigest()[:16]
         self.path = folder / f"pixels-{name}.npy"
         self._sums = self.path.with_suffix(".crc.npy")
-        if not (self.path.exists() and self._sums.exists()):
-            self._build(files, side, progress)
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(self.path.with_suffix(".lock"), patience_s=math.inf):  # one of the processes of a run builds it
+            if not (self.path.exists() and self._sums.exists()):
+                self._build(files, side, progress)
         try:
             self.pixels, self.sums = np.load(self.path, mmap_mode="r"), np.load(self._sums)
         except (ValueError, EOFError) as error:
@@ -65,7 +69,6 @@ class PixelCache:
             raise DataError(f"{self.path}: not whole; delete it, and it is built again")
 
     def _build(self, files: list[ImageFile], side: int, progress: Callable[[str, int, int], None] | None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         draft, sums_draft = (self.path.with_suffix(f".{os.getpid()}.{kind}part") for kind in ("", "crc."))
         sums = np.zeros(len(files), dtype=np.uint32)
         try:
