@@ -226,7 +226,7 @@ def test_refusals(scenes, tmp_path):
     with pytest.raises(CheckpointError, match="no whole fine-tuned model"):
         load_task(tmp_path)
     model = TaskModel(narrow_model(scenes), "nlvr2", ("False", "True"))
-    with pytest.raises(ValueError, match="nlvr2 takes 2 images, not 1"):
+    with pytest.raises(ValueError, match="nlvr2 takes 2 images a text, not 1"):
         model.predict(scenes[0].image, "a red square")
     with pytest.raises(DataError, match="gone.png"):
         TaskModel(narrow_model(scenes), "nlvr1", ("False", "True")).predict(tmp_path / "gone.png", "a red square")
