@@ -225,7 +225,7 @@ def test_broken_npz_name_the_image(tmp_path):
 
 
 def test_regions_without_files_say_how_to_make_them():
-    with pytest.raises(DataError, match="vpw regions"):
+    with pytest.raises(DataError, match="one npz for each image"):
         RegionFiles("", most=3, width=WIDTH)
 
 

@@ -75,7 +75,7 @@ def read_npz(file: Path) -> Regions:
             parts = content["features"], content["boxes"], content["size"].tolist()
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{file}: no whole npz with features, boxes and size ({error}); write it again, as `vpw regions` does"
+            f"{file}: no whole npz with features, boxes and size ({error}); write it again by `data.regions.write_regions`"
         ) from None
     return checked_regions(*parts, source=str(file))
 
@@ -120,8 +120,8 @@ class RegionFiles:
         self.source, self.most, self.width = Path(source).expanduser(), most, width
         if not str(source) or not self.source.exists():
             raise DataError(
-                f"visual.region_files {str(source)!r}: no such folder or tsv; regions need features: `vpw regions` "
-                "makes them for generated scenes and NLVR v1"
+                f"visual.region_files {str(source)!r}: no such folder or tsv; give BUTD's tsv or a folder with "
+                "one npz for each image, as docs/families.md describes (`data.regions.write_regions` writes them)"
             )
         self._lines = {} if self.source.is_dir() else _index(self.source)
 
