@@ -75,7 +75,8 @@ def read_npz(file: Path) -> Regions:
             parts = content["features"], content["boxes"], content["size"].tolist()
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{file}: no whole npz with features, boxes and size ({error}); write it again by `data.regions.write_regions`"
+            f"{file}: no whole npz with features, boxes and size ({error}); "
+            "write it again by `data.regions.write_regions`"
         ) from None
     return checked_regions(*parts, source=str(file))
 
