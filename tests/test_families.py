@@ -212,7 +212,7 @@ def test_broken_npz_name_the_image(tmp_path):
     assert files.regions(image).boxes.max() == np.float32(0.9)
     for features, boxes, size, message in (
         (good[0], good[1][:1], (10, 10), "do not belong together"),
-        (*good, (8, 8), "box 1 .* outside the image"),
+        (*good, (7, 7), "box 1 .* outside the image"),
         (good[0] + np.nan, good[1], (10, 10), "not finite"),
         (good[0][:, 1:], good[1], (10, 10), "set visual.region_width"),
     ):
