@@ -130,9 +130,9 @@ def test_backbones_of_the_ablation_are_cut_from_those():
 def test_families_give_the_same_number_of_tokens(family):
     visual = build_visual(VisualSettings(family=family)).eval()
     with torch.no_grad():
-        features, parsing = visual(images(2, 96))
-    assert features.shape == (2, visual.settings.tokens, visual.width) and visual.settings.tokens == 36
-    assert (parsing is not None) == (family == "swin")
+        tokens = visual(images(2, 96))
+    assert tokens.features.shape == (2, visual.settings.tokens, visual.width) and visual.settings.tokens == 36
+    assert (tokens.parsing is not None) == (family == "swin")
 
 
 def test_wrong_image_size_names_both():

@@ -24,6 +24,7 @@ from vpworkbench.config import FinetuneSettings
 from vpworkbench.data import nlvr1
 from vpworkbench.data.batches import stack_files
 from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.regions import input_of
 from vpworkbench.dual import dual_scores
 from vpworkbench.finetune import PreparedTask, pair_batches
 from vpworkbench.metrics import most_given
@@ -149,9 +150,9 @@ def image_features(
     pooled: dict[ImageFile, np.ndarray] = {}
     for start in range(0, len(files), 64):
         part = files[start : start + 64]
-        pixels = stack_files(part, model.settings.visual.image_px).to(model.device)
-        features = model.eval().visual(pixels).features
-        both = torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1).cpu().numpy()
+        pixels = stack_files(part, input_of(model.settings.visual)).to(model.device)
+        visual = model.eval().visual(pixels)
+        both = torch.cat([visual.mean(), visual.largest()], dim=1).cpu().numpy()
         pooled |= dict(zip(part, both, strict=True))
         if progress:
             progress("reading images", min(start + 64, len(files)), len(files))

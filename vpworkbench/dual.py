@@ -22,6 +22,7 @@ from transformers import BertModel
 from vpworkbench.config import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.data.batches import Words, stack_images
 from vpworkbench.data.records import Picture
+from vpworkbench.data.regions import input_of
 from vpworkbench.pretrain import load_run
 from vpworkbench.retrieval import RetrievalBatches, captions_of, owners_of
 from vpworkbench.runs import Run
@@ -169,7 +170,7 @@ class DualEncoder(nn.Module):
 
     def pooled_images(self, images: Tensor) -> Tensor:
         """Mean of the visual tokens, (image, c)."""
-        return self.visual(images).features.mean(dim=1)
+        return self.visual(images).mean()
 
     def pooled_texts(self, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Mean of the words' outputs, padding left out, (text, d)."""
@@ -184,7 +185,7 @@ class DualEncoder(nn.Module):
         device, captions = self.projection.log_scale.device, captions_of(pictures)
         images = []
         for start in range(0, len(pictures), 64):
-            pixels = stack_images(pictures[start : start + 64], self.visual.settings.image_px)
+            pixels = stack_images(pictures[start : start + 64], input_of(self.visual.settings))
             images.append(self.pooled_images(pixels.to(device)).cpu())
             if progress:
                 progress(f"reading {len(pictures)} images", min(start + 64, len(pictures)), len(pictures))

@@ -84,7 +84,7 @@ def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) ->
     images = model.prepare(list(pictures), [""] * len(pictures)).forward["images"]
     parsing = model.visual(images).parsing
     if parsing is None:
-        raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention; only 'swin' has")
+        raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention")
     return parsing.mean(dim=1).cpu()
 
 

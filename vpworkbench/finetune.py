@@ -12,6 +12,7 @@ import torch
 
 from vpworkbench.config import FinetuneSettings
 from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.regions import input_of
 from vpworkbench.data.splits import load_examples
 from vpworkbench.data.task_formats import read_table
 from vpworkbench.dual import near_captions
@@ -102,7 +103,7 @@ def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> Retrieva
     """The training pairs of retrieval."""
     return RetrievalBatches(
         prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
-        image_px=prepared.model.base.settings.visual.image_px, negatives=settings.retrieval.negatives,
+        image_px=input_of(prepared.model.base.settings.visual), negatives=settings.retrieval.negatives,
         flip=settings.retrieval.flip,
     )  # fmt: skip
 

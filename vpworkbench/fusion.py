@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from vpworkbench.config import FusionSettings
+from vpworkbench.visual import VisualTokens
 
 
 def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tensor:
@@ -30,6 +31,22 @@ def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tens
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
+def box_vector(boxes: Tensor) -> Tensor:
+    """UNITER's seven numbers of a box: x0 y0 x1 y1, width, height, area, all as shares of the image.
+
+    Parameters
+    ----------
+    boxes : Tensor, (..., 4)
+        Relative x0 y0 x1 y1.
+
+    Returns
+    -------
+    Tensor, (..., 7)
+    """
+    size = boxes[..., 2:] - boxes[..., :2]
+    return torch.cat([boxes, size, size.prod(dim=-1, keepdim=True)], dim=-1)
+
+
 class Fusion(nn.Module):
     """The multi-modal Transformer: `[CLS] words [SEP] pads, visual tokens` through a BERT encoder.
 
@@ -37,8 +54,11 @@ class Fusion(nn.Module):
     ----------
     vocabulary : int
         Entries of the tokenizer.
-    vision_width, grid : int
-        c, channels of the visual tokens, and tokens on a side.
+    vision_width : int
+        c, channels of the visual tokens.
+    grid : int or None
+        Tokens on a side; None for regions, which are placed by their boxes as UNITER has it: a LayerNorm on the
+        projected features, one on the projected box, one on their sum.
 
     Notes
     -----
@@ -46,7 +66,7 @@ class Fusion(nn.Module):
     goes through the transformers attention interface, where the probes read it.
     """
 
-    def __init__(self, settings: FusionSettings, *, vocabulary: int, vision_width: int, grid: int) -> None:
+    def __init__(self, settings: FusionSettings, *, vocabulary: int, vision_width: int, grid: int | None) -> None:
         super().__init__()
         config = BertConfig(
             vocab_size=vocabulary,
@@ -63,19 +83,31 @@ class Fusion(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(vision_width).normal_(std=0.02))
         self.vision_in = nn.Linear(vision_width, settings.width)
         self.vision_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
-        self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
+        if grid is None:
+            self.feature_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
+            self.box_in = nn.Linear(7, settings.width)
+            self.box_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
+        else:
+            self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
         self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
 
-    def embed_vision(self, features: Tensor, masked: Tensor | None = None) -> Tensor:
+    def embed_vision(self, visual: VisualTokens | Tensor, masked: Tensor | None = None) -> Tensor:
         """(example, vision, c) -> (example, vision, d); masked tokens are replaced by a learned vector first."""
+        features, boxes = (visual, None) if isinstance(visual, Tensor) else (visual.features, visual.boxes)
         if masked is not None:
             features = torch.where(masked[..., None], self.mask_token.to(features.dtype), features)
-        embedded = self.vision_in(features) + self.position
+        embedded = self.vision_in(features)
+        if boxes is None:
+            embedded = embedded + self.position
+        else:
+            embedded = self.feature_norm(embedded) + self.box_norm(self.box_in(box_vector(boxes)))
         if self.vision_type is not None:
             embedded = embedded + self.vision_type
         return self.bert.embeddings.dropout(self.vision_norm(embedded))
 
-    def forward(self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Hidden states of the joint sequence.
 
         Parameters
@@ -85,24 +117,28 @@ class Fusion(nn.Module):
             True at real positions.
         vision : Tensor or None, (example, vision, d)
             From `embed_vision`; None for text alone.
+        seen : bool Tensor or None, (example, vision)
+            The real visual tokens; None where all are.
 
         Returns
         -------
         tuple of Tensor, (example, word + vision, d)
             The embedding, then the output of each layer.
         """
-        hidden, mask = self._embedded(words, word_tokens, vision)
+        hidden, mask = self._embedded(words, word_tokens, vision, seen)
         states = [hidden]
         for layer in self.bert.encoder.layer:
             states.append(layer(states[-1], mask))
         return tuple(states)
 
-    def cls(self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None) -> Tensor:
+    def cls(
+        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         """The last layer's output at [CLS], (example, d): that of `forward`, for less work.
 
         The last layer answers one query instead of all: a fifth of a pass less with three layers.
         """
-        hidden, mask = self._embedded(words, word_tokens, vision)
+        hidden, mask = self._embedded(words, word_tokens, vision, seen)
         *layers, last = self.bert.encoder.layer
         for layer in layers:
             hidden = layer(hidden, mask)
@@ -118,13 +154,15 @@ class Fusion(nn.Module):
         attended = last.attention.output(mixed.transpose(1, 2).flatten(2), hidden[:, :1])
         return last.feed_forward_chunk(attended)[:, 0]
 
-    def _embedded(self, words: Tensor, word_tokens: Tensor, vision: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _embedded(
+        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, seen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The joint sequence, and the mask of its padding; None where there is none."""
         hidden = self.bert.embeddings(input_ids=words)
         tokens = word_tokens
         if vision is not None:
             hidden = torch.cat([hidden, vision], dim=1)
-            tokens = torch.cat([tokens, tokens.new_ones(vision.shape[:2])], dim=1)
+            tokens = torch.cat([tokens, tokens.new_ones(vision.shape[:2]) if seen is None else seen], dim=1)
         if self.bert.config._attn_implementation == "sdpa":
             return hidden, tokens[:, None, None]  # transformers asks first if nothing is padded: a GPU is waited for
         return hidden, create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)

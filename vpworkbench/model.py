@@ -16,6 +16,7 @@ from transformers import BertTokenizerFast
 from vpworkbench.config import ModelSettings, fault_lines
 from vpworkbench.data.batches import Words, stack_images
 from vpworkbench.data.records import Picture
+from vpworkbench.data.regions import input_of, real_tokens
 from vpworkbench.fusion import Fusion
 from vpworkbench.visual import VisualTokens, build_visual
 
@@ -100,7 +101,7 @@ class VisualParsingModel(nn.Module):
             settings.fusion,
             vocabulary=len(tokenizer),
             vision_width=self.visual.width,
-            grid=settings.visual.grid,
+            grid=settings.visual.grid if settings.visual.kind.on_grid else None,
         )
         width = settings.fusion.width
         self.mlm_bias = nn.Parameter(torch.zeros(len(tokenizer)))
@@ -147,8 +148,8 @@ class VisualParsingModel(nn.Module):
         masked: Tensor | None = None,
     ) -> Joint:
         """The part behind the visual side: for tokens that were computed before."""
-        features = visual.features if image_index is None else visual.features[image_index]
-        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(features, masked))
+        shown = visual.of(image_index)
+        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(shown, masked), shown.tokens)
         return Joint(hidden, words.shape[1], visual)
 
     def word_logits(self, states: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ class VisualParsingModel(nn.Module):
 
         Parameters
         ----------
-        images : uint8 Tensor (image, 3, height, width), or pictures to read
+        images : uint8 Tensor (image, 3, height, width), packed regions, or pictures to read
         special_tokens
             [CLS] and [SEP] count as language (the default of Eq. 5), or in neither modality.
 
@@ -178,9 +179,9 @@ class VisualParsingModel(nn.Module):
         if len(images) != len(texts) or not texts:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
         if not isinstance(images, Tensor):
-            images = stack_images(images, self.settings.visual.image_px)
+            images = stack_images(images, input_of(self.settings.visual))
         words, word_tokens = self.words.tensors(texts)
-        seen = torch.ones(len(texts), self.settings.visual.tokens, dtype=torch.bool)
+        seen = real_tokens(images, self.settings.visual).cpu()
         specials = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]
         counted = word_tokens
         if special_tokens == "exclude":
@@ -189,7 +190,7 @@ class VisualParsingModel(nn.Module):
             forward={"images": images, "words": words, "word_tokens": word_tokens},
             vision=torch.cat([torch.zeros_like(word_tokens), seen], dim=1),
             tokens=torch.cat([word_tokens, seen], dim=1),
-            language=torch.cat([counted, ~seen], dim=1),
+            language=torch.cat([counted, torch.zeros_like(seen)], dim=1),
         )
         forward = {name: tensor.to(self.device) for name, tensor in inputs.forward.items()}
         return Inputs(forward, *(mask.to(self.device) for mask in inputs[1:]))

@@ -21,6 +21,7 @@ from vpworkbench.data.batches import Batch, GroupBatches
 from vpworkbench.data.cache import PixelCache
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.regions import input_of
 from vpworkbench.data.splits import cache_root, load_splits
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
@@ -37,6 +38,7 @@ from vpworkbench.probes.intervals import Interval
 from vpworkbench.processes import launch, launched
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
+from vpworkbench.visual import VisualTokens
 from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, initialise_visual
 
 log = logging.getLogger(__name__)
@@ -160,7 +162,7 @@ class Pretraining:
         in_pixels = self.settings.mask.mode != "none" and self.settings.mask.where == "pixels"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not in_pixels):
             visual = model.visual(batch.images)
-        masked = self.masked(visual.parsing, batch)
+        masked = self.masked(visual, batch)
         seen = visual
         if in_pixels:
             first = torch.searchsorted(batch.image_index, torch.arange(len(batch.images), device=batch.words.device))
@@ -178,10 +180,12 @@ class Pretraining:
             hidden = masked[batch.matched_rows].byte().topk(self.budget, dim=1).indices.sort(dim=1).values
             target = visual.features[batch.image_index[rows], hidden].flatten(0, 1)
             predicted = model.mfr(joint.vision[rows, hidden].flatten(0, 1))
+            if visual.tokens is not None:  # fewer are hidden where an image has few regions: the others have no error
+                predicted = torch.where(masked[rows, hidden].flatten()[:, None], predicted, target.to(predicted))
             sums["mfr"] = masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
         return sums
 
-    def masked(self, parsing: Tensor | None, batch: Batch) -> Tensor | None:
+    def masked(self, visual: VisualTokens, batch: Batch) -> Tensor | None:
         """Visual tokens to hide, bool (text, vision), in matched and unmatched pairs alike; None in mode `none`.
 
         In the pixels the texts of an image share its mask.
@@ -191,8 +195,9 @@ class Pretraining:
             return None
         ranked = None
         if mask.mode == "attention":
-            ranked = parsing.detach().mean(dim=1)[batch.image_index]
-        masked = visual_mask(batch.noise, self.budget, parsing=ranked, select=mask.select)
+            ranked = visual.parsing.detach().mean(dim=1)[batch.image_index]
+        seen = None if visual.tokens is None else visual.tokens[batch.image_index]
+        masked = visual_mask(batch.noise, self.budget, parsing=ranked, select=mask.select, seen=seen)
         if mask.where == "pixels":
             masked = masked[torch.searchsorted(batch.image_index, batch.image_index)]  # that of the first text
         return masked
@@ -201,7 +206,10 @@ class Pretraining:
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
         """Variance and effective rank of the visual features: the target of MFR collapses where they fall."""
         training = model.training
-        features = model.eval().visual(batch.images[:16]).features.float().flatten(0, 1)
+        visual = model.eval().visual(batch.images[:16])
+        features = visual.features.float().flatten(0, 1)
+        if visual.tokens is not None:
+            features = features[visual.tokens.flatten()]
         model.train(training)
         return {
             "target_variance": features.var(dim=0).mean().item(),
@@ -214,7 +222,7 @@ def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tens
     tokenizer = model.tokenizer
     words = batch.word_tokens & (batch.words != tokenizer.cls_token_id) & (batch.words != tokenizer.sep_token_id)
     with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
-        return transport_distance(joint.text, joint.vision, words, words.new_ones(joint.vision.shape[:2]))
+        return transport_distance(joint.text, joint.vision, words, joint.visual.of(batch.image_index).real())
 
 
 def effective_rank(features: Tensor) -> float:
@@ -270,7 +278,7 @@ def group_batches(
     visual = model.settings.visual
     return GroupBatches(
         pictures, model.words, data,
-        images=images, image_px=visual.image_px, vision=visual.tokens, seed=seed, cache=cache,
+        images=images, image_px=input_of(visual), vision=visual.tokens, seed=seed, cache=cache,
     )  # fmt: skip
 
 

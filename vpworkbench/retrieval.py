@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from vpworkbench.data.batches import Words, stack_images
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.regions import RegionFiles, input_of
 from vpworkbench.metrics import recall_at
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 from vpworkbench.runs import write_atomically
@@ -93,7 +94,7 @@ class RetrievalBatches(Dataset):
         words: Words,
         *,
         images: int,
-        image_px: int,
+        image_px: int | RegionFiles,
         negatives: int,
         seed: int,
         flip: bool = False,
@@ -170,9 +171,11 @@ class Matching:
         return {"matched": matched, "unmatched": len(batch.matched) - matched}
 
     def losses(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
-        vision = model.base.fusion.embed_vision(model.base.visual(batch.images).features)
+        visual, index = model.base.visual(batch.images), batch.image_index
+        vision = model.base.fusion.embed_vision(visual)
+        seen = None if visual.tokens is None else visual.tokens[index]
         words, word_tokens = batch.words[batch.text_index], batch.word_tokens[batch.text_index]
-        logits = model.head(model.base.fusion.cls(words, word_tokens, vision[batch.image_index]))
+        logits = model.head(model.base.fusion.cls(words, word_tokens, vision[index], seen))
         each = functional.cross_entropy(logits.float(), batch.matched.long(), reduction="none")
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
 
@@ -223,12 +226,13 @@ def score_matrix(
                         smoothing=0) as bar:  # fmt: skip
         for start in range(0, len(todo), IMAGES_AT_ONCE):
             rows = todo[start : start + IMAGES_AT_ONCE]
-            pixels = stack_images([pictures[row] for row in rows], model.base.settings.visual.image_px)
-            vision = model.base.fusion.embed_vision(model.base.visual(pixels.to(model.device)).features)
+            pixels = stack_images([pictures[row] for row in rows], input_of(model.base.settings.visual))
+            visual = model.base.visual(pixels.to(model.device))
+            vision, seen = model.base.fusion.embed_vision(visual), visual.real()
             block = vision.new_empty(len(rows), len(captions), dtype=torch.float32)
             for columns, words, word_tokens in groups:
                 for some in torch.arange(len(rows), device=model.device).split(max(1, pairs // len(words))):
-                    block[some[:, None], columns] = _scores(model, vision[some], words, word_tokens)
+                    block[some[:, None], columns] = _scores(model, vision[some], seen[some], words, word_tokens)
                     bar.update(len(some) * len(words))
             scores[rows] = block.cpu().numpy()
             done += len(rows)
@@ -239,11 +243,14 @@ def score_matrix(
     return np.array(scores)
 
 
-def _scores(model: TaskModel, vision: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
+def _scores(model: TaskModel, vision: Tensor, seen: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
     """(image, text) of all pairs of some images and some texts."""
     images, texts = len(vision), len(words)
     cls = model.base.fusion.cls(
-        words.repeat(images, 1), word_tokens.repeat(images, 1), vision.repeat_interleave(texts, dim=0)
+        words.repeat(images, 1),
+        word_tokens.repeat(images, 1),
+        vision.repeat_interleave(texts, dim=0),
+        seen.repeat_interleave(texts, dim=0),
     )
     logits = model.head(cls).float()
     return (logits[:, 1] - logits[:, 0]).view(images, texts)

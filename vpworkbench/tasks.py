@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from vpworkbench.data.batches import Words, stack_files
 from vpworkbench.data.records import DataError, Example, ImageFile
+from vpworkbench.data.regions import input_of
 from vpworkbench.metrics import accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model import CheckpointError, VisualParsingModel
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
@@ -78,7 +79,7 @@ class PairAttention(nn.Module):
         self.weigh = nn.Linear(width, 1)
         self.out = nn.Linear(2 * width, labels)
 
-    def forward(self, left: Tensor, right: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, left: Tensor, right: Tensor, tokens: Tensor, right_tokens: Tensor | None = None) -> Tensor:
         """Logits, (example, label).
 
         Parameters
@@ -86,13 +87,16 @@ class PairAttention(nn.Module):
         left, right : Tensor, (example, token, d)
             The fused sequences of the two passes.
         tokens : bool Tensor, (example, token)
-            Real positions, the same in both: the text is.
+            Real positions of the left pass, and of the right one unless `right_tokens` says them.
         """
+        real = tokens, tokens if right_tokens is None else right_tokens
         pooled = []
-        for attend, own, other in zip(self.across, (left, right), (right, left), strict=True):
-            seen, _ = attend(own, other, other, key_padding_mask=~tokens, need_weights=False)
+        for attend, own, other, here, there in zip(
+            self.across, (left, right), (right, left), real, real[::-1], strict=True
+        ):
+            seen, _ = attend(own, other, other, key_padding_mask=~there, need_weights=False)
             joined = self.join(torch.cat([seen, own], dim=-1))
-            shares = self.weigh(joined).masked_fill(~tokens[..., None], -torch.inf).softmax(dim=1)
+            shares = self.weigh(joined).masked_fill(~here[..., None], -torch.inf).softmax(dim=1)
             pooled.append((shares * joined).sum(dim=1))
         return self.out(torch.cat(pooled, dim=-1))
 
@@ -156,9 +160,9 @@ class TaskModel(nn.Module):
         visual = self.base.visual(images)
         sides = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in image_index.unbind(dim=1)]
         if isinstance(self.head, PairAttention):
-            seen = word_tokens.new_ones(len(words), self.base.settings.visual.tokens)
             left, right = (joint.last_hidden_state for joint in sides)
-            return self.head(left, right, torch.cat([word_tokens, seen], dim=1))
+            real = (torch.cat([word_tokens, visual.real()[side]], dim=1) for side in image_index.unbind(dim=1))
+            return self.head(left, right, *real)
         return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -228,7 +232,7 @@ class TaskModel(nn.Module):
                 key: one for row, group in zip(keys, part, strict=True) for key, one in zip(row, group, strict=True)
             }
             places = {key: place for place, key in enumerate(once)}
-            pixels = stack_files(list(once.values()), self.base.settings.visual.image_px)
+            pixels = stack_files(list(once.values()), input_of(self.base.settings.visual))
             index = torch.tensor([[places[key] for key in row] for row in keys])
             inputs = (pixels, index, *self.words.tensors(texts[start : start + EVALUATED_AT_ONCE]))
             logits = self.eval()(*(tensor.to(self.device) for tensor in inputs))
@@ -281,7 +285,7 @@ class TaskBatches(Dataset):
 
     def __init__(self, examples: Sequence[Example], model: TaskModel, *, size: int, seed: int) -> None:
         self.examples, self.size, self.seed = examples, size, seed
-        self.words, self.image_px = model.words, model.base.settings.visual.image_px
+        self.words, self.image_px = model.words, input_of(model.base.settings.visual)
         self.task, self.labels = model.task, model.labels
         self.steps_per_epoch = len(examples) / size
         self._numbers = {label: number for number, label in enumerate(self.labels)}

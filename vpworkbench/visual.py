@@ -1,12 +1,12 @@
-"""Image -> visual tokens: the Swin visual parser, grid CNN and patch projection behind one interface.
+"""Image -> visual tokens: the Swin visual parser, grid CNN, patch projection and regions behind one interface.
 
-Every family is a module that maps uint8 images to `VisualTokens`; `FAMILIES` is the whole registry. The networks are
-timm's own and keep timm's names, so that published checkpoints load.
+Every family is a module that maps uint8 images (or regions) to `VisualTokens`; `config.families.FAMILIES` is the whole
+registry. The networks are timm's own and keep timm's names, so that published checkpoints load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import timm
@@ -28,10 +28,43 @@ class VisualTokens(NamedTuple):
         V of paper Eq. 1; token i = row * grid + column.
     parsing : Tensor or None, (image, head, vision, vision)
         Attention of the parser's last block, rows summing to 1; None for families without one.
+    tokens : bool Tensor or None, (image, vision)
+        The real places, padding excluded; None where all are.
+    boxes : Tensor or None, (image, vision, 4)
+        x0 y0 x1 y1 of regions as shares of the image; None for tokens on a grid.
     """
 
     features: Tensor
     parsing: Tensor | None
+    tokens: Tensor | None = None
+    boxes: Tensor | None = None
+
+    def of(self, image_index: Tensor | None) -> VisualTokens:
+        """The tokens of some images, repeated as asked; without the parsing attention."""
+        kept = (self.features, self.tokens, self.boxes)
+        if image_index is not None:
+            kept = tuple(None if part is None else part[image_index] for part in kept)
+        features, tokens, boxes = kept
+        return VisualTokens(features, None, tokens, boxes)
+
+    def real(self) -> Tensor:
+        """bool (image, vision): `tokens`, or True everywhere."""
+        if self.tokens is None:
+            return torch.ones(self.features.shape[:2], dtype=torch.bool, device=self.features.device)
+        return self.tokens
+
+    def mean(self) -> Tensor:
+        """(image, c), padding left out."""
+        if self.tokens is None:
+            return self.features.mean(dim=1)
+        weights = self.tokens[..., None].to(self.features)
+        return (self.features * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def largest(self) -> Tensor:
+        """(image, c), padding left out."""
+        if self.tokens is None:
+            return self.features.amax(dim=1)
+        return self.features.masked_fill(~self.tokens[..., None], -torch.inf).amax(dim=1)
 
 
 class _Visual(nn.Module):
@@ -180,13 +213,27 @@ class PatchProjection(_Visual):
         return VisualTokens(self.projection(self.normalise(images)).flatten(2).transpose(1, 2), None)
 
 
-FAMILIES: dict[str, Callable[[VisualSettings], _Visual]] = {
-    "swin": SwinParser,
-    "grid": GridFeatures,
-    "patch": PatchProjection,
-}
+class RegionFeatures(nn.Module):
+    """Features of regions that a detector found before (UNITER, BUTD); the fusion embeds them with their boxes.
+
+    It has no weights: what it takes is what `data.regions.RegionFiles` stacks.
+    """
+
+    def __init__(self, settings: VisualSettings) -> None:
+        super().__init__()
+        self.settings, self.width = settings, settings.region_width
+
+    def forward(self, images: Tensor) -> VisualTokens:
+        """Packed regions (image, region, c + 5): features, box, whether it is real -> tokens (image, m, c)."""
+        if images.dim() != 3 or images.shape[2] != self.width + 5:
+            raise ValueError(
+                f"regions have shape {tuple(images.shape)}; this model takes (image, region, {self.width} + 5) as "
+                "data.regions.RegionFiles stacks them"
+            )
+        features, boxes, real = images.split((self.width, 4, 1), dim=2)
+        return VisualTokens(features, None, real[..., 0] > 0, boxes)
 
 
-def build_visual(settings: VisualSettings) -> _Visual:
+def build_visual(settings: VisualSettings) -> nn.Module:
     """The visual side with random weights; nothing is fetched."""
-    return FAMILIES[settings.family](settings)
+    return settings.kind.build(settings)

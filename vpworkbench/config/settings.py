@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vpworkbench.config.base import Place, Settings, one_or_many
+from vpworkbench.config.base import Place, Settings, nearest, one_or_many
+from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.scenes import SceneSettings
 
 
@@ -18,8 +19,10 @@ def added(default: Any, **constraints: Any) -> Any:
 class VisualSettings(Settings):
     """The visual side: how an image becomes visual tokens (paper Sec. 3.1, Table 5)."""
 
-    family: Literal["swin", "grid", "patch"] = Field(
-        "swin", description="Swin visual parser, CNN grid features (SOHO, Pixel-BERT) or patches (ViLT)"
+    family: str = Field(
+        "swin",
+        description="Swin visual parser, CNN grid features (SOHO, Pixel-BERT), patches (ViLT), regions (UNITER); a key "
+        "of `config.families.FAMILIES`",
     )
     image_px: int = Field(96, ge=8, le=4096, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="Swin: side of a patch of the first stage")
@@ -31,27 +34,41 @@ class VisualSettings(Settings):
     backbone: str = Field("resnet10t", description="grid: any timm CNN")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
+    regions: int = added(36, ge=1, le=1024, description="regions: at most so many an image, the first of its file")
+    region_width: int = added(2048, ge=1, description="regions: channels of the features; BUTD's are 2048")
+    region_files: Place = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
+
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in FAMILIES:
+            raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
+        return name
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if len(self.depths) != len(self.heads):
             raise ValueError(f"depths {self.depths} and heads {self.heads} must have one entry for each stage")
-        step = self.patch_px * 2 ** (len(self.depths) - 1) if self.family == "swin" else self.stride
-        if self.image_px % step:
+        if self.kind.step and self.image_px % (step := self.kind.step(self)):
             raise ValueError(f"image_px {self.image_px} must be a multiple of {step} (one visual token)")
         return self
 
     @property
+    def kind(self) -> Family:
+        """The family itself."""
+        return FAMILIES[self.family]
+
+    @property
     def grid(self) -> int:
         """Tokens on a side; m = grid ** 2."""
-        if self.family == "swin":
-            return self.image_px // (self.patch_px * 2 ** (len(self.depths) - 1))
-        return self.image_px // self.stride
+        if self.kind.step is None:
+            raise ValueError(f"visual family {self.family!r} has regions with boxes, no grid of tokens")
+        return self.image_px // self.kind.step(self)
 
     @property
     def tokens(self) -> int:
-        """m, the number of visual tokens (paper Eq. 1)."""
-        return self.grid**2
+        """m, the number of visual tokens (paper Eq. 1); of regions the largest number."""
+        return self.grid**2 if self.kind.on_grid else self.regions
 
 
 class FusionSettings(Settings):
@@ -209,7 +226,12 @@ class PretrainSettings(Settings):
         budget = self.mask.tokens_of(self.visual)
         if self.mask.mode != "none" and budget > self.visual.tokens:
             raise ValueError(f"mask.budget {budget} is larger than the {self.visual.tokens} visual tokens")
-        if self.mask.mode == "attention" and self.visual.family != "swin":
+        if not self.visual.kind.on_grid and (self.data.flip or self.mask.where == "pixels" or self.data.cache):
+            raise ValueError(
+                f"visual family {self.visual.family!r} reads features, no pixels: data.flip and data.cache must be "
+                "false, mask.where 'tokens'"
+            )
+        if self.mask.mode == "attention" and not self.visual.kind.parsing:
             raise ValueError(
                 f"mask.mode 'attention' needs a parsing attention, which {self.visual.family!r} has not; "
                 "use masking='random' or visual='swin'"
@@ -231,6 +253,12 @@ class VisualInitSettings(Settings):
     optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
     train: TrainSettings = TrainSettings(epochs=10, images=64)
     workers: int = Field(1, ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _sees_pixels(self) -> Self:
+        if not self.visual.kind.on_grid:
+            raise ValueError(f"visual family {self.visual.family!r} has no weights to train: its features are given")
+        return self
 
 
 class ProbeSettings(Settings):

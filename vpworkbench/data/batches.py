@@ -22,6 +22,7 @@ from transformers import BertTokenizerFast
 from vpworkbench.config import DataSettings
 from vpworkbench.data.cache import PixelCache
 from vpworkbench.data.records import DataError, ImageFile, Picture
+from vpworkbench.data.regions import RegionFiles
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +212,7 @@ class GroupBatches(Dataset):
         settings: DataSettings,
         *,
         images: int,
-        image_px: int,
+        image_px: int | RegionFiles,
         vision: int,
         seed: int,
         cache: PixelCache | None = None,
@@ -333,13 +334,15 @@ def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
     return {str(picture.image): by_truth[id(picture.truth)] for picture in pictures if not picture.captions}
 
 
-def stack_images(pictures: Sequence[Picture], image_px: int) -> Tensor:
-    """Decode and squeeze to square; uint8 (image, 3, image_px, image_px)."""
+def stack_images(pictures: Sequence[Picture], image_px: int | RegionFiles) -> Tensor:
+    """Decode and squeeze to square, uint8 (image, 3, image_px, image_px); or what `RegionFiles` stacks."""
     return stack_files([picture.image for picture in pictures], image_px)
 
 
-def stack_files(images: Sequence[ImageFile | Image.Image | np.ndarray], image_px: int) -> Tensor:
-    """As `stack_images`, of files, PIL images or uint8 arrays (height, width, 3)."""
+def stack_files(images: Sequence[ImageFile | Image.Image | np.ndarray], image_px: int | RegionFiles) -> Tensor:
+    """As `stack_images`, of files, PIL images or uint8 arrays (height, width, 3); the packed regions of files."""
+    if isinstance(image_px, RegionFiles):
+        return image_px.stack(images)
     pixels = np.stack([_square(image, image_px) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 

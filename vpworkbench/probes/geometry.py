@@ -288,9 +288,13 @@ def _side_by_side(
 
 
 def _ours(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """This package's own: words, then the grid of visual tokens."""
-    words, grid = inputs["words"], model.settings.visual.grid
+    """This package's own: words, then the grid of visual tokens, or regions with their boxes."""
+    words, visual = inputs["words"], model.settings.visual
     given = {"input_ids": words, "attention_mask": inputs["word_tokens"]}
+    if not visual.kind.on_grid:
+        seen = model.visual(inputs["images"])
+        return _side_by_side(given, seen.boxes, real=seen.tokens)
+    grid = visual.grid
     return _side_by_side(given, grid_boxes(grid, grid).expand(len(words), -1, -1))
 
 
