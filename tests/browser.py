@@ -180,7 +180,8 @@ _READY = """async () => {
 
 def finished(page: Any) -> list[str]:
     """Wait until every cell has run; the errors and warnings that cells show."""
-    page.wait_for_function(f"({_CELLS}).every(cell => cell.executionCount)")
+    page.wait_for_function(f"({_CELLS}).every(cell => cell.executionCount)")  # a cell has its number when it begins
+    page.wait_for_function("jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
     return page.evaluate(f"({_CELLS}).flatMap(cell => cell.outputs.toJSON()).flatMap({_ERRORS})")
 
 

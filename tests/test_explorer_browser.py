@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,10 +83,9 @@ def answered(lab: Any) -> Callable[[str, Callable[[], object]], None]:
 
 def pixels(page: Any, selector: str, place: int = 0) -> np.ndarray:
     """What a canvas holds, (row, column, 4)."""
-    script = """canvas => [canvas.width, canvas.height,
-        Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data)]"""
-    width, height, data = page.locator(selector).nth(place).evaluate(script)
-    return np.array(data, dtype=np.uint8).reshape(height, width, 4)
+    address = page.locator(selector).nth(place).evaluate("canvas => canvas.toDataURL('image/png')")
+    with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
+        return np.asarray(image.convert("RGBA"))
 
 
 def brightest_cell(page: Any, place: int) -> tuple[int, int]:
