@@ -13,6 +13,7 @@ from vpworkbench.config import DataSettings, PretrainSettings
 from vpworkbench.data.batches import IGNORE, GroupBatches, mask_words
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.pretrain import Pretraining, group_batches
+from vpworkbench.visual import VisualTokens
 
 
 def groups(model, scenes, **settings):
@@ -83,7 +84,7 @@ def test_counts_and_places_of_masks_do_not_tell_matched_from_unmatched(model, sc
         batch = batches[step]
         words = torch.zeros(len(batch.matched), 32)
         words[:, : batch.words.shape[1]] = (batch.labels != IGNORE).float()
-        vision = objective.masked(parsing, batch).float()
+        vision = objective.masked(VisualTokens(torch.empty(0), parsing), batch).float()
         mask_ids = (batch.words == model.tokenizer.mask_token_id).sum(1, keepdim=True)
         features.append(torch.cat([words, words.sum(1, keepdim=True), mask_ids, vision], dim=1))
         labels.append(batch.matched)

@@ -21,6 +21,7 @@ from vpworkbench.train import (
     learning_rate_factor,
     pick_device,
 )
+from vpworkbench.visual import VisualTokens
 
 
 def settings(**train):
@@ -92,7 +93,7 @@ def test_hidden_pixels_reach_no_neighbour(scenes):
     chosen = chosen.model_copy(update={"mask": chosen.mask.model_copy(update={"where": "pixels", "mode": "random"})})
     objective = Pretraining(chosen)
     batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0]
-    masked = objective.masked(None, batch)
+    masked = objective.masked(VisualTokens(torch.empty(0), None), batch)
     assert (masked.view(4, 4, -1) == masked.view(4, 4, -1)[:, :1]).all() and (masked.sum(dim=1) == 5).all()
     sums = objective.losses(model, batch)
     whole, hidden = parsed
