@@ -267,7 +267,7 @@ def cosine_by_itself(model, pixels, text) -> float:
 
 def matched_by_fusion(model, pixels, text) -> float:
     words, real = model.words.tensors([text])
-    logits = model(pixels[None], torch.zeros(1, 1, dtype=torch.long), words, real)[0]
+    logits = model.head(model.base(pixels[None], words, real).cls)[0]
     return (logits[1] - logits[0]).item()
 
 
@@ -282,6 +282,9 @@ def test_an_aligned_score_is_cosine_and_fusion_added(aligned, scenes, tmp_path, 
         cosine = np.mean([cosine_by_itself(aligned, view[row], captions[column]) for view in views])
         fused = matched_by_fusion(aligned, views[0, row], captions[column])
         assert scores[row, column] == pytest.approx(cosine + fused, abs=1e-4)
+        if not crops:
+            shares = aligned.predict(pictures[row].image, captions[column])
+            assert shares["matched"] == pytest.approx(1 / (1 + np.exp(-scores[row, column])), abs=1e-4)
     with pytest.raises(ValueError, match="scores of other views"):
         score_matrix(aligned, pictures, captions, crops=not crops, file=file)
 

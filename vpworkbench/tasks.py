@@ -115,7 +115,8 @@ class TaskModel(nn.Module):
         NLVR2: `pair` puts both [CLS] side by side, `pair-attention` is UNITER's `PairAttention`.
     align : bool
         Retrieval: with a projection of images and of words, each by itself, whose cosine is part of the score. The
-        head starts at zero: at first the projection ranks alone.
+        head starts at zero: at first the projection ranks alone. Such a score is trained to rank: what `predict` makes
+        of it is no probability to be trusted.
     """
 
     def __init__(
@@ -173,7 +174,12 @@ class TaskModel(nn.Module):
             left, right = (joint.last_hidden_state for joint in sides)
             real = (torch.cat([word_tokens, visual.real()[side]], dim=1) for side in image_index.unbind(dim=1))
             return self.head(left, right, *real)
-        return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
+        logits = self.head(torch.cat([joint.cls for joint in sides], dim=-1))
+        if self.align is not None:  # of a match: the difference of both logits is the whole score
+            cosine = self.aligned(visual.mean(), words, word_tokens)
+            own = cosine[image_index[:, 0], torch.arange(len(words), device=cosine.device)]
+            logits = logits + torch.stack([torch.zeros_like(own), own], dim=-1)
+        return logits
 
     def aligned(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Scaled cosines of images and texts, each seen by itself, (image, text); 0 without an alignment.
