@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
@@ -338,9 +338,11 @@ def held_out_probe(
 
 
 def probe(
-    model: VisualParsingModel,
+    model: nn.Module,
     pictures: Sequence[Picture],
     *,
+    prepare: Callable[..., Any] | None = None,
+    batch: int = 16,
     images: int = 64,
     special_tokens: Literal["language", "exclude"] = "language",
     seed: int = 0,
@@ -351,15 +353,18 @@ def probe(
 
     Parameters
     ----------
+    model
+        One of ours; another with its `prepare` and its `batch`, as `compare.open_model` gives them.
     special_tokens
         [CLS] and [SEP] count as language, or in neither modality.
     folder : Path or None
         Keeps `probes.parquet`, and what is done of it while it is not complete.
     """
     chosen = [picture for picture in pictures if picture.captions][:images]
-    parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
+    parts = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    prepare = prepare or model.prepare
     batches = (
-        model.prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
+        prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
     )
     return probe_dataset(
         model.eval(),

@@ -159,7 +159,7 @@ class FlowView:
 
     def _draw_points(self) -> None:
         reading = self.readings[min(self.shown, len(self.readings) - 1)]
-        points = reading.map[min(self.layer.value, reading.layers)]
+        points = reading.map[min(self.layer.value, len(reading.map) - 1)]
         with self.figure.batch_update():
             for trace, chosen in zip([one for one in self.figure.data if one.meta == "points"], reading.counted,
                                      strict=True):  # fmt: skip
@@ -188,7 +188,8 @@ def _values(reading: Reading) -> list[dict[str, Any]]:
     return [
         # x and y too: a heat map in the page forgets them where only its z changes.
         {"x": layers, "y": layers, "z": cells, "text": told},
-        {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
+        {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()},
+        {"x": np.linspace(0, reading.layers, len(reading.nmi)), "y": reading.nmi}, {},  # LXMERT: two steps a layer
     ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
 from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model
-from vpworkbench.probes.geometry import grid_boxes, patches_recorded
+from vpworkbench.probes.geometry import patches_recorded
 from vpworkbench.probes.layers import LayerChoice, streams_of
 from vpworkbench.tasks import TaskModel
 
@@ -47,7 +47,9 @@ class Subject:
     task: TaskModel | None = None
 
 
-def subject(model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model") -> Subject:
+def subject(
+    model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model", region_files: str = ""
+) -> Subject:
     """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
 
     Raises
@@ -65,7 +67,8 @@ def subject(model: Subject | Opened | TaskModel | nn.Module | str | None, *, nam
     if isinstance(model, VisualParsingModel):
         return Subject(name, Opened(name, model.eval(), model.prepare, 1), model)
     if isinstance(model, str) or model is None:
-        return subject(_fine_tuned(model or "") or open_model(model or ""), name=model or "shipped")
+        found = _fine_tuned(model or "") or open_model(model or "", region_files=region_files)
+        return subject(found, name=model or "shipped")
     if isinstance(model, Opened):
         return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
     raise TypeError(f"{type(model).__name__} is no model that is known here; open it by compare.open_model(path)")
@@ -245,15 +248,13 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     flow = inter_modality_flow(opened.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
     with patches_recorded(opened.model) as shuffled:
         attention = _attention(opened.model, inputs)
-    if model.base is not None:
-        grid = model.base.settings.visual.grid
-        boxes = torch.full((inputs.vision.shape[1], 4), torch.nan)
-        boxes[inputs.vision[0].cpu()] = grid_boxes(grid, grid)
-        image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
-    else:
-        masks = modality_masks(opened.model, inputs.forward)
-        boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
-        image = picture.image.pixels()
+    masks = modality_masks(opened.model, inputs.forward)
+    boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
+    if getattr(inputs, "boxes", None) is not None:  # a VisualBERT is not told where its regions lie
+        boxes = inputs.boxes[0]
+    pixels = inputs.forward.get("images") if model.base is not None else None
+    squeezed = pixels is not None and pixels.dim() == 4  # as our model sees it
+    image = pixels[0].permute(1, 2, 0).cpu().numpy() if squeezed else picture.image.pixels()
     real = inputs.tokens[0].cpu()
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
     places = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()

@@ -105,7 +105,7 @@ def curves(view: FlowView) -> bytes:
         _curves(axes[2], one.flow.diagonal(), one.null.diagonal(), "F within layer", PALETTE[number])
         axes[3].plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=PALETTE[number])
     axes[3].set(title="NMI", ylim=(-0.03, 1.03), xlabel="layer (0: input)")
-    points = reading.map[min(view.layer.value, reading.layers)]
+    points = reading.map[min(view.layer.value, len(reading.map) - 1)]
     for chosen, colour, name in zip(reading.counted, (LANGUAGE, VISION), ("language", "vision"), strict=True):
         axes[4].scatter(points[chosen, 0], points[chosen, 1], s=8, color=colour, label=name)
     axes[4].set(title="tokens", xticks=[], yticks=[])
