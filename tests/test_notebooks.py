@@ -184,6 +184,7 @@ def test_finetuning(scratch, task):
     assert {"scores.html", "answers.html"} <= {path.name for path in (folder / "figures").iterdir()}
     assert (folder / "predictions-test.csv").stat().st_size > 0
     summary = json.loads((folder / "summary.json").read_text())
-    others = ["chance", "frozen dual projection"] if task == "retrieval" else ["text only", "image only"]
+    others = ["chance", "frozen dual projection"] if task == "retrieval" else [
+        "text only", "image only", "text x pooled features"]  # fmt: skip
     assert {*(f"baseline {name}" for name in others), "test", "steps", "seed"} <= set(summary)
     assert {f"baseline {name}" for name in others} <= set(summary["test"])
