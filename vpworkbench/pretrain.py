@@ -36,6 +36,7 @@ from vpworkbench.objectives import (
 from vpworkbench.probes.dataset import Probed, probe_dataset
 from vpworkbench.probes.intervals import Interval
 from vpworkbench.processes import launch, launched
+from vpworkbench.region_features import check_regions
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
 from vpworkbench.visual import VisualTokens
@@ -251,6 +252,7 @@ def prepare(settings: PretrainSettings) -> Prepared:
         Each naming the file or the setting and the remedy.
     """
     splits = load_splits(settings.data)
+    check_regions(input_of(settings.visual), splits["train"])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vpworkbench.config.base import Place, Settings, nearest, one_or_many
+from vpworkbench.config.base import Location, Place, Settings, SettingsError, nearest, one_or_many
 from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.scenes import SceneSettings
+
+SMALLEST_PX, LARGEST_PX = 8, 4096
 
 
 def added(default: Any, **constraints: Any) -> Any:
@@ -24,7 +27,7 @@ class VisualSettings(Settings):
         description="Swin visual parser, CNN grid features (SOHO, Pixel-BERT), patches (ViLT), regions (UNITER); a key "
         "of `config.families.FAMILIES`",
     )
-    image_px: int = Field(96, ge=8, le=4096, description="side of the square input")
+    image_px: int = Field(96, ge=SMALLEST_PX, le=LARGEST_PX, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="Swin: side of a patch of the first stage")
     width: int = Field(96, ge=8, description="Swin: channels of the first stage; doubles with every stage")
     depths: tuple[int, ...] = Field((2, 2), min_length=1, description="Swin: blocks of each stage")
@@ -36,7 +39,7 @@ class VisualSettings(Settings):
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
     regions: int = added(36, ge=1, le=1024, description="regions: at most so many an image, the first of its file")
     region_width: int = added(2048, ge=1, description="regions: channels of the features; BUTD's are 2048")
-    region_files: Place = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
+    region_files: Location = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
 
     @field_validator("family")
     @classmethod
@@ -69,6 +72,28 @@ class VisualSettings(Settings):
     def tokens(self) -> int:
         """m, the number of visual tokens (paper Eq. 1); of regions the largest number."""
         return self.grid**2 if self.kind.on_grid else self.regions
+
+    def sized(self, tokens: int) -> dict[str, int]:
+        """What to set for so many visual tokens; of regions for at most so many.
+
+        A token keeps its pixels and the image gets as many as it takes; Swin's last stage keeps one window.
+
+        Raises
+        ------
+        SettingsError
+            For tokens on a grid where the number is no square, naming those that are possible.
+        """
+        if self.kind.step is None:
+            return {"regions": tokens}
+        step, side = self.kind.step(self), math.isqrt(max(tokens, 0))
+        sides = range(max(2, -(-SMALLEST_PX // step)), LARGEST_PX // step + 1)
+        if side**2 != tokens or side not in sides:
+            first = ", ".join(str(possible**2) for possible in sides[:12])
+            raise SettingsError(
+                f"visual_tokens: {tokens} cannot be: tokens of {self.family!r} are the squares of a grid, {step} px "
+                f"each; possible are {first} and so on, up to {sides[-1] ** 2}"
+            )
+        return {"image_px": side * step, "window": side}
 
 
 class FusionSettings(Settings):
@@ -259,6 +284,19 @@ class VisualInitSettings(Settings):
         if not self.visual.kind.on_grid:
             raise ValueError(f"visual family {self.visual.family!r} has no weights to train: its features are given")
         return self
+
+
+class RegionSettings(Settings):
+    """Features of true boxes: of which set, and how the small CNN that makes them is trained on scene labels."""
+
+    source: Place = Field("scenes", description="'scenes', the folder of generated scenes, or of NLVR v1")
+    seed: int = Field(0, ge=0, lt=2**31)
+    scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
+    crop_px: int = Field(32, ge=8, le=256, description="side that a box is squeezed to")
+    width: int = Field(128, ge=8, description="channels of a feature")
+    optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
+    train: TrainSettings = TrainSettings(epochs=1, images=64)
+    workers: int = Field(1, ge=0, le=64)
 
 
 class ProbeSettings(Settings):
