@@ -72,10 +72,11 @@ def pretrain_settings(
     } | _regions(regions)  # fmt: skip
     if steps or epochs:
         values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
+    if visual_tokens:  # what the number of tokens limits has to wait for it
+        plain = {key: value for key, value in overrides.items() if key not in ("visual.sampled", "mask.budget")}
+        sizes = base.with_overrides(values | plain).visual.sized(visual_tokens)
+        overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
     settings = base.with_overrides(values | overrides)
-    if visual_tokens:
-        sizes = settings.visual.sized(visual_tokens)
-        settings = settings.with_overrides({f"visual.{name}": value for name, value in sizes.items()})
     if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
         return settings
     return settings.with_overrides({"data.scenes.images": _scenes_seen(settings.data.scenes, settings.train)})

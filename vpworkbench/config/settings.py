@@ -37,6 +37,13 @@ class VisualSettings(Settings):
     backbone: str = Field("resnet10t", description="grid: any timm CNN")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
+    dictionary: int = added(0, ge=0, le=65_536, description="grid: codes of SOHO's visual dictionary (2048); 0: none")
+    sampled: int = added(
+        0, ge=0, description="tokens of each image that pre-training sees, drawn at random (Pixel-BERT); 0: all"
+    )
+    position: Literal["sine", "learned"] = added(
+        "sine", description="of tokens on a grid, in the joint embedding: the paper's, or a table as ViLT has it"
+    )
     regions: int = added(36, ge=1, le=1024, description="regions: at most so many an image, the first of its file")
     region_width: int = added(2048, ge=1, description="regions: channels of the features; BUTD's are 2048")
     region_files: Location = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
@@ -54,6 +61,16 @@ class VisualSettings(Settings):
             raise ValueError(f"depths {self.depths} and heads {self.heads} must have one entry for each stage")
         if self.kind.step and self.image_px % (step := self.kind.step(self)):
             raise ValueError(f"image_px {self.image_px} must be a multiple of {step} (one visual token)")
+        if self.dictionary and not self.kind.dictionary:
+            able = ", ".join(repr(name) for name, kind in FAMILIES.items() if kind.dictionary)
+            raise ValueError(f"dictionary {self.dictionary}: visual family {self.family!r} has none (only {able})")
+        if not self.kind.on_grid and (self.sampled or self.position != "sine"):
+            raise ValueError(
+                f"visual family {self.family!r} has boxes in the place of positions, and few tokens: sampled must be "
+                "0, position 'sine'"
+            )
+        if self.sampled > self.tokens:
+            raise ValueError(f"sampled {self.sampled} is larger than the {self.tokens} visual tokens")
         return self
 
     @property
@@ -72,6 +89,11 @@ class VisualSettings(Settings):
     def tokens(self) -> int:
         """m, the number of visual tokens (paper Eq. 1); of regions the largest number."""
         return self.grid**2 if self.kind.on_grid else self.regions
+
+    @property
+    def trained_tokens(self) -> int:
+        """The visual tokens that a pair has in pre-training."""
+        return self.sampled or self.tokens
 
     def sized(self, tokens: int) -> dict[str, int]:
         """What to set for so many visual tokens; of regions for at most so many.
@@ -150,7 +172,11 @@ class DataSettings(Settings):
 class MaskSettings(Settings):
     """Which visual tokens are masked for feature regression (paper Eq. 9)."""
 
-    mode: Literal["none", "random", "attention"] = "attention"
+    mode: Literal["none", "random", "attention", "code"] = Field(
+        "attention",
+        description="k tokens by attention or at random, whose features are guessed (MFR); or all of one code of "
+        "the visual dictionary, which is guessed (MVM of SOHO)",
+    )
     where: Literal["tokens", "pixels"] = Field(
         "tokens",
         description="tokens: behind the parser, whose neighbours have seen them; pixels: before it too, one mask an "
@@ -165,7 +191,7 @@ class MaskSettings(Settings):
 
     def tokens_of(self, visual: VisualSettings) -> int:
         """k for a visual side with m tokens."""
-        return self.budget if self.budget is not None else max(2, round(0.15 * visual.tokens))
+        return self.budget if self.budget is not None else max(2, round(0.15 * visual.trained_tokens))
 
 
 class LossSettings(Settings):
@@ -174,6 +200,7 @@ class LossSettings(Settings):
     itm: float = Field(1.0, ge=0, description="lambda1")
     mfr: float = Field(0.01, ge=0, description="lambda2")
     vla: float = Field(0.1, ge=0, description="weight of the OT alignment inside ITM; 0 leaves it out")
+    mvm: float = added(1.0, ge=0, description="weight of masked visual modelling (mask.mode 'code')")
     mfr_reduction: Literal["mean", "sum"] = Field("mean", description="over channels; Eq. 9 prints the sum")
 
 
@@ -243,14 +270,18 @@ class PretrainSettings(Settings):
         data = self.data
         texts = data.matched_per_image + data.unmatched_per_image if data.grouped else 1
         pairs = self.train.images * texts
-        tokens = pairs * (data.text_tokens + self.visual.tokens)
+        tokens = pairs * (data.text_tokens + self.visual.trained_tokens)
         return {"images_per_step": self.train.images, "pairs_per_step": pairs, "tokens_per_step": tokens}
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         budget = self.mask.tokens_of(self.visual)
-        if self.mask.mode != "none" and budget > self.visual.tokens:
-            raise ValueError(f"mask.budget {budget} is larger than the {self.visual.tokens} visual tokens")
+        if self.mask.mode != "none" and budget > self.visual.trained_tokens:
+            raise ValueError(f"mask.budget {budget} is larger than the {self.visual.trained_tokens} visual tokens")
+        if self.mask.mode == "code" and not self.visual.dictionary:
+            raise ValueError("mask.mode 'code' hides the tokens of one code: set visual.dictionary (2048 in SOHO)")
+        if self.visual.sampled and self.mask.where == "pixels":
+            raise ValueError("visual.sampled leaves out tokens, mask.where 'pixels' hides all their pixels: not both")
         if not self.visual.kind.on_grid and (self.data.flip or self.mask.where == "pixels" or self.data.cache):
             raise ValueError(
                 f"visual family {self.visual.family!r} reads features, no pixels: data.flip and data.cache must be "
