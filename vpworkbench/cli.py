@@ -126,6 +126,30 @@ def scenes(
 
 
 @app.command()
+def regions(
+    source: Annotated[str, typer.Argument(help="'scenes', the folder of generated scenes, or of NLVR v1")],
+    folder: Annotated[Path, typer.Argument(help="made; what visual.region_files names. The same call goes on")],
+    preset: Annotated[str, typer.Option(help="whose scenes: those that 01_pretrain generates")] = "tiny",
+    epochs: Annotated[float, typer.Option(help="passes over the scenes; a parser was given 8, eight minutes")] = 1,
+    images: Annotated[int, typer.Option(help="scenes; 0: the preset's, of tiny 12,000")] = 0,
+    width: Annotated[int, typer.Option(help="channels of a feature")] = 128,
+    seed: Annotated[int, typer.Option(help="of weights, order and mirroring")] = 0,
+) -> None:
+    """Region features of true boxes, by a small CNN trained on scene labels: one npz for each image."""
+    from vpworkbench.config import RegionSettings, checked
+    from vpworkbench.config import preset as named
+    from vpworkbench.region_features import make_regions
+
+    scenes = named(preset).data.scenes.model_dump() | ({"images": images} if images else {})
+    given = {"source": source if source == "scenes" else str(Path(source).expanduser().absolute())}
+    given |= {"scenes": scenes, "width": width, "seed": seed, "train": {"epochs": epochs, "images": 64}}
+    with _told():
+        made = make_regions(folder.expanduser(), checked(RegionSettings, given))
+    print(", ".join(f"{name} {value:.3g}" for name, value in made.items() if name != "images"))
+    print(f"{made['images']} images: {folder}")
+
+
+@app.command()
 def doctor(
     path: Annotated[str, typer.Argument(help="an annotation file, a folder with any number of them, or easy-vqa")],
     place: Annotated[

@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
 
 
 class VisualParsingModel(nn.Module):
-    """Visual parser + fusion Transformer + heads for MLM, ITM and MFR.
+    """Visual parser + fusion Transformer + heads for MLM, ITM and MFR, with a visual dictionary for MVM too.
 
     Parameters
     ----------
@@ -102,11 +102,13 @@ class VisualParsingModel(nn.Module):
             vocabulary=len(tokenizer),
             vision_width=self.visual.width,
             grid=settings.visual.grid if settings.visual.kind.on_grid else None,
+            learned_position=settings.visual.position == "learned",
         )
         width = settings.fusion.width
         self.mlm_bias = nn.Parameter(torch.zeros(len(tokenizer)))
         self.itm = nn.Linear(width, 2)
         self.mfr = nn.Linear(width, self.visual.width)
+        self.mvm = nn.Linear(width, settings.visual.dictionary) if settings.visual.dictionary else None
 
     @property
     def tokenizer(self) -> BertTokenizerFast:

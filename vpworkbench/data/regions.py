@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -63,9 +64,12 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Sequence[floa
 
 
 def write_regions(file: Path, features: np.ndarray, boxes: np.ndarray, size: Sequence[float]) -> None:
-    """One image's npz; boxes in pixels."""
+    """One image's npz, as a whole or not at all; boxes in pixels."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, features=features.astype(np.float32), boxes=np.asarray(boxes, np.float32), size=np.asarray(size))
+    draft = file.with_name(f".{file.name}")
+    with open(draft, "wb") as out:
+        np.savez(out, features=features.astype(np.float32), boxes=np.asarray(boxes, np.float32), size=np.asarray(size))
+    os.replace(draft, file)
 
 
 def read_npz(file: Path) -> Regions:
