@@ -76,7 +76,7 @@ class Opened(NamedTuple):
     data: DataSettings = DataSettings()
 
 
-def open_model(source: str, *, region_files: str = "") -> Opened:
+def open_model(source: str, *, regions: str = "") -> Opened:
     """A model by the name of a run or a checkpoint of ours, or by a path or name that transformers knows.
 
     Parameters
@@ -84,32 +84,32 @@ def open_model(source: str, *, region_files: str = "") -> Opened:
     source : str
         Empty: the tiny model that ships. A name of transformers is looked for in its local cache and, where there is a
         network, on the hub.
-    region_files : str
+    regions : str
         For VisualBERT and LXMERT: a folder of npz or a BUTD tsv, as of `visual.region_files`.
 
     Raises
     ------
     CheckpointError
-        If it is neither, or takes regions and `region_files` has none.
+        If it is neither, or takes regions and `regions` has none.
     """
     if _is_transformers(source):
-        return _of_transformers(source, region_files)
+        return _of_transformers(source, regions)
     try:
         model, settings = load_run(source)
     except CheckpointError as ours:
         try:
-            return _of_transformers(source, region_files)
+            return _of_transformers(source, regions)
         except CheckpointError as theirs:
             raise CheckpointError(f"{ours}; and transformers: {theirs}") from None
     name = source or "shipped"
     return Opened(Path(name).name if "/" in name else name, model, model.prepare, LARGEST_BATCH, settings.data)
 
 
-def open_models(sources: Sequence[str], *, region_files: str = "") -> list[Opened]:
+def open_models(sources: Sequence[str], *, regions: str = "") -> list[Opened]:
     """All models, each under a name of its own, before any is probed."""
     subjects: list[Opened] = []
     for source in sources:
-        subject = open_model(source, region_files=region_files)
+        subject = open_model(source, regions=regions)
         taken = [other.name for other in subjects]
         if subject.name in taken:
             subject = subject._replace(name=f"{subject.name} ({len(taken) + 1})")
@@ -217,7 +217,7 @@ def _is_transformers(source: str) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def _of_transformers(source: str, region_files: str) -> Opened:
+def _of_transformers(source: str, regions: str) -> Opened:
     place = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
     try:
         config = transformers.AutoConfig.from_pretrained(place)
@@ -225,7 +225,7 @@ def _of_transformers(source: str, region_files: str) -> Opened:
         if config.model_type in ENCODERS:
             kind = transformers.AutoModel
         if config.model_type in TAKES_REGIONS:
-            regions = _regions_for(source, config, region_files)
+            files = _regions_for(source, config, regions)
             processor = transformers.AutoTokenizer.from_pretrained(place)
         else:
             processor = transformers.AutoProcessor.from_pretrained(place)
@@ -242,18 +242,18 @@ def _of_transformers(source: str, region_files: str) -> Opened:
         ) from None
     name = Path(source).name
     if config.model_type in TAKES_REGIONS:
-        return Opened(name, model, _WithRegions(model, processor, regions), LARGEST_BATCH)
+        return Opened(name, model, _WithRegions(model, processor, files), LARGEST_BATCH)
     is_decoder = bool(getattr(processor, "chat_template", None))  # large, and of many tokens: one pair at a time
     return Opened(name, model, _Processed(model, processor), 1 if is_decoder else LARGEST_BATCH)
 
 
-def _regions_for(source: str, config: Any, region_files: str) -> RegionFiles:
+def _regions_for(source: str, config: Any, regions: str) -> RegionFiles:
     width = getattr(config, TAKES_REGIONS[config.model_type][0])
-    if region_files and Path(region_files).expanduser().exists():
-        return RegionFiles(region_files, most=MOST_REGIONS, width=width)
-    given = f"{region_files!r} is not there" if region_files else "none are given"
+    if regions and Path(regions).expanduser().exists():
+        return RegionFiles(regions, most=MOST_REGIONS, width=width)
+    given = f"{regions!r} is not there" if regions else "none are given"
     raise CheckpointError(
-        f"{source}: {config.model_type} takes regions, not pixels, and {given}: give `region_files`, a folder with one "
+        f"{source}: {config.model_type} takes regions, not pixels, and {given}: give `regions`, a folder with one "
         f"npz for each image or a BUTD tsv, features of {width} channels (docs/families.md; `vpw regions` makes such "
         "of generated scenes)"
     )

@@ -114,13 +114,13 @@ def probe_settings(
     *,
     checkpoint: str = "",
     data: str | list[str] = "",
-    region_files: str = "",
+    regions: str = "",
     images: int = 64,
     special_tokens: str = "language",
     seed: int = 0,
 ) -> ProbeSettings:
     """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
-    given = {"checkpoint": checkpoint, "data": data or (), "region_files": region_files, "images": images}
+    given = {"checkpoint": checkpoint, "data": data or (), "regions": regions, "images": images}
     return checked(ProbeSettings, given | {"special_tokens": special_tokens, "seed": seed})
 
 
@@ -128,12 +128,12 @@ def compare_settings(
     *,
     models: str | list[str] = "",
     data: str | list[str] = "scenes",
-    region_files: str = "",
+    regions: str = "",
     images: int = 64,
     seed: int = 0,
 ) -> CompareSettings:
     """Settings of a run from the parameters of `03_compare_models.ipynb`."""
-    values = {"models": models, "region_files": region_files, "images": images, "seed": seed}
+    values = {"models": models, "regions": regions, "images": images, "seed": seed}
     return checked(CompareSettings, values).with_overrides({"data.sets": data})
 
 
@@ -142,14 +142,14 @@ def explore_settings(
     checkpoint: str = "",
     beside: str = "",
     data: str = "scenes",
-    region_files: str = "",
+    regions: str = "",
     picture: int = 0,
     sentence: str = "",
     seed: int = 0,
 ) -> ExploreSettings:
     """Settings of a run from the parameters of `05_explore_masks.ipynb`."""
     given = {"checkpoint": checkpoint, "beside": beside, "data": data, "picture": picture, "sentence": sentence}
-    return checked(ExploreSettings, given | {"region_files": region_files, "seed": seed})
+    return checked(ExploreSettings, given | {"regions": regions, "seed": seed})
 
 
 def runs_settings(

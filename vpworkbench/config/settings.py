@@ -338,7 +338,7 @@ class ProbeSettings(Settings):
         description="a checkpoint folder, the name of a 01_pretrain run, a model of transformers; '' the shipped one",
     )
     data: Places = added((), description="captioned sets; (): those it was trained on, of models of others scenes")
-    region_files: Place = added("", description="regions for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
+    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
     images: int = Field(64, ge=2, le=100_000)
     special_tokens: Literal["language", "exclude"] = Field(
         "language", description="[CLS] and [SEP] count as language, or in neither modality"
@@ -355,7 +355,7 @@ class CompareSettings(Settings):
         description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
     )
     data: DataSettings = DataSettings()
-    region_files: Place = added("", description="regions for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
+    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
     images: int = Field(64, ge=2, le=100_000)
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -408,7 +408,7 @@ class ExploreSettings(Settings):
     checkpoint: Place = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     beside: Place = Field("", description="a second one under it; '' none")
     data: Place = Field("scenes", description="a captioned set; its held-out pictures are shown")
-    region_files: Place = added("", description="regions for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
+    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
     picture: int = Field(0, ge=0, description="the picture to begin with")
     sentence: str = Field("", description="the sentence to begin with; '' the picture's first caption")
     seed: int = Field(0, ge=0, lt=2**31, description="of the random mask")

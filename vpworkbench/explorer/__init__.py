@@ -46,7 +46,7 @@ def explore(
     data: Sequence[Picture] | str | Path | None = None,
     *,
     beside: Model = None,
-    region_files: str = "",
+    regions: str = "",
     pictures: int = PICTURES,
     views: Sequence[ViewName] = ("masks", "words", "flow", "try"),
 ) -> Explorer:
@@ -62,7 +62,7 @@ def explore(
         set the held-out pictures are shown.
     beside
         A second model, drawn under the first: before and after pre-training, masks by attention and at random.
-    region_files : str
+    regions : str
         Regions for a VisualBERT or LXMERT, as of `compare.open_model`.
     pictures : int
         At most so many to choose from.
@@ -78,7 +78,7 @@ def explore(
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join((*VIEWS, 'try'))}")
     names = ("model", "beside") if beside is not None else ("model",)
     given = (model, beside) if beside is not None else (model,)
-    subjects = [subject(one, name=name, region_files=region_files) for one, name in zip(given, names, strict=True)]
+    subjects = [subject(one, name=name, regions=regions) for one, name in zip(given, names, strict=True)]
     if len(subjects) == 2 and subjects[0].name == subjects[1].name:
         subjects = [Subject(f"{one.name} ({number})", one.opened, one.base, one.task)
                     for number, one in enumerate(subjects, start=1)]  # fmt: skip

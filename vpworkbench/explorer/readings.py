@@ -48,7 +48,7 @@ class Subject:
 
 
 def subject(
-    model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model", region_files: str = ""
+    model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model", regions: str = ""
 ) -> Subject:
     """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
 
@@ -67,7 +67,7 @@ def subject(
     if isinstance(model, VisualParsingModel):
         return Subject(name, Opened(name, model.eval(), model.prepare, 1), model)
     if isinstance(model, str) or model is None:
-        found = _fine_tuned(model or "") or open_model(model or "", region_files=region_files)
+        found = _fine_tuned(model or "") or open_model(model or "", regions=regions)
         return subject(found, name=model or "shipped")
     if isinstance(model, Opened):
         return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
