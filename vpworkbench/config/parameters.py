@@ -13,6 +13,7 @@ from vpworkbench.config.presets import preset as named_preset
 from vpworkbench.config.settings import (
     CompareSettings,
     ExploreSettings,
+    FamilyRunsSettings,
     FinetuneSettings,
     PretrainSettings,
     ProbeSettings,
@@ -157,6 +158,13 @@ def runs_settings(
 ) -> RunsSettings:
     """Settings of a run from the parameters of `06_runs.ipynb`."""
     return checked(RunsSettings, {"notebook": notebook, "where": where, "quantity": quantity, "gallery": gallery})
+
+
+def family_runs_settings(
+    *, prefix: str = "families", seeds: int = 3, steps: int = 6, images: int = 16
+) -> FamilyRunsSettings:
+    """Settings of a run from the parameters of `08_families.ipynb`."""
+    return checked(FamilyRunsSettings, {"prefix": prefix, "seeds": seeds, "steps": steps, "images": images})
 
 
 def finetune_settings(

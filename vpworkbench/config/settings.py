@@ -421,3 +421,12 @@ class RunsSettings(Settings):
     where: str = Field("", description="a condition on the table and the settings, as pandas takes it")
     quantity: str = Field("itm", description="what of metrics.jsonl is drawn")
     gallery: bool = Field(True, description="the committed examples too")
+
+
+class FamilyRunsSettings(Settings):
+    """Which runs of the visual families are compared; and how small a demonstration is, where there are none."""
+
+    prefix: str = Field("families", pattern=r"[\w][\w.-]*", description="of the runs' names")
+    seeds: int = Field(3, ge=1, le=100, description="of each arm, in the list of calls")
+    steps: int = Field(6, ge=1, description="of the demonstration")
+    images: int = Field(16, ge=2, description="probed in the demonstration")

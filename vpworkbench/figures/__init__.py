@@ -13,6 +13,7 @@ from vpworkbench.figures.probes import (
     flow_triangle,
     modality_map,
     nmi,
+    score_against_flow,
     word_attention,
 )
 from vpworkbench.figures.style import ExportError, to_image
@@ -36,6 +37,7 @@ __all__ = [
     "pictures",
     "recall_bars",
     "run_curves",
+    "score_against_flow",
     "task_scores",
     "to_image",
     "tokens",
