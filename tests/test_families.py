@@ -15,14 +15,26 @@ from conftest import narrow_model
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
-from vpworkbench.config import PRESETS, FusionSettings, SettingsError, VisualSettings, checked, pretrain_settings
+from vpworkbench import compare, examples, figures
+from vpworkbench.baselines import baselines
+from vpworkbench.config import (
+    PRESETS,
+    FusionSettings,
+    SettingsError,
+    VisualSettings,
+    checked,
+    finetune_settings,
+    pretrain_settings,
+)
 from vpworkbench.config.families import FAMILIES
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
+from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
 from vpworkbench.fusion import Fusion, box_vector
 from vpworkbench.objectives import visual_mask
-from vpworkbench.pretrain import Pretraining, group_batches, prepare, pretrain, probe
+from vpworkbench.pretrain import Pretraining, group_batches, load_run, prepare, pretrain, probe
 from vpworkbench.probes.geometry import modality_masks
+from vpworkbench.review import review
 from vpworkbench.runs import open_run
 from vpworkbench.visual import VisualTokens, build_visual
 
@@ -318,6 +330,51 @@ def test_regions_have_boxes_in_the_place_of_positions():
     for setting in ({"sampled": 4}, {"position": "learned"}):
         with pytest.raises(SettingsError, match="boxes in the place of positions"):
             checked(VisualSettings, {"family": "regions"} | setting)
+
+
+# -------------------------------------------------------------------------------------------------- the same commands
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder, scenes, tmp_path):
+    """By what the notebooks call: 01, 02, 00_tour, 03, and 04 with questions and with retrieval."""
+    family, extra = ARMS[arm]
+    settings = settings_of(family, "random", region_folder, **extra)
+    run, prepared = open_run("01_pretrain", settings, name=f"same-{arm}"), prepare(settings)
+    pretrain(run, prepared, settings)
+    model, trained = load_run(f"same-{arm}")
+    for name, value in prepared.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    pictures = [picture for picture in scenes if picture.split == "val"][:6]
+    assert np.isfinite(probe(model, pictures, images=6).from_input).all()
+    assert compare.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
+
+    example = examples.take_apart(model, pictures[0], trained)
+    assert (
+        ("attention" in example.masks)
+        == FAMILIES[family].parsing
+        == bool(examples.mask_shares(model, pictures, trained))
+    )
+    for drawn in (*example.masks.values(), *example.word_attention):
+        assert drawn.shape == (example.grid**2,) and drawn.any()
+    assert all(mask[example.pick] for mask in example.masks.values())
+    assert len(example.boxes) == (36 if FAMILIES[family].on_grid else len(pictures[0].scene.things))
+    figures.regions(example.image, example.boxes)
+
+    few = {"scenes.images": 60, "scenes.val": 20, "scenes.test": 10, "workers": 0, "answer_count": 2,
+           "train.images": 4, "train.log_every": 2, "retrieval.search_images": 4}  # fmt: skip
+    for task in ("vqa", "retrieval"):
+        chosen = finetune_settings(task=task, checkpoint=f"same-{arm}", steps=2, overrides=few)
+        ready = prepare_task(chosen)
+        task_run = open_run("04_finetune", chosen, name=f"same-{arm}-{task}")
+        finetune(task_run, ready, chosen)
+        held_out = ready.splits["val"]
+        result = evaluate_split(task_run, ready, chosen, "val")
+        assert set(baselines(ready, chosen, "val", folder=task_run.folder))
+        reviewed = review(ready.model, held_out, result, count=4)
+        assert all(one.attention[0].sum() > 0 for one in reviewed) and len(reviewed) > 1
+    again = load_task(f"same-{arm}-vqa")
+    assert sum(again.predict(pictures[0].image, "what colour is the ball?").values()) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
