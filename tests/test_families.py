@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -375,6 +376,17 @@ def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder
         assert all(one.attention[0].sum() > 0 for one in reviewed) and len(reviewed) > 1
     again = load_task(f"same-{arm}-vqa")
     assert sum(again.predict(pictures[0].image, "what colour is the ball?").values()) > 0
+
+
+def test_a_task_can_bring_its_own_regions(region_folder, scenes, tmp_path):
+    shutil.copytree(region_folder, tmp_path / "moved")
+    model = region_model(scenes, region_folder)
+    model.take_regions(str(tmp_path / "moved"))
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert again.settings.visual.region_files == again.visual.settings.region_files == str(tmp_path / "moved")
+    with pytest.raises(SettingsError, match="'grid' reads pixels"):
+        narrow_model(scenes, family="grid").take_regions(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

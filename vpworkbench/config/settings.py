@@ -387,6 +387,7 @@ class FinetuneSettings(Settings):
         "pair",
         description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
     )
+    regions: Location = added("", description="region files of this task's images; '' those of the checkpoint")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = Field(
         RetrievalSettings(),
