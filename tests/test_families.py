@@ -26,10 +26,12 @@ from vpworkbench.config import (
     checked,
     finetune_settings,
     pretrain_settings,
+    visual_init_settings,
 )
 from vpworkbench.config.families import FAMILIES
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
+from vpworkbench.data.scenes import COLOURS
 from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
 from vpworkbench.fusion import Fusion, box_vector
 from vpworkbench.objectives import visual_mask
@@ -38,6 +40,7 @@ from vpworkbench.probes.geometry import modality_masks
 from vpworkbench.review import review
 from vpworkbench.runs import open_run
 from vpworkbench.visual import VisualTokens, build_visual
+from vpworkbench.visual_init import token_labels
 
 WIDTH = 12
 
@@ -213,6 +216,21 @@ def test_forty_nine_tokens_are_seven_by_seven(scenes, region_folder):
         assert network(pixels).features.shape == (1, 49, network.width)
     many = region_model(scenes, region_folder, 49).prepare(scenes[:1], ["a ball"])
     assert many.vision.sum() <= 49 == many.forward["images"].shape[1]
+
+
+def test_scene_labels_of_a_grid_that_does_not_divide_the_pixels(scenes):
+    """Seven cells on 96 pixels: each has the label of most of its pixels, as the mask probe counts them."""
+    labels = token_labels(scenes[:10], 7)
+    objects = examples.token_objects(scenes[:10], 7)
+    assert labels.colour.shape == (10, 49) and labels.colour.any()
+    told = [[0, *(list(COLOURS).index(thing.colour) + 1 for thing in picture.scene.things)] for picture in scenes[:10]]
+    expected = torch.tensor(
+        [[known[number] for number in row] for known, row in zip(told, objects.tolist(), strict=True)]
+    )
+    both = (labels.colour > 0) & (expected > 0)  # what counts as background differs: a fifth there, most here
+    assert both.sum() > 0.9 * (expected > 0).sum()
+    assert (labels.colour[both] == expected[both]).float().mean() > 0.95  # a cell at an edge may hold two things
+    assert visual_init_settings(visual="grid", visual_tokens=49).visual.grid == 7
 
 
 @pytest.mark.parametrize("family, tokens", [("swin", 50), ("grid", 1), ("patch", 70_000), ("swin", -4)])
