@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,16 +16,31 @@ from conftest import narrow_model
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
-from vpworkbench.config import PRESETS, FusionSettings, SettingsError, VisualSettings, checked, pretrain_settings
+from vpworkbench import compare, examples, figures
+from vpworkbench.baselines import baselines
+from vpworkbench.config import (
+    PRESETS,
+    FusionSettings,
+    SettingsError,
+    VisualSettings,
+    checked,
+    finetune_settings,
+    pretrain_settings,
+    visual_init_settings,
+)
 from vpworkbench.config.families import FAMILIES
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
+from vpworkbench.data.scenes import COLOURS
+from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
 from vpworkbench.fusion import Fusion, box_vector
 from vpworkbench.objectives import visual_mask
-from vpworkbench.pretrain import Pretraining, group_batches, prepare, pretrain, probe
+from vpworkbench.pretrain import Pretraining, group_batches, load_run, prepare, pretrain, probe
 from vpworkbench.probes.geometry import modality_masks
+from vpworkbench.review import review
 from vpworkbench.runs import open_run
 from vpworkbench.visual import VisualTokens, build_visual
+from vpworkbench.visual_init import token_labels
 
 WIDTH = 12
 
@@ -202,6 +218,21 @@ def test_forty_nine_tokens_are_seven_by_seven(scenes, region_folder):
     assert many.vision.sum() <= 49 == many.forward["images"].shape[1]
 
 
+def test_scene_labels_of_a_grid_that_does_not_divide_the_pixels(scenes):
+    """Seven cells on 96 pixels: each has the label of most of its pixels, as the mask probe counts them."""
+    labels = token_labels(scenes[:10], 7)
+    objects = examples.token_objects(scenes[:10], 7)
+    assert labels.colour.shape == (10, 49) and labels.colour.any()
+    told = [[0, *(list(COLOURS).index(thing.colour) + 1 for thing in picture.scene.things)] for picture in scenes[:10]]
+    expected = torch.tensor(
+        [[known[number] for number in row] for known, row in zip(told, objects.tolist(), strict=True)]
+    )
+    both = (labels.colour > 0) & (expected > 0)  # what counts as background differs: a fifth there, most here
+    assert both.sum() > 0.9 * (expected > 0).sum()
+    assert (labels.colour[both] == expected[both]).float().mean() > 0.95  # a cell at an edge may hold two things
+    assert visual_init_settings(visual="grid", visual_tokens=49).visual.grid == 7
+
+
 @pytest.mark.parametrize("family, tokens", [("swin", 50), ("grid", 1), ("patch", 70_000), ("swin", -4)])
 def test_an_impossible_number_names_the_possible_ones(family, tokens):
     with pytest.raises(
@@ -318,6 +349,62 @@ def test_regions_have_boxes_in_the_place_of_positions():
     for setting in ({"sampled": 4}, {"position": "learned"}):
         with pytest.raises(SettingsError, match="boxes in the place of positions"):
             checked(VisualSettings, {"family": "regions"} | setting)
+
+
+# -------------------------------------------------------------------------------------------------- the same commands
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder, scenes, tmp_path):
+    """By what the notebooks call: 01, 02, 00_tour, 03, and 04 with questions and with retrieval."""
+    family, extra = ARMS[arm]
+    settings = settings_of(family, "random", region_folder, **extra)
+    run, prepared = open_run("01_pretrain", settings, name=f"same-{arm}"), prepare(settings)
+    pretrain(run, prepared, settings)
+    model, trained = load_run(f"same-{arm}")
+    for name, value in prepared.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    pictures = [picture for picture in scenes if picture.split == "val"][:6]
+    assert np.isfinite(probe(model, pictures, images=6).from_input).all()
+    assert compare.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
+
+    example = examples.take_apart(model, pictures[0], trained)
+    assert (
+        ("attention" in example.masks)
+        == FAMILIES[family].parsing
+        == bool(examples.mask_shares(model, pictures, trained))
+    )
+    for drawn in (*example.masks.values(), *example.word_attention):
+        assert drawn.shape == (example.grid**2,) and drawn.any()
+    assert all(mask[example.pick] for mask in example.masks.values())
+    assert len(example.boxes) == (36 if FAMILIES[family].on_grid else len(pictures[0].scene.things))
+    figures.regions(example.image, example.boxes)
+
+    few = {"scenes.images": 60, "scenes.val": 20, "scenes.test": 10, "workers": 0, "answer_count": 2,
+           "train.images": 4, "train.log_every": 2, "retrieval.search_images": 4}  # fmt: skip
+    for task in ("vqa", "retrieval"):
+        chosen = finetune_settings(task=task, checkpoint=f"same-{arm}", steps=2, overrides=few)
+        ready = prepare_task(chosen)
+        task_run = open_run("04_finetune", chosen, name=f"same-{arm}-{task}")
+        finetune(task_run, ready, chosen)
+        held_out = ready.splits["val"]
+        result = evaluate_split(task_run, ready, chosen, "val")
+        assert set(baselines(ready, chosen, "val", folder=task_run.folder))
+        reviewed = review(ready.model, held_out, result, count=4)
+        assert all(one.attention[0].sum() > 0 for one in reviewed) and len(reviewed) > 1
+    again = load_task(f"same-{arm}-vqa")
+    assert sum(again.predict(pictures[0].image, "what colour is the ball?").values()) > 0
+
+
+def test_a_task_can_bring_its_own_regions(region_folder, scenes, tmp_path):
+    shutil.copytree(region_folder, tmp_path / "moved")
+    model = region_model(scenes, region_folder)
+    model.take_regions(str(tmp_path / "moved"))
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert again.settings.visual.region_files == again.visual.settings.region_files == str(tmp_path / "moved")
+    with pytest.raises(SettingsError, match="'grid' reads pixels"):
+        narrow_model(scenes, family="grid").take_regions(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -55,6 +55,7 @@ def dictionary(scenes) -> dict[str, torch.Tensor]:
     batches = group_batches(scenes, model, chosen.data, images=8, seed=0)
     for step in range(2):
         batch = batches.share(step, processes.index, processes.count)
+        model.zero_grad()
         accumulate_gradients(model, Pretraining(chosen), batch, 2, contextlib.nullcontext, processes)
     state = {name: value for name, value in model.state_dict().items() if "dictionary" in name}
     return state | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -87,6 +87,8 @@ def test_a_set_without_true_boxes_is_one_clear_error(tmp_path, capsys):
     with pytest.raises(DataError, match="a.png: its true boxes are not known.*detector"):
         make_regions(tmp_path / "out", settings(str(tmp_path)), progress=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(FileExistsError, match="holds no regions"):
+        make_regions(tmp_path, settings(), progress=False)
     with pytest.raises(SystemExit) as stopped:
         main(["regions", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--images", "8"])
     assert stopped.value.code == 2 and "no such file or folder" in capsys.readouterr().err

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
+from safetensors.torch import load_file
 
-from vpworkbench.config import finetune_settings
+from vpworkbench.config import RetrievalSettings, SettingsError, finetune_settings
+from vpworkbench.data.batches import stack_images, stack_views
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.dual import DualEncoder
 from vpworkbench.finetune import evaluate_split, finetune, load_examples, load_task, prepare_task
 from vpworkbench.metrics import recall_at
 from vpworkbench.retrieval import (
     CUTOFFS,
+    AlignedMatching,
     Matching,
     RetrievalBatches,
     captions_of,
@@ -241,6 +245,109 @@ def test_a_stopped_run_ends_with_the_same_weights_and_scores(runs_folder):
     assert lines == [3, 3]
     rows = (stopped.folder / "predictions-val.csv").read_text().splitlines()
     assert len(rows) == 10 + len(captions_of(whole[1].splits["val"])) and rows[0].startswith("TR,val-000000.png,")
+
+
+@pytest.fixture
+def aligned(scenes) -> TaskModel:
+    """With a head that does not start at zero, so that both parts of the score count."""
+    model = TaskModel(narrow_model(scenes), "retrieval", LABELS["retrieval"], align=True).eval()
+    assert not model.head.weight.any() and not model.head.bias.any()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def cosine_by_itself(model, pixels, text) -> float:
+    """Of one image and one text, from the parts: mean of visual tokens, mean of the words without the image."""
+    words, real = model.words.tensors([text])
+    image = model.base.visual(pixels[None]).features.mean(dim=1)
+    said = model.base.fusion.bert(input_ids=words, attention_mask=real.long()).last_hidden_state.mean(dim=1)
+    both = model.align.image(image), model.align.text(said)
+    return torch.cosine_similarity(*both).item() * model.align.log_scale.exp().item()
+
+
+def matched_by_fusion(model, pixels, text) -> float:
+    words, real = model.words.tensors([text])
+    logits = model.head(model.base(pixels[None], words, real).cls)[0]
+    return (logits[1] - logits[0]).item()
+
+
+@pytest.mark.parametrize("crops", [False, True])
+@torch.no_grad()
+def test_an_aligned_score_is_cosine_and_fusion_added(aligned, scenes, tmp_path, crops):
+    pictures, captions = scenes[:3], captions_of(scenes[:3])
+    file = tmp_path / "scores.npy"
+    scores = score_matrix(aligned, pictures, captions, crops=crops, file=file)
+    views = stack_views(pictures, 96) if crops else stack_images(pictures, 96)[None]
+    for row, column in [(0, 0), (1, 7), (2, 3)]:
+        cosine = np.mean([cosine_by_itself(aligned, view[row], captions[column]) for view in views])
+        fused = matched_by_fusion(aligned, views[0, row], captions[column])
+        assert scores[row, column] == pytest.approx(cosine + fused, abs=1e-4)
+        if not crops:
+            shares = aligned.predict(pictures[row].image, captions[column])
+            assert shares["matched"] == pytest.approx(1 / (1 + np.exp(-scores[row, column])), abs=1e-4)
+    with pytest.raises(ValueError, match="scores of other views"):
+        score_matrix(aligned, pictures, captions, crops=not crops, file=file)
+
+
+def test_the_own_text_is_ranked_among_the_unmatched_by_the_whole_score(aligned, scenes):
+    batch = batches(aligned, scenes)[0]
+    texts = aligned.base.tokenizer.batch_decode(batch.words, skip_special_tokens=True)
+    losses, ranked = AlignedMatching().losses(aligned, batch), 0.0
+    for image in range(6):
+        of_image = batch.image_index == image
+        scores = torch.tensor([
+            cosine_by_itself(aligned, batch.images[image], texts[text])
+            + matched_by_fusion(aligned, batch.images[image], texts[text])
+            for text in batch.text_index[of_image]
+        ])  # fmt: skip
+        ranked -= scores.log_softmax(0)[batch.matched[of_image]].item()
+    assert losses["ranked"].item() == pytest.approx(ranked, rel=1e-4) and ranked > 0
+    own = [texts[text] for text in batch.text_index[batch.matched]]
+    cosine = torch.tensor([[cosine_by_itself(aligned, pixels, text) for text in own] for pixels in batch.images])
+    kept = cosine.masked_fill(~(batch.negative | torch.eye(6, dtype=torch.bool)), -torch.inf)
+    both = sum(-each.log_softmax(1).diagonal().sum().item() / 2 for each in (kept, kept.T))
+    assert losses["aligned"].item() == pytest.approx(both, rel=1e-4)
+    assert AlignedMatching().counts(batch) == {"ranked": 6, "aligned": 6}
+
+
+def test_fine_tuning_starts_as_the_frozen_projection_and_is_loaded_with_it(runs_folder):
+    few = FEW | {"retrieval.align": True, "retrieval.crops": True, "optim.lr_fusion": 1e-12, "optim.lr_visual": 1e-12}
+    settings = finetune_settings(task="retrieval", steps=1, overrides=few)
+    run, prepared = open_run("04_finetune", settings, name="aligned"), prepare_task(settings)
+    assert finetune(run, prepared, settings) == 1
+    result, pictures = evaluate_split(run, prepared, settings, "val"), prepared.splits["val"]
+    base = prepared.model.base
+    dual = DualEncoder(base.visual, base.fusion.bert, base.words)
+    dual.projection.load_state_dict(load_file(run.folder / "alignment/dual-frozen/checkpoint/model.safetensors"))
+    frozen = dual.features(pictures, crops=True).scores(dual.projection) * dual.projection.scale.item()
+    np.testing.assert_allclose(result.scores, frozen, atol=1e-3)
+    again = evaluate_retrieval(load_task("aligned"), pictures, crops=True)
+    np.testing.assert_array_equal(again.scores, result.scores)
+
+
+def test_views_are_the_whole_its_corners_and_its_middle(scenes):
+    views = stack_views(scenes[:2], 96)
+    assert views.shape == (6, 2, 3, 96, 96) and torch.equal(views[0], stack_images(scenes[:2], 96))
+    large = stack_images(scenes[:2], 120)
+    for view, (top, left) in zip(views[1:], [(0, 0), (0, 24), (24, 0), (24, 24), (12, 12)], strict=True):
+        assert torch.equal(view, large[..., top : top + 96, left : left + 96])
+
+
+def test_training_shows_any_of_the_views(photographs, model):
+    shown = batches(model, photographs[:6], crops=True)
+    views, seen = stack_views(photographs[:6], 96), set()
+    for step in range(6):
+        rows = shown.chosen(step)[0]
+        for row, pixels in zip(rows, shown[step].images, strict=True):
+            (view,) = [number for number in range(6) if torch.equal(views[number, row], pixels)]
+            seen.add(view)
+    assert seen == set(range(6))
+
+
+def test_alignment_wants_whole_batches_and_leaves_older_runs_their_names():
+    with pytest.raises(SettingsError, match="retrieval.align holds every pair"):
+        finetune_settings(task="retrieval", overrides={"retrieval.align": True, "train.accumulate": 2})
+    assert not {"align", "crops"} & set(RetrievalSettings().model_dump())
 
 
 def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path):

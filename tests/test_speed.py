@@ -81,8 +81,11 @@ def test_attention_is_fused_everywhere_but_in_the_last_block_of_the_parser(scene
     assert fused == blocks - 1 and called.counts["_softmax"] == 1
 
 
-def gradients(scenes, chosen) -> dict[str, torch.Tensor]:
+def gradients(scenes, chosen, dropout: float) -> dict[str, torch.Tensor]:
     model = narrow_model(scenes).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
     batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0]
     torch.manual_seed(1)  # dropout
     with _as_asked(model, chosen.train):
@@ -104,16 +107,14 @@ def gradients(scenes, chosen) -> dict[str, torch.Tensor]:
     ],
 )
 def test_options_of_speed_change_no_gradient(scenes, option):
-    dropout = {} if option == "gradient_checkpointing" else {"fusion.dropout": 0.0}
-    plain, other = (
-        gradients(scenes, settings(**dropout)),
-        gradients(scenes, settings(**dropout, **{f"train.{option}": True})),
-    )
+    dropout = 0.1 if option == "gradient_checkpointing" else 0.0  # compiled, other places are drawn
+    plain = gradients(scenes, settings(), dropout)
+    other = gradients(scenes, settings(**{f"train.{option}": True}), dropout)
     assert plain.keys() == other.keys() and len(plain) > 50
     if option == "gradient_checkpointing":
         assert all(torch.equal(plain[name], other[name]) for name in plain)
     for name, gradient in plain.items():
-        assert (gradient - other[name]).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+        assert (gradient - other[name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
 def test_checkpointed_blocks_are_computed_twice(scenes):

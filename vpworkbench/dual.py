@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import BertModel
 
+from vpworkbench.alignment import Projection, mean_of_words, save_weights, symmetric_contrastive
 from vpworkbench.config import FinetuneSettings, OptimSettings, TrainSettings
-from vpworkbench.data.batches import Words, stack_images
+from vpworkbench.data.batches import Words, stack_images, stack_views
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import input_of
 from vpworkbench.pretrain import load_run
 from vpworkbench.retrieval import RetrievalBatches, captions_of, owners_of
 from vpworkbench.runs import Run
+from vpworkbench.tasks import TaskModel
 from vpworkbench.train import fit
 from vpworkbench.weights import bert_folder, new_visual
 
@@ -33,6 +32,8 @@ Progress = Callable[[str, int, int], None]
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
 FROZEN_TRAIN = TrainSettings(epochs=30, images=128, log_every=10)
 """Of the projections of frozen features: seconds. More epochs overfit 800 photographs."""
+CROPPED_TRAIN = FROZEN_TRAIN.model_copy(update={"epochs": 60})
+"""Of six views of each: twice as many do not yet."""
 
 
 def dual_scores(
@@ -84,6 +85,7 @@ def train_projection(
     settings: FinetuneSettings,
     *,
     features: Features | None = None,
+    train: TrainSettings = FROZEN_TRAIN,
     progress: Progress | None = None,
 ) -> None:
     """Fit the projections to frozen features of the training pairs; what `folder` holds of it is taken from there."""
@@ -91,8 +93,8 @@ def train_projection(
     run.folder.mkdir(parents=True, exist_ok=True)
     if features is None and not (run.folder / "checkpoint" / "progress.json").exists():
         features = dual.features(batches.pictures, progress=progress)
-    many = batches.of(min(FROZEN_TRAIN.images, len(batches.pictures)))
-    fit(dual.projection, Contrastive(), DualBatches(many, features), run, optim=FROZEN_OPTIM, train=FROZEN_TRAIN,
+    many = batches.of(min(train.images, len(batches.pictures)))
+    fit(dual.projection, Contrastive(), DualBatches(many, features), run, optim=FROZEN_OPTIM, train=train,
         seed=settings.seed, what="frozen dual projection")  # fmt: skip
 
 
@@ -120,32 +122,28 @@ def near_captions(
     return np.load(file)
 
 
-class Projection(nn.Module):
-    """A linear layer for each side into one space, and the scale of the cosines there.
+def start_alignment(
+    model: TaskModel,
+    batches: RetrievalBatches,
+    settings: FinetuneSettings,
+    *,
+    folder: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Fit `model.align` to what the model makes of images alone and of words alone, all else frozen.
 
     Parameters
     ----------
-    vision_width, text_width, width : int
-        Channels of pooled images, of pooled texts, and of the common space.
-    dropout : float
-        Of the features, in training.
+    folder : Path
+        Keeps it under `alignment/`: a run that goes on takes it from there.
     """
-
-    def __init__(self, vision_width: int, text_width: int, width: int = 256, dropout: float = 0.5) -> None:
-        super().__init__()
-        self.image, self.text = nn.Linear(vision_width, width), nn.Linear(text_width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.log_scale = nn.Parameter(torch.tensor(log(1 / 0.05)))
-
-    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Cosines in [-1, 1], (image, text), of pooled features (image, c) and (text, d)."""
-        seen = functional.normalize(self.image(self.dropout(images)).float(), dim=-1)
-        said = functional.normalize(self.text(self.dropout(texts)).float(), dim=-1)
-        return seen @ said.T
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors`."""
-        _save(self, folder)
+    dual = DualEncoder(model.base.visual, model.base.fusion.bert, model.words)
+    dual.projection = model.align
+    place, features = folder / "alignment", None
+    if not (place / "dual-frozen" / "checkpoint" / "progress.json").exists():
+        features = dual.features(batches.pictures, crops=settings.retrieval.crops, progress=progress)
+    train = CROPPED_TRAIN if settings.retrieval.crops else FROZEN_TRAIN
+    train_projection(dual, batches, place, settings, features=features, train=train, progress=progress)
 
 
 class DualEncoder(nn.Module):
@@ -175,18 +173,20 @@ class DualEncoder(nn.Module):
     def pooled_texts(self, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Mean of the words' outputs, padding left out, (text, d)."""
         states = self.text(input_ids=words, attention_mask=word_tokens.long()).last_hidden_state
-        weights = word_tokens[..., None].to(states)
-        return (states * weights).sum(dim=1) / weights.sum(dim=1)
+        return mean_of_words(states, word_tokens)
 
     @torch.no_grad()
-    def features(self, pictures: Sequence[Picture], *, progress: Progress | None = None) -> Features:
-        """Pooled images and captions, computed once."""
+    def features(
+        self, pictures: Sequence[Picture], *, crops: bool = False, progress: Progress | None = None
+    ) -> Features:
+        """Pooled images, of each the whole or with `crops` its six views, and captions; computed once."""
         self.eval()
         device, captions = self.projection.log_scale.device, captions_of(pictures)
         images = []
         for start in range(0, len(pictures), 64):
-            pixels = stack_images(pictures[start : start + 64], input_of(self.visual.settings))
-            images.append(self.pooled_images(pixels.to(device)).cpu())
+            part, side = pictures[start : start + 64], input_of(self.visual.settings)
+            views = stack_views(part, side) if crops else stack_images(part, side)[None]
+            images.append(torch.stack([self.pooled_images(view.to(device)).cpu() for view in views], dim=1))
             if progress:
                 progress(f"reading {len(pictures)} images", min(start + 64, len(pictures)), len(pictures))
         texts = []
@@ -197,27 +197,22 @@ class DualEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors`."""
-        _save(self, folder)
-
-
-def _save(model: nn.Module, folder: str | Path) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(tensors, Path(folder) / "model.safetensors")
+        save_weights(self, folder)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Pooled images (image, c) and their captions (caption, d), in the order of the pictures."""
+    """Pooled images (image, view, c) and their captions (caption, d), in the order of the pictures."""
 
     images: Tensor
     texts: Tensor
 
     def scores(self, projection: Projection) -> np.ndarray:
-        """Cosines of all pairs, float32 (image, caption)."""
+        """Cosines of all pairs, averaged over views, float32 (image, caption)."""
         device = projection.log_scale.device
         with torch.no_grad():
-            return projection.eval()(self.images.to(device), self.texts.to(device)).cpu().numpy()
+            cosines = projection.eval()(self.images.flatten(0, 1).to(device), self.texts.to(device))
+        return cosines.unflatten(0, self.images.shape[:2]).mean(dim=1).cpu().numpy()
 
     def nearest(self, projection: Projection, owner: np.ndarray, share: float) -> np.ndarray:
         """Places of the share of captions that comes nearest to each image, its own left out; (image, caption).
@@ -237,25 +232,6 @@ class Features:
 
 
 # -------------------------------------------------------------------------------------------------------- losses
-
-
-def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Tensor:
-    """InfoNCE in both directions: cross entropy of the own text among all texts, and of the own image; summed.
-
-    Parameters
-    ----------
-    cosine : Tensor, (pair, pair)
-        Of image and text; a pair's own on the diagonal.
-    scale : Tensor, ()
-        1 / temperature.
-    negative : bool Tensor, (pair, pair)
-        Which texts may count against an image; the diagonal does not matter.
-    """
-    own = torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)
-    logits = (scale * cosine).masked_fill(~(negative | own), -torch.inf)
-    target = torch.arange(len(cosine), device=cosine.device)
-    both = functional.cross_entropy(logits, target, reduction="sum")
-    return (both + functional.cross_entropy(logits.T, target, reduction="sum")) / 2
 
 
 def max_of_hinges(cosine: Tensor, negative: Tensor, *, margin: float = 0.2) -> Tensor:
@@ -279,8 +255,7 @@ class Contrastive:
         return {"loss": len(batch.negative)}
 
     def losses(self, model: Projection, batch: DualBatch) -> dict[str, Tensor]:
-        scale = model.log_scale.exp().clamp(max=100)
-        return {"loss": symmetric_contrastive(model(*batch.inputs), scale, batch.negative)}
+        return {"loss": symmetric_contrastive(model(*batch.inputs), model.scale, batch.negative)}
 
     def watch(self, model: nn.Module, batch: DualBatch) -> dict[str, float]:
         return {}
@@ -342,7 +317,8 @@ class DualBatches(Dataset):
             self._first[row] + picture.captions.index(text)
             for row, picture, text in zip(rows, pictures, texts, strict=True)
         ]
-        return DualBatch((self.features.images[rows], self.features.texts[places]), negative)
+        views = rng.integers(self.features.images.shape[1], size=len(rows))
+        return DualBatch((self.features.images[rows, views], self.features.texts[places]), negative)
 
 
 __all__ = [
@@ -356,6 +332,7 @@ __all__ = [
     "dual_scores",
     "max_of_hinges",
     "near_captions",
+    "start_alignment",
     "symmetric_contrastive",
     "train_projection",
 ]

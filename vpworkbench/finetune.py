@@ -15,10 +15,17 @@ from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.regions import input_of
 from vpworkbench.data.splits import load_examples
 from vpworkbench.data.task_formats import read_table
-from vpworkbench.dual import near_captions
+from vpworkbench.dual import near_captions, start_alignment
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
-from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
+from vpworkbench.retrieval import (
+    AlignedMatching,
+    Matching,
+    RetrievalBatches,
+    RetrievalResult,
+    captions_of,
+    evaluate_retrieval,
+)
 from vpworkbench.runs import Run
 from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
 from vpworkbench.train import fit
@@ -68,6 +75,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     base, trained = load_run(settings.checkpoint)
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
+    if settings.regions:
+        base.take_regions(settings.regions)
     torch.manual_seed(settings.seed)
     training = splits["train"]
     texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]
@@ -75,7 +84,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
     labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
-    return PreparedTask(splits, TaskModel(base, settings.task, labels, pairing=settings.pairing), shared)
+    model = TaskModel(base, settings.task, labels, pairing=settings.pairing, align=settings.retrieval.align)
+    return PreparedTask(splits, model, shared)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
@@ -88,6 +98,9 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
         objective, batches = Matching(), pair_batches(prepared, settings)
         if settings.retrieval.hard:
             batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
+        if settings.retrieval.align:
+            objective = AlignedMatching()
+            start_alignment(prepared.model, batches, settings, folder=run.folder, progress=run.progress)
     else:
         batches = TaskBatches(prepared.splits["train"], prepared.model, size=train.images, seed=settings.seed)
     return fit(prepared.model, objective, batches, run, optim=settings.optim, train=train, seed=settings.seed,
@@ -104,7 +117,7 @@ def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> Retrieva
     return RetrievalBatches(
         prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
         image_px=input_of(prepared.model.base.settings.visual), negatives=settings.retrieval.negatives,
-        flip=settings.retrieval.flip,
+        flip=settings.retrieval.flip, crops=settings.retrieval.crops,
     )  # fmt: skip
 
 
@@ -118,6 +131,7 @@ def evaluate_split(
     model, examples = prepared.model, prepared.splits[split]
     if settings.task == "retrieval":
         result = evaluate_retrieval(model, examples, pairs=settings.retrieval.pairs, bf16=settings.train.bf16,
+                                    crops=settings.retrieval.crops,
                                     file=run.folder / f"scores-{split}.npy", progress=run.progress)  # fmt: skip
     else:
         result = evaluate_task(model, examples, progress=run.progress)

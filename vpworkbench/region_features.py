@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from vpworkbench.alignment import save_weights
 from vpworkbench.config import RegionSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at
@@ -136,10 +136,8 @@ class RegionNetwork(nn.Module):
         return self.layers(images.to(self.layers[0].weight.dtype) / 127.5 - 1).mean(dim=(2, 3))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all weights to `model.safetensors`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()},
-                  Path(folder) / "model.safetensors")  # fmt: skip
+        """Write `model.safetensors`."""
+        save_weights(self, folder)
 
 
 class CropLabelling:
@@ -186,15 +184,18 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
 
     Raises
     ------
-    DataError, SettingsError
-        For a set without true boxes; for a folder that holds regions of other settings.
+    DataError, SettingsError, FileExistsError
+        For a set without true boxes; for a folder that holds regions of other settings, or something else.
     """
+    given = [] if settings.source == "scenes" else read_pictures(settings.source)
+    counts = [len(true_boxes(picture)) for picture in given]  # before scenes are generated: there may be none
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} exists and holds no regions; choose another folder")
+    run = open_folder(folder, "regions", settings)
     written = write_scenes(scenes_folder(settings.scenes), settings.scenes, progress=progress)
     scenes = read_pictures(written)
-    place = written if settings.source == "scenes" else Path(settings.source)
-    pictures = scenes if settings.source == "scenes" else read_pictures(place)
-    counts = [len(true_boxes(picture)) for picture in pictures]
-    run = open_folder(folder, "regions", settings)
+    place, pictures = (Path(settings.source), given) if given else (written, scenes)
+    counts = counts or [len(true_boxes(picture)) for picture in scenes]
     model = train_region_network(run, settings, [picture for picture in scenes if picture.split == "train"])
     write_features(folder, model, pictures, settings.crop_px, progress=progress)
     for copy, original in pair_sources(place).items():  # images of statements on pairs, under names of their own

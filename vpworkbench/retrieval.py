@@ -23,13 +23,15 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vpworkbench.data.batches import Words, stack_images
+from vpworkbench.alignment import symmetric_contrastive
+from vpworkbench.data.batches import Words, stack_images, stack_views
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.data.regions import RegionFiles, input_of
 from vpworkbench.metrics import recall_at
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 from vpworkbench.runs import write_atomically
 from vpworkbench.tasks import TaskModel
+from vpworkbench.visual import VisualTokens
 
 CUTOFFS = (1, 5, 10)
 IMAGES_AT_ONCE = 32
@@ -46,6 +48,8 @@ class PairBatch:
     words, word_tokens : Tensor, (text, word)
     image_index, text_index : int64 Tensor, (pair,)
     matched : bool Tensor, (pair,)
+    negative : bool Tensor, (image, image)
+        Of which images the matched text of an image, in its column, is false.
     """
 
     images: Tensor
@@ -54,6 +58,7 @@ class PairBatch:
     image_index: Tensor
     text_index: Tensor
     matched: Tensor
+    negative: Tensor
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch on a device."""
@@ -68,7 +73,8 @@ class PairBatch:
             said, text_index = self.text_index[pairs].unique(return_inverse=True)
             parts.append(
                 PairBatch(self.images[first : last + 1], self.words[said], self.word_tokens[said],
-                          self.image_index[pairs] - first, text_index, self.matched[pairs])
+                          self.image_index[pairs] - first, text_index, self.matched[pairs],
+                          self.negative[first : last + 1, first : last + 1])
             )  # fmt: skip
         return parts
 
@@ -98,6 +104,7 @@ class RetrievalBatches(Dataset):
         negatives: int,
         seed: int,
         flip: bool = False,
+        crops: bool = False,
     ) -> None:
         self.pictures = [picture for picture in pictures if picture.captions]
         if images < 2 or len(self.pictures) < images:
@@ -105,7 +112,7 @@ class RetrievalBatches(Dataset):
                 f"{len(self.pictures)} captioned images: a batch of {images} needs as many, and at least two"
             )
         self.words, self.images, self.image_px = words, images, image_px
-        self.negatives, self.seed, self.flip = negatives, seed, flip
+        self.negatives, self.seed, self.flip, self.crops = negatives, seed, flip, crops
         self.near: np.ndarray | None = None
         self._captions = captions_of(self.pictures)
         self.steps_per_epoch = len(self.pictures) / images
@@ -113,7 +120,7 @@ class RetrievalBatches(Dataset):
     def of(self, images: int) -> RetrievalBatches:
         """The same pairs in batches of another size."""
         return RetrievalBatches(self.pictures, self.words, images=images, image_px=self.image_px,
-                                negatives=self.negatives, seed=self.seed, flip=self.flip)  # fmt: skip
+                                negatives=self.negatives, seed=self.seed, flip=self.flip, crops=self.crops)  # fmt: skip
 
     def records(self, step: int) -> list[str]:
         """Ids of the pictures of a step."""
@@ -145,6 +152,7 @@ class RetrievalBatches(Dataset):
             image_index=torch.tensor(image_index),
             text_index=torch.tensor([places[text] for text in said]),
             matched=torch.tensor(matched),
+            negative=torch.tensor([[self.pictures[row].denies(text) for text in texts] for row in rows]),
         )
 
     def _unmatched(self, picture: Picture, texts: Sequence[str], rng: np.random.Generator) -> list[str]:
@@ -153,8 +161,12 @@ class RetrievalBatches(Dataset):
         return [fitting[place] for place in rng.permutation(len(fitting))[: self.negatives]]
 
     def pixels(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
-        """uint8 (image, 3, height, width), half of them mirrored where that is asked for."""
-        images = stack_images(pictures, self.image_px)
+        """uint8 (image, 3, height, width), half of them mirrored, or of each any view, where that is asked for."""
+        if self.crops:
+            views = stack_views(pictures, self.image_px)
+            images = views[torch.from_numpy(rng.integers(len(views), size=len(pictures))), torch.arange(len(pictures))]
+        else:
+            images = stack_images(pictures, self.image_px)
         if self.flip:
             mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
             images[mirrored] = images[mirrored].flip(-1)
@@ -171,16 +183,43 @@ class Matching:
         return {"matched": matched, "unmatched": len(batch.matched) - matched}
 
     def losses(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
-        visual, index = model.base.visual(batch.images), batch.image_index
-        vision = model.base.fusion.embed_vision(visual)
-        seen = None if visual.tokens is None else visual.tokens[index]
-        words, word_tokens = batch.words[batch.text_index], batch.word_tokens[batch.text_index]
-        logits = model.head(model.base.fusion.cls(words, word_tokens, vision[index], seen))
-        each = functional.cross_entropy(logits.float(), batch.matched.long(), reduction="none")
+        logits = _pair_logits(model, model.base.visual(batch.images), batch)
+        each = functional.cross_entropy(logits, batch.matched.long(), reduction="none")
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
 
     def watch(self, model: TaskModel, batch: PairBatch) -> dict[str, float]:
         return {}
+
+
+def _pair_logits(model: TaskModel, visual: VisualTokens, batch: PairBatch) -> Tensor:
+    """float32 (pair, 2), no match and match, of each pair by the fusion."""
+    index, vision = batch.image_index, model.base.fusion.embed_vision(visual)
+    seen = None if visual.tokens is None else visual.tokens[index]
+    words, word_tokens = batch.words[batch.text_index], batch.word_tokens[batch.text_index]
+    return model.head(model.base.fusion.cls(words, word_tokens, vision[index], seen)).float()
+
+
+class AlignedMatching(Matching):
+    """Each image's own text against its unmatched ones by the whole score, and a contrastive loss by the cosine alone.
+
+    The whole score is the scaled cosine and what the fusion adds to it; its softmax, not match or not, is trained.
+    """
+
+    weights = {"ranked": 1.0, "aligned": 1.0}
+
+    def counts(self, batch: PairBatch) -> dict[str, int]:
+        return {"ranked": len(batch.images), "aligned": len(batch.images)}
+
+    def losses(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
+        visual = model.base.visual(batch.images)
+        cosine = model.aligned(visual.mean(), batch.words, batch.word_tokens)
+        logits, place = _pair_logits(model, visual, batch), (batch.image_index, batch.text_index)
+        added = torch.full_like(cosine, -torch.inf).index_put(place, logits[:, 1] - logits[:, 0])
+        own = batch.text_index[batch.matched]  # one text an image, in the order of the images
+        return {
+            "ranked": functional.cross_entropy(cosine + added, own, reduction="sum"),
+            "aligned": symmetric_contrastive(cosine[:, own], cosine.new_ones(()), batch.negative),
+        }
 
 
 # ---------------------------------------------------------------------------------------------- the score matrix
@@ -194,13 +233,18 @@ def score_matrix(
     *,
     pairs: int = 512,
     bf16: bool = False,
+    crops: bool = False,
     file: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> np.ndarray:
     """Match score of every image with every caption, float32 (image, caption): logit of match less that of not.
 
+    A model with an alignment adds its scaled cosine.
+
     Parameters
     ----------
+    crops : bool
+        The cosine is averaged over the image and five crops of it.
     pairs : int
         In one pass of the fusion, about.
     bf16 : bool
@@ -217,7 +261,7 @@ def score_matrix(
     if bf16 and model.device.type != "cuda":
         raise ValueError("bf16 scores are for a GPU; leave it off on a CPU")
     model.eval()
-    scores = _kept(file, (len(pictures), len(captions)), model, pictures, captions)
+    scores = _kept(file, (len(pictures), len(captions)), model, pictures, captions, crops)
     todo = [row for row in range(len(pictures)) if np.isnan(scores[row]).any()]
     groups = [[part.to(model.device) for part in group] for group in _alike(model.words, captions)]
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
@@ -226,13 +270,18 @@ def score_matrix(
                         smoothing=0) as bar:  # fmt: skip
         for start in range(0, len(todo), IMAGES_AT_ONCE):
             rows = todo[start : start + IMAGES_AT_ONCE]
-            pixels = stack_images([pictures[row] for row in rows], input_of(model.base.settings.visual))
-            visual = model.base.visual(pixels.to(model.device))
+            shown, side = [pictures[row] for row in rows], input_of(model.base.settings.visual)
+            views = stack_views(shown, side) if crops else stack_images(shown, side)[None]
+            visual = model.base.visual(views[0].to(model.device))
             vision, seen = model.base.fusion.embed_vision(visual), visual.real()
+            pooled = [visual.mean(), *(model.base.visual(view.to(model.device)).mean() for view in views[1:])]
             block = vision.new_empty(len(rows), len(captions), dtype=torch.float32)
             for columns, words, word_tokens in groups:
+                cosines = model.aligned(torch.cat(pooled), words, word_tokens).unflatten(0, (len(views), -1))
+                aligned = cosines.float().mean(dim=0)
                 for some in torch.arange(len(rows), device=model.device).split(max(1, pairs // len(words))):
-                    block[some[:, None], columns] = _scores(model, vision[some], seen[some], words, word_tokens)
+                    fused = _scores(model, vision[some], seen[some], words, word_tokens)
+                    block[some[:, None], columns] = aligned[some] + fused
                     bar.update(len(some) * len(words))
             scores[rows] = block.cpu().numpy()
             done += len(rows)
@@ -269,14 +318,21 @@ def _alike(words: Words, captions: Sequence[str], most: int = 64) -> Iterator[tu
 
 
 def _kept(
-    file: Path | None, shape: tuple[int, int], model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]
+    file: Path | None,
+    shape: tuple[int, int],
+    model: TaskModel,
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    crops: bool,
 ) -> np.ndarray:
     if file is None:
         return np.full(shape, np.nan, dtype=np.float32)
     told, about = file.with_suffix(".json"), _about(model, pictures, captions)
+    if crops:
+        about["views"] = "crops"
     if file.exists() and told.exists():
         before = json.loads(told.read_text())
-        if other := [name for name in about if before.get(name) != about[name]]:
+        if other := [name for name in {**before, **about} if before.get(name) != about.get(name)]:
             raise ValueError(f"{file}: scores of other {', '.join(other)}; delete it, or take another file")
         return np.load(file, mmap_mode="r+")
     kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)

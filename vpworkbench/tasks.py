@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from vpworkbench.alignment import Projection, mean_of_words
 from vpworkbench.data.batches import Words, stack_files
 from vpworkbench.data.records import DataError, Example, ImageFile
 from vpworkbench.data.regions import input_of
@@ -112,6 +113,10 @@ class TaskModel(nn.Module):
         In the order of the logits.
     pairing
         NLVR2: `pair` puts both [CLS] side by side, `pair-attention` is UNITER's `PairAttention`.
+    align : bool
+        Retrieval: with a projection of images and of words, each by itself, whose cosine is part of the score. The
+        head starts at zero: at first the projection ranks alone. Such a score is trained to rank: what `predict` makes
+        of it is no probability to be trusted.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class TaskModel(nn.Module):
         labels: Sequence[str],
         *,
         pairing: Literal["pair", "pair-attention"] = "pair",
+        align: bool = False,
     ) -> None:
         super().__init__()
         self.base, self.task, self.labels, self.pairing = base, task, tuple(labels), pairing
@@ -137,6 +143,11 @@ class TaskModel(nn.Module):
             self.head = nn.Linear(sides * width, len(labels))
         if task == "retrieval":
             self.head.load_state_dict(base.itm.state_dict())
+        self.align: Projection | None = None
+        if align:
+            self.align = Projection(base.visual.width, width)
+            for parameter in self.head.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def words(self) -> Words:
@@ -163,7 +174,26 @@ class TaskModel(nn.Module):
             left, right = (joint.last_hidden_state for joint in sides)
             real = (torch.cat([word_tokens, visual.real()[side]], dim=1) for side in image_index.unbind(dim=1))
             return self.head(left, right, *real)
-        return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
+        logits = self.head(torch.cat([joint.cls for joint in sides], dim=-1))
+        if self.align is not None:  # of a match: the difference of both logits is the whole score
+            cosine = self.aligned(visual.mean(), words, word_tokens)
+            own = cosine[image_index[:, 0], torch.arange(len(words), device=cosine.device)]
+            logits = logits + torch.stack([torch.zeros_like(own), own], dim=-1)
+        return logits
+
+    def aligned(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
+        """Scaled cosines of images and texts, each seen by itself, (image, text); 0 without an alignment.
+
+        Parameters
+        ----------
+        images : Tensor, (image, c)
+            Means of visual features.
+        words, word_tokens : Tensor, (text, word)
+        """
+        if self.align is None:
+            return images.new_zeros(len(images), len(words))
+        states = self.base.fusion(words, word_tokens)[-1]
+        return self.align.scale * self.align(images, mean_of_words(states, word_tokens))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `VisualParsingModel` does, the head among the weights, and `task.json` with `label2ans`."""
@@ -172,6 +202,8 @@ class TaskModel(nn.Module):
         save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()},
                   folder / "model.safetensors")  # fmt: skip
         content = {"task": self.task, "label2ans": list(self.labels), "pairing": self.pairing}
+        if self.align is not None:
+            content["align"] = True
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 
     @classmethod
@@ -187,7 +219,8 @@ class TaskModel(nn.Module):
         try:
             content = json.loads((folder / "task.json").read_text())
             base = VisualParsingModel.unloaded(folder)
-            model = cls(base, content["task"], content["label2ans"], pairing=content["pairing"])
+            model = cls(base, content["task"], content["label2ans"], pairing=content["pairing"],
+                        align=content.get("align", False))  # fmt: skip
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except CheckpointError:
             raise

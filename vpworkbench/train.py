@@ -35,6 +35,8 @@ CHECKPOINTING = next(
 )  # transformers renames it
 EXPLODED = 10.0
 """A loss is taken for exploded at so many times its value in the first line of `metrics.jsonl`."""
+OUT_OF_MEMORY = "out of memory|can't allocate|allocate memory|could not create a primitive"
+"""What torch says, by CUDA, by its CPU allocator and by oneDNN, where there is no memory left."""
 
 
 class TrainingError(RunError):
@@ -403,6 +405,10 @@ def _leave_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or bool(re.search(OUT_OF_MEMORY, str(error)))
+
+
 @contextlib.contextmanager
 def _explained_memory(
     model: nn.Module, objective: Objective, batch: Any, train: TrainSettings, autocast: Any, processes: Processes
@@ -412,8 +418,7 @@ def _explained_memory(
         yield
         return
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        told = isinstance(error, MemoryError) or re.search("out of memory|can't allocate|allocate memory", str(error))
-        if not told:
+        if not _is_out_of_memory(error):
             raise
         message = str(error).splitlines()[0]
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
@@ -427,6 +432,8 @@ def _explained_memory(
                 micro = batch.micro_batches(max(1, count // processes.count))[0]
                 sum(objective.losses(model, micro.to(processes.device)).values()).backward()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             traceback.clear_frames(error.__traceback__)
             continue
         fitting = count

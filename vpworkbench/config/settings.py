@@ -371,6 +371,14 @@ class RetrievalSettings(Settings):
     flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
     search_images: int = Field(0, ge=0, description="the first images of val, and of test, are searched; 0: all")
     pairs: int = Field(512, ge=1, description="pairs in one pass of the fusion when scoring; thousands on a GPU")
+    align: bool = added(
+        False, description="start from the frozen dual projection: its scaled cosine is part of the score and trained "
+        "on by a contrastive loss over the batch; the fusion adds to it, from zero",
+    )  # fmt: skip
+    crops: bool = added(
+        False, description="train on the whole image or one of five crops of it; the aligned cosine is averaged over "
+        "all six",
+    )  # fmt: skip
 
 
 class FinetuneSettings(Settings):
@@ -391,6 +399,7 @@ class FinetuneSettings(Settings):
         "pair",
         description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
     )
+    regions: Location = added("", description="region files of this task's images; '' those of the checkpoint")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = Field(
         RetrievalSettings(),
@@ -400,6 +409,15 @@ class FinetuneSettings(Settings):
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        if self.retrieval.align and (self.train.accumulate > 1 or self.train.processes > 1):
+            raise ValueError(
+                "retrieval.align holds every pair of a batch against all others; set train.accumulate and "
+                "train.processes to 1"
+            )
+        return self
 
 
 class ExploreSettings(Settings):

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 IGNORE = -100
 """Label of a word that no loss looks at, as in PyTorch's cross entropy."""
 
+VIEW_SHARE = 0.8
 LARGEST_UNKNOWN_SHARE = 0.01
 DRAWS = 500
 
@@ -337,6 +338,23 @@ def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
 def stack_images(pictures: Sequence[Picture], image_px: int | RegionFiles) -> Tensor:
     """Decode and squeeze to square, uint8 (image, 3, image_px, image_px); or what `RegionFiles` stacks."""
     return stack_files([picture.image for picture in pictures], image_px)
+
+
+def stack_views(pictures: Sequence[Picture], image_px: int | RegionFiles) -> Tensor:
+    """Each image as a whole and by five crops, its corners and its middle, 0.8 of each side.
+
+    Returns
+    -------
+    uint8 Tensor, (view, image, 3, image_px, image_px)
+        The whole first.
+    """
+    if isinstance(image_px, RegionFiles):
+        raise DataError("regions have no crops; leave retrieval.crops off for a model of regions")
+    wide = round(image_px / VIEW_SHARE)
+    large, rest = stack_images(pictures, wide), wide - image_px
+    corners = [(top, left) for top in (0, rest) for left in (0, rest)]
+    crops = [large[..., y : y + image_px, x : x + image_px] for y, x in [*corners, (rest // 2, rest // 2)]]
+    return torch.stack([stack_images(pictures, image_px), *crops])
 
 
 def stack_files(images: Sequence[ImageFile | Image.Image | np.ndarray], image_px: int | RegionFiles) -> Tensor:
