@@ -107,7 +107,7 @@ def _label(example: Example) -> str:
 
 
 class ProductFusion(nn.Module):
-    """Text and image, one vector each, multiplied: the joint of BUTD (Anderson et al. 2018), MUTAN's at full rank.
+    """Text and image, one vector each, multiplied: the joint of BUTD (Anderson et al. 2018), MUTAN's with an identity core.
 
     BUTD reads words by a GRU and pools regions by attention; here words are counted and tokens are pooled evenly.
     """
