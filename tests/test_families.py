@@ -241,6 +241,11 @@ def test_an_impossible_number_names_the_possible_ones(family, tokens):
         pretrain_settings(visual=family, visual_tokens=tokens)
 
 
+def test_regions_go_with_their_family_alone(region_folder):
+    with pytest.raises(SettingsError, match="visual 'swin' reads pixels"):
+        pretrain_settings(regions=str(region_folder))
+
+
 def test_limits_by_the_number_of_tokens_wait_for_it():
     with pytest.raises(SettingsError, match="sampled 40 is larger than the 36"):
         pretrain_settings(visual="grid", overrides={"visual.sampled": 40})

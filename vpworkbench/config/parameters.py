@@ -66,6 +66,8 @@ def pretrain_settings(
     kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is told with all other faults
     masking = masking or ("attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random")
     start = base.init_visual if kind.on_grid else ""
+    if regions and kind.on_grid:
+        raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     values: dict[str, Any] = {
         "data.sets": data, "visual.family": visual, "mask.mode": masking,
         "init_text": init_text, "seed": seed, "train.checkpoint_every": checkpoint_every,
@@ -204,7 +206,7 @@ def _regions(folder: str) -> dict[str, Any]:
     if not folder:
         return {}
     config = Path(folder).expanduser() / "config.json"
-    made = json.loads(config.read_text(encoding="utf-8"))["settings"] if config.exists() else {}
+    made = json.loads(config.read_text(encoding="utf-8")).get("settings", {}) if config.exists() else {}
     width = {"visual.region_width": made["width"]} if "width" in made else {}
     return {"visual.region_files": folder} | width
 

@@ -126,7 +126,7 @@ class RegionFiles:
         if not str(source) or not self.source.exists():
             raise DataError(
                 f"visual.region_files {str(source)!r}: no such folder or tsv; give BUTD's tsv or a folder with "
-                "one npz for each image, as docs/families.md describes (`data.regions.write_regions` writes them)"
+                "one npz for each image, as docs/families.md describes; of scenes and NLVR v1 `vpw regions` makes them"
             )
         self._lines = {} if self.source.is_dir() else _index(self.source)
 
