@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -222,22 +223,28 @@ def image_features(
 def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
     """Finished runs of `04_finetune` that differ from these settings in nothing but `seed` and `pretrained`.
 
+    What leaves a run's result as it is, how often it is saved and logged and who prepares its batches, may differ too.
+
     Returns
     -------
     DataFrame
         `pretrained`, `seed`, `score` (of the validation split), one row a run, equal runs once.
     """
-    either = {"seed": 0, "pretrained": True}
-    wanted, rows = settings.model_dump(mode="json") | either, {}
+    wanted, rows = _of_any_seed(settings.model_dump(mode="json")), {}
     for folder in sorted((runs_root() / "04_finetune").glob("*")):
         if not (folder / "summary.json").exists():
             continue
         there = read_json(folder / "config.json")["settings"]
-        if there | either == wanted:
+        if _of_any_seed(there) == wanted:
             rows[there["pretrained"], there["seed"]] = read_json(folder / "summary.json")[METRICS[settings.task]]
     return pd.DataFrame(
         [(*key, value) for key, value in sorted(rows.items(), reverse=True)], columns=["pretrained", "seed", "score"]
     )
+
+
+def _of_any_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    train = {name: value for name, value in settings["train"].items() if name not in ("checkpoint_every", "log_every")}
+    return settings | {"seed": 0, "pretrained": True, "workers": 0, "train": train}
 
 
 def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:
