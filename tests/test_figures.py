@@ -83,6 +83,7 @@ def every_figure():
         "tokens": figures.tokens(image(), GRID),
         "parsing": figures.parsing(image(), attention(), [0, 5], GRID),
         "masks": figures.masks(image(), {"attention": picked, "random": ~picked}, pick=1, grid=GRID),
+        "regions": figures.regions(image(), [[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 1.0, 1.0]]),
         "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID),
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
@@ -136,7 +137,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 19
+    assert set(made) == public and len(made) == 20
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]
