@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -139,10 +140,10 @@ def explorer_bench(
             measured[name] = _times(page, target, way, act, events)
             if progress:
                 progress("events", number + 1, len(TARGETS_MS) + 1)
-        page.context.close()
+        _close(page)
         page, _ = _open(browser, address, Path(folder), "ablation", ["ablation"], ".vpw-panels")
         measured["sentence, ablation-224"] = _edits(page, max(5, events // 3))
-        page.context.close()
+        _close(page)
         pages = _pages(browser, Path(folder), tokens, Path(scripts) if scripts else None, progress)
     return {
         "device": f"cpu, {os.cpu_count()} cores", "torch": torch.__version__, "run_all_s": run_all_s,
@@ -308,7 +309,8 @@ def _jupyter(folder: Path) -> Iterator[str]:
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *flags], env=os.environ | own, **silent)
     try:
         _wait(f"http://127.0.0.1:{port}/api?token={token}")
-        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+        # A workspace for each notebook: one that is shared opens the notebooks of before again, and in front.
+        yield f"http://127.0.0.1:{port}/lab/workspaces/{{name}}/tree/{{name}}.ipynb?token={token}"
     finally:
         server.terminate()
         server.wait(60)
@@ -332,7 +334,7 @@ def _open(browser: Any, address: str, folder: Path, name: str, cells: Sequence[s
     nbformat.write(notebook, folder / f"{name}.ipynb")
     page = browser.new_context(viewport={"width": 1280, "height": 800}).new_page()
     page.set_default_timeout(180_000)
-    page.goto(address.format(f"{name}.ipynb"))
+    page.goto(address.format(name=name))
     page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
     page.evaluate("""async () => { const panel = jupyterapp.shell.currentWidget;
         await panel.context.ready; await panel.sessionContext.ready; }""")
@@ -345,6 +347,12 @@ def _open(browser: Any, address: str, folder: Path, name: str, cells: Sequence[s
     page.wait_for_function(f"document.querySelector({json.dumps(last)})")
     page.wait_for_timeout(3_000)
     return page, round(seconds, 2)
+
+
+def _close(page: Any) -> None:
+    """With its kernel, whose tensors would stay beside what is measured next."""
+    page.evaluate("jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.context.close()
 
 
 # ----------------------------------------------------------------------------------------- pages, against peers
@@ -391,8 +399,10 @@ def _circuitsvis(view: Explorer, path: Path) -> None:
     from circuitsvis.attention import attention_heads
 
     attention = view.readings[0].attention.flatten(0, 1)  # it knows heads of one layer: here of all
-    shown = attention_heads([f"t{place}" for place in range(attention.shape[-1])], attention)
-    path.write_text(f"<!doctype html><meta charset=utf-8>{shown}", encoding="utf-8")
+    names = [f"t{place}" for place in range(attention.shape[-1])]
+    shown = attention_heads(attention=attention, tokens=names)
+    page = f"<!doctype html><meta charset=utf-8>{shown.local_src}"  # with its script, so that no network is needed
+    path.write_text(page, encoding="utf-8")
 
 
 def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -> float | None:
@@ -409,7 +419,7 @@ def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -
             route.abort()
 
     if scripts:
-        page.route("https://**", serve)
+        page.route(re.compile("^https?:"), serve)
     try:
         page.goto(path.as_uri(), wait_until="commit", timeout=60_000)
         told = page.wait_for_function(
