@@ -362,19 +362,15 @@ def _pages(
     browser: Any, folder: Path, tokens: Sequence[int], scripts: Path | None, progress: Callable[..., None] | None
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Build each tool's page of the same attention, and see when it draws first."""
-    makers = {"ours": (_ours, ".vpw-panels[data-drawn]:not([data-drawn='0'])")}
-    if find_spec("bertviz"):
-        makers["bertviz"] = (_bertviz, "svg .attention_head, svg line, svg path")
-    if find_spec("circuitsvis"):
-        makers["circuitsvis"] = (_circuitsvis, "[id^=circuits-vis] canvas, [id^=circuits-vis] img")
+    makers = {"ours": _ours} | {name: make for name, make in PEERS.items() if find_spec(name)}
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in makers}
     for number, length in enumerate(tokens):
         view = wide(grid=GRIDS[length], words=length - GRIDS[length] ** 2)
-        for name, (make, drawn) in makers.items():
+        for name, make in makers.items():
             path, began = folder / f"{name}-{length}.html", time.monotonic()
             make(view, path)
             found[name][length] = {"build_s": round(time.monotonic() - began, 3), "bytes": path.stat().st_size}
-            found[name][length]["first_drawing_s"] = _first_drawing(browser, path, drawn, scripts)
+            found[name][length]["first_drawing_s"] = _first_drawing(browser, path, DRAWN[name], scripts)
             path.unlink()
         view.close()
         if progress:
@@ -405,6 +401,17 @@ def _circuitsvis(view: Explorer, path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
+PEERS = {"bertviz": _bertviz, "circuitsvis": _circuitsvis}
+DRAWN = {
+    "ours": "document.querySelector('.vpw-panels[data-drawn]:not([data-drawn=\"0\"])')",
+    "bertviz": "document.querySelector('svg line')",
+    "circuitsvis": """(canvas => canvas?.width && canvas.height && new Uint32Array(canvas.getContext('2d').getImageData(
+        0, 0, canvas.width, canvas.height).data.buffer).some(Boolean))(
+        document.querySelector('[id^=circuits-vis] canvas'))""",
+}
+"""What holds in the page of each once something is drawn."""
+
+
 def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -> float | None:
     """Seconds from the start of loading, in the page's own time; None if a minute draws nothing."""
     from playwright.sync_api import Error
@@ -422,9 +429,7 @@ def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -
         page.route(re.compile("^https?:"), serve)
     try:
         page.goto(path.as_uri(), wait_until="commit", timeout=60_000)
-        told = page.wait_for_function(
-            f"document.querySelector({json.dumps(drawn)}) && performance.now()", timeout=60_000
-        )
+        told = page.wait_for_function(f"{drawn} && performance.now()", timeout=60_000)
         return round(told.json_value() / 1000, 3)
     except Error:
         return None
