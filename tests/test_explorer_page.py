@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import re
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +16,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from browser import SIZE, browser, screenshots
+from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from vpworkbench.explorer.page import Part, Section, write_page
-from vpworkbench.explorer.widgets import Copy, Maps, Panels, Reader, encoded
+from vpworkbench.explorer.widgets import Chart, Copy, Maps, Panels, Reader, encoded
 
 __all__ = ["browser", "screenshots"]
 EVIL = '</script><img src=x onerror="window.hacked = true"><!--'
@@ -32,7 +38,8 @@ def sections() -> list[Section]:
         Section("Masks", EVIL, [Part(panels, PICTURE), Part("only text " + EVIL)]),
         Section("Words", "", [Part(reader, PICTURE, "The words."), Part(maps, PICTURE)]),
         Section("Numbers", "", [
-            Part(go.Figure(go.Scatter(y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
+            Part(Chart(label="A curve")),
+            Part(go.Figure(go.Scatter(x=[0, 1, 2], y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
             Part(pd.DataFrame({EVIL: [EVIL, 2]})), Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
         ]),
     ]  # fmt: skip
@@ -48,8 +55,17 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(written: Path) -> None:
     assert written.stat().st_size <= 8 * 2**20
     assert "default-src 'none'" in text
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
-    assert text.count("export default widget(") == 4  # each module once
     assert text.count("<h2>") == 3
+
+
+def test_what_a_page_holds_is_packed(written: Path) -> None:
+    found = dict(re.findall(r'<script type="text/plain" id="(\w+)">([^<]*)</script>', written.read_text()))
+    held = json.loads(gzip.decompress(base64.b64decode(found["held"])))
+    assert sorted(held["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader"]  # each once
+    assert [one["name"] for one in held["values"]] == ["Panels", "Reader", "Maps", "Chart", "Copy"]
+    assert held["figures"][0]["data"][0]["name"] == EVIL
+    assert gzip.decompress(base64.b64decode(found["plotly"])).decode() == get_plotlyjs()
+    assert written.stat().st_size < 2.5e6
 
 
 def test_text_cannot_end_the_data(written: Path) -> None:
@@ -79,7 +95,7 @@ def opened(browser: Any, written: Path) -> Iterator[Any]:
 
 @pytest.mark.browser
 def test_every_part_is_drawn_without_a_network(opened: Any, written: Path, screenshots: Path) -> None:
-    for widget in ("panels", "reader", "maps", "copy"):
+    for widget in ("panels", "reader", "maps", "chart", "copy"):
         opened.wait_for_selector(f".vpw-{widget}[data-drawn='1']")
     opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
     assert all(address == written.as_uri() or address.startswith(("blob:", "data:")) for address in opened.asked)
@@ -109,6 +125,22 @@ def test_a_page_answers_the_pointer_and_saves(opened: Any, tmp_path: Path) -> No
     download.value.save_as(tmp_path / "maps.csv")
     table = pd.read_csv(tmp_path / "maps.csv")
     assert table["map"].unique().tolist() == [EVIL] and table["value"].tolist() == list(range(12))
+
+
+@pytest.mark.browser
+def test_what_plotly_draws_is_saved_like_the_other_views(opened: Any, tmp_path: Path) -> None:
+    opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
+    for name in ("PNG", "SVG", "CSV"):
+        with opened.expect_download() as download:
+            opened.locator(".vpw-chart .vpw-tools button", has_text=name).click()
+        assert download.value.suggested_filename == f"a-curve.{name.lower()}"
+        download.value.save_as(tmp_path / name)
+    with Image.open(tmp_path / "PNG") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors(10**6)) > 10  # twice as fine, not blank
+    drawing = xml.etree.ElementTree.parse(tmp_path / "SVG").getroot()
+    assert any(EVIL in (part.text or "") or "js-line" in part.get("class", "") for part in drawing.iter())
+    table = pd.read_csv(tmp_path / "CSV")
+    assert table["trace"].tolist() == [EVIL] * 3 and table["y"].tolist() == [1, 3, 2]
 
 
 @pytest.mark.browser

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading
-from vpworkbench.explorer.widgets import Maps, Plot
+from vpworkbench.explorer.widgets import Maps, Chart
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
 
 HEIGHT = 560
@@ -47,7 +47,7 @@ class FlowView:
         self._figure: go.FigureWidget | None = None
         self._maps: list[Maps] = []
         self.span, self.shown = (0, 0), 0
-        self.save = Plot(label="Flow, NMI and tokens", alt=ALT, width=WIDTH)
+        self.save = Chart(label="Flow, NMI and tokens", alt=ALT, width=WIDTH)
         self.widget = column(self.note)
         self.show(readings)
 

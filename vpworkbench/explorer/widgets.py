@@ -309,10 +309,10 @@ class Drop(Drawn):
     _converters = {"file": bytes}
 
 
-class Plot(Drawn):
+class Chart(Drawn):
     """Title of the plotly figure beside it in the page, with buttons that save it: PNG, SVG, and its numbers as CSV."""
 
-    _esm = module("plot")
+    _esm = module("chart")
 
 
 class Copy(Drawn):

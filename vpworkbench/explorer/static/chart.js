@@ -1,6 +1,6 @@
 // The plotly figure beside it, saved as the other views are: by plotly's own camera, and its numbers as CSV.
 
-export default widget("plot", (model, page) => {
+export default widget("chart", (model, page) => {
   /** The nearest, outwards: in the same column of an explorer, in the same section of a page. */
   const figure = () => {
     for (let outer = page.root; outer; outer = outer.parentElement) {
