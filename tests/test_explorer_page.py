@@ -25,6 +25,7 @@ from vpworkbench.explorer.widgets import Chart, Copy, Maps, Panels, Reader, enco
 __all__ = ["browser", "screenshots"]
 EVIL = '</script><img src=x onerror="window.hacked = true"><!--'
 BOXES = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
+OVERLAPPING = [[0, 0, 1, 1], [0.25, 0.25, 0.75, 0.75], [0.5, 0.5, 0.7, 0.7]]
 PICTURE = encoded(np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3))
 
 
@@ -33,9 +34,12 @@ def sections() -> list[Section]:
                     kinds=["shade", "mask"], captions=["attention", EVIL], width=700)  # fmt: skip
     reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a", EVIL], looks=np.full((2, 16), 0.03),
                     reads=np.full((16, 2), 0.2))  # fmt: skip
+    regions = Panels(label="Boxes", alt="Boxes that overlap.", image=PICTURE, boxes=OVERLAPPING, captions=["", ""],
+                     values=[[0, 0, 0], [1, 0, 1]], kinds=["plain", "mask"], width=400)  # fmt: skip
     maps = Maps(label="Heads", values=np.arange(12.0).reshape(1, 3, 4), names=[EVIL], count_from=1)
     return [
         Section("Masks", EVIL, [Part(panels, PICTURE), Part("only text " + EVIL)]),
+        Section("Boxes", "", [Part(regions, PICTURE)]),
         Section("Words", "", [Part(reader, PICTURE, "The words."), Part(maps, PICTURE)]),
         Section("Numbers", "", [
             Part(Chart(label="A curve")),
@@ -55,14 +59,14 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(written: Path) -> None:
     assert written.stat().st_size <= 8 * 2**20
     assert "default-src 'none'" in text
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
-    assert text.count("<h2>") == 3
+    assert text.count("<h2>") == 4
 
 
 def test_what_a_page_holds_is_packed(written: Path) -> None:
     found = dict(re.findall(r'<script type="text/plain" id="(\w+)">([^<]*)</script>', written.read_text()))
     held = json.loads(gzip.decompress(base64.b64decode(found["held"])))
     assert sorted(held["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader"]  # each once
-    assert [one["name"] for one in held["values"]] == ["Panels", "Reader", "Maps", "Chart", "Copy"]
+    assert [one["name"] for one in held["values"]] == ["Panels", "Panels", "Reader", "Maps", "Chart", "Copy"]
     assert held["figures"][0]["data"][0]["name"] == EVIL
     assert gzip.decompress(base64.b64decode(found["plotly"])).decode() == get_plotlyjs()
     assert written.stat().st_size < 2.5e6
@@ -128,6 +132,24 @@ def test_a_page_answers_the_pointer_and_saves(opened: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.browser
+def test_of_boxes_that_overlap_the_smallest_is_hit(opened: Any) -> None:
+    opened.wait_for_selector(".vpw-copy[data-drawn='1']")
+    boxes = opened.locator(".vpw-panels").nth(1)
+    stage, status = boxes.locator(".vpw-stage").first, boxes.locator(".vpw-status")
+    side = stage.bounding_box()["width"]
+    for at, token, told in ((0.9, 0, "hidden"), (0.3, 1, "seen"), (0.6, 2, "hidden")):
+        stage.hover(position={"x": at * side, "y": at * side})
+        assert status.text_content().startswith(f"token {token} ") and told in status.text_content()
+    stage.click(position={"x": 0.6 * side, "y": 0.6 * side})
+    mark = boxes.locator(".vpw-picked").first.bounding_box()
+    assert mark["width"] == pytest.approx(0.2 * side, abs=1)
+    masked = boxes.locator("canvas").nth(1)
+    alike = "(canvas, at) => canvas.getContext('2d').getImageData(at * canvas.width, at * canvas.height, 1, 1).data[0]"
+    assert abs(masked.evaluate(alike, 0.9) - 128) < 12  # grey over the outermost box, not over the one inside it
+    assert masked.evaluate(alike, 0.45) == boxes.locator("canvas").nth(0).evaluate(alike, 0.45)
+
+
+@pytest.mark.browser
 def test_what_plotly_draws_is_saved_like_the_other_views(opened: Any, tmp_path: Path) -> None:
     opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
     for name in ("PNG", "SVG", "CSV"):
@@ -149,6 +171,6 @@ def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> N
     page = context.new_page()
     page.goto(written.as_uri())
     alts = [page.locator("img").nth(place).get_attribute("alt") for place in range(page.locator("img").count())]
-    assert alts == ["Masks on the image.", "The words.", "Heads", "A curve.", "Alone."]
-    assert page.locator("img:visible").count() == 5
+    assert alts == ["Masks on the image.", "Boxes that overlap.", "The words.", "Heads", "A curve.", "Alone."]
+    assert page.locator("img:visible").count() == 6
     context.close()

@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading
-from vpworkbench.explorer.widgets import Maps, Chart
+from vpworkbench.explorer.widgets import Chart, Maps
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
 
 HEIGHT = 560

@@ -133,13 +133,14 @@ def _png(figure: Figure) -> bytes:
 
 
 def _panel(axes: Axes, reading: Reading, kind: str, values: np.ndarray, title: str, pick: int | None = None) -> None:
-    """The image under what its tokens hold, as the page draws it: where boxes overlap the strongest is seen."""
+    """The image under what its tokens hold, as the page draws it: where boxes overlap the smallest is seen."""
     height, width = reading.image.shape[:2]
     shade = kind == "shade"
     opacity = np.full((height, width), 0.8 if shade else 0.0)
     wanted = 0.8 * (1 - values / max(values.max(initial=0), 1e-12)) if shade else 0.93 * values
     edges = (reading.boxes * [width, height, width, height]).round().astype(int)
-    for place in np.argsort(values, kind="stable"):
+    areas = (reading.boxes[:, 2:] - reading.boxes[:, :2]).prod(axis=1)
+    for place in np.argsort(-areas, kind="stable"):
         x0, y0, x1, y1 = edges[place]
         opacity[y0:y1, x0:x1] = wanted[place]
     axes.imshow(reading.image)

@@ -178,7 +178,8 @@ function regions(view) {
     const [row, column] = [rows.indexOf(box(place)[1].toFixed(3)), columns.indexOf(box(place)[0].toFixed(3))];
     return `token ${place} (row ${row + 1}, column ${column + 1})`;
   };
-  return { count, box, at, beside, name, grid };
+  const order = Array.from({ length: count }, (_, place) => place).sort((one, other) => area(other) - area(one));
+  return { count, box, at, beside, name, grid, order };
 }
 
 function matrix(rows, columns) {
@@ -229,7 +230,7 @@ function drawPicture(canvas, bitmap, width) {
   return context;
 }
 
-/** Fill each box with `paint(value)`, the strongest last where boxes overlap; `outside` is what no box covers. */
+/** Fill each box with `paint(value)`, the smallest last, which the pointer hits; `outside` is what no box covers. */
 function drawBoxes(context, geometry, values, paint, outside = null) {
   const { width, height } = context.canvas;
   const layer = new OffscreenCanvas(width, height);
@@ -240,8 +241,7 @@ function drawBoxes(context, geometry, values, paint, outside = null) {
     ink.fillRect(x, y, wide, high);
   };
   if (outside) fill(outside, 0, 0, width, height);
-  const order = Array.from(values.keys()).sort((one, other) => values[one] - values[other]);
-  for (const place of order) {
+  for (const place of geometry.order) {
     const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
     fill(paint(values[place]), x0, y0, x1 - x0, y1 - y0);
   }
