@@ -84,6 +84,7 @@ def explore(
         raise DataError(f"{data}: no picture to explore")
     call = ", ".join(part for part in (
         repr(model) if isinstance(model, str) else "model" if model is not None else "",
+        "None" if model is None and data is not None else "",
         "" if data is None else repr(str(data)) if isinstance(data, str | Path) else "pictures",
         "" if beside is None else f"beside={beside!r}" if isinstance(beside, str) else "beside=other",
     ) if part)  # fmt: skip
@@ -131,8 +132,10 @@ class Explorer(ipywidgets.VBox):
         shown = [view for view in self._views if view is not self.trial or "try" in views]
         self._code = Copy(label="The lines that recreate this view", width=WIDTH)
         self._tabs = ipywidgets.Tab([view.widget for view in shown], titles=[view.title for view in shown])
-        take = ipywidgets.Accordion([column(self._code)], titles=["copy as code"], selected_index=None)
+        self._take = take = ipywidgets.Accordion([column(self._code)], titles=["copy as code"], selected_index=None)
         take.observe(lambda change: self._copy(), "selected_index")
+        for view in made.values():
+            view.changed = self._copy
         self._tabs.observe(lambda change: self._opened(shown), "selected_index")
         self._later = Later(1.0)
         self.children = (self.trial.controls, self._tabs, take)
@@ -208,7 +211,9 @@ class Explorer(ipywidgets.VBox):
         return "\n".join([*lines, "view"])
 
     def _copy(self) -> None:
-        self._code.update(text=self.code)
+        """Send the code, where it is seen."""
+        if self._take.selected_index is not None:
+            self._code.update(text=self.code)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The numbers behind all views."""

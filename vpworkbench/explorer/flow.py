@@ -12,12 +12,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from vpworkbench.explorer.parts import WIDTH, Note, column, row
+from vpworkbench.explorer.parts import WIDTH, Note, column, row, unheard
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Chart, Maps
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
 
 HEIGHT = 560
+MENU = ["select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+"""Left out of plotly's menu, which would cover the title of the last panel: dragging zooms, a double click resets."""
 ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 
 
@@ -46,7 +48,7 @@ class FlowView:
         )
         self._figure: go.FigureWidget | None = None
         self._maps: list[Maps] = []
-        self.span, self.shown = (0, 0), 0
+        self.span, self.shown, self.changed = (0, 0), 0, unheard
         self.save = Chart(label="Flow, NMI and tokens", alt=ALT, width=WIDTH)
         self.widget = column(self.note)
         self.show(readings)
@@ -144,7 +146,7 @@ class FlowView:
         figure = _empty([reading.subject.name for reading in self.readings], [one.layers for one in self.readings])
         self._figure = go.FigureWidget(_fill(figure, self.readings))
         self._figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
-                                "modeBarButtonsToRemove": ["select2d", "lasso2d"]}  # fmt: skip
+                                "modeBarButtonsToRemove": MENU}  # fmt: skip
         for number, trace in enumerate(self._triangles()):
             trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
         self._maps = [
@@ -183,6 +185,7 @@ class FlowView:
         with self.figure.batch_update():
             for number in range(len(self.readings)):
                 self._traces(number)[-1].update({"x": [stop + 1], "y": [start + 1]})
+        self.changed()
 
     def _draw_points(self) -> None:
         if self._figure is None:
@@ -193,6 +196,7 @@ class FlowView:
             for trace, chosen in zip([one for one in self.figure.data if one.meta == "points"], reading.counted,
                                      strict=True):  # fmt: skip
                 trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
+        self.changed()
 
 
 def _traces(figure: go.Figure, number: int) -> list[Any]:
@@ -248,8 +252,8 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
         figure.add_scatter(x=[0, *along], name=escaped(name), showlegend=False, hovertemplate="layer %{x}: %{y:.2f}",
                            row=nmi[0], col=nmi[1], **look)  # fmt: skip
         figure.add_scatter(x=[1], y=[1], mode="markers", meta=number, hoverinfo="skip", showlegend=False,
-                           marker={"symbol": "square-open", "size": 18, "color": VISION, "line": {"width": 3}},
-                           **cell)  # fmt: skip
+                           marker={"symbol": "square-open", "size": max(10, min(40, 150 // count)), "color": VISION,
+                                   "line": {"width": 3}}, **cell)  # fmt: skip
         step = max(1, math.ceil(count / 12))
         figure.update_yaxes(title_text="from layer i", autorange="reversed", dtick=step, showgrid=False, **cell)
         figure.update_xaxes(title_text="to layer j", dtick=step, showgrid=False, **cell)
@@ -263,6 +267,6 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
     figure.update_xaxes(title_text="layer (0: input)", dtick=step, row=nmi[0], col=nmi[1])
     figure.update_yaxes(range=[-0.03, 1.03], row=nmi[0], col=nmi[1])
     figure.update_xaxes(title_text="first component", row=points[0], col=points[1])
-    figure.update_yaxes(title_text="second", row=points[0], col=points[1])
+    figure.update_yaxes(title_text="second component", row=points[0], col=points[1])
     figure.update_layout(legend={"orientation": "h", "y": -0.12, "font": {"color": GREY}}, uirevision="keep")
     return finish(figure, alt=ALT, width=WIDTH, height=HEIGHT)

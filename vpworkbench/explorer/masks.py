@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.examples import token_objects
-from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, table
+from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, table, unheard
 from vpworkbench.explorer.readings import Reading, same_boxes
 from vpworkbench.explorer.widgets import Panels
 from vpworkbench.objectives import visual_mask
@@ -39,6 +39,7 @@ class MasksView:
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.pick, self._draw, self._later = -1, 0, Later()
+        self.changed = unheard
         self.k = ipywidgets.IntSlider(
             2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "220px"}
         )
@@ -209,6 +210,7 @@ class MasksView:
             panel.update(values=values[list(shown)], picked=self.pick, label=f"{reading.subject.name}: masks",
                          alt=self._alt(values), **more)  # fmt: skip
         self._tell()
+        self.changed()
         self._later(lambda: self._reconstruct(images=images))
 
     def _panel_values(self, parsing: Tensor | None) -> NDArray[np.float32]:
@@ -230,17 +232,20 @@ class MasksView:
                 f"{int(values[3].sum())} at random.")  # fmt: skip
 
     def _tell(self, errors: Sequence[tuple[float, float]] = ()) -> None:
-        pick = torch.tensor([self.pick])
+        pick, known = torch.tensor([self.pick]), bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
-            masked = torch.from_numpy(values[2:]).bool()
-            on = [mask_on_object(one[None], pick, self._objects).item() if one.any() else None for one in masked]
-            on.append(random_on_object(masked[1:], pick, self._objects).item())
-            shares = [_share(one) for one in on] if self._objects.any() else ["no object masks"] * 3
-            told = ["–" if np.isnan(error) else f"{error:.3f}" for error in errors[number]] if errors else ["…", "…"]
-            rows.append([reading.subject.name, *shares, *told])
-        names = ["model", "attention mask on the object", "random mask on it", "expected at random",
-                 "error per hidden token, attention", "random"]  # fmt: skip
+            for place, name in enumerate(("attention", "random")):
+                mask = torch.from_numpy(values[2 + place]).bool()[None]
+                if not mask.any():
+                    continue  # no parsing attention
+                share = _share(mask_on_object(mask, pick, self._objects).item())
+                if name == "random" and known and share != "background":
+                    share += f", {_share(random_on_object(mask, pick, self._objects).item())} expected"
+                error = errors[number][place] if errors else None
+                told = "…" if error is None else "–" if np.isnan(error) else f"{error:.3f}"
+                rows.append([reading.subject.name, name, *([share] if known else []), told])
+        names = ["model", "mask", *(["on the picked object"] if known else []), "squared error per hidden token"]
         self.numbers.value = table(names, rows)
 
     def _reconstruct(self, *, images: bool = False) -> None:
@@ -248,7 +253,7 @@ class MasksView:
         for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
             errors = np.nan_to_num(errors)[-len(panel.kinds) :]
-            panel.update(values=errors, picked=self.pick, label="Squared error of each hidden token",
+            panel.update(values=errors, picked=self.pick, label="Error of hidden tokens",
                          alt="Bright where the features of a hidden token are guessed badly.", **more)  # fmt: skip
         self._tell([tuple(float(np.nanmean(error)) if np.isfinite(error).any() else np.nan for error in errors)
                     for errors in found])  # fmt: skip
@@ -269,9 +274,7 @@ class MasksView:
         return error.masked_fill(~masked, torch.nan).cpu().numpy()[:, seen]
 
 
-def _share(share: float | None) -> str:
-    if share is None:
-        return "–"
+def _share(share: float) -> str:
     return "background" if np.isnan(share) else f"{100 * share:.0f}%"
 
 
