@@ -238,17 +238,22 @@ class Explorer(ipywidgets.VBox):
                 Part(masks.panels[place], still.panels(masks, place)),
                 Part(masks.errors[place], still.errors(masks, place)),
             )]  # fmt: skip
-            sections.append(Section(masks.title, masks.note.text, parts))
+            told = "Hover tells the numbers of a token. Another pick asks the model: open the explorer for it."
+            sections.append(Section(masks.title, told if masks.readings else masks.note.text, [
+                *parts, *([Part(masks.summary())] if masks.readings else []),
+            ]))  # fmt: skip
         if words is not None:
             parts = [part for place in range(len(words.readings)) for part in (
                 Part(words.maps[place], still.heads(words, place)),
                 Part(words.readers[place], still.sentence(words, place)),
             )]  # fmt: skip
-            sections.append(Section(words.title, words.note.text, parts))
+            told = "Hover over a word: where it looks. Over a patch: which words it reads. Click pins."
+            sections.append(Section(words.title, told, parts))
         if flow is not None:
             parts = [Part(flow.save), Part(go.Figure(flow.figure), still.curves(flow), flow.save.alt)]
             parts += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
-            sections.append(Section(flow.title, flow.note.text, parts))
+            told = "Dashed: attention spread evenly. Below the figure: A of the marked span of layers."
+            sections.append(Section(flow.title, told, parts))
         sections.append(Section("What it says", "", [Part(self.trial.tables()["answers"])]))
         models = " and ".join(one.name for one in self.subjects)
         return write_page(path, f"{models} on “{self.readings[0].text}”", sections)

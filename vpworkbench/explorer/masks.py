@@ -231,7 +231,14 @@ class MasksView:
         return (f"Token {self.pick} is picked; {int(values[2].sum())} tokens are hidden by attention and "
                 f"{int(values[3].sum())} at random.")  # fmt: skip
 
-    def _tell(self, errors: Sequence[tuple[float, float]] = ()) -> None:
+    def _tell(self, errors: Sequence[Sequence[float]] = ()) -> None:
+        told = self.summary(errors)
+        self.numbers.value = table(list(told.columns), told.to_numpy().tolist())
+
+    def summary(self, errors: Sequence[Sequence[float]] | None = None) -> pd.DataFrame:
+        """What each mask leaves, as it is told; `errors`: the mean of each mask for each model, () while they come."""
+        if errors is None:
+            errors = _means([self.errors_of(reading) for reading in self.readings])
         pick, known = torch.tensor([self.pick]), bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
@@ -246,17 +253,16 @@ class MasksView:
                 told = "…" if error is None else "–" if np.isnan(error) else f"{error:.3f}"
                 rows.append([reading.subject.name, name, *([share] if known else []), told])
         names = ["model", "mask", *(["on the picked object"] if known else []), "squared error per hidden token"]
-        self.numbers.value = table(names, rows)
+        return pd.DataFrame(rows, columns=names)
 
     def _reconstruct(self, *, images: bool = False) -> None:
         found = [self.errors_of(reading) for reading in self.readings]
         for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
-            errors = np.nan_to_num(errors)[-len(panel.kinds) :]
-            panel.update(values=errors, picked=self.pick, label="Error of hidden tokens",
+            shown = np.nan_to_num(errors)[-len(panel.kinds) :]
+            panel.update(values=shown, picked=self.pick, label="Error of hidden tokens",
                          alt="Bright where the features of a hidden token are guessed badly.", **more)  # fmt: skip
-        self._tell([tuple(float(np.nanmean(error)) if np.isfinite(error).any() else np.nan for error in errors)
-                    for errors in found])  # fmt: skip
+        self._tell(_means(found))
 
     @torch.no_grad()
     def errors_of(self, reading: Reading) -> NDArray[np.float32]:
@@ -272,6 +278,11 @@ class MasksView:
         predicted = model.mfr(model.fuse(both, **words, masked=masked).vision)
         error = (predicted - both.features).square().mean(dim=-1)
         return error.masked_fill(~masked, torch.nan).cpu().numpy()[:, seen]
+
+
+def _means(found: Sequence[NDArray[np.float32]]) -> list[list[float]]:
+    """Over the hidden tokens, for each model and mask."""
+    return [[float(np.nanmean(one)) if np.isfinite(one).any() else np.nan for one in errors] for errors in found]
 
 
 def _share(share: float) -> str:

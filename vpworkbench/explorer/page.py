@@ -95,7 +95,7 @@ def _part(part: Part) -> str:
         live = '<div class="live scroll" data-figure></div>'
         return f'<div class="part"><div class="still">{picture}</div>{live}</div>'
     if isinstance(content, pd.DataFrame):
-        return f'<div class="part scroll">{content.to_html(border=0, escape=True)}</div>'
+        return f'<div class="part scroll">{content.to_html(border=0, escape=True, index=False)}</div>'
     if isinstance(content, str):
         return f'<p class="part">{html.escape(content)}</p>'
     if content is None:
