@@ -135,6 +135,12 @@ class Reading:
     def tokens(self) -> int:
         return self.attention.shape[2]
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether the visual tokens are the cells of a grid; regions have boxes anywhere."""
+        columns, rows = (len(np.unique(self.boxes[:, side].round(3))) for side in (0, 1))
+        return columns * rows == len(self.boxes)
+
     def weights(self, layer: int, head: int | None, *, rolled: bool = False) -> Tensor:
         """Attention of one layer, (query, key): of one head, or of their mean (None).
 
@@ -167,12 +173,14 @@ class Reading:
             The entropy in bits over the entropy of even attention: 0 one token, 1 all alike.
         """
         language, vision = (torch.from_numpy(part) for part in self.counted)
+        real = language | vision  # regions are padded
+        real[self.language] = True
         found = torch.empty(3, self.layers, self.heads)
         for layer, maps in enumerate(self.attention):
             one = maps.float()
             found[0, layer] = one[:, language][:, :, vision].sum(dim=2).mean(dim=1)
             found[1, layer] = one[:, vision][:, :, language].sum(dim=2).mean(dim=1)
-            found[2, layer] = torch.special.entr(one).sum(dim=2).mean(dim=1) / np.log(self.tokens)
+            found[2, layer] = torch.special.entr(one[:, real]).sum(dim=2).mean(dim=1) / np.log(int(real.sum()))
         return found.numpy()
 
     def product(self, start: int, stop: int) -> Tensor:
@@ -252,9 +260,10 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
     if getattr(inputs, "boxes", None) is not None:  # a VisualBERT is not told where its regions lie
         boxes = inputs.boxes[0]
-    pixels = inputs.forward.get("images") if model.base is not None else None
-    squeezed = pixels is not None and pixels.dim() == 4  # as our model sees it
-    image = pixels[0].permute(1, 2, 0).cpu().numpy() if squeezed else picture.image.pixels()
+    if model.base is not None and model.base.settings.visual.kind.on_grid:
+        image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
+    else:
+        image = picture.image.pixels()
     real = inputs.tokens[0].cpu()
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
     places = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
