@@ -108,7 +108,7 @@ def _label(example: Example) -> str:
 
 
 class ProductFusion(nn.Module):
-    """Text and image, one vector each, multiplied: the joint of BUTD (Anderson et al. 2018), MUTAN's with an identity core.
+    """Text and image, a vector each, multiplied: BUTD (Anderson et al. 2018), or MUTAN with an identity for its core.
 
     BUTD reads words by a GRU and pools regions by attention; here words are counted and tokens are pooled evenly.
     """
