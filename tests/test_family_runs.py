@@ -60,14 +60,14 @@ def test_intervals_over_seeds_and_images():
     assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
 
 
-def finished(name: str, flow: float, score: float) -> None:
+def finished(name: str, flow: float, score: float, pictures: str = "abcdef") -> None:
     """A run that is pre-trained, probed and fine-tuned: the shipped model, with numbers of ours."""
     shutil.copytree(shipped_run(), runs_root() / "01_pretrain" / name)
     rng = np.random.default_rng(0)
     spans = {span: np.full((6, 3, 3), np.nan) for span in SPANS}
     for span, values in spans.items():
         values[:, *np.triu_indices(3)] = (flow if span == "flow" else 0.3) + 0.01 * rng.random((6, 6))
-    probed = Probed(**spans, nmi=rng.random((6, 4)), examples=tuple("abcdef"))
+    probed = Probed(**spans, nmi=rng.random((6, 4)), examples=tuple(pictures))
     for notebook in ("02_probe", "04_finetune"):
         (runs_root() / notebook / name).mkdir(parents=True)
     probed.save(runs_root() / "02_probe" / name / "probes.parquet")
@@ -105,6 +105,13 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over)
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over in curves.layout.title.text
     assert family_runs.folder_of(found.checkpoints["grid-none"]).is_dir()
+
+
+def test_runs_on_different_pictures_are_refused(runs_folder):
+    finished("families-swin-random-0", 0.4, 0.5)
+    finished("families-swin-none-0", 0.4, 0.5, pictures="ghijkl")
+    with pytest.raises(SettingsError, match="read different pictures"):
+        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
 
 
 def test_a_prefix_that_could_be_a_pattern_is_refused():

@@ -23,6 +23,7 @@ from vpworkbench.compare import open_model, token_counts
 from vpworkbench.config import (
     FamilyRunsSettings,
     RegionSettings,
+    SettingsError,
     TrainSettings,
     finetune_settings,
     pretrain_settings,
@@ -244,8 +245,16 @@ def _call(notebook: str, name: str, **parameters: Any) -> list[str]:
 
 
 def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
-    """The finished runs of `calls`; where there is none, a demonstration of a few steps in the run's folder."""
+    """The finished runs of `calls`; where there is none, a demonstration of a few steps in the run's folder.
+
+    Raises
+    ------
+    SettingsError
+        For runs that were probed on different pictures.
+    """
     runs = found_runs(settings.prefix)
+    if len({run.probed.examples for run in runs}) > 1:
+        raise SettingsError(f"prefix {settings.prefix!r}: its runs of 02_probe read different pictures; see `calls`")
     if runs:
         counts = sorted({len([one for one in runs if one.arm == arm]) for arm in {one.arm for one in runs}})
         seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
