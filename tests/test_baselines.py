@@ -6,22 +6,51 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from miniatures import picture
 from scipy import stats
 from test_tasks import few
 
 from vpworkbench.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
 from vpworkbench.data.nlvr1 import Item
-from vpworkbench.data.records import Example
-from vpworkbench.finetune import prepare_task
+from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.finetune import PreparedTask, prepare_task
 from vpworkbench.runs import open_run
-from vpworkbench.tasks import METRICS
+from vpworkbench.tasks import METRICS, TaskModel
 
 
 def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():
     settings = few(task="nlvr2")
     found = baselines(prepare_task(settings), settings, "val")
-    assert set(found) == {"most frequent", "text only", "image only"}
+    assert set(found) == {"most frequent", "text only", "image only", "text x pooled features"}
     assert found["most frequent"].interval().mean == pytest.approx(0.5)
+
+
+@pytest.fixture
+def coloured(tmp_path) -> list[Example]:
+    """Plain images, each asked for two colours, one of which it has: no word and no image alone tells the answer."""
+    colours, examples = {"red": (250, 20, 20), "blue": (20, 20, 250), "green": (20, 200, 20)}, []
+    rng = np.random.default_rng(0)
+    for number in range(120):
+        name, other = rng.permutation(list(colours))[:2]
+        image = picture(tmp_path / f"{number}.png", tuple(int(c) for c in rng.normal(colours[name], 8).clip(0, 255)))
+        for asked in (name, other):
+            examples.append(Example(f"{number}-{asked}", (ImageFile(image.parent, image.name),), f"is it {asked}?",
+                                    "train", answers=("yes" if asked == name else "no",) * 10))  # fmt: skip
+    return examples
+
+
+def test_a_product_answers_what_neither_words_nor_image_can_alone(coloured, model):
+    settings = few(task="vqa")
+    splits = {"train": coloured[:160], "val": coloured[160:]}
+    prepared = PreparedTask(splits, TaskModel(model, "vqa", ("no", "yes")))
+    before = torch.get_rng_state()
+    found = {name: result.scores.mean() for name, result in baselines(prepared, settings, "val").items()}
+    assert found["text x pooled features"] > 0.95
+    assert max(found["text only"], found["image only"], found["most frequent"]) < 0.7
+    assert torch.equal(torch.get_rng_state(), before)
+    again = baselines(prepared, settings, "val")["text x pooled features"]
+    assert again.scores.mean() == found["text x pooled features"]
 
 
 def counted(number: int, drawn: int) -> Example:

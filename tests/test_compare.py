@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers as hf
 
 from vpworkbench import compare
 from vpworkbench.config import SettingsError, compare_settings
+from vpworkbench.data.records import DataError, ImageFile
+from vpworkbench.data.regions import write_regions
+from vpworkbench.execution import run_notebook
+from vpworkbench.explorer import explore
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.probes import check
 from vpworkbench.probes.dataset import Probed
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.5)
@@ -62,6 +71,44 @@ def llava(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def visual_bert(tokenizer, tmp_path_factory) -> str:
+    """With its heads of pre-training, as the published ones have them."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-visual_bert"
+    torch.manual_seed(0)
+    config = hf.VisualBertConfig(**SMALL, vocab_size=len(tokenizer), visual_embedding_dim=12)
+    hf.VisualBertForPreTraining(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def lxmert(tokenizer, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny-lxmert"
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SMALL.items() if key != "num_hidden_layers"}
+    config = hf.LxmertConfig(**sizes, vocab_size=len(tokenizer), l_layers=1, x_layers=2, r_layers=1, visual_feat_dim=12)
+    hf.LxmertForQuestionAnswering(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def regions(scenes, tmp_path_factory) -> str:
+    """Four regions of every picture of the scenes, and of those that notebooks take; every third has three."""
+    folder = tmp_path_factory.mktemp("regions")
+    rng = np.random.default_rng(0)
+    held_out = compare.held_out(compare_settings(images=8))
+    for chosen in ([picture for picture in scenes if picture.captions], held_out):
+        for number, picture in enumerate(chosen):
+            count = 3 if number % 3 == 2 else 4
+            corners = rng.uniform(0, 40, (count, 2))
+            boxes = np.concatenate([corners, corners + rng.uniform(5, 50, (count, 2))], axis=1)
+            file = folder / Path(picture.image.name).with_suffix(".npz").name
+            write_regions(file, rng.normal(size=(count, 12)), boxes, (96, 96))
+    return str(folder)
+
+
 def test_ours_and_transformers_on_the_same_pictures(vilt, llava, scenes, tmp_path):
     models = compare.open_models(["", vilt, llava])
     assert [model.name for model in models] == ["shipped", "tiny-vilt", "tiny-llava"]
@@ -88,11 +135,74 @@ def test_what_is_no_model_is_refused_before_any_is_probed(tmp_path):
     with pytest.raises(CheckpointError, match="no finished pre-training run at /nowhere.*transformers"):
         compare.open_models(["", "/nowhere"])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "lxmert", "architectures": ["LxmertModel"]}))
-    with pytest.raises(CheckpointError, match="lxmert takes region features"):
+    wanted = "lxmert takes regions, not pixels, and none are given: give `regions`.*2048 channels"
+    with pytest.raises(CheckpointError, match=wanted):
         compare.open_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match="'nowhere.tsv' is not there"):
+        compare.open_model(str(tmp_path), regions="nowhere.tsv")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vilt"}))
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         compare.open_model(str(tmp_path))
+
+
+def test_a_folder_without_its_tokenizer_says_so(visual_bert, regions, tmp_path):
+    bare = shutil.copytree(visual_bert, tmp_path / "bare")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / file).unlink()
+    with pytest.raises(CheckpointError, match=r"bare: .*processor or tokenizer, each saved there"):
+        compare.open_model(str(bare), regions=regions)
+
+
+def test_models_of_regions_read_them_from_files(visual_bert, lxmert, regions, scenes):
+    """The model's own call on hand-made inputs gives the same hidden states; the third picture has fewer regions."""
+    pictures = [picture for picture in scenes if picture.captions][:3]
+    texts = [picture.captions[0] for picture in pictures]
+    for folder in (visual_bert, lxmert):
+        subject = compare.open_model(folder, regions=regions)
+        inputs = subject.prepare(pictures, texts)
+        assert type(subject.model).__name__ in ("VisualBertModel", "LxmertModel")
+        assert (inputs.vision & inputs.tokens).sum(dim=1).tolist() == [4, 4, 3]
+        boxes = np.load(Path(regions) / Path(pictures[0].image.name).with_suffix(".npz").name)["boxes"] / 96
+        np.testing.assert_allclose(inputs.boxes[0, -4:], boxes, rtol=1e-5)
+        assert inputs.boxes[2, -1].isnan().all() and inputs.boxes[:, :-4].isnan().all()
+        assert check(subject.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
+    with pytest.raises(DataError, match="no features of this image"):
+        subject.prepare([replace(pictures[0], image=ImageFile(Path("elsewhere"), "x.png"))], texts[:1])
+
+
+def test_exclude_leaves_the_special_tokens_out(visual_bert, vilt, llava, regions, scenes, tokenizer):
+    """As our own model does: [CLS] and [SEP] in neither set."""
+    pictures = [picture for picture in scenes if picture.captions][:2]
+    texts = [picture.captions[0] for picture in pictures]
+    wanted = [len(tokenizer.tokenize(text)) for text in texts]
+    for source in ("", visual_bert, vilt):
+        subject = compare.open_model(source, regions=regions)
+        counted = subject.prepare(pictures, texts)
+        excluded = subject.prepare(pictures, texts, special_tokens="exclude")
+        assert excluded.language.sum(dim=1).tolist() == wanted
+        assert counted.language.sum(dim=1).tolist() == [count + 2 for count in wanted]
+        assert torch.equal(excluded.tokens, counted.tokens)
+
+
+@pytest.mark.parametrize("source", ["vilt", "visual_bert", "lxmert"])
+def test_checkpoints_of_others_are_probed_and_explored_by_the_same_commands(source, regions, request, runs_folder):
+    folder = request.getfixturevalue(source)
+    parameters = {"checkpoint": folder, "images": 4, "regions": "" if source == "vilt" else regions}
+    executed = run_notebook("02_probe", name=source, parameters=parameters).parent
+    summary = json.loads((executed / "summary.json").read_text())
+    assert summary["images"] == 4 and 0 < summary["flow_from_input_last_layer"] < 1
+    view = explore(folder, regions=parameters["regions"], pictures=2, views=("words", "flow"))
+    reading = view.readings[0]
+    assert reading.boxes.shape == (10 if source == "vilt" else 4, 4) and np.isfinite(reading.boxes).all()
+    assert reading.words[0] == "[CLS]"
+
+
+def test_all_of_them_side_by_side(vilt, visual_bert, lxmert, regions, runs_folder):
+    parameters = {"models": ["", vilt, visual_bert, lxmert], "regions": regions, "images": 4}
+    folder = run_notebook("03_compare_models", name="others", parameters=parameters).parent
+    table = pd.read_csv(folder / "table.csv", index_col="model")
+    assert table["visual_tokens"].to_dict() == {"shipped": 36, "tiny-vilt": 10, "tiny-visual_bert": 3.75,
+                                                "tiny-lxmert": 3.75}  # fmt: skip
 
 
 def test_settings_take_one_model_or_a_list():

@@ -1,10 +1,11 @@
-"""`docs/paper_to_code.md` and the README name only what is there, and the paper is covered."""
+"""`docs/paper_to_code.md`, `docs/systems.md` and the README name only what is there, and the paper is covered."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import re
+import shlex
 from functools import cache, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from vpworkbench.config import (
     VisualInitSettings,
     finetune_settings,
 )
+from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
 
 REPOSITORY = Path(__file__).parents[1]
 STATUSES = {"stated", "inferred", "ours", "not yet"}
@@ -109,6 +111,53 @@ def test_a_row_says_where_it_lives_or_that_it_does_not():
     for row in ROWS:
         links = named(row.keys) + named(row.functions) + named(row.tests)
         assert bool(links) == (row.status != "not yet"), row
+
+
+SYSTEMS = (
+    "SOHO", "UNITER", "ViLT", "Pixel-BERT", "VisualBERT", "LXMERT", "ViLBERT", "VL-BERT", "Unified VLP", "Unicoder-VL",
+    "BUTD", "MUTAN", "MAC", "MaxEnt", "CNN+RNN", "EVE", "e-SNLI-VE-2.0", "VSE++", "SCAN", "Text Only", "Image Only",
+    "R50", "R101",
+)  # fmt: skip
+KINDS = {"trained", "probed", "baseline", "not available"}
+
+
+class System(NamedTuple):
+    """One line of the table of systems."""
+
+    name: str
+    where: str
+    kind: str
+    says: str
+    command: str
+    tests: str
+
+
+def systems() -> list[System]:
+    text = (REPOSITORY / "docs" / "systems.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert {len(line) for line in lines} == {2, 6}, "a table has a row of another length"
+    return [System(*line) for line in lines if len(line) == 6 and line[0] not in ("system", "---")]
+
+
+def test_every_system_of_the_paper_has_a_row():
+    assert {system.name for system in systems()} == set(SYSTEMS)
+    assert {system.kind for system in systems()} == KINDS
+
+
+@pytest.mark.parametrize("system", systems(), ids=lambda system: f"{system.name}, {system.kind}")
+def test_what_is_said_of_a_system_runs(system):
+    """Its command is one that `vpw run` accepts, its tests are there; what is not available says why."""
+    commands, tests = named(system.command), named(system.tests)
+    assert bool(commands) == bool(tests) == (system.kind != "not available") and len(system.says) > 40
+    for name in tests:
+        file, _, function = name.partition("::")
+        assert function in functions_of(file), name
+    for command in commands:
+        program, verb, notebook, *words = shlex.split(command)
+        assert (program, verb) == ("vpw", "run") and words[::3] == ["-p"] * (len(words) // 3)
+        defaults = notebook_parameters(find_notebook(notebook))
+        given = parse_parameters(dict(zip(words[1::3], words[2::3], strict=True)), defaults)
+        assert check_parameters(notebook, defaults, given) is not None
 
 
 def test_the_readme_names_make_targets_that_are_there():

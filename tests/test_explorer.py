@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from PIL import Image
 from test_explorer_readings import llava, vilt, wide_model
 
 from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.regions import write_regions
 from vpworkbench.examples import fill_mask, match_probability
 from vpworkbench.explorer import Explorer, explore
 from vpworkbench.explorer.widgets import Panels
@@ -50,8 +52,10 @@ def test_four_views_and_one_plotly_figure(view: Explorer) -> None:
     def below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
         return [widget, *(one for child in getattr(widget, "children", ()) for one in below(child))]
 
-    assert sum(isinstance(one, go.FigureWidget) for one in below(view)) == 1
     tabs = next(one for one in below(view) if isinstance(one, ipywidgets.Tab))
+    for place, figures in ((1, 0), (2, 1), (0, 1)):  # plotly is not asked for before the flow is
+        tabs.selected_index = place
+        assert sum(isinstance(one, go.FigureWidget) for one in below(view)) == figures
     assert list(tabs.titles) == ["Masks", "Words and patches", "Flow", "Try it"]
 
 
@@ -298,12 +302,75 @@ def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture
     view.close()
 
 
-def test_a_model_without_parsing_attention(scenes: list[Picture]) -> None:
+def test_a_model_without_parsing_attention(scenes: list[Picture], tmp_path: Path) -> None:
     view = explore(wide_model(scenes, 6), scenes[:2])
     assert "only the Swin parser" in view.masks.note.text
+    assert "random masks are drawn" in view.masks.note.text
     view.pick(3, k=5)
-    assert arrays(view.masks.panels[0])[3].sum() == 5
-    assert "background" not in view.masks.numbers.value or "–" in view.masks.numbers.value
+    assert view.masks.panels[0].captions == ["the image", "random mask"]
+    assert arrays(view.masks.panels[0])[1].sum() == 5
+    assert ">random<" in view.masks.numbers.value and ">attention<" not in view.masks.numbers.value
+    view.save(tmp_path / "page.html")
+    view.close()
+
+
+@pytest.fixture
+def regions(scenes: list[Picture], tmp_path: Path) -> Iterator[Explorer]:
+    """Of a model whose visual tokens are the true boxes of the things."""
+    rng = np.random.default_rng(0)
+    for picture in scenes[:4]:
+        boxes = [thing.box for thing in picture.scene.things]
+        file = (tmp_path / picture.image.name).with_suffix(".npz")
+        write_regions(file, rng.normal(size=(len(boxes), 8)), boxes, [picture.scene.image_px] * 2)
+    model = narrow_model(scenes, family="regions", regions=9, region_width=8, region_files=str(tmp_path))
+    made = explore(model, scenes[:4])
+    yield made
+    made.close()
+
+
+def test_regions_are_boxes(regions: Explorer, scenes: list[Picture], tmp_path: Path) -> None:
+    things, reading = scenes[0].scene.things, regions.readings[0]
+    true = np.array([thing.box for thing in things]) / scenes[0].scene.image_px
+    panels, reader = regions.masks.panels[0], regions.words.readers[0]
+    for widget in (panels, reader):
+        np.testing.assert_allclose(np.frombuffer(widget.boxes, "<f4").reshape(-1, 4), true, atol=1e-6)
+    np.testing.assert_array_equal(reading.image, scenes[0].image.pixels())
+    assert not reading.on_grid and "random masks are drawn" in regions.masks.note.text
+    # Padding is nowhere: a word's attention goes to words and boxes alone.
+    shares = reading.weights(0, 1)[np.ix_(reading.language, np.append(reading.language, reading.vision))]
+    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.frombuffer(reader.looks, "<f4").reshape(-1, len(true)), reading.looks(1), atol=1e-7)
+    assert regions.masks._objects.tolist() == [[thing.depth + 1 for thing in things]]
+    assert regions.save(tmp_path / "page.html").stat().st_size < 8e6 and len(regions.flow.maps) == 1
+    assert len(Image.open(io.BytesIO(base64.b64decode(regions._repr_mimebundle_()["image/png"]))).getcolors(10**6)) > 50
+
+
+def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingModel, scenes: list[Picture]) -> None:
+    things = len(scenes[0].scene.things)
+    regions.masks.panels[0].picked = 1  # a click
+    regions.pick(k=2)
+    assert arrays(regions.masks.panels[0])[1].sum() == 2 and arrays(regions.masks.panels[0])[1, 1] == 1
+    table = regions.tables()["masks"]
+    assert len(table) == things and np.isfinite(table.random_error).sum() == 2
+    base, masked = regions.subjects[0].base, torch.zeros(1, 9, dtype=torch.bool)
+    masked[0, :things] = torch.from_numpy(table.random_mask.to_numpy() > 0)
+    with torch.no_grad():
+        joint = base(**regions.readings[0].forward, masked=masked)
+        wanted = (base.mfr(joint.vision) - joint.visual.features).square().mean(dim=-1)[masked]
+    np.testing.assert_allclose(table.random_error.dropna(), wanted, rtol=1e-4)
+    regions.look(1)  # another number of boxes
+    assert len(regions.readings[0].boxes) == len(scenes[1].scene.things)
+    before = regions.readings[0]
+    regions.trial.take(png(), "own.png")
+    assert "no features of this image" in regions.trial.drop.message and regions.readings[0] is before
+
+
+def test_without_a_cache_only_the_pictures_shown_are_generated(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("VPW_CACHE", str(tmp_path))
+    view = explore(pictures=3, views=("words",))
+    assert len(view.trial.pictures) == 3
+    (settings,) = tmp_path.glob("scenes-*/settings.json")
+    assert json.loads(settings.read_text())["val"] == 3
     view.close()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from browser import (  # fixtures are found by name in the module
     ROOT,
@@ -24,6 +25,10 @@ from browser import (  # fixtures are found by name in the module
     with_parameters,
 )
 from PIL import Image
+
+from vpworkbench.data.records import Picture
+from vpworkbench.examples import parsing_attention
+from vpworkbench.pretrain import load_run
 
 pytestmark = pytest.mark.browser
 __all__ = ["browser", "jupyter", "screenshots"]
@@ -256,13 +261,13 @@ def drawn(page: Any, widget: str, act: Callable[[], object]) -> None:
     )
 
 
-def hidden_cells(page: Any, panel: int, side: int = 6) -> set[tuple[int, int]]:
+def hidden_cells(page: Any, panel: int, side: int = 6, plain: int = 0) -> set[tuple[int, int]]:
     """Cells of a mask panel that differ from the plain image, told by their centres."""
-    plain, masked = (
-        pixels(page, ".vpw-explorer .vpw-panels canvas", place)[..., :3].astype(int) for place in (0, panel)
+    seen, masked = (
+        pixels(page, ".vpw-explorer .vpw-panels canvas", place)[..., :3].astype(int) for place in (plain, panel)
     )
-    at = ((np.arange(side) + 0.4) / side * len(plain)).astype(int)
-    rows, columns = np.nonzero(np.abs(plain - masked).sum(-1)[np.ix_(at, at)] > 4)
+    at = ((np.arange(side) + 0.4) / side * len(seen)).astype(int)
+    rows, columns = np.nonzero(np.abs(seen - masked).sum(-1)[np.ix_(at, at)] > 4)
     return set(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
@@ -287,6 +292,23 @@ def test_a_token_is_picked_and_masked(explorer: Any, screenshots: Path) -> None:
     explorer.screenshot(path=screenshots / "explorer-masks.png")
 
 
+@pytest.mark.parametrize("select", ["column", "symmetric", "row"])
+def test_what_hides_with_the_pick_is_chosen(explorer: Any, select: str, scenes: list[Picture]) -> None:
+    """The page's mask is the top of the parsing attention read that way, here computed anew."""
+    tab(explorer, "Masks")
+    toggle = explorer.locator(".vpw-explorer .jupyter-button", has_text=select)
+    drawn(explorer, ".vpw-panels", toggle.click)
+    assert "mod-active" in toggle.get_attribute("class")
+    model, _ = load_run()
+    held_out = next(picture for picture in scenes if picture.split == "val")
+    one = parsing_attention(model, [held_out])[0].numpy()
+    pick = 6 * 3 + 2
+    ranked = {"row": one[pick], "column": one[:, pick], "symmetric": one[pick] + one[:, pick]}[select]
+    ranked[pick] = np.inf
+    wanted = {divmod(int(token), 6) for token in np.argsort(-ranked)[:6]}
+    assert hidden_cells(explorer, 2) == wanted
+
+
 def test_words_layers_and_heads(explorer: Any, screenshots: Path) -> None:
     tab(explorer, "Words and patches")
     status = explorer.locator(".vpw-explorer .vpw-reader .vpw-status")
@@ -306,6 +328,28 @@ def test_words_layers_and_heads(explorer: Any, screenshots: Path) -> None:
     assert "vpw-picked" in word.get_attribute("class")
     explorer.screenshot(path=screenshots / "explorer-words.png")
     explorer.locator(".vpw-explorer .vpw-sentence").press("Escape")
+    rolled = explorer.get_by_label("rolled out from the input")
+    drawn(explorer, ".vpw-reader", rolled.click)
+    title = explorer.locator(".vpw-explorer .vpw-reader .vpw-title")
+    assert title.text_content().endswith("rolled out to layer 1")
+    word.hover()
+    assert status.text_content().startswith(f"“{word.text_content()}” looks ") and status.text_content() != before
+    drawn(explorer, ".vpw-reader", rolled.click)
+
+
+def test_the_code_that_recreates_the_view_is_told(explorer: Any) -> None:
+    tab(explorer, "Masks")
+    explorer.locator(".vpw-explorer .lm-Widget", has_text="copy as code").last.click()
+    code = explorer.locator(".vpw-explorer .vpw-code")
+    code.wait_for()
+    stage = explorer.locator(".vpw-explorer .vpw-stage").nth(0)
+    drawn(explorer, ".vpw-panels", lambda: stage.click(position=cell(stage, 1, 1, 6, 6)))
+    explorer.wait_for_function("document.querySelector('.vpw-explorer .vpw-code').textContent.includes('pick(7, k=6')")
+    lines = code.text_content().splitlines()
+    assert lines[0] == "from vpworkbench.explorer import explore" and lines[-1] == "view"
+    assert any(line.startswith("view.read(") for line in lines) and any(line.startswith("view.say(") for line in lines)
+    compile("\n".join(lines), "code", "exec")
+    explorer.locator(".vpw-explorer .lm-Widget", has_text="copy as code").last.click()
 
 
 def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path) -> None:
@@ -326,6 +370,23 @@ def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path)
     outer = explorer.locator(".vpw-explorer").bounding_box()
     assert figure.bounding_box()["x"] + figure.bounding_box()["width"] <= outer["x"] + outer["width"]
     explorer.screenshot(path=screenshots / "explorer-flow.png")
+
+
+def test_the_figure_is_saved_like_the_other_views(explorer: Any, tmp_path: Path) -> None:
+    tab(explorer, "Flow")
+    for name in ("PNG", "SVG", "CSV"):
+        with explorer.expect_download() as download:
+            explorer.locator(".vpw-explorer .vpw-chart .vpw-tools button", has_text=name).click()
+        assert download.value.suggested_filename == f"flow-nmi-and-tokens.{name.lower()}"
+        download.value.save_as(tmp_path / name)
+    with Image.open(tmp_path / "PNG") as picture:
+        assert picture.width >= 1500 and len(picture.convert("L").getcolors(10**6)) > 50
+    assert xml.etree.ElementTree.parse(tmp_path / "SVG").getroot().tag.endswith("svg")
+    table = pd.read_csv(tmp_path / "CSV")
+    cells = table[table.value.notna()]
+    assert sorted(zip(cells.y, cells.x, strict=True)) == [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 3)]
+    from_input = table[(table["x axis"] == "layer") & (table.trace == cells.trace.iloc[0])][:3]
+    np.testing.assert_allclose(from_input.y, cells[cells.y == 1].value, rtol=1e-6)
 
 
 def test_the_sentence_and_the_picture_are_ones_own(explorer: Any, tmp_path: Path, screenshots: Path) -> None:
@@ -350,6 +411,29 @@ def test_the_sentence_and_the_picture_are_ones_own(explorer: Any, tmp_path: Path
     canvas = pixels(explorer, ".vpw-explorer .vpw-panels canvas")
     assert np.median(canvas[..., :3].reshape(-1, 3), axis=0).tolist() == pytest.approx([20, 40, 200], abs=6)
     explorer.screenshot(path=screenshots / "explorer-try.png")
+    drawn(explorer, ".vpw-panels", lambda: dropped(explorer, (255, 0, 0)))
+    canvas = pixels(explorer, ".vpw-explorer .vpw-panels canvas")
+    assert np.median(canvas[..., :3].reshape(-1, 3), axis=0).tolist() == pytest.approx([255, 0, 0], abs=6)
+    explorer.wait_for_function("document.querySelector('.vpw-explorer').textContent.includes('red.png is read')")
+    assert "vpw-over" not in explorer.locator(".vpw-explorer .vpw-zone").get_attribute("class")
+
+
+def dropped(page: Any, colour: tuple[int, int, int]) -> None:
+    """Drag a picture of one colour over the zone and let it go."""
+    stream = io.BytesIO()
+    Image.new("RGB", (60, 60), colour).save(stream, "PNG")
+    zone = page.locator(".vpw-explorer .vpw-zone")
+    held = page.evaluate_handle(
+        """bytes => {
+            const held = new DataTransfer();
+            held.items.add(new File([new Uint8Array(bytes)], "red.png", { type: "image/png" }));
+            return held;
+        }""",
+        list(stream.getvalue()),
+    )
+    zone.dispatch_event("dragover", {"dataTransfer": held})
+    assert "vpw-over" in zone.get_attribute("class")
+    zone.dispatch_event("drop", {"dataTransfer": held})
 
 
 def test_bad_sentences_leave_the_explorer_alive(explorer: Any) -> None:
@@ -369,6 +453,73 @@ def test_views_fit_beside_the_file_browser(explorer: Any, name: str, screenshots
     assert explorer.failures == []
 
 
+def test_all_is_reached_by_keys(explorer: Any) -> None:
+    """From the sentence on by the tab key: controls, tabs, the pictures and what saves them."""
+    tab(explorer, "Masks")
+    explorer.get_by_label("sentence").first.focus()
+    reached = []
+    for _ in range(40):
+        explorer.keyboard.press("Tab")
+        reached.append(explorer.evaluate(_FOCUSED))
+        if not reached[-1]:
+            break
+    told = "|".join(filter(None, reached))
+    for name in ("picture", "Masks", "slider", "attends to", "mean of heads", "draw again", "the image.",
+                 "random mask.", "Save as a PNG", "Save as an SVG", "Save the numbers", "error behind"):  # fmt: skip
+        assert name in told, f"{name} is not among {told}"
+
+
+_FOCUSED = """() => {
+  const at = document.activeElement;
+  if (!at.closest(".vpw-explorer")) return "";
+  const label = at.getAttribute("aria-label") || at.labels?.[0]?.textContent || at.title || at.textContent;
+  return `${at.getAttribute("role") ?? at.tagName} ${label}`.replaceAll("\\u00a0", " ");
+}"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
+def test_text_stands_out_in_both_themes(explorer: Any, theme: str, screenshots: Path) -> None:
+    """Contrast by WCAG's formula of every text of every view against what lies behind it."""
+    explorer.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+    light = str("Light" in theme).lower()
+    explorer.wait_for_selector(f"body[data-jp-theme-light={light}]", state="attached")
+    explorer.wait_for_timeout(500)  # variables of the theme arrive with its style sheet
+    for name in TABS:
+        tab(explorer, name)
+        explorer.locator(".vpw-explorer").scroll_into_view_if_needed()
+        explorer.screenshot(path=screenshots / f"explorer-{name.split()[0].lower()}-{theme.split()[1].lower()}.png")
+        faint = explorer.evaluate(_FAINT)
+        assert faint == [], f"{name}: {faint}"
+
+
+_FAINT = """() => {
+  const numbers = colour => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const shine = ([red, green, blue]) => [red, green, blue].map(one => one / 255)
+    .map(one => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, one, place) => sum + one * [0.2126, 0.7152, 0.0722][place], 0);
+  const behind = element => {
+    for (let outer = element; outer; outer = outer.parentElement) {
+      const colour = numbers(getComputedStyle(outer).backgroundColor);
+      if (colour.length === 3 || colour[3] > 0.9) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faint = [];
+  for (const element of document.querySelectorAll(".vpw-explorer *")) {
+    const text = [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.data).join("").trim();
+    const box = element.getBoundingClientRect();
+    if (!text || !box.width || !box.height || element.closest("select, .modebar, .heatmaplayer, .vpw-tip")) continue;
+    const style = getComputedStyle(element);
+    if (style.visibility === "hidden" || style.opacity === "0") continue;
+    const ink = numbers(element instanceof SVGElement ? style.fill : style.color);
+    const [high, low] = [shine(ink), shine(behind(element))].sort((one, other) => other - one);
+    const contrast = (high + 0.05) / (low + 0.05);
+    if (contrast < 3) faint.push(`${text.slice(0, 30)}: ${contrast.toFixed(1)} (${style.color} ${style.fill})`);
+  }
+  return faint;
+}"""
+
+
 def test_the_same_notebook_in_notebook_7(
     browser: Any, jupyter: Jupyter, scenes_folder: Path, screenshots: Path
 ) -> None:
@@ -378,4 +529,50 @@ def test_the_same_notebook_in_notebook_7(
     assert (3, 2) in hidden_cells(page, 2)
     assert no_sideways_scrolling(page) and page.failures == []
     page.screenshot(path=screenshots / "notebook-7.png")
+    page.context.close()
+
+
+TWO = """
+import copy
+
+import torch
+
+from vpworkbench.explorer import explore
+from vpworkbench.pretrain import load_run
+
+model, _ = load_run()
+other = copy.deepcopy(model)
+torch.manual_seed(0)
+for parameter in other.parameters():
+    parameter.data += 0.05 * torch.randn_like(parameter)
+explore(model, {data!r}, beside=other)
+"""
+
+
+def test_two_models_stand_side_by_side(browser: Any, jupyter: Jupyter, scenes_folder: Path, screenshots: Path) -> None:
+    """One pick and the same dice for both; a mask, a sentence and a flow of each."""
+    page = open_notebook(browser, jupyter, notebook(jupyter, "two.ipynb", TWO.format(data=str(scenes_folder))))
+    assert finished(page) == []
+    page.locator(".vpw-explorer").scroll_into_view_if_needed()
+    page.wait_for_selector(".vpw-explorer .vpw-panels:not([data-drawn='0'])")
+    titles = page.locator(".vpw-explorer .vpw-title").all_text_contents()
+    assert {"model: masks", "beside: masks"} <= set(titles)
+    second = page.locator(".vpw-explorer .vpw-panels .vpw-stage").nth(4)
+    drawn(page, ".vpw-panels", lambda: second.click(position=cell(second, 3, 2, 6, 6)))
+    page.wait_for_function(
+        "document.querySelectorAll('.vpw-explorer .vpw-panels .vpw-picked:not([hidden])').length > 8"
+    )
+    first, other = hidden_cells(page, 2), hidden_cells(page, 6, plain=4)
+    assert (3, 2) in first & other and first != other and len(first) == len(other) == 5
+    assert hidden_cells(page, 3) == hidden_cells(page, 7, plain=4)
+    page.screenshot(path=screenshots / "two-masks.png")
+    tab(page, "Words and patches")
+    assert page.locator(".vpw-explorer .vpw-reader:visible").count() == 2
+    page.screenshot(path=screenshots / "two-words.png")
+    tab(page, "Flow")
+    page.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")
+    triangles = "plot => plot.data.filter(trace => trace.type === 'heatmap').length"
+    assert page.locator(".vpw-explorer .js-plotly-plot").evaluate(triangles) == 2
+    assert no_sideways_scrolling(page) and page.failures == []
+    page.screenshot(path=screenshots / "two-flow.png")
     page.context.close()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import re
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,16 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from browser import SIZE, browser, screenshots
+from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from vpworkbench.explorer.page import Part, Section, write_page
-from vpworkbench.explorer.widgets import Copy, Maps, Panels, Reader, encoded
+from vpworkbench.explorer.widgets import Chart, Copy, Maps, Panels, Reader, encoded
 
 __all__ = ["browser", "screenshots"]
 EVIL = '</script><img src=x onerror="window.hacked = true"><!--'
 BOXES = [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)]
+OVERLAPPING = [[0, 0, 1, 1], [0.25, 0.25, 0.75, 0.75], [0.5, 0.5, 0.7, 0.7]]
 PICTURE = encoded(np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3))
 
 
@@ -27,12 +34,16 @@ def sections() -> list[Section]:
                     kinds=["shade", "mask"], captions=["attention", EVIL], width=700)  # fmt: skip
     reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a", EVIL], looks=np.full((2, 16), 0.03),
                     reads=np.full((16, 2), 0.2))  # fmt: skip
+    regions = Panels(label="Boxes", alt="Boxes that overlap.", image=PICTURE, boxes=OVERLAPPING, captions=["", ""],
+                     values=[[0, 0, 0], [1, 0, 1]], kinds=["plain", "mask"], width=400)  # fmt: skip
     maps = Maps(label="Heads", values=np.arange(12.0).reshape(1, 3, 4), names=[EVIL], count_from=1)
     return [
         Section("Masks", EVIL, [Part(panels, PICTURE), Part("only text " + EVIL)]),
+        Section("Boxes", "", [Part(regions, PICTURE)]),
         Section("Words", "", [Part(reader, PICTURE, "The words."), Part(maps, PICTURE)]),
         Section("Numbers", "", [
-            Part(go.Figure(go.Scatter(y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
+            Part(Chart(label="A curve")),
+            Part(go.Figure(go.Scatter(x=[0, 1, 2], y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
             Part(pd.DataFrame({EVIL: [EVIL, 2]})), Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
         ]),
     ]  # fmt: skip
@@ -48,8 +59,17 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(written: Path) -> None:
     assert written.stat().st_size <= 8 * 2**20
     assert "default-src 'none'" in text
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?(https?:)?//", text)
-    assert text.count("export default widget(") == 4  # each module once
-    assert text.count("<h2>") == 3
+    assert text.count("<h2>") == 4
+
+
+def test_what_a_page_holds_is_packed(written: Path) -> None:
+    found = dict(re.findall(r'<script type="text/plain" id="(\w+)">([^<]*)</script>', written.read_text()))
+    held = json.loads(gzip.decompress(base64.b64decode(found["held"])))
+    assert sorted(held["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader"]  # each once
+    assert [one["name"] for one in held["values"]] == ["Panels", "Panels", "Reader", "Maps", "Chart", "Copy"]
+    assert held["figures"][0]["data"][0]["name"] == EVIL
+    assert gzip.decompress(base64.b64decode(found["plotly"])).decode() == get_plotlyjs()
+    assert written.stat().st_size < 2.5e6
 
 
 def test_text_cannot_end_the_data(written: Path) -> None:
@@ -79,7 +99,7 @@ def opened(browser: Any, written: Path) -> Iterator[Any]:
 
 @pytest.mark.browser
 def test_every_part_is_drawn_without_a_network(opened: Any, written: Path, screenshots: Path) -> None:
-    for widget in ("panels", "reader", "maps", "copy"):
+    for widget in ("panels", "reader", "maps", "chart", "copy"):
         opened.wait_for_selector(f".vpw-{widget}[data-drawn='1']")
     opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
     assert all(address == written.as_uri() or address.startswith(("blob:", "data:")) for address in opened.asked)
@@ -112,11 +132,45 @@ def test_a_page_answers_the_pointer_and_saves(opened: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.browser
+def test_of_boxes_that_overlap_the_smallest_is_hit(opened: Any) -> None:
+    opened.wait_for_selector(".vpw-copy[data-drawn='1']")
+    boxes = opened.locator(".vpw-panels").nth(1)
+    stage, status = boxes.locator(".vpw-stage").first, boxes.locator(".vpw-status")
+    side = stage.bounding_box()["width"]
+    for at, token, told in ((0.9, 0, "hidden"), (0.3, 1, "seen"), (0.6, 2, "hidden")):
+        stage.hover(position={"x": at * side, "y": at * side})
+        assert status.text_content().startswith(f"token {token} ") and told in status.text_content()
+    stage.click(position={"x": 0.6 * side, "y": 0.6 * side})
+    mark = boxes.locator(".vpw-picked").first.bounding_box()
+    assert mark["width"] == pytest.approx(0.2 * side, abs=1)
+    masked = boxes.locator("canvas").nth(1)
+    alike = "(canvas, at) => canvas.getContext('2d').getImageData(at * canvas.width, at * canvas.height, 1, 1).data[0]"
+    assert abs(masked.evaluate(alike, 0.9) - 128) < 12  # grey over the outermost box, not over the one inside it
+    assert masked.evaluate(alike, 0.45) == boxes.locator("canvas").nth(0).evaluate(alike, 0.45)
+
+
+@pytest.mark.browser
+def test_what_plotly_draws_is_saved_like_the_other_views(opened: Any, tmp_path: Path) -> None:
+    opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
+    for name in ("PNG", "SVG", "CSV"):
+        with opened.expect_download() as download:
+            opened.locator(".vpw-chart .vpw-tools button", has_text=name).click()
+        assert download.value.suggested_filename == f"a-curve.{name.lower()}"
+        download.value.save_as(tmp_path / name)
+    with Image.open(tmp_path / "PNG") as picture:
+        assert picture.width > 1000 and len(picture.convert("L").getcolors(10**6)) > 10  # twice as fine, not blank
+    drawing = xml.etree.ElementTree.parse(tmp_path / "SVG").getroot()
+    assert any(EVIL in (part.text or "") or "js-line" in part.get("class", "") for part in drawing.iter())
+    table = pd.read_csv(tmp_path / "CSV")
+    assert table["trace"].tolist() == [EVIL] * 3 and table["y"].tolist() == [1, 3, 2]
+
+
+@pytest.mark.browser
 def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> None:
     context = browser.new_context(viewport=SIZE, java_script_enabled=False)
     page = context.new_page()
     page.goto(written.as_uri())
     alts = [page.locator("img").nth(place).get_attribute("alt") for place in range(page.locator("img").count())]
-    assert alts == ["Masks on the image.", "The words.", "Heads", "A curve.", "Alone."]
-    assert page.locator("img:visible").count() == 5
+    assert alts == ["Masks on the image.", "Boxes that overlap.", "The words.", "Heads", "A curve.", "Alone."]
+    assert page.locator("img:visible").count() == 6
     context.close()

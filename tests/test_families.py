@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -13,17 +14,33 @@ import pytest
 import torch
 from conftest import narrow_model
 from torch import nn
+from transformers import ViltConfig, ViltModel
 
-from vpworkbench.config import SettingsError, VisualSettings, pretrain_settings
+from vpworkbench import compare, examples, figures
+from vpworkbench.baselines import baselines
+from vpworkbench.config import (
+    PRESETS,
+    FusionSettings,
+    SettingsError,
+    VisualSettings,
+    checked,
+    finetune_settings,
+    pretrain_settings,
+    visual_init_settings,
+)
 from vpworkbench.config.families import FAMILIES
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
-from vpworkbench.fusion import box_vector
+from vpworkbench.data.scenes import COLOURS
+from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
+from vpworkbench.fusion import Fusion, box_vector
 from vpworkbench.objectives import visual_mask
-from vpworkbench.pretrain import Pretraining, group_batches, prepare, pretrain, probe
+from vpworkbench.pretrain import Pretraining, group_batches, load_run, prepare, pretrain, probe
 from vpworkbench.probes.geometry import modality_masks
+from vpworkbench.review import review
 from vpworkbench.runs import open_run
 from vpworkbench.visual import VisualTokens, build_visual
+from vpworkbench.visual_init import token_labels
 
 WIDTH = 12
 
@@ -50,15 +67,26 @@ def settings_of(family: str, masking: str, folder: Path, **overrides: object):
     )
 
 
-OBJECTIVES = list(product(("none", "random", "attention"), (0.0, 0.1), (True, False)))  # MFR, VLA, groups
+ARMS = {
+    "Swin": ("swin", {}),
+    "Pixel-BERT": ("grid", {"visual.sampled": 20}),
+    "SOHO": ("grid", {"visual.dictionary": 16}),
+    "ViLT": ("patch", {"visual.position": "learned"}),
+    "UNITER": ("regions", {}),
+}
+OBJECTIVES = list(
+    product(("none", "random", "attention", "code"), (0.0, 0.1), (True, False))
+)  # MFR or MVM, VLA, groups
+REFUSALS = {"attention": "needs a parsing attention", "code": "set visual.dictionary"}
 
 
 def test_every_family_trains_with_every_objective_or_says_why_not(region_folder, scenes):
     trained, refused = 0, 0
-    for family, (masking, vla, grouped) in product(("swin", "grid", "patch", "regions"), OBJECTIVES):
-        extra = {"loss.vla": vla, "data.grouped": grouped}
-        if masking == "attention" and not FAMILIES[family].parsing:
-            with pytest.raises(SettingsError, match="needs a parsing attention"):
+    for (family, arm), (masking, vla, grouped) in product(ARMS.values(), OBJECTIVES):
+        extra = arm | {"loss.vla": vla, "data.grouped": grouped}
+        able = {"attention": FAMILIES[family].parsing, "code": "visual.dictionary" in arm}
+        if not able.get(masking, True):
+            with pytest.raises(SettingsError, match=REFUSALS[masking]):
                 settings_of(family, masking, region_folder, **extra)
             refused += 1
             continue
@@ -67,9 +95,10 @@ def test_every_family_trains_with_every_objective_or_says_why_not(region_folder,
         assert pretrain(run, prepared, settings) == 2
         metrics = run.metrics()
         assert np.isfinite(metrics.to_numpy(dtype=float)).all()
-        assert ("mfr" in metrics) == (masking != "none") and ("vla" in metrics) == (vla > 0)
+        assert ("mfr" in metrics) == (masking in ("random", "attention")) and ("vla" in metrics) == (vla > 0)
+        assert ("mvm" in metrics) == (masking == "code") and ("dead_codes" in metrics) == ("visual.dictionary" in arm)
         trained += 1
-    assert (trained, refused) == (4 * 12 - 3 * 4, 3 * 4)
+    assert (trained, refused) == (5 * 16 - 8 * 4, 4 * 4 + 4 * 4)
 
 
 def test_regions_refuse_what_needs_pixels(region_folder):
@@ -163,6 +192,224 @@ def test_the_geometry_of_regions_is_their_boxes(scenes, region_folder):
     boxes = found.boxes[0][found.vision[0] & found.tokens[0]]
     true = torch.tensor([thing.box for thing in scenes[0].scene.things]) / scenes[0].scene.image_px
     torch.testing.assert_close(boxes.float(), true.float())
+
+
+# ------------------------------------------------------------------------------------------------------- tokens alike
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_so_many_visual_tokens_in_every_family(preset):
+    for family, side in product(("swin", "grid", "patch"), (5, 7, 12)):
+        visual = pretrain_settings(preset=preset, visual=family, visual_tokens=side**2).visual
+        assert (visual.tokens, visual.grid) == (side**2, side)
+    assert pretrain_settings(preset=preset, visual="regions", visual_tokens=50).visual.tokens == 50
+    native = pretrain_settings(preset=preset)
+    assert pretrain_settings(preset=preset, visual_tokens=native.visual.tokens) == native
+
+
+@torch.no_grad()
+def test_forty_nine_tokens_are_seven_by_seven(scenes, region_folder):
+    for family in ("swin", "grid", "patch"):
+        visual = pretrain_settings(visual=family, visual_tokens=49, init_visual="").visual
+        pixels = torch.zeros(1, 3, visual.image_px, visual.image_px, dtype=torch.uint8)
+        network = build_visual(visual).eval()
+        assert network(pixels).features.shape == (1, 49, network.width)
+    many = region_model(scenes, region_folder, 49).prepare(scenes[:1], ["a ball"])
+    assert many.vision.sum() <= 49 == many.forward["images"].shape[1]
+
+
+def test_scene_labels_of_a_grid_that_does_not_divide_the_pixels(scenes):
+    """Seven cells on 96 pixels: each has the label of most of its pixels, as the mask probe counts them."""
+    labels = token_labels(scenes[:10], 7)
+    objects = examples.token_objects(scenes[:10], 7)
+    assert labels.colour.shape == (10, 49) and labels.colour.any()
+    told = [[0, *(list(COLOURS).index(thing.colour) + 1 for thing in picture.scene.things)] for picture in scenes[:10]]
+    expected = torch.tensor(
+        [[known[number] for number in row] for known, row in zip(told, objects.tolist(), strict=True)]
+    )
+    both = (labels.colour > 0) & (expected > 0)  # what counts as background differs: a fifth there, most here
+    assert both.sum() > 0.9 * (expected > 0).sum()
+    assert (labels.colour[both] == expected[both]).float().mean() > 0.95  # a cell at an edge may hold two things
+    assert visual_init_settings(visual="grid", visual_tokens=49).visual.grid == 7
+
+
+@pytest.mark.parametrize("family, tokens", [("swin", 50), ("grid", 1), ("patch", 70_000), ("swin", -4)])
+def test_an_impossible_number_names_the_possible_ones(family, tokens):
+    with pytest.raises(
+        SettingsError, match=rf"visual_tokens: {tokens} cannot be.*possible are 4, 9, 16, .*up to 65536"
+    ):
+        pretrain_settings(visual=family, visual_tokens=tokens)
+
+
+def test_regions_go_with_their_family_alone(region_folder):
+    with pytest.raises(SettingsError, match="visual 'swin' reads pixels"):
+        pretrain_settings(regions=str(region_folder))
+
+
+def test_limits_by_the_number_of_tokens_wait_for_it():
+    with pytest.raises(SettingsError, match="sampled 40 is larger than the 36"):
+        pretrain_settings(visual="grid", overrides={"visual.sampled": 40})
+    chosen = pretrain_settings(visual="grid", visual_tokens=49, overrides={"visual.sampled": 40})
+    assert (chosen.visual.sampled, chosen.mask.tokens_of(chosen.visual)) == (40, 6)
+
+
+# ---------------------------------------------------------------------------------- sampled tokens, learned positions
+
+
+def test_sampled_tokens_keep_their_features_and_places(model, scenes):
+    pixels = model.prepare(scenes[:2], ["a ball"] * 2).forward["images"]
+    whole = model.visual(pixels)
+    places = torch.tensor([[0, 7, 35], [3, 4, 11]])
+    some = whole.at(places)
+    for image, row in enumerate(places):
+        assert torch.equal(some.features[image], whole.features[image, row])
+        part = whole.parsing[image][:, row][:, :, row]
+        torch.testing.assert_close(some.parsing[image], part / part.sum(-1, keepdim=True))
+        torch.testing.assert_close(model.fusion.embed_vision(some)[image], model.fusion.embed_vision(whole)[image, row])
+    twice = some.of(torch.tensor([1, 1, 0]))
+    assert torch.equal(twice.places, places[[1, 1, 0]]) and twice.parsing is None
+
+
+@pytest.mark.parametrize("masking", ["random", "attention"])
+def test_pre_training_sees_the_sample_and_evaluation_everything(scenes, masking):
+    settings = settings_of("swin", masking, Path(), **{"visual.sampled": 20, "mask.budget": 4})
+    model = narrow_model(scenes, sampled=20)
+    objective, batch = Pretraining(settings), group_batches(scenes, model, settings.data, images=4, seed=0)[0]
+    places = objective.sampled(batch)
+    assert places.shape == (4, 20) and (places.diff(dim=1) > 0).all()
+    seen: list[int] = []
+    fuse = model.fuse
+    model.fuse = lambda visual, *args, **kwargs: (seen.append(visual.features.shape[1]), fuse(visual, *args, **kwargs))[
+        1
+    ]
+    for mode in (True, False):
+        objective.losses(model.train(mode), batch)
+    assert seen == [20, 36]
+    masked = objective.masked(model.visual(batch.images).at(places), batch)
+    assert masked.shape == (len(batch.words), 20) and (masked.sum(1) == 4).all()
+
+
+def test_samples_and_masks_inside_them_are_even():
+    settings = settings_of("patch", "random", Path(), **{"visual.sampled": 9, "mask.budget": 1})
+    objective, generator = Pretraining(settings), torch.Generator().manual_seed(0)
+
+    class Groups:
+        noise = torch.rand(8_000, 36, generator=generator)
+        image_index, images, words = torch.arange(8_000), torch.zeros(8_000), torch.zeros(8_000)
+
+    places = objective.sampled(Groups)
+    shares = torch.bincount(places.flatten(), minlength=36) / 8_000
+    assert (shares - 9 / 36).abs().max() < 0.03
+    masked = objective.masked(VisualTokens(torch.zeros(8_000, 9, 1), None, places=places), Groups)
+    assert (masked.float().mean(dim=0) - 1 / 9).abs().max() < 0.02
+
+
+@torch.no_grad()
+def test_patch_embeddings_are_vilts():
+    """Patch projection, position and type, on shared random weights; ViLT shuffles its patches and tells how."""
+    torch.manual_seed(0)
+    config = ViltConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=96,
+                        patch_size=16, vocab_size=40, hidden_dropout_prob=0.0)  # fmt: skip
+    theirs = ViltModel(config).eval()
+    embeddings = theirs.embeddings
+    nn.init.normal_(embeddings.position_embeddings), nn.init.normal_(embeddings.patch_embeddings.projection.bias)
+    visual = VisualSettings(family="patch", stride=16, patch_width=32, position="learned")
+    patches = build_visual(visual)
+    patches.projection.load_state_dict(embeddings.patch_embeddings.projection.state_dict())
+    ours = Fusion(FusionSettings(layers=1, width=32, heads=2, feed_forward=32, visual_type=True), vocabulary=40,
+                  vision_width=32, grid=visual.grid, learned_position=True).eval()  # fmt: skip
+    ours.position.copy_(embeddings.position_embeddings[0, 1:])
+    ours.vision_type.copy_(embeddings.token_type_embeddings.weight[1])
+    ours.vision_in.weight.copy_(torch.eye(32)), ours.vision_in.bias.zero_()
+    ours.vision_norm = nn.Identity()  # the paper's Linear and LayerNorm come on top of ViLT's
+    pixels = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8)
+    words = torch.zeros(3, 4, dtype=torch.int64)
+    found, _ = embeddings(words, torch.ones_like(words), torch.zeros_like(words), patches.normalise(pixels),
+                          torch.ones(3, 96, 96, dtype=torch.int64), None, None)  # fmt: skip
+    torch.manual_seed(1)
+    shuffled, _, (index, _) = embeddings.visual_embed(patches.normalise(pixels), torch.ones(3, 96, 96), -1)
+    places = index[..., 0] * visual.grid + index[..., 1]
+    assert not torch.equal(places[0], torch.arange(36))
+    theirs_in_order = torch.empty(3, 36, 32)
+    rows = torch.arange(3)[:, None]
+    theirs_in_order[rows, places] = shuffled[:, 1:] + embeddings.token_type_embeddings.weight[1]
+    mine = ours.embed_vision(patches(pixels))
+    assert (mine - theirs_in_order).abs().max() < 1e-5
+    as_a_set = [sorted(tokens.sum(1).tolist()) for tokens in (mine[0], found[0, 5:])]
+    assert as_a_set[0] == pytest.approx(as_a_set[1], abs=1e-4)
+
+
+def test_a_learned_position_is_trained_and_saved(scenes, tmp_path):
+    model = narrow_model(scenes, family="patch", position="learned").train()
+    settings = settings_of("patch", "random", Path(), **{"visual.position": "learned"})
+    batch = group_batches(scenes, model, settings.data, images=4, seed=0)[0]
+    sum(Pretraining(settings).losses(model, batch).values()).backward()
+    assert model.fusion.position.grad.abs().sum() > 0
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(again.fusion.position, model.fusion.position)
+
+
+def test_regions_have_boxes_in_the_place_of_positions():
+    for setting in ({"sampled": 4}, {"position": "learned"}):
+        with pytest.raises(SettingsError, match="boxes in the place of positions"):
+            checked(VisualSettings, {"family": "regions"} | setting)
+
+
+# -------------------------------------------------------------------------------------------------- the same commands
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder, scenes, tmp_path):
+    """By what the notebooks call: 01, 02, 00_tour, 03, and 04 with questions and with retrieval."""
+    family, extra = ARMS[arm]
+    settings = settings_of(family, "random", region_folder, **extra)
+    run, prepared = open_run("01_pretrain", settings, name=f"same-{arm}"), prepare(settings)
+    pretrain(run, prepared, settings)
+    model, trained = load_run(f"same-{arm}")
+    for name, value in prepared.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    pictures = [picture for picture in scenes if picture.split == "val"][:6]
+    assert np.isfinite(probe(model, pictures, images=6).from_input).all()
+    assert compare.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
+
+    example = examples.take_apart(model, pictures[0], trained)
+    assert (
+        ("attention" in example.masks)
+        == FAMILIES[family].parsing
+        == bool(examples.mask_shares(model, pictures, trained))
+    )
+    for drawn in (*example.masks.values(), *example.word_attention):
+        assert drawn.shape == (example.grid**2,) and drawn.any()
+    assert all(mask[example.pick] for mask in example.masks.values())
+    assert len(example.boxes) == (36 if FAMILIES[family].on_grid else len(pictures[0].scene.things))
+    figures.regions(example.image, example.boxes)
+
+    few = {"scenes.images": 60, "scenes.val": 20, "scenes.test": 10, "workers": 0, "answer_count": 2,
+           "train.images": 4, "train.log_every": 2, "retrieval.search_images": 4}  # fmt: skip
+    for task in ("vqa", "retrieval"):
+        chosen = finetune_settings(task=task, checkpoint=f"same-{arm}", steps=2, overrides=few)
+        ready = prepare_task(chosen)
+        task_run = open_run("04_finetune", chosen, name=f"same-{arm}-{task}")
+        finetune(task_run, ready, chosen)
+        held_out = ready.splits["val"]
+        result = evaluate_split(task_run, ready, chosen, "val")
+        assert set(baselines(ready, chosen, "val", folder=task_run.folder))
+        reviewed = review(ready.model, held_out, result, count=4)
+        assert all(one.attention[0].sum() > 0 for one in reviewed) and len(reviewed) > 1
+    again = load_task(f"same-{arm}-vqa")
+    assert sum(again.predict(pictures[0].image, "what colour is the ball?").values()) > 0
+
+
+def test_a_task_can_bring_its_own_regions(region_folder, scenes, tmp_path):
+    shutil.copytree(region_folder, tmp_path / "moved")
+    model = region_model(scenes, region_folder)
+    model.take_regions(str(tmp_path / "moved"))
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert again.settings.visual.region_files == again.visual.settings.region_files == str(tmp_path / "moved")
+    with pytest.raises(SettingsError, match="'grid' reads pixels"):
+        narrow_model(scenes, family="grid").take_regions(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -83,6 +83,7 @@ def every_figure():
         "tokens": figures.tokens(image(), GRID),
         "parsing": figures.parsing(image(), attention(), [0, 5], GRID),
         "masks": figures.masks(image(), {"attention": picked, "random": ~picked}, pick=1, grid=GRID),
+        "regions": figures.regions(image(), [[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 1.0, 1.0]]),
         "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID),
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
@@ -95,6 +96,13 @@ def every_figure():
         "flow_triangle": figures.flow_triangle(triangle()),
         "flow_directions": figures.flow_directions(samples(), samples()),
         "nmi": figures.nmi(samples()),
+        "score_against_flow": figures.score_against_flow(
+            {"ours": (Interval(0.4, 0.3, 0.5, 3), Interval(0.7, 0.6, 0.8, 3))},
+            nulls={"ours": 0.3},
+            seeds={"ours": [(0.4, 0.7)]},
+            over="3 seeds",
+            score="VQA",
+        ),
         "modality_map": figures.modality_map(generator().random((10, 2)), vision, vision | True, layer=0),
         "word_attention": figures.word_attention(["a", "red", "cube"], [0.1, 0.7, 0.2]),
     }
@@ -129,7 +137,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 18
+    assert set(made) == public and len(made) == 20
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]
@@ -360,6 +368,31 @@ def test_flow_curves_compares_models_of_any_depth():
     assert [len(curve.x) for curve in curves] == [3, 5, 3, 5]
     assert len({(curve.line.color, curve.marker.symbol) for curve in curves}) == 2
     assert sum(curve.showlegend for curve in curves) == 2
+
+
+def test_curves_take_intervals_of_their_own():
+    means = np.array([0.2, 0.3, 0.4])
+    own = {HOSTILE: Interval(means, means - 0.1, means + 0.1, np.full(3, 2))}
+    figure = figures.flow_curves(own, own, null_from_input={HOSTILE: means / 2}, over="2 seeds & 9 images")
+    band, curve = figure.data[0], traces(figure, "scatter", "lines+markers")[0]
+    np.testing.assert_allclose(curve.y, means)
+    np.testing.assert_allclose(band.y, [*(means + 0.1), *(means - 0.1)[::-1]])
+    assert "over 2 seeds &amp; 9 images" in figure.layout.title.text
+    assert figures.nmi(own).data[1].y[2] == 0.4
+    with pytest.raises(ValueError, match="within_layer"):
+        figures.flow_curves(own, {HOSTILE: Interval(*(part[:2] for part in own[HOSTILE]))})
+
+
+def test_a_score_stands_against_the_flow_and_its_null():
+    models = {HOSTILE: (Interval(0.4, 0.3, 0.5, 3), Interval(0.7, 0.65, 0.8, 3))}
+    figure = figures.score_against_flow(models, nulls={HOSTILE: 0.3}, seeds={HOSTILE: [(0.35, 0.6), (0.45, 0.8)]},
+                                        over="3 seeds", score="VQA")  # fmt: skip
+    null, seeds, point = figure.data
+    assert list(null.x) == [0.3, 0.4] and list(seeds.y) == [0.6, 0.8] and point.name == SHOWN
+    assert point.error_x.arrayminus[0] == pytest.approx(0.1) and point.error_y.array[0] == pytest.approx(0.1)
+    assert "70.0% at 40.0%, null 30.0%" in figure.layout.meta["alt"]
+    with pytest.raises(ValueError, match="at least one model"):
+        figures.score_against_flow({}, nulls={}, seeds={}, over="", score="")
 
 
 def test_flow_triangle_is_empty_below_the_diagonal_and_counts_from_one():

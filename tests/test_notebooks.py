@@ -30,6 +30,7 @@ LEFT = {
     "04_finetune": {"summary.json", "predictions-test.json", "scores.html", "scores-test.html", "answers.html"},
     "05_explore_masks": {"summary.json", "explorer.html", "masks.csv"},
     "06_runs": {"runs.csv", "curves.html"},
+    "08_families": {"calls.sh", "budgets.csv", "table-5.csv", "flow.html", "nmi.html", "score.html"},
 }
 """What each notebook leaves in its run's folder."""
 FEW = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}
@@ -184,6 +185,7 @@ def test_finetuning(scratch, task):
     assert {"scores.html", "answers.html"} <= {path.name for path in (folder / "figures").iterdir()}
     assert (folder / "predictions-test.csv").stat().st_size > 0
     summary = json.loads((folder / "summary.json").read_text())
-    others = ["chance", "frozen dual projection"] if task == "retrieval" else ["text only", "image only"]
+    others = ["chance", "frozen dual projection"] if task == "retrieval" else [
+        "text only", "image only", "text x pooled features"]  # fmt: skip
     assert {*(f"baseline {name}" for name in others), "test", "steps", "seed"} <= set(summary)
     assert {f"baseline {name}" for name in others} <= set(summary["test"])

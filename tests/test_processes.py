@@ -40,11 +40,33 @@ def gradients(scenes, device="cpu") -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def dictionary(scenes) -> dict[str, torch.Tensor]:
+    """Codes and gradients of the grid CNN with a visual dictionary after two steps, in double precision.
+
+    Batch norm is frozen, as where weights are taken over: from scratch it follows the batches of each process.
+    """
+    processes = join(torch.device("cpu"))
+    model = narrow_model(scenes, family="grid", dictionary=24).double()
+    model.visual.freeze_norm = True
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    chosen = settings(**{"visual.family": "grid", "visual.dictionary": 24, "mask.mode": "code"})
+    batches = group_batches(scenes, model, chosen.data, images=8, seed=0)
+    for step in range(2):
+        batch = batches.share(step, processes.index, processes.count)
+        model.zero_grad()
+        accumulate_gradients(model, Pretraining(chosen), batch, 2, contextlib.nullcontext, processes)
+    state = {name: value for name, value in model.state_dict().items() if "dictionary" in name}
+    return state | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def launched(out: Path) -> None:
     """What `torchrun` starts: save the gradients, train one run to its end and another to its third step."""
     torch.set_num_threads(1)
     scenes = read_pictures(os.environ["TEST_SCENES"])
     torch.save(gradients(scenes), out / f"gradients-{os.environ['RANK']}.pt")
+    torch.save(dictionary(scenes), out / f"dictionary-{os.environ['RANK']}.pt")
     train(scenes)
     with pytest.raises(pytest.fail.Exception):
         train(scenes, steps=3, name="left")
@@ -86,6 +108,14 @@ def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
         assert shared.keys() == alone.keys() and len(alone) > 50
         for name, gradient in alone.items():
             assert (shared[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp(min=1e-8), name
+
+    codes = dictionary(scenes)
+    assert codes["visual.dictionary.steps"] == 2 and len(codes) > 50
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"dictionary-{rank}.pt", weights_only=True)
+        assert shared.keys() == codes.keys()
+        for name, value in codes.items():
+            assert (shared[name] - value).double().norm() <= 1e-5 * value.double().norm().clamp(min=1e-8), name
 
     run = open_run("01_pretrain", settings(**{"train.checkpoint_every": 2}), name="shared")
     assert json.loads((run.folder / "checkpoint" / "progress.json").read_text()) == {"step": 6}

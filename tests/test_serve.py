@@ -42,6 +42,8 @@ def test_names_are_data_in_the_notebook(tmp_path):
     written = serve.write_notebook(tmp_path / "explorer.ipynb", "a'); import os; ('", "")
     source = nbformat.read(written, as_version=4).cells[1].source
     assert source.endswith("""explore("a'); import os; ('", None)""")
+    written = serve.write_notebook(tmp_path / "explorer.ipynb", "theirs", "", "boxes.tsv")
+    assert nbformat.read(written, as_version=4).cells[1].source.endswith("explore('theirs', None, regions='boxes.tsv')")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,16 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel
+from timm.models import save_for_hf
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
 from vpworkbench.config import FusionSettings, SettingsError, VisualSettings, pretrain_settings
 from vpworkbench.data.formats import read_pictures
@@ -42,6 +51,67 @@ def test_swin_weights_in_timms_layout_with_another_window(tmp_path):
     assert set(report.unexpected) == {"head.fc.weight", "head.fc.bias"} and not report.missing
     torch.testing.assert_close(visual.network.patch_embed.proj.weight, donor.patch_embed.proj.weight)
     assert re.search(r"\d+ matched, 4 resized .*0 missing, 2 unexpected", str(report))
+
+
+def images(px: int) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, px, px), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_hugging_faces_swin_gives_its_tokens(tmp_path):
+    """Saved by `save_pretrained`, in the published layout: three stages, shifted windows that tile the grid.
+
+    Where they do not, Hugging Face pads before it shifts and timm behind: other tokens by their authors' choice.
+    """
+    torch.manual_seed(0)
+    shape = dict(image_size=96, patch_size=4, embed_dim=24, depths=[2, 2, 2], num_heads=[3, 6, 12], window_size=6)
+    donor = SwinForImageClassification(SwinConfig(**shape, initializer_range=0.2)).eval()
+    donor.save_pretrained(tmp_path)
+    visual = build_visual(VisualSettings(patch_px=4, width=24, depths=(2, 2, 2), heads=(3, 6, 12), window=6)).eval()
+    report = initialise_visual(visual, str(tmp_path), preset="tiny")
+    assert not report.missing and not report.resized
+    assert set(report.unexpected) == {"classifier.weight", "classifier.bias"}
+    with torch.no_grad():
+        wanted = donor.swin(pixel_values=visual.normalise(images(96))).last_hidden_state
+        tokens = visual(images(96)).features
+    assert tokens.shape == (2, 36, 96)
+    torch.testing.assert_close(tokens, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone, kind, depths", [("resnet18", "basic", [2, 2, 2, 2]),
+                                                    ("resnet26", "bottleneck", [2, 2, 2, 2])])  # fmt: skip
+def test_hugging_faces_resnet_gives_its_features(tmp_path, backbone, kind, depths):
+    torch.manual_seed(0)
+    widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
+    donor = ResNetForImageClassification(ResNetConfig(layer_type=kind, depths=depths, hidden_sizes=widths)).eval()
+    donor.save_pretrained(tmp_path)
+    visual = build_visual(VisualSettings(family="grid", backbone=backbone, image_px=64, stride=32)).eval()
+    report = initialise_visual(visual, str(tmp_path), preset="tiny")
+    assert not report.missing and set(report.unexpected) == {"classifier.1.weight", "classifier.1.bias"}
+    with torch.no_grad():
+        wanted = donor.resnet(pixel_values=visual.normalise(images(64))).last_hidden_state.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(visual.eval()(images(64)).features, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_swin_authors_layout_has_its_merging_behind_a_stage(tmp_path):
+    donor = build_visual(SWIN).network
+    theirs = {name.replace("layers.1.downsample", "layers.0.downsample"): t for name, t in donor.state_dict().items()}
+    assert theirs.keys() != donor.state_dict().keys()
+    theirs["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(144, 144)
+    torch.save({"model": theirs}, tmp_path / "swin.pth")
+    report = initialise_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
+    assert not report.missing and not report.unexpected
+
+
+def test_a_resnet_as_timm_saves_it(tmp_path):
+    save_for_hf(timm.create_model("resnet18", num_classes=3), str(tmp_path), safe_serialization=True)
+    visual = build_visual(VisualSettings(family="grid", backbone="resnet18", image_px=64, stride=32))
+    report = initialise_visual(visual, str(tmp_path), preset="tiny")
+    assert not report.missing and set(report.unexpected) == {"fc.weight", "fc.bias"}
+
+
+def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
+    with pytest.raises(CheckpointError, match="none of model.safetensors"):
+        initialise_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
 
 
 def test_pytorch_file_is_read_by_the_weights_only_reader(tmp_path):
@@ -92,6 +162,19 @@ def test_fusion_takes_the_first_layers_of_a_bert(tmp_path):
     for layer in range(2):
         torch.testing.assert_close(fusion.bert.encoder.layer[layer].attention.self.query.weight,
                                    donor.encoder.layer[layer].attention.self.query.weight)  # fmt: skip
+
+
+def test_a_bert_with_its_heads_of_pretraining_starts_a_fusion_too(tmp_path):
+    donor = bert(tmp_path)
+    whole = BertForPreTraining(donor.config)
+    whole.save_pretrained(tmp_path)
+    settings = FusionSettings(layers=4, width=32, heads=2, feed_forward=64, positions=64)
+    fusion = Fusion(settings, vocabulary=40, vision_width=8, grid=2)
+    assert not initialise_text(fusion, str(tmp_path)).missing
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        wanted = whole.eval().bert(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(fusion.eval()(ids, torch.ones_like(ids, dtype=torch.bool))[-1], wanted)
 
 
 def test_bert_of_other_sizes_names_each(tmp_path):

@@ -1,11 +1,15 @@
-"""Models side by side on the same pictures and captions: ours, and any of transformers by its own processor."""
+"""Models side by side on the same pictures and captions: ours, and any of transformers by its own processor.
+
+ViLT, VisualBERT and LXMERT are opened as their encoders, whatever head a checkpoint has: nothing else is probed. The
+latter two take regions, which a detector found before (`data.regions`).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -13,25 +17,41 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from vpworkbench.config import CompareSettings
-from vpworkbench.data.records import Picture
+from vpworkbench.config import CompareSettings, DataSettings, ProbeSettings
+from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.regions import RegionFiles
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import load_run
 from vpworkbench.probes import modality_masks
 from vpworkbench.probes.dataset import Probed, probe_dataset
 
-NEEDS_REGIONS = ("lxmert", "visual_bert")
 LARGEST_BATCH = 16
+MOST_REGIONS = 36  # of an image: what VisualBERT and LXMERT were trained with
+
+Region = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+TAKES_REGIONS: dict[str, tuple[str, Region]] = {
+    "visual_bert": (
+        "visual_embedding_dim",
+        lambda features, boxes, real: {"visual_embeds": features, "visual_attention_mask": real},
+    ),
+    "lxmert": (
+        "visual_feat_dim",
+        lambda features, boxes, real: {"visual_feats": features, "visual_pos": boxes, "visual_attention_mask": real},
+    ),
+}
+"""`model_type` -> what its configuration calls the width of a feature; its inputs, of features, boxes, real or not."""
+ENCODERS = ("vilt", *TAKES_REGIONS)
 
 
 class Prepared(NamedTuple):
-    """A batch that a probe reads: `ProbeInputs`."""
+    """A batch that a probe reads: `ProbeInputs`, and where its regions lie, (example, token, 4), if it has some."""
 
     forward: dict[str, Any]
     vision: Tensor
     tokens: Tensor
     language: Tensor
+    boxes: Tensor | None = None
 
 
 class Opened(NamedTuple):
@@ -42,18 +62,21 @@ class Opened(NamedTuple):
     name : str
         As in figures and tables.
     prepare : callable
-        (pictures, texts) -> ProbeInputs, picture i with text i.
+        (pictures, texts) -> ProbeInputs, picture i with text i; `special_tokens` as of `VisualParsingModel.prepare`.
     batch : int
         Pairs in one pass.
+    data : DataSettings
+        The set that it was trained on, where it is ours; else scenes.
     """
 
     name: str
     model: nn.Module
-    prepare: Callable[[Sequence[Picture], list[str]], Any]
+    prepare: Callable[..., Any]
     batch: int
+    data: DataSettings = DataSettings()
 
 
-def open_model(source: str) -> Opened:
+def open_model(source: str, *, regions: str = "") -> Opened:
     """A model by the name of a run or a checkpoint of ours, or by a path or name that transformers knows.
 
     Parameters
@@ -61,30 +84,32 @@ def open_model(source: str) -> Opened:
     source : str
         Empty: the tiny model that ships. A name of transformers is looked for in its local cache and, where there is a
         network, on the hub.
+    regions : str
+        For VisualBERT and LXMERT: a folder of npz or a BUTD tsv, as of `visual.region_files`.
 
     Raises
     ------
     CheckpointError
-        If it is neither, or cannot be given images (region features are made elsewhere).
+        If it is neither, or takes regions and `regions` has none.
     """
     if _is_transformers(source):
-        return _of_transformers(source)
+        return _of_transformers(source, regions)
     try:
-        model, _ = load_run(source)
+        model, settings = load_run(source)
     except CheckpointError as ours:
         try:
-            return _of_transformers(source)
+            return _of_transformers(source, regions)
         except CheckpointError as theirs:
             raise CheckpointError(f"{ours}; and transformers: {theirs}") from None
     name = source or "shipped"
-    return Opened(Path(name).name if "/" in name else name, model, model.prepare, LARGEST_BATCH)
+    return Opened(Path(name).name if "/" in name else name, model, model.prepare, LARGEST_BATCH, settings.data)
 
 
-def open_models(sources: Sequence[str]) -> list[Opened]:
+def open_models(sources: Sequence[str], *, regions: str = "") -> list[Opened]:
     """All models, each under a name of its own, before any is probed."""
     subjects: list[Opened] = []
     for source in sources:
-        subject = open_model(source)
+        subject = open_model(source, regions=regions)
         taken = [other.name for other in subjects]
         if subject.name in taken:
             subject = subject._replace(name=f"{subject.name} ({len(taken) + 1})")
@@ -92,9 +117,19 @@ def open_models(sources: Sequence[str]) -> list[Opened]:
     return subjects
 
 
-def held_out(settings: CompareSettings) -> list[Picture]:
-    """The held-out pictures on which all models are compared, each with a caption."""
-    return [picture for picture in load_held_out(settings.data) if picture.captions][: settings.images]
+def held_out(settings: CompareSettings | ProbeSettings, subject: Opened | None = None) -> list[Picture]:
+    """The held-out pictures on which models are probed, each with a caption.
+
+    Parameters
+    ----------
+    subject : Opened or None
+        The one that is probed, where the settings name no set: its own is taken.
+    """
+    data = settings.data
+    if isinstance(settings, ProbeSettings):
+        own = subject.data if subject else DataSettings()
+        data = own.model_copy(update={"sets": settings.data}) if settings.data else own
+    return [picture for picture in load_held_out(data) if picture.captions][: settings.images]
 
 
 def probe_all(
@@ -182,24 +217,46 @@ def _is_transformers(source: str) -> bool:
     return isinstance(content, dict) and "model_type" in content
 
 
-def _of_transformers(source: str) -> Opened:
+def _of_transformers(source: str, regions: str) -> Opened:
     place = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
     try:
         config = transformers.AutoConfig.from_pretrained(place)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-        if config.model_type in NEEDS_REGIONS:
-            raise CheckpointError(
-                f"{source}: {config.model_type} takes region features, not images; make its inputs yourself and call "
-                "probe_dataset"
-            )
-        processor = transformers.AutoProcessor.from_pretrained(place)
+        if config.model_type in ENCODERS:
+            kind = transformers.AutoModel
+        if config.model_type in TAKES_REGIONS:
+            files = _regions_for(source, config, regions)
+            processor = transformers.AutoTokenizer.from_pretrained(place)
+        else:
+            processor = transformers.AutoProcessor.from_pretrained(place)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of no words where none is saved
+            raise OSError("no vocabulary is saved there")
         model = kind.from_pretrained(place, dtype="auto").eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError | DataError):
             raise
-        raise CheckpointError(f"{source}: {str(error).splitlines()[0][:200]}") from None
+        raise CheckpointError(
+            f"{source}: {str(error).splitlines()[0][:200]}; a folder of transformers holds the model and its processor "
+            "or tokenizer, each saved there by save_pretrained"
+        ) from None
+    name = Path(source).name
+    if config.model_type in TAKES_REGIONS:
+        return Opened(name, model, _WithRegions(model, processor, files), LARGEST_BATCH)
     is_decoder = bool(getattr(processor, "chat_template", None))  # large, and of many tokens: one pair at a time
-    return Opened(Path(source).name, model, _Processed(model, processor), 1 if is_decoder else LARGEST_BATCH)
+    return Opened(name, model, _Processed(model, processor), 1 if is_decoder else LARGEST_BATCH)
+
+
+def _regions_for(source: str, config: Any, regions: str) -> RegionFiles:
+    width = getattr(config, TAKES_REGIONS[config.model_type][0])
+    if regions and Path(regions).expanduser().exists():
+        return RegionFiles(regions, most=MOST_REGIONS, width=width)
+    given = f"{regions!r} is not there" if regions else "none are given"
+    raise CheckpointError(
+        f"{source}: {config.model_type} takes regions, not pixels, and {given}: give `regions`, a folder with one "
+        f"npz for each image or a BUTD tsv, features of {width} channels (docs/families.md; `vpw regions` makes such "
+        "of generated scenes)"
+    )
 
 
 class _Processed:
@@ -208,14 +265,31 @@ class _Processed:
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model, self.processor = model, processor
 
-    def __call__(self, pictures: Sequence[Picture], texts: list[str]) -> Prepared:
-        images = [Image.fromarray(picture.image.pixels()) for picture in pictures]
-        made = self.processor(images=images, text=[self._prompt(text) for text in texts], padding=True,
-                              return_tensors="pt")  # fmt: skip
+    def __call__(
+        self,
+        pictures: Sequence[Picture],
+        texts: list[str],
+        *,
+        special_tokens: Literal["language", "exclude"] = "language",
+    ) -> Prepared:
         device = next(self.model.parameters()).device
+        made, regions = self._inputs(pictures, texts)
         forward = {name: value.to(device) if torch.is_tensor(value) else value for name, value in made.items()}
         masks = modality_masks(self.model, forward)
-        return Prepared(forward, masks.vision, masks.tokens, masks.tokens & ~masks.vision)
+        language = masks.tokens & ~masks.vision
+        if special_tokens == "exclude":
+            language = _without_special(language, forward, getattr(self.processor, "tokenizer", self.processor))
+        boxes = None
+        if regions is not None:
+            boxes = torch.full((*masks.vision.shape, 4), torch.nan)
+            boxes[:, -regions.shape[1] :] = regions
+        return Prepared(forward, masks.vision, masks.tokens, language, boxes)
+
+    def _inputs(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor | None]:
+        """What the model's forward takes, and the boxes of its regions, if it takes some."""
+        images = [Image.fromarray(picture.image.pixels()) for picture in pictures]
+        prompts = [self._prompt(text) for text in texts]
+        return self.processor(images=images, text=prompts, padding=True, return_tensors="pt"), None
 
     def _prompt(self, text: str) -> str:
         """The text as the model was trained to meet an image: by its chat template, or behind its image token."""
@@ -224,3 +298,41 @@ class _Processed:
             return self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         token = getattr(self.processor, "image_token", "")
         return f"{token} {text}" if token and self.model.config.model_type != "paligemma" else text
+
+
+class _WithRegions(_Processed):
+    """Regions that a detector found before, and texts by the model's tokenizer."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, regions: RegionFiles) -> None:
+        super().__init__(model, tokenizer)
+        self.regions = regions
+
+    def _inputs(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor | None]:
+        words = self.processor(texts, padding=True, truncation=True, return_tensors="pt")
+        packed = self.regions.stack([picture.image for picture in pictures])
+        packed = packed[:, : int(packed[..., -1].sum(dim=1).max())]  # no more padding than the batch needs
+        features, boxes, real = packed.split((self.regions.width, 4, 1), dim=2)
+        real = real[..., 0]
+        named = TAKES_REGIONS[self.model.config.model_type][1]
+        placed = boxes.masked_fill(real[..., None] == 0, torch.nan)
+        return {**words, **named(features.to(self.model.dtype), boxes.to(self.model.dtype), real)}, placed
+
+
+def _without_special(language: Tensor, forward: dict[str, Any], tokenizer: Any) -> Tensor:
+    """The set L without [CLS], [SEP] and their like; (example, token).
+
+    Raises
+    ------
+    ValueError
+        Where a model adds tokens of its own to L, which no ids tell.
+    """
+    ids = forward["input_ids"]
+    if ids.shape == language.shape:  # images stand among the words
+        ids = ids[language]
+    else:
+        ids = ids[forward["attention_mask"].bool()]
+    if len(ids) != int(language.sum()):
+        raise ValueError("special_tokens 'exclude': this model has tokens of its own beside those of input_ids")
+    kept = language.clone()
+    kept[language] = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+    return kept

@@ -17,6 +17,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.objectives import visual_mask
 from vpworkbench.probes.flow import inter_modality_flow
+from vpworkbench.probes.geometry import REGIONS_SIDE, modality_masks, painted
 from vpworkbench.probes.intervals import Interval
 from vpworkbench.probes.masks import compare_masks, object_tokens
 
@@ -27,25 +28,27 @@ class Example(NamedTuple):
     Attributes
     ----------
     image : uint8 array, (height, width, 3)
+    boxes : float array, (vision, 4)
+        x0 y0 x1 y1 of each token, as shares of the image.
     grid : int
-        Tokens on a side.
-    parsing : float array, (vision, vision)
-        Parsing attention, averaged over heads; rows sum to 1.
+        Places on a side: tokens, or, of regions, places that their boxes are drawn over.
+    parsing : float array, (vision, vision), or None
+        Parsing attention, averaged over heads, rows sum to 1; None in families without one.
     pick : int
-        The token that both masks hide first.
-    attention_mask, random_mask : bool array, (vision,)
-        Of the same budget.
+        The place of the token that all masks hide first.
+    masks : dict of bool array, (place,)
+        `attention` where there is a parsing attention, and `random`; of the same budget.
     words : list of str
-    word_attention : float array, (word, vision)
+    word_attention : float array, (word, place)
         Attention of each word to the visual tokens in the last layer, averaged over heads.
     """
 
     image: np.ndarray
+    boxes: np.ndarray
     grid: int
-    parsing: np.ndarray
+    parsing: np.ndarray | None
     pick: int
-    attention_mask: np.ndarray
-    random_mask: np.ndarray
+    masks: dict[str, np.ndarray]
     words: list[str]
     word_attention: np.ndarray
 
@@ -53,23 +56,44 @@ class Example(NamedTuple):
 @torch.no_grad()
 def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSettings, *, seed: int = 0) -> Example:
     """Look at every step of the model on one picture and its first sentence."""
+    visual = model.settings.visual
     inputs = model.prepare([picture], [picture.captions[0]])
-    parsing = parsing_attention(model, [picture])
-    objects = token_objects([picture], model.settings.visual.grid)
+    seen = model.visual(inputs.forward["images"])
+    parsing = None if seen.parsing is None else seen.parsing.mean(dim=1).cpu()
+    real = seen.real().cpu()
+    objects = token_objects([picture], visual.grid) if visual.kind.on_grid else real.long()
     noise = pick_objects(objects, seed=seed)
-    budget = settings.mask.tokens_of(settings.visual)
     words = inputs.forward["words"][0]
     flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, rows=list(range(len(words))))
+    boxes = modality_masks(model, inputs.forward).boxes[0, len(words) :].cpu().masked_fill(~real[0, :, None], torch.nan)
+    side = visual.grid if visual.kind.on_grid else REGIONS_SIDE
+
+    def drawn(values: torch.Tensor) -> torch.Tensor:
+        return painted(values, boxes.expand(*values.shape, 4), side).flatten(-2)
+
+    def masked(ranked: torch.Tensor | None) -> np.ndarray:
+        budget = settings.mask.tokens_of(settings.visual)
+        hidden = visual_mask(
+            noise, budget, parsing=ranked, select=settings.mask.select, seen=None if visual.kind.on_grid else real
+        )
+        return drawn(hidden[0].float()).numpy() > 0
+
     return Example(
-        image=inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy(),
-        grid=model.settings.visual.grid,
-        parsing=parsing[0].numpy(),
-        pick=int(noise[0].argmax()),
-        attention_mask=visual_mask(noise, budget, parsing=parsing, select=settings.mask.select)[0].numpy(),
-        random_mask=visual_mask(noise, budget)[0].numpy(),
+        image=picture.image.pixels(visual.image_px if visual.kind.on_grid else None),
+        boxes=boxes[real[0]].numpy(),
+        grid=side,
+        parsing=None if parsing is None else parsing[0].numpy(),
+        pick=_place(boxes[int(noise[0].argmax())], side),
+        masks=({} if parsing is None else {"attention": masked(parsing)}) | {"random": masked(None)},
         words=model.tokenizer.convert_ids_to_tokens(words.tolist()),
-        word_attention=flow.rows[0, -1].mean(dim=0)[:, len(words) :].cpu().numpy(),
+        word_attention=drawn(flow.rows[0, -1].mean(dim=0)[:, len(words) :].cpu()).numpy(),
     )
+
+
+def _place(box: torch.Tensor, side: int) -> int:
+    """Where the middle of a box lies, row by row."""
+    column, row = ((box[:2] + box[2:]) / 2 * side).long().clamp(max=side - 1).tolist()
+    return row * side + column
 
 
 @torch.no_grad()
@@ -104,7 +128,12 @@ def pick_objects(objects: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
 def mask_shares(
     model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
 ) -> dict[str, Interval]:
-    """The mask probe on generated scenes: share of masked tokens on the picked object, attention against random."""
+    """The mask probe on generated scenes: share of masked tokens on the picked object, attention against random.
+
+    Empty for families without a parsing attention.
+    """
+    if not model.settings.visual.kind.parsing:
+        return {}
     objects = token_objects(pictures, model.settings.visual.grid)
     noise = pick_objects(objects, seed=seed)
     mask: MaskSettings = settings.mask

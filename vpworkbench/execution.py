@@ -35,6 +35,7 @@ CHECKS = {
     "04_finetune": "vpworkbench.config:finetune_settings",
     "05_explore_masks": "vpworkbench.config:explore_settings",
     "06_runs": "vpworkbench.config:runs_settings",
+    "08_families": "vpworkbench.config:family_runs_settings",
 }
 """For each notebook the function that turns its parameters into settings, or refuses them."""
 

@@ -68,6 +68,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     base, trained = load_run(settings.checkpoint)
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
+    if settings.regions:
+        base.take_regions(settings.regions)
     torch.manual_seed(settings.seed)
     training = splits["train"]
     texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]

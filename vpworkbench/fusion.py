@@ -56,6 +56,8 @@ class Fusion(nn.Module):
         Entries of the tokenizer.
     vision_width : int
         c, channels of the visual tokens.
+    learned_position : bool
+        Tokens on a grid are placed by a learned table (ViLT), not by the paper's sine.
     grid : int or None
         Tokens on a side; None for regions, which are placed by their boxes as UNITER has it: a LayerNorm on the
         projected features, one on the projected box, one on their sum.
@@ -66,7 +68,15 @@ class Fusion(nn.Module):
     goes through the transformers attention interface, where the probes read it.
     """
 
-    def __init__(self, settings: FusionSettings, *, vocabulary: int, vision_width: int, grid: int | None) -> None:
+    def __init__(
+        self,
+        settings: FusionSettings,
+        *,
+        vocabulary: int,
+        vision_width: int,
+        grid: int | None,
+        learned_position: bool = False,
+    ) -> None:
         super().__init__()
         config = BertConfig(
             vocab_size=vocabulary,
@@ -87,20 +97,23 @@ class Fusion(nn.Module):
             self.feature_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
             self.box_in = nn.Linear(7, settings.width)
             self.box_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
+        elif learned_position:
+            self.position = nn.Parameter(torch.empty(grid**2, settings.width).normal_(std=0.02))
         else:
             self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
         self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
 
     def embed_vision(self, visual: VisualTokens | Tensor, masked: Tensor | None = None) -> Tensor:
         """(example, vision, c) -> (example, vision, d); masked tokens are replaced by a learned vector first."""
-        features, boxes = (visual, None) if isinstance(visual, Tensor) else (visual.features, visual.boxes)
+        visual = VisualTokens(visual, None) if isinstance(visual, Tensor) else visual
+        features = visual.features
         if masked is not None:
             features = torch.where(masked[..., None], self.mask_token.to(features.dtype), features)
         embedded = self.vision_in(features)
-        if boxes is None:
-            embedded = embedded + self.position
+        if visual.boxes is None:
+            embedded = embedded + (self.position if visual.places is None else self.position[visual.places])
         else:
-            embedded = self.feature_norm(embedded) + self.box_norm(self.box_in(box_vector(boxes)))
+            embedded = self.feature_norm(embedded) + self.box_norm(self.box_in(box_vector(visual.boxes)))
         if self.vision_type is not None:
             embedded = embedded + self.vision_type
         return self.bert.embeddings.dropout(self.vision_norm(embedded))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertTokenizerFast
 
-from vpworkbench.config import ModelSettings, fault_lines
+from vpworkbench.config import ModelSettings, SettingsError, fault_lines
 from vpworkbench.data.batches import Words, stack_images
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import input_of, real_tokens
@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
 
 
 class VisualParsingModel(nn.Module):
-    """Visual parser + fusion Transformer + heads for MLM, ITM and MFR.
+    """Visual parser + fusion Transformer + heads for MLM, ITM and MFR, with a visual dictionary for MVM too.
 
     Parameters
     ----------
@@ -102,11 +102,13 @@ class VisualParsingModel(nn.Module):
             vocabulary=len(tokenizer),
             vision_width=self.visual.width,
             grid=settings.visual.grid if settings.visual.kind.on_grid else None,
+            learned_position=settings.visual.position == "learned",
         )
         width = settings.fusion.width
         self.mlm_bias = nn.Parameter(torch.zeros(len(tokenizer)))
         self.itm = nn.Linear(width, 2)
         self.mfr = nn.Linear(width, self.visual.width)
+        self.mvm = nn.Linear(width, settings.visual.dictionary) if settings.visual.dictionary else None
 
     @property
     def tokenizer(self) -> BertTokenizerFast:
@@ -194,6 +196,20 @@ class VisualParsingModel(nn.Module):
         )
         forward = {name: tensor.to(self.device) for name, tensor in inputs.forward.items()}
         return Inputs(forward, *(mask.to(self.device) for mask in inputs[1:]))
+
+    def take_regions(self, files: str) -> None:
+        """Read the regions of images there from now on, and where it is saved.
+
+        Raises
+        ------
+        SettingsError
+            For a visual side that reads pixels.
+        """
+        visual = self.settings.visual
+        if visual.kind.on_grid:
+            raise SettingsError(f"regions {files}: visual family {visual.family!r} reads pixels; leave it empty")
+        self.settings = self.settings.with_overrides({"visual.region_files": files})
+        self.visual.settings = self.settings.visual
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes.

@@ -1,4 +1,4 @@
-"""Masks of visual tokens and the losses MLM, ITM, VLA and MFR: small pure functions (paper Sec. 3.3).
+"""Masks of visual tokens and the losses MLM, ITM, VLA, MFR and MVM: small pure functions (paper Sec. 3.3).
 
 A loss is a sum; the engine divides it once by the count of the whole optimiser step, so that accumulation changes
 nothing.
@@ -65,6 +65,26 @@ def visual_mask(
         hidden = torch.arange(budget, device=noise.device) < allowed
     masked = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, rank.topk(budget, dim=1).indices, hidden)
     return masked if seen is None else masked & seen
+
+
+def code_mask(noise: Tensor, codes: Tensor) -> Tensor:
+    """Hide all tokens that became one code (SOHO Sec. 3.3): a hidden token cannot be copied from one like it.
+
+    Parameters
+    ----------
+    noise : Tensor, (text, vision)
+        Uniform numbers; of the first token of each code the largest marks the pick, so each code of an image is picked
+        as often as the others.
+    codes : int64 Tensor, (text, vision)
+
+    Returns
+    -------
+    bool Tensor, (text, vision)
+    """
+    same = codes[:, :, None] == codes[:, None, :]
+    first = ~same.tril(diagonal=-1).any(dim=2)
+    picked = noise.masked_fill(~first, -1).argmax(dim=1, keepdim=True)
+    return codes == codes.gather(1, picked)
 
 
 def hide_pixels(images: Tensor, masked: Tensor) -> Tensor:
@@ -173,6 +193,21 @@ def masked_feature_regression(
     """
     error = (_wide(predicted) - _wide(target.detach())).square()
     return (error.mean(dim=-1) if reduction == "mean" else error.sum(dim=-1)).sum()
+
+
+def masked_visual_modeling(logits: Tensor, codes: Tensor, masked: Tensor) -> Tensor:
+    """Negative log likelihood of the code of the hidden tokens (SOHO Eq. 5), a mean for each pair, summed over pairs.
+
+    Parameters
+    ----------
+    logits : Tensor, (text, vision, code)
+        Of matched pairs.
+    codes : int64 Tensor, (text, vision)
+    masked : bool Tensor, (text, vision)
+        The hidden tokens, at least one of each pair; all of one code.
+    """
+    each = functional.cross_entropy(_wide(logits).transpose(1, 2), codes, reduction="none")
+    return ((each * masked).sum(dim=1) / masked.sum(dim=1)).sum()
 
 
 def _wide(values: Tensor) -> Tensor:

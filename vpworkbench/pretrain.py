@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertTokenizerFast
 
 from vpworkbench.config import DataSettings, ModelSettings, PretrainSettings, checked
@@ -25,10 +25,12 @@ from vpworkbench.data.regions import input_of
 from vpworkbench.data.splits import cache_root, load_splits
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
+    code_mask,
     hide_pixels,
     image_text_matching,
     masked_feature_regression,
     masked_language_modeling,
+    masked_visual_modeling,
     token_alignment,
     transport_distance,
     visual_mask,
@@ -36,6 +38,7 @@ from vpworkbench.objectives import (
 from vpworkbench.probes.dataset import Probed, probe_dataset
 from vpworkbench.probes.intervals import Interval
 from vpworkbench.processes import launch, launched
+from vpworkbench.region_features import check_regions
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
 from vpworkbench.visual import VisualTokens
@@ -141,18 +144,20 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
 
 
 class Pretraining:
-    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10)."""
+    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); or MVM for MFR, as in SOHO."""
 
     def __init__(self, settings: PretrainSettings) -> None:
         self.settings = settings
         loss = settings.loss
-        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": loss.itm * loss.vla, "mfr": loss.mfr}
+        self.weights: Mapping[str, float] = {
+            "mlm": 1.0, "itm": loss.itm, "vla": loss.itm * loss.vla, "mfr": loss.mfr, "mvm": loss.mvm,
+        }  # fmt: skip
         self.budget = settings.mask.tokens_of(settings.visual)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Hidden words of matched pairs; pairs; matched pairs."""
         pairs, matched = len(batch.matched), int(batch.matched.sum())
-        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs, "mfr": matched}
+        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs, "mfr": matched, "mvm": matched}
 
     def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch; the image is encoded once for all its texts.
@@ -162,11 +167,12 @@ class Pretraining:
         in_pixels = self.settings.mask.mode != "none" and self.settings.mask.where == "pixels"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not in_pixels):
             visual = model.visual(batch.images)
+        if self.settings.visual.sampled and model.training:
+            visual = visual.at(self.sampled(batch))
         masked = self.masked(visual, batch)
         seen = visual
         if in_pixels:
-            first = torch.searchsorted(batch.image_index, torch.arange(len(batch.images), device=batch.words.device))
-            seen = model.visual(hide_pixels(batch.images, masked[first]))
+            seen = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)]))
         joint = model.fuse(seen, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
         sums = {
             "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
@@ -174,7 +180,11 @@ class Pretraining:
         }
         if self.weights["vla"]:
             sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
-        if masked is not None:
+        if self.settings.mask.mode == "code":
+            rows = batch.matched_rows
+            codes = visual.codes[batch.image_index[rows]]
+            sums["mvm"] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
+        elif masked is not None:
             rows = batch.matched_rows[:, None]
             # Each row hides k tokens: their places, in order, without asking a GPU how many there are.
             hidden = masked[batch.matched_rows].byte().topk(self.budget, dim=1).indices.sort(dim=1).values
@@ -185,6 +195,14 @@ class Pretraining:
             sums["mfr"] = masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
         return sums
 
+    def sampled(self, batch: Batch) -> Tensor:
+        """Places of the tokens that pre-training sees, in order; int64 (image, chosen).
+
+        By the noise of each image's first text. The order inside the chosen ones, which its mask goes by, is as random
+        as before.
+        """
+        return batch.noise[_first_texts(batch)].topk(self.settings.visual.sampled, dim=1).indices.sort(dim=1).values
+
     def masked(self, visual: VisualTokens, batch: Batch) -> Tensor | None:
         """Visual tokens to hide, bool (text, vision), in matched and unmatched pairs alike; None in mode `none`.
 
@@ -193,28 +211,41 @@ class Pretraining:
         mask = self.settings.mask
         if mask.mode == "none":
             return None
+        noise = batch.noise if visual.places is None else batch.noise.gather(1, visual.places[batch.image_index])
         ranked = None
         if mask.mode == "attention":
             ranked = visual.parsing.detach().mean(dim=1)[batch.image_index]
         seen = None if visual.tokens is None else visual.tokens[batch.image_index]
-        masked = visual_mask(batch.noise, self.budget, parsing=ranked, select=mask.select, seen=seen)
+        if mask.mode == "code":
+            masked = code_mask(noise, visual.codes[batch.image_index])
+        else:
+            masked = visual_mask(noise, self.budget, parsing=ranked, select=mask.select, seen=seen)
         if mask.where == "pixels":
             masked = masked[torch.searchsorted(batch.image_index, batch.image_index)]  # that of the first text
         return masked
 
     @torch.no_grad()
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
-        """Variance and effective rank of the visual features: the target of MFR collapses where they fall."""
+        """Variance and effective rank of the visual features: the target of MFR collapses where they fall.
+
+        Of a visual dictionary also how many codes are dead.
+        """
         training = model.training
         visual = model.eval().visual(batch.images[:16])
         features = visual.features.float().flatten(0, 1)
         if visual.tokens is not None:
             features = features[visual.tokens.flatten()]
         model.train(training)
+        dictionary = getattr(model.visual, "dictionary", None)
         return {
             "target_variance": features.var(dim=0).mean().item(),
             "target_rank": effective_rank(features),
-        }
+        } | ({} if dictionary is None else {"dead_codes": float(dictionary.dead)})
+
+
+def _first_texts(batch: Batch) -> Tensor:
+    """Row of the first text of each image."""
+    return torch.searchsorted(batch.image_index, torch.arange(len(batch.images), device=batch.words.device))
 
 
 def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tensor:
@@ -251,6 +282,7 @@ def prepare(settings: PretrainSettings) -> Prepared:
         Each naming the file or the setting and the remedy.
     """
     splits = load_splits(settings.data)
+    check_regions(input_of(settings.visual), splits["train"])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)
@@ -338,9 +370,11 @@ def held_out_probe(
 
 
 def probe(
-    model: VisualParsingModel,
+    model: nn.Module,
     pictures: Sequence[Picture],
     *,
+    prepare: Callable[..., Any] | None = None,
+    batch: int = 16,
     images: int = 64,
     special_tokens: Literal["language", "exclude"] = "language",
     seed: int = 0,
@@ -351,15 +385,18 @@ def probe(
 
     Parameters
     ----------
+    model
+        One of ours; another with its `prepare` and its `batch`, as `compare.open_model` gives them.
     special_tokens
         [CLS] and [SEP] count as language, or in neither modality.
     folder : Path or None
         Keeps `probes.parquet`, and what is done of it while it is not complete.
     """
     chosen = [picture for picture in pictures if picture.captions][:images]
-    parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
+    parts = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    prepare = prepare or model.prepare
     batches = (
-        model.prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
+        prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
     )
     return probe_dataset(
         model.eval(),

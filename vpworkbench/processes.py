@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from vpworkbench.runs import RunError
 from vpworkbench.signals import on_signal
@@ -57,6 +57,11 @@ class Processes:
         distributed.all_reduce(joined)
         for gradient, added in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(added.view_as(gradient))
+
+    def add(self, tensor: Tensor) -> None:
+        """Add a tensor up over all processes, in place."""
+        if self.count > 1:
+            distributed.all_reduce(tensor)
 
     def wait(self) -> None:
         """Until all have come here."""

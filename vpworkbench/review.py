@@ -11,8 +11,10 @@ from PIL import Image
 
 from vpworkbench.data.batches import stack_files
 from vpworkbench.data.records import Example, ImageFile, Picture
+from vpworkbench.data.regions import input_of
 from vpworkbench.metrics import most_given
-from vpworkbench.probes import inter_modality_flow
+from vpworkbench.probes import inter_modality_flow, modality_masks
+from vpworkbench.probes.geometry import REGIONS_SIDE, painted
 from vpworkbench.retrieval import RetrievalResult, captions_of, owners_of
 from vpworkbench.tasks import TaskModel, TaskResult
 
@@ -101,15 +103,17 @@ def _searches(pictures: Sequence[Picture], result: RetrievalResult) -> tuple[lis
 
 
 def _looked_at(model: TaskModel, examples: Sequence[Example], side: int) -> np.ndarray:
-    """(example, row, column) of one image of each example."""
-    grid, found = model.base.settings.visual.grid, []
+    """(example, row, column) of one image of each example; regions are drawn into their boxes."""
+    visual, found = model.base.settings.visual, []
+    side_tokens = visual.grid if visual.kind.on_grid else REGIONS_SIDE
     for start in range(0, len(examples), 16):
         part = examples[start : start + 16]
-        pixels = stack_files([example.images[side] for example in part], model.base.settings.visual.image_px)
+        pixels = stack_files([example.images[side] for example in part], input_of(visual))
         inputs = model.base.eval().prepare(pixels, [example.text for example in part])
         flow = inter_modality_flow(model.base, inputs.forward, inputs.vision, inputs.tokens, rows=[0], starts=[0])
-        rows = flow.rows_from_input[:, -1, 0][inputs.vision]
-        found.append(rows.view(len(part), grid, grid).float().cpu())
+        masks = modality_masks(model.base, inputs.forward)
+        boxes = masks.boxes.masked_fill(~(masks.vision & masks.tokens)[..., None], torch.nan)
+        found.append(painted(flow.rows_from_input[:, -1, 0], boxes, side_tokens).float().cpu())
     return torch.cat(found).numpy()
 
 

@@ -169,7 +169,11 @@ def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
     RunError
         If the folder's `config.json` cannot be read.
     """
-    folder = run_folder(notebook, name or settings_hash(settings))
+    return open_folder(run_folder(notebook, name or settings_hash(settings)), notebook, settings)
+
+
+def open_folder(folder: Path, notebook: str, settings: Settings) -> Run:
+    """As `open_run`, in a folder of one's own choice."""
     config = folder / "config.json"
     if config.exists():
         _refuse_other_settings(folder, read_json(config).get("settings", {}), settings)

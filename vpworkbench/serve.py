@@ -15,15 +15,15 @@ from vpworkbench.explorer import explore
 PORT = 8866
 
 
-def serve(checkpoint: str = "", data: str = "", *, port: int = PORT, browser: bool = True) -> None:
+def serve(checkpoint: str = "", data: str = "", *, regions: str = "", port: int = PORT, browser: bool = True) -> None:
     """Serve the explorer on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
 
     Jupyter's token is asked for: `$JUPYTER_TOKEN`, else a new one, printed with the address.
 
     Parameters
     ----------
-    checkpoint, data : str
-        As of `explore`; empty: the model that ships, generated scenes.
+    checkpoint, data, regions : str
+        As of `explore`; empty: the model that ships, generated scenes, none.
     browser : bool
         Open the page in a browser.
 
@@ -38,10 +38,10 @@ def serve(checkpoint: str = "", data: str = "", *, port: int = PORT, browser: bo
         raise SettingsError("vpw explore needs Voila: pip install 'vpworkbench[voila]'")
     from voila.app import Voila
 
-    places = [anchored(place) for place in (checkpoint, data)]  # kernels start in another folder
-    explore(*(place or None for place in places)).close()
+    checkpoint, data, regions = map(anchored, (checkpoint, data, regions))  # kernels start in another folder
+    explore(checkpoint or None, data or None, regions=regions).close()
     with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
-        notebook = write_notebook(Path(folder) / "explorer.ipynb", *places)
+        notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, regions)
         Voila.launch_instance([
             str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0",
             "--Voila.auto_token=True", f"--Voila.open_browser={browser}",
@@ -49,9 +49,10 @@ def serve(checkpoint: str = "", data: str = "", *, port: int = PORT, browser: bo
         ])  # fmt: skip
 
 
-def write_notebook(path: Path, checkpoint: str, data: str) -> Path:
+def write_notebook(path: Path, checkpoint: str, data: str, regions: str = "") -> Path:
     """The notebook that Voila serves."""
-    call = f"explore({checkpoint or None!r}, {data or None!r})"
+    more = f", regions={regions!r}" if regions else ""
+    call = f"explore({checkpoint or None!r}, {data or None!r}{more})"
     cells = [
         nbformat.v4.new_markdown_cell("# What does the mask hide, and where do words look?"),
         nbformat.v4.new_code_cell(f"from vpworkbench.explorer import explore\n\n{call}"),

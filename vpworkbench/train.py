@@ -147,6 +147,9 @@ def accumulate_gradients(
         for name, term in terms.items():
             means[name] = means.get(name, 0) + term.detach()
     processes.add_gradients(model)
+    for module in model.modules():
+        if hasattr(module, "follow"):  # what learns from the tokens of a step by averages: a visual dictionary
+            module.follow(processes)
     return means
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vpworkbench.config import VisualSettings
+from vpworkbench.dictionary import Dictionary
 
 
 class VisualTokens(NamedTuple):
@@ -32,20 +33,36 @@ class VisualTokens(NamedTuple):
         The real places, padding excluded; None where all are.
     boxes : Tensor or None, (image, vision, 4)
         x0 y0 x1 y1 of regions as shares of the image; None for tokens on a grid.
+    codes : int64 Tensor or None, (image, vision)
+        Which code of the visual dictionary each token became; None without one.
+    places : int64 Tensor or None, (image, vision)
+        Of tokens on a grid, where some are left out: row * grid + column of the others.
     """
 
     features: Tensor
     parsing: Tensor | None
     tokens: Tensor | None = None
     boxes: Tensor | None = None
+    codes: Tensor | None = None
+    places: Tensor | None = None
 
     def of(self, image_index: Tensor | None) -> VisualTokens:
         """The tokens of some images, repeated as asked; without the parsing attention."""
-        kept = (self.features, self.tokens, self.boxes)
-        if image_index is not None:
-            kept = tuple(None if part is None else part[image_index] for part in kept)
-        features, tokens, boxes = kept
-        return VisualTokens(features, None, tokens, boxes)
+        kept = self._replace(parsing=None)
+        if image_index is None:
+            return kept
+        return VisualTokens(*(None if part is None else part[image_index] for part in kept))
+
+    def at(self, places: Tensor) -> VisualTokens:
+        """Some tokens of each image alone; `places` (image, chosen), of images without padding."""
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        parsing = self.parsing
+        if parsing is not None:
+            parsing = parsing.permute(0, 2, 3, 1)[rows[..., None], places[:, :, None], places[:, None]]
+            parsing = parsing.permute(0, 3, 1, 2)
+            parsing = parsing / parsing.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+        codes = None if self.codes is None else self.codes[rows, places]
+        return VisualTokens(self.features[rows, places], parsing, codes=codes, places=places)
 
     def real(self) -> Tensor:
         """bool (image, vision): `tokens`, or True everywhere."""
@@ -173,7 +190,7 @@ def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
 
 
 class GridFeatures(_Visual):
-    """Grid features of any timm CNN (paper Table 5: R50, R101; SOHO and Pixel-BERT without their extras)."""
+    """Grid features of any timm CNN (paper Table 5: R50, R101; Pixel-BERT); with a dictionary, SOHO's codes of them."""
 
     def __init__(self, settings: VisualSettings) -> None:
         stride = {} if settings.stride == 32 else {"output_stride": settings.stride}
@@ -181,6 +198,7 @@ class GridFeatures(_Visual):
         super().__init__(settings, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
         self.network = network
         self.width = network.num_features
+        self.dictionary = Dictionary(settings.dictionary, self.width) if settings.dictionary else None
         self.freeze_norm = False
 
     def train(self, mode: bool = True) -> GridFeatures:
@@ -197,7 +215,11 @@ class GridFeatures(_Visual):
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c)."""
-        return VisualTokens(self.network(self.normalise(images)).flatten(2).transpose(1, 2), None)
+        features = self.network(self.normalise(images)).flatten(2).transpose(1, 2)
+        if self.dictionary is None:
+            return VisualTokens(features, None)
+        features, codes = self.dictionary(features)
+        return VisualTokens(features, None, codes=codes)
 
 
 class PatchProjection(_Visual):

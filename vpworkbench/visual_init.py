@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -72,11 +73,15 @@ def token_objects(object_map: np.ndarray, grid: int) -> np.ndarray:
 
 
 def token_labels(pictures: Sequence[Picture], grid: int) -> TokenLabels:
-    """Colour and shape at each token of generated scenes."""
+    """Colour and shape at each token of generated scenes; a grid that does not divide their pixels is laid over."""
     colours, shapes = list(COLOURS), list(SHAPES)
     rows = []
     for picture in pictures:
-        objects = token_objects(picture.object_map(), grid).ravel()
+        drawn = picture.object_map()
+        if drawn.shape[0] % grid:
+            side = grid * -(-drawn.shape[0] // grid)
+            drawn = np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.NEAREST))
+        objects = token_objects(drawn, grid).ravel()
         # Draped things have a shape of their own word: it is not one of SHAPES and stays background.
         colour = [BACKGROUND] + [colours.index(thing.colour) + 1 for thing in picture.scene.things]
         shape = [BACKGROUND] + [shapes.index(thing.shape) + 1 if thing.shape in shapes else BACKGROUND
@@ -85,25 +90,34 @@ def token_labels(pictures: Sequence[Picture], grid: int) -> TokenLabels:
     return TokenLabels(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
-class LabelBatches(Dataset):
-    """Batches by step, in the order of one permutation for each epoch; mirrored at random."""
+class PicturesByStep(Dataset):
+    """Which pictures a step holds: those of one permutation for each epoch."""
 
-    def __init__(self, pictures: Sequence[Picture], *, images: int, image_px: int, grid: int, seed: int) -> None:
-        self.pictures, self.images, self.image_px, self.grid, self.seed = pictures, images, image_px, grid, seed
+    def __init__(self, pictures: Sequence[Picture], *, images: int, seed: int) -> None:
+        self.pictures, self.images, self.seed = pictures, images, seed
         self.steps_per_epoch = len(pictures) / images
 
     def records(self, step: int) -> list[str]:
         """Ids of the pictures of a step."""
-        return [picture.id for picture in self._chosen(step)]
+        return [picture.id for picture in self.chosen(step)]
 
-    def _chosen(self, step: int) -> list[Picture]:
+    def chosen(self, step: int) -> list[Picture]:
+        """The pictures of a step."""
         total = len(self.pictures)
         epoch, start = divmod(step * self.images, total)
         order = np.random.default_rng((self.seed, epoch)).permutation(total)
         return [self.pictures[number] for number in order.take(range(start, start + self.images), mode="wrap")]
 
+
+class LabelBatches(PicturesByStep):
+    """Images and the labels of their tokens by step; mirrored at random."""
+
+    def __init__(self, pictures: Sequence[Picture], *, images: int, image_px: int, grid: int, seed: int) -> None:
+        super().__init__(pictures, images=images, seed=seed)
+        self.image_px, self.grid = image_px, grid
+
     def __getitem__(self, step: int) -> LabelledImages:
-        chosen = self._chosen(step)
+        chosen = self.chosen(step)
         images, labels = stack_images(chosen, self.image_px), token_labels(chosen, self.grid)
         mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(chosen)) < 0.5)
         images[mirrored] = images[mirrored].flip(-1)

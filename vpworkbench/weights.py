@@ -1,4 +1,4 @@
-"""Weights from elsewhere: timm and BERT checkpoints, installed packages, and the parser shipped with this package.
+"""Weights from elsewhere: checkpoints of timm and Hugging Face, installed packages, and the parser that ships.
 
 Nothing is fetched: a source is a path or an installed package. Every import gives a report of its keys.
 """
@@ -108,8 +108,8 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
     Parameters
     ----------
     source : str
-        `scenes`: the shipped weights of this preset; `efficientnet-lite0`: the installed package; else a file in
-        timm's layout.
+        `scenes`: the shipped weights of this preset; `efficientnet-lite0`: the installed package; else a file, or a
+        folder with one, in timm's layout or in Hugging Face's (Swin, ResNet).
 
     Raises
     ------
@@ -129,10 +129,66 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
         return load_into(visual, read_weights(file), file.name)
     if source == "efficientnet-lite0":
         return load_into(visual.network, efficientnet_lite0(), source)
-    tensors = read_weights(Path(source).expanduser())
+    tensors = in_timms_layout(read_weights(weights_file(Path(source).expanduser())))
     inner = getattr(visual, "network", visual)
     own_layout = any(name.startswith("network.") for name in tensors)
     return load_into(visual if own_layout else inner, tensors, source)
+
+
+def weights_file(place: Path) -> Path:
+    """A file of weights: the place itself, or the one in a folder as Hugging Face and timm save it."""
+    if not place.is_dir():
+        return place
+    names = ("model.safetensors", "visual.safetensors", "pytorch_model.bin")
+    found = next((place / name for name in names if (place / name).exists()), None)
+    if found is None:
+        raise CheckpointError(f"{place}: none of {', '.join(names)} is there; give the file of weights")
+    return found
+
+
+_FROM_HUGGING_FACE = {  # what begins or stands inside a name there: the same in timm
+    r"^(swin|resnet)\.": "",
+    # Swin
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^embeddings\.norm\.": "patch_embed.norm.",
+    r"^encoder\.layers\.(\d+)\.": r"layers.\1.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.attention\.self\.": ".attn.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"^layernorm\.": "norm.",
+    # ResNet
+    r"^embedder\.embedder\.convolution\.": "conv1.",
+    r"^embedder\.embedder\.normalization\.": "bn1.",
+    r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.convolution\.": r"layer{\1}.\2.conv{\3}.",
+    r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.layer\.(\d+)\.normalization\.": r"layer{\1}.\2.bn{\3}.",
+    r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.convolution\.": r"layer{\1}.\2.downsample.0.",
+    r"^encoder\.stages\.(\d+)\.layers\.(\d+)\.shortcut\.normalization\.": r"layer{\1}.\2.downsample.1.",
+}
+
+
+def in_timms_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a Swin or a ResNet under timm's names; those that have them already, or are of neither, as they are.
+
+    Hugging Face's query, key and value become timm's qkv. Its `layers.N.downsample`, and that of the Swin's authors,
+    stands behind stage N, timm's before stage N + 1. What timm computes (indices, masks of shifted windows) goes.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in _FROM_HUGGING_FACE.items():
+            name = re.sub(theirs, ours, name)
+        name = re.sub(r"\{(\d+)\}", lambda number: str(int(number[1]) + 1), name)  # timm counts from 1 here
+        if not re.search(r"\.(relative_position_index|attn_mask)$", name):
+            renamed[name] = tensor
+    for query in [name for name in renamed if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
+        parts = [renamed.pop(query.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        renamed[query.replace(".query.", ".qkv.")] = torch.cat(parts)
+    if any(name.startswith("layers.0.downsample.") for name in renamed):
+        behind = re.compile(r"^layers\.(\d+)(?=\.downsample\.)")
+        renamed = {behind.sub(lambda stage: f"layers.{int(stage[1]) + 1}", name): renamed[name] for name in renamed}
+    return renamed
 
 
 def efficientnet_lite0() -> dict[str, Tensor]:

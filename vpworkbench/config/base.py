@@ -107,5 +107,12 @@ def one_or_many(value: Any) -> Any:
     return anchored((value,) if isinstance(value, str) else value)
 
 
+def located(value: Any) -> Any:
+    """As `anchored`, bare words too: for what can be nothing but a path."""
+    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) and os.path.exists(value) else value
+
+
 Place = Annotated[str, BeforeValidator(anchored)]
 """A path, or a word that stands for something installed or shipped."""
+Location = Annotated[str, BeforeValidator(located), BeforeValidator(anchored)]
+"""A path."""

@@ -24,11 +24,14 @@ class Family:
         Pixels from one token to the next, by the settings; None for tokens with boxes of their own, on no grid.
     parsing : bool
         Whether its tokens come with a parsing attention, which attention masks need.
+    dictionary : bool
+        Whether it can put the codes of a visual dictionary (`visual.dictionary`) in the place of its tokens.
     """
 
     network: Callable[[Any], Any] | str
     step: Callable[[Any], int] | None
     parsing: bool = False
+    dictionary: bool = False
 
     @property
     def on_grid(self) -> bool:
@@ -49,7 +52,7 @@ FAMILIES: dict[str, Family] = {
         step=lambda visual: visual.patch_px * 2 ** (len(visual.depths) - 1),
         parsing=True,
     ),
-    "grid": Family("vpworkbench.visual:GridFeatures", step=lambda visual: visual.stride),
+    "grid": Family("vpworkbench.visual:GridFeatures", step=lambda visual: visual.stride, dictionary=True),
     "patch": Family("vpworkbench.visual:PatchProjection", step=lambda visual: visual.stride),
     "regions": Family("vpworkbench.visual:RegionFeatures", step=None),
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from vpworkbench.config.base import SettingsError, checked, nearest
+from vpworkbench.config.families import FAMILIES
 from vpworkbench.config.presets import TASK_PRESETS
 from vpworkbench.config.presets import preset as named_preset
 from vpworkbench.config.settings import (
     CompareSettings,
     ExploreSettings,
+    FamilyRunsSettings,
     FinetuneSettings,
     PretrainSettings,
     ProbeSettings,
@@ -25,6 +29,8 @@ def pretrain_settings(
     preset: str = "tiny",
     data: str | list[str] = "scenes",
     visual: str = "swin",
+    visual_tokens: int = 0,
+    regions: str = "",
     masking: str = "",
     init_visual: str = "auto",
     init_text: str = "",
@@ -38,11 +44,15 @@ def pretrain_settings(
 
     Parameters
     ----------
+    visual_tokens : int
+        So many tokens of an image, of regions at most so many; 0: as the preset has it.
+    regions : str
+        The folder that `vpw regions` wrote, whose width is taken over, or another that `visual.region_files` takes.
     masking : str
-        `none`, `random` or `attention`; empty takes `attention` for Swin and `random` for the families
-        that have no parsing attention.
+        `none`, `random`, `attention` or `code`; empty takes `attention` for families with a parsing attention, `code`
+        for a visual dictionary, `random` for the others.
     init_visual : str
-        `auto` takes the preset's start where the shipped weights fit it (family and sizes), else none.
+        `auto` takes the preset's start; none for regions, whose features are given.
     steps, epochs
         Epochs, where given, decide; else steps; both 0: the preset's own length. A run of few steps generates fewer
         scenes, unless `overrides` says how many.
@@ -53,14 +63,22 @@ def pretrain_settings(
         All faults at once.
     """
     base, overrides = named_preset(preset), overrides or {}
-    masking = masking or ("attention" if visual == "swin" else "random")
+    kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is told with all other faults
+    masking = masking or ("attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random")
+    start = base.init_visual if kind.on_grid else ""
+    if regions and kind.on_grid:
+        raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     values: dict[str, Any] = {
         "data.sets": data, "visual.family": visual, "mask.mode": masking,
         "init_text": init_text, "seed": seed, "train.checkpoint_every": checkpoint_every,
-        "init_visual": base.init_visual if init_visual == "auto" else init_visual,
-    }  # fmt: skip
+        "init_visual": start if init_visual == "auto" else init_visual,
+    } | _regions(regions)  # fmt: skip
     if steps or epochs:
         values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
+    if visual_tokens:  # what the number of tokens limits has to wait for it
+        plain = {key: value for key, value in overrides.items() if key not in ("visual.sampled", "mask.budget")}
+        sizes = base.with_overrides(values | plain).visual.sized(visual_tokens)
+        overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
     settings = base.with_overrides(values | overrides)
     if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
         return settings
@@ -71,6 +89,7 @@ def visual_init_settings(
     *,
     preset: str = "tiny",
     visual: str = "swin",
+    visual_tokens: int = 0,
     images: int = 640,
     epochs: float = 4,
     seed: int = 0,
@@ -87,22 +106,37 @@ def visual_init_settings(
         "visual.family": visual, "scenes.images": images or scenes.images, "train.epochs": epochs or 8,
         "train.checkpoint_every": checkpoint_every,
     }  # fmt: skip
-    return checked(VisualInitSettings, values).with_overrides(changes | (overrides or {}))
+    settings = checked(VisualInitSettings, values).with_overrides(changes | (overrides or {}))
+    if not visual_tokens:
+        return settings
+    sizes = settings.visual.sized(visual_tokens)
+    return settings.with_overrides({f"visual.{name}": value for name, value in sizes.items()})
 
 
 def probe_settings(
-    *, checkpoint: str = "", images: int = 64, special_tokens: str = "language", seed: int = 0
+    *,
+    checkpoint: str = "",
+    data: str | list[str] = "",
+    regions: str = "",
+    images: int = 64,
+    special_tokens: str = "language",
+    seed: int = 0,
 ) -> ProbeSettings:
     """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
-    given = {"checkpoint": checkpoint, "images": images, "special_tokens": special_tokens, "seed": seed}
-    return checked(ProbeSettings, given)
+    given = {"checkpoint": checkpoint, "data": data or (), "regions": regions, "images": images}
+    return checked(ProbeSettings, given | {"special_tokens": special_tokens, "seed": seed})
 
 
 def compare_settings(
-    *, models: str | list[str] = "", data: str | list[str] = "scenes", images: int = 64, seed: int = 0
+    *,
+    models: str | list[str] = "",
+    data: str | list[str] = "scenes",
+    regions: str = "",
+    images: int = 64,
+    seed: int = 0,
 ) -> CompareSettings:
     """Settings of a run from the parameters of `03_compare_models.ipynb`."""
-    values = {"models": models, "images": images, "seed": seed}
+    values = {"models": models, "regions": regions, "images": images, "seed": seed}
     return checked(CompareSettings, values).with_overrides({"data.sets": data})
 
 
@@ -111,13 +145,14 @@ def explore_settings(
     checkpoint: str = "",
     beside: str = "",
     data: str = "scenes",
+    regions: str = "",
     picture: int = 0,
     sentence: str = "",
     seed: int = 0,
 ) -> ExploreSettings:
     """Settings of a run from the parameters of `05_explore_masks.ipynb`."""
     given = {"checkpoint": checkpoint, "beside": beside, "data": data, "picture": picture, "sentence": sentence}
-    return checked(ExploreSettings, given | {"seed": seed})
+    return checked(ExploreSettings, given | {"regions": regions, "seed": seed})
 
 
 def runs_settings(
@@ -125,6 +160,13 @@ def runs_settings(
 ) -> RunsSettings:
     """Settings of a run from the parameters of `06_runs.ipynb`."""
     return checked(RunsSettings, {"notebook": notebook, "where": where, "quantity": quantity, "gallery": gallery})
+
+
+def family_runs_settings(
+    *, prefix: str = "families", seeds: int = 3, steps: int = 6, images: int = 16
+) -> FamilyRunsSettings:
+    """Settings of a run from the parameters of `08_families.ipynb`."""
+    return checked(FamilyRunsSettings, {"prefix": prefix, "seeds": seeds, "steps": steps, "images": images})
 
 
 def finetune_settings(
@@ -157,6 +199,16 @@ def finetune_settings(
     if settings.data != "scenes" or "scenes.images" in overrides:
         return settings
     return settings.with_overrides({"scenes.images": _scenes_seen(settings.scenes, settings.train)})
+
+
+def _regions(folder: str) -> dict[str, Any]:
+    """Settings of region files; of a folder that `vpw regions` wrote with their width."""
+    if not folder:
+        return {}
+    config = Path(folder).expanduser() / "config.json"
+    made = json.loads(config.read_text(encoding="utf-8")).get("settings", {}) if config.exists() else {}
+    width = {"visual.region_width": made["width"]} if "width" in made else {}
+    return {"visual.region_files": folder} | width
 
 
 def _scenes_seen(scenes: SceneSettings, train: TrainSettings) -> int:

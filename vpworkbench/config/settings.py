@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from vpworkbench.config.base import Place, Settings, nearest, one_or_many
+from vpworkbench.config.base import Location, Place, Settings, SettingsError, nearest, one_or_many
 from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.scenes import SceneSettings
+
+SMALLEST_PX, LARGEST_PX = 8, 4096
 
 
 def added(default: Any, **constraints: Any) -> Any:
@@ -24,7 +27,7 @@ class VisualSettings(Settings):
         description="Swin visual parser, CNN grid features (SOHO, Pixel-BERT), patches (ViLT), regions (UNITER); a key "
         "of `config.families.FAMILIES`",
     )
-    image_px: int = Field(96, ge=8, le=4096, description="side of the square input")
+    image_px: int = Field(96, ge=SMALLEST_PX, le=LARGEST_PX, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="Swin: side of a patch of the first stage")
     width: int = Field(96, ge=8, description="Swin: channels of the first stage; doubles with every stage")
     depths: tuple[int, ...] = Field((2, 2), min_length=1, description="Swin: blocks of each stage")
@@ -34,9 +37,16 @@ class VisualSettings(Settings):
     backbone: str = Field("resnet10t", description="grid: any timm CNN")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
+    dictionary: int = added(0, ge=0, le=65_536, description="grid: codes of SOHO's visual dictionary (2048); 0: none")
+    sampled: int = added(
+        0, ge=0, description="tokens of each image that pre-training sees, drawn at random (Pixel-BERT); 0: all"
+    )
+    position: Literal["sine", "learned"] = added(
+        "sine", description="of tokens on a grid, in the joint embedding: the paper's, or a table as ViLT has it"
+    )
     regions: int = added(36, ge=1, le=1024, description="regions: at most so many an image, the first of its file")
     region_width: int = added(2048, ge=1, description="regions: channels of the features; BUTD's are 2048")
-    region_files: Place = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
+    region_files: Location = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
 
     @field_validator("family")
     @classmethod
@@ -51,6 +61,16 @@ class VisualSettings(Settings):
             raise ValueError(f"depths {self.depths} and heads {self.heads} must have one entry for each stage")
         if self.kind.step and self.image_px % (step := self.kind.step(self)):
             raise ValueError(f"image_px {self.image_px} must be a multiple of {step} (one visual token)")
+        if self.dictionary and not self.kind.dictionary:
+            able = ", ".join(repr(name) for name, kind in FAMILIES.items() if kind.dictionary)
+            raise ValueError(f"dictionary {self.dictionary}: visual family {self.family!r} has none (only {able})")
+        if not self.kind.on_grid and (self.sampled or self.position != "sine"):
+            raise ValueError(
+                f"visual family {self.family!r} has boxes in the place of positions, and few tokens: sampled must be "
+                "0, position 'sine'"
+            )
+        if self.sampled > self.tokens:
+            raise ValueError(f"sampled {self.sampled} is larger than the {self.tokens} visual tokens")
         return self
 
     @property
@@ -69,6 +89,33 @@ class VisualSettings(Settings):
     def tokens(self) -> int:
         """m, the number of visual tokens (paper Eq. 1); of regions the largest number."""
         return self.grid**2 if self.kind.on_grid else self.regions
+
+    @property
+    def trained_tokens(self) -> int:
+        """The visual tokens that a pair has in pre-training."""
+        return self.sampled or self.tokens
+
+    def sized(self, tokens: int) -> dict[str, int]:
+        """What to set for so many visual tokens; of regions for at most so many.
+
+        A token keeps its pixels and the image gets as many as it takes; Swin's last stage keeps one window.
+
+        Raises
+        ------
+        SettingsError
+            For tokens on a grid where the number is no square, naming those that are possible.
+        """
+        if self.kind.step is None:
+            return {"regions": tokens}
+        step, side = self.kind.step(self), math.isqrt(max(tokens, 0))
+        sides = range(max(2, -(-SMALLEST_PX // step)), LARGEST_PX // step + 1)
+        if side**2 != tokens or side not in sides:
+            first = ", ".join(str(possible**2) for possible in sides[:12])
+            raise SettingsError(
+                f"visual_tokens: {tokens} cannot be: tokens of {self.family!r} are the squares of a grid, {step} px "
+                f"each; possible are {first} and so on, up to {sides[-1] ** 2}"
+            )
+        return {"image_px": side * step, "window": side}
 
 
 class FusionSettings(Settings):
@@ -125,7 +172,11 @@ class DataSettings(Settings):
 class MaskSettings(Settings):
     """Which visual tokens are masked for feature regression (paper Eq. 9)."""
 
-    mode: Literal["none", "random", "attention"] = "attention"
+    mode: Literal["none", "random", "attention", "code"] = Field(
+        "attention",
+        description="k tokens by attention or at random, whose features are guessed (MFR); or all of one code of "
+        "the visual dictionary, which is guessed (MVM of SOHO)",
+    )
     where: Literal["tokens", "pixels"] = Field(
         "tokens",
         description="tokens: behind the parser, whose neighbours have seen them; pixels: before it too, one mask an "
@@ -140,7 +191,7 @@ class MaskSettings(Settings):
 
     def tokens_of(self, visual: VisualSettings) -> int:
         """k for a visual side with m tokens."""
-        return self.budget if self.budget is not None else max(2, round(0.15 * visual.tokens))
+        return self.budget if self.budget is not None else max(2, round(0.15 * visual.trained_tokens))
 
 
 class LossSettings(Settings):
@@ -149,6 +200,7 @@ class LossSettings(Settings):
     itm: float = Field(1.0, ge=0, description="lambda1")
     mfr: float = Field(0.01, ge=0, description="lambda2")
     vla: float = Field(0.1, ge=0, description="weight of the OT alignment inside ITM; 0 leaves it out")
+    mvm: float = added(1.0, ge=0, description="weight of masked visual modelling (mask.mode 'code')")
     mfr_reduction: Literal["mean", "sum"] = Field("mean", description="over channels; Eq. 9 prints the sum")
 
 
@@ -218,14 +270,18 @@ class PretrainSettings(Settings):
         data = self.data
         texts = data.matched_per_image + data.unmatched_per_image if data.grouped else 1
         pairs = self.train.images * texts
-        tokens = pairs * (data.text_tokens + self.visual.tokens)
+        tokens = pairs * (data.text_tokens + self.visual.trained_tokens)
         return {"images_per_step": self.train.images, "pairs_per_step": pairs, "tokens_per_step": tokens}
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         budget = self.mask.tokens_of(self.visual)
-        if self.mask.mode != "none" and budget > self.visual.tokens:
-            raise ValueError(f"mask.budget {budget} is larger than the {self.visual.tokens} visual tokens")
+        if self.mask.mode != "none" and budget > self.visual.trained_tokens:
+            raise ValueError(f"mask.budget {budget} is larger than the {self.visual.trained_tokens} visual tokens")
+        if self.mask.mode == "code" and not self.visual.dictionary:
+            raise ValueError("mask.mode 'code' hides the tokens of one code: set visual.dictionary (2048 in SOHO)")
+        if self.visual.sampled and self.mask.where == "pixels":
+            raise ValueError("visual.sampled leaves out tokens, mask.where 'pixels' hides all their pixels: not both")
         if not self.visual.kind.on_grid and (self.data.flip or self.mask.where == "pixels" or self.data.cache):
             raise ValueError(
                 f"visual family {self.visual.family!r} reads features, no pixels: data.flip and data.cache must be "
@@ -261,12 +317,28 @@ class VisualInitSettings(Settings):
         return self
 
 
+class RegionSettings(Settings):
+    """Features of true boxes: of which set, and how the small CNN that makes them is trained on scene labels."""
+
+    source: Place = Field("scenes", description="'scenes', the folder of generated scenes, or of NLVR v1")
+    seed: int = Field(0, ge=0, lt=2**31)
+    scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
+    crop_px: int = Field(32, ge=8, le=256, description="side that a box is squeezed to")
+    width: int = Field(128, ge=8, description="channels of a feature")
+    optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
+    train: TrainSettings = TrainSettings(epochs=1, images=64)
+    workers: int = Field(1, ge=0, le=64)
+
+
 class ProbeSettings(Settings):
     """Which model is probed, on how many held-out pictures."""
 
     checkpoint: Place = Field(
-        "", description="a checkpoint folder, or the name of a 01_pretrain run; '' the shipped one"
+        "",
+        description="a checkpoint folder, the name of a 01_pretrain run, a model of transformers; '' the shipped one",
     )
+    data: Places = added((), description="captioned sets; (): those it was trained on, of models of others scenes")
+    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
     images: int = Field(64, ge=2, le=100_000)
     special_tokens: Literal["language", "exclude"] = Field(
         "language", description="[CLS] and [SEP] count as language, or in neither modality"
@@ -283,6 +355,7 @@ class CompareSettings(Settings):
         description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
     )
     data: DataSettings = DataSettings()
+    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
     images: int = Field(64, ge=2, le=100_000)
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -318,6 +391,7 @@ class FinetuneSettings(Settings):
         "pair",
         description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
     )
+    regions: Location = added("", description="region files of this task's images; '' those of the checkpoint")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = Field(
         RetrievalSettings(),
@@ -335,6 +409,7 @@ class ExploreSettings(Settings):
     checkpoint: Place = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     beside: Place = Field("", description="a second one under it; '' none")
     data: Place = Field("scenes", description="a captioned set; its held-out pictures are shown")
+    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
     picture: int = Field(0, ge=0, description="the picture to begin with")
     sentence: str = Field("", description="the sentence to begin with; '' the picture's first caption")
     seed: int = Field(0, ge=0, lt=2**31, description="of the random mask")
@@ -347,3 +422,12 @@ class RunsSettings(Settings):
     where: str = Field("", description="a condition on the table and the settings, as pandas takes it")
     quantity: str = Field("itm", description="what of metrics.jsonl is drawn")
     gallery: bool = Field(True, description="the committed examples too")
+
+
+class FamilyRunsSettings(Settings):
+    """Which runs of the visual families are compared; and how small a demonstration is, where there are none."""
+
+    prefix: str = Field("families", pattern=r"[\w][\w.-]*", description="of the runs' names")
+    seeds: int = Field(3, ge=1, le=100, description="of each arm, in the list of calls")
+    steps: int = Field(6, ge=1, description="of the demonstration")
+    images: int = Field(16, ge=2, description="probed in the demonstration")

@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 COLOURS = {"Yellow": "yellow", "Black": "black", "#0099ff": "blue"}  # as written -> as spoken
 SHAPES = ("square", "circle", "triangle")
 BOX_PX = 100
+APART_PX = 150  # from one box of a picture to the next
 STEP_PX = 21  # from block to block of a tower
 BLOCKS = [("square", 40, 80 - STEP_PX * level, 20) for level in range(4)]  # from the base up
 
@@ -55,6 +56,25 @@ def read_boxes(structured_rep: Any) -> tuple[Box, ...]:
     if len(boxes) != 3 or not all(isinstance(box, list) for box in boxes):
         raise ValueError(f"structured_rep must hold three lists of objects, got {structured_rep!r}")
     return tuple(tuple(_read_item(entry) for entry in box) for box in structured_rep)
+
+
+def drawn_at(boxes: Sequence[Box], order: int) -> list[tuple[float, float, float, float]]:
+    """x0 y0 x1 y1 of every item of a picture, in pixels.
+
+    Parameters
+    ----------
+    boxes : sequence of boxes
+        From `read_boxes`.
+    order : int
+        Which of the six permutations of the boxes it shows; the last number of its file's name.
+    """
+    placed = []
+    for place, number in enumerate(list(permutations(range(3)))[order]):
+        left = place * APART_PX
+        for item in boxes[number]:
+            right, bottom = min(item.x + item.size, BOX_PX), min(item.y + item.size, BOX_PX)
+            placed.append((left + item.x, item.y, left + right, bottom))
+    return placed
 
 
 def decide(text: str, boxes: Sequence[Box]) -> bool | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import os
 import re
 import zipfile
 from collections.abc import Sequence
@@ -63,9 +64,12 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Sequence[floa
 
 
 def write_regions(file: Path, features: np.ndarray, boxes: np.ndarray, size: Sequence[float]) -> None:
-    """One image's npz; boxes in pixels."""
+    """One image's npz, as a whole or not at all; boxes in pixels."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(file, features=features.astype(np.float32), boxes=np.asarray(boxes, np.float32), size=np.asarray(size))
+    draft = file.with_name(f".{file.name}")
+    with open(draft, "wb") as out:
+        np.savez(out, features=features.astype(np.float32), boxes=np.asarray(boxes, np.float32), size=np.asarray(size))
+    os.replace(draft, file)
 
 
 def read_npz(file: Path) -> Regions:
@@ -122,7 +126,7 @@ class RegionFiles:
         if not str(source) or not self.source.exists():
             raise DataError(
                 f"visual.region_files {str(source)!r}: no such folder or tsv; give BUTD's tsv or a folder with "
-                "one npz for each image, as docs/families.md describes (`data.regions.write_regions` writes them)"
+                "one npz for each image, as docs/families.md describes; of scenes and NLVR v1 `vpw regions` makes them"
             )
         self._lines = {} if self.source.is_dir() else _index(self.source)
 

@@ -254,6 +254,17 @@ def _add_pairs(part: _Part, scenes: Sequence[Scene], first: int, index: int, rng
             part.statements.append(json.dumps(line))
 
 
+def pair_sources(folder: Path) -> dict[str, str]:
+    """Of each image of `nlvr2/images.zip` the one of `images.zip` that it is a copy of, by name."""
+    found = {}
+    for file in sorted((folder / "nlvr2").glob("*.json")):
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            pair = line["identifier"].rpartition("-")[0]
+            for side, source in enumerate((line["left_url"], line["right_url"])):
+                found[f"images/{pair}-img{side}.png"] = f"images/{source}"
+    return found
+
+
 class _Files:
     """The open files of a data set; parts are added in order."""
 

@@ -23,7 +23,7 @@ from vpworkbench.explorer import still
 from vpworkbench.explorer.flow import FlowView
 from vpworkbench.explorer.masks import MasksView, Select
 from vpworkbench.explorer.page import Part, Section, write_page
-from vpworkbench.explorer.parts import WIDTH, column
+from vpworkbench.explorer.parts import WIDTH, Later, column
 from vpworkbench.explorer.readings import Reading, Subject, chosen_text, read, subject
 from vpworkbench.explorer.try_it import TryView
 from vpworkbench.explorer.widgets import Copy
@@ -46,6 +46,7 @@ def explore(
     data: Sequence[Picture] | str | Path | None = None,
     *,
     beside: Model = None,
+    regions: str = "",
     pictures: int = PICTURES,
     views: Sequence[ViewName] = ("masks", "words", "flow", "try"),
 ) -> Explorer:
@@ -61,6 +62,8 @@ def explore(
         set the held-out pictures are shown.
     beside
         A second model, drawn under the first: before and after pre-training, masks by attention and at random.
+    regions : str
+        Regions for a VisualBERT or LXMERT, as of `compare.open_model`.
     pictures : int
         At most so many to choose from.
     views
@@ -75,29 +78,31 @@ def explore(
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join((*VIEWS, 'try'))}")
     names = ("model", "beside") if beside is not None else ("model",)
     given = (model, beside) if beside is not None else (model,)
-    subjects = [subject(one, name=name) for one, name in zip(given, names, strict=True)]
+    subjects = [subject(one, name=name, regions=regions) for one, name in zip(given, names, strict=True)]
     if len(subjects) == 2 and subjects[0].name == subjects[1].name:
         subjects = [Subject(f"{one.name} ({number})", one.opened, one.base, one.task)
                     for number, one in enumerate(subjects, start=1)]  # fmt: skip
-    chosen = _pictures(data)[:pictures]
+    chosen = _pictures(data, pictures)
     if not chosen:
         raise DataError(f"{data}: no picture to explore")
     call = ", ".join(part for part in (
         repr(model) if isinstance(model, str) else "model" if model is not None else "",
+        "None" if model is None and data is not None else "",
         "" if data is None else repr(str(data)) if isinstance(data, str | Path) else "pictures",
         "" if beside is None else f"beside={beside!r}" if isinstance(beside, str) else "beside=other",
     ) if part)  # fmt: skip
     return Explorer(subjects, chosen, views=views, call=f"explore({call})")
 
 
-def _pictures(data: Sequence[Picture] | str | Path | None) -> list[Picture]:
+def _pictures(data: Sequence[Picture] | str | Path | None, most: int) -> list[Picture]:
     if data is not None and not isinstance(data, str | Path):
-        return list(data)
+        return list(data)[:most]
     settings = DataSettings(sets=("scenes" if data is None else str(data),))
-    if settings.sets == ("scenes",):
-        return load_held_out(settings)  # no scenes of training are generated for it
+    if settings.sets == ("scenes",):  # the first ones of the held-out set, without the scenes of training
+        few = settings.scenes.model_copy(update={"val": min(most, settings.scenes.val)})
+        return load_held_out(settings.model_copy(update={"scenes": few}))
     splits = load_splits(settings)
-    return next((splits[name] for name in ("val", "test", "train") if splits.get(name)), [])
+    return next((splits[name] for name in ("val", "test", "train") if splits.get(name)), [])[:most]
 
 
 class Explorer(ipywidgets.VBox):
@@ -130,10 +135,19 @@ class Explorer(ipywidgets.VBox):
         shown = [view for view in self._views if view is not self.trial or "try" in views]
         self._code = Copy(label="The lines that recreate this view", width=WIDTH)
         self._tabs = ipywidgets.Tab([view.widget for view in shown], titles=[view.title for view in shown])
-        take = ipywidgets.Accordion([column(self._code)], titles=["copy as code"], selected_index=None)
+        self._take = take = ipywidgets.Accordion([column(self._code)], titles=["copy as code"], selected_index=None)
         take.observe(lambda change: self._copy(), "selected_index")
-        self._tabs.observe(lambda change: self._copy(), "selected_index")
+        for view in made.values():
+            view.changed = self._copy
+        self._tabs.observe(lambda change: self._opened(shown), "selected_index")
+        self._later = Later(1.0)
         self.children = (self.trial.controls, self._tabs, take)
+        self._opened(shown)
+
+    def _opened(self, shown: Sequence[object]) -> None:
+        place = self._tabs.selected_index
+        if self.flow is not None and place is not None and shown[place] is self.flow:
+            self.flow.open()
         self._copy()
 
     def _read(self, picture: Picture, text: str) -> list[Reading]:
@@ -200,7 +214,9 @@ class Explorer(ipywidgets.VBox):
         return "\n".join([*lines, "view"])
 
     def _copy(self) -> None:
-        self._code.update(text=self.code)
+        """Send the code, where it is seen."""
+        if self._take.selected_index is not None:
+            self._code.update(text=self.code)
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """The numbers behind all views."""
@@ -225,23 +241,29 @@ class Explorer(ipywidgets.VBox):
                 Part(masks.panels[place], still.panels(masks, place)),
                 Part(masks.errors[place], still.errors(masks, place)),
             )]  # fmt: skip
-            sections.append(Section(masks.title, masks.note.text, parts))
+            told = "Hover tells the numbers of a token. Another pick asks the model: open the explorer for it."
+            sections.append(Section(masks.title, told if masks.readings else masks.note.text, [
+                *parts, *([Part(masks.summary())] if masks.readings else []),
+            ]))  # fmt: skip
         if words is not None:
             parts = [part for place in range(len(words.readings)) for part in (
                 Part(words.maps[place], still.heads(words, place)),
                 Part(words.readers[place], still.sentence(words, place)),
             )]  # fmt: skip
-            sections.append(Section(words.title, words.note.text, parts))
+            told = "Hover over a word: where it looks. Over a patch: which words it reads. Click pins."
+            sections.append(Section(words.title, told, parts))
         if flow is not None:
-            parts = [Part(go.Figure(flow.figure), still.curves(flow), "Flow, NMI and tokens.")]
+            parts = [Part(flow.save), Part(go.Figure(flow.figure), still.curves(flow), flow.save.alt)]
             parts += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
-            sections.append(Section(flow.title, flow.note.text, parts))
+            told = "Dashed: attention spread evenly. Below the figure: A of the marked span of layers."
+            sections.append(Section(flow.title, told, parts))
         sections.append(Section("What it says", "", [Part(self.trial.tables()["answers"])]))
         models = " and ".join(one.name for one in self.subjects)
         return write_page(path, f"{models} on “{self.readings[0].text}”", sections)
 
     def close(self) -> None:
         """Take the explorer off the page and free what it holds."""
+        self._later.cancel()
         controls = [part for view in self._views for part in vars(view).values() if isinstance(part, ipywidgets.Widget)]
         for view in self._views:
             view.close()
@@ -262,6 +284,8 @@ class Explorer(ipywidgets.VBox):
         """The live view; where there is none (GitHub), a picture of image, mask and flow."""
         bundle = super()._repr_mimebundle_(**options) or {}
         bundle["text/plain"] = repr(self)
+        if self.flow is not None and self.readings:
+            self._later(self.flow.open)  # when the first view is on its way
         if self.readings:
             bundle["image/png"] = base64.b64encode(still.overview(self.readings, self.masks)).decode("ascii")
         return bundle

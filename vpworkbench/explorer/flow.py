@@ -12,31 +12,33 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from vpworkbench.explorer.parts import WIDTH, Note, column, row
+from vpworkbench.explorer.parts import WIDTH, Note, column, row, unheard
 from vpworkbench.explorer.readings import Reading
-from vpworkbench.explorer.widgets import Maps
+from vpworkbench.explorer.widgets import Chart, Maps
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
 
 HEIGHT = 560
+MENU = ["select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+"""Left out of plotly's menu, which would cover the title of the last panel: dragging zooms, a double click resets."""
+ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 
 
 class FlowView:
     """The (i, j) triangle beside its two curves; below, NMI and the tokens of one layer on two components.
 
+    Nothing is built before it is asked for (`open`): plotly's widget takes a second to import, and the first view of an
+    explorer need not wait for it.
+
     Attributes
     ----------
     widget : ipywidgets.Widget
-    figure : FigureWidget
-        The only one of an explorer: its script alone is 5 MB in a saved notebook.
-    maps : list of Maps
-        A^{i,j} of the chosen span, for each model.
     """
 
     title = "Flow"
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.layer = ipywidgets.IntSlider(
-            0, 0, 1, description="layer of the tokens below (0: the input)", layout={"width": "420px"},
+            0, 0, 1, description="layer of the tokens above (0: the input)", layout={"width": "420px"},
             style={"description_width": "initial"},
         )  # fmt: skip
         self.layer.observe(lambda change: self._draw_points(), "value")
@@ -44,21 +46,46 @@ class FlowView:
             "Click a cell of the triangle: the block structure of A from the input of layer i to the output of "
             "layer j. Dashed: attention spread evenly."
         )
-        self.figure: go.FigureWidget | None = None
-        self.maps: list[Maps] = []
-        self.span, self.shown = (0, 0), 0
-        self.widget = column()
+        self._figure: go.FigureWidget | None = None
+        self._maps: list[Maps] = []
+        self.span, self.shown, self.changed = (0, 0), 0, unheard
+        self.save = Chart(label="Flow, NMI and tokens", alt=ALT, width=WIDTH)
+        self.widget = column(self.note)
         self.show(readings)
+
+    @property
+    def figure(self) -> go.FigureWidget:
+        """The only one of an explorer: its script alone is 5 MB in a saved notebook."""
+        self.open()
+        return self._figure
+
+    @property
+    def maps(self) -> list[Maps]:
+        """A^{i,j} of the chosen span, for each model."""
+        self.open()
+        return self._maps
+
+    def open(self) -> None:
+        """Build what is drawn, where it is not there yet."""
+        if self._figure is None:
+            self._build()
+            self._draw()
 
     def show(self, readings: Sequence[Reading]) -> None:
         """Look at new readings."""
         self.readings = list(readings)
-        if self.figure is None or [one.name for one in self._triangles()] != [r.subject.name for r in readings]:
-            self._build()
         most = min(reading.layers for reading in self.readings)
         if self.layer.max != most:
             self.layer.max = self.layer.value = most
         self.span = (min(self.span[0], most - 1), min(self.span[1], most - 1))
+        if self._figure is None:
+            return
+        if [one.name for one in self._triangles()] != [one.subject.name for one in self.readings]:
+            self._drop()
+            self._build()
+        self._draw()
+
+    def _draw(self) -> None:
         with self.figure.batch_update():
             _fill(self.figure, self.readings)
         self._draw_span()
@@ -77,6 +104,7 @@ class FlowView:
             raise ValueError(f"span ({start}, {stop}) of model {model} is not there: 0 <= start <= stop < layers")
         if layer is not None and not 0 <= layer <= reading.layers:
             raise ValueError(f"layer {layer} is not there; 0 to {reading.layers}")
+        self.open()
         self.span, self.shown = (start, stop), model
         self._draw_span()
         if layer is not None:
@@ -101,33 +129,34 @@ class FlowView:
         return {"flow": pd.concat(spans, ignore_index=True), "clusters": pd.concat(clusters, ignore_index=True)}
 
     def close(self) -> None:
-        for one in self.maps:
+        self._drop()
+        self.save.close()
+        self.readings = []
+
+    def _drop(self) -> None:
+        for one in self._maps:
             one.close()
-        if self.figure is not None:
-            self.figure.close()
-        self.figure, self.maps, self.readings = None, [], []
+        if self._figure is not None:
+            self._figure.close()
+        self._figure, self._maps = None, []
 
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _build(self) -> None:
-        if self.figure is not None:
-            readings = self.readings
-            self.close()
-            self.readings = readings
         figure = _empty([reading.subject.name for reading in self.readings], [one.layers for one in self.readings])
-        self.figure = go.FigureWidget(_fill(figure, self.readings))
-        self.figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
-                               "modeBarButtonsToRemove": ["select2d", "lasso2d"]}  # fmt: skip
+        self._figure = go.FigureWidget(_fill(figure, self.readings))
+        self._figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
+                                "modeBarButtonsToRemove": MENU}  # fmt: skip
         for number, trace in enumerate(self._triangles()):
             trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
-        self.maps = [
+        self._maps = [
             Maps(values=np.zeros((1, 1, 1)), names=["A"], row_name="query", column_name="key", percent=True,
                  width=WIDTH // 2) for _ in self.readings
         ]  # fmt: skip
-        self.widget.children = (self.note, self.figure, row(self.layer), row(*self.maps))
+        self.widget.children = (self.note, self.save, self._figure, row(self.layer), row(*self._maps))
 
     def _triangles(self) -> list[go.Heatmap]:
-        return [trace for trace in self.figure.data if isinstance(trace, go.Heatmap)] if self.figure else []
+        return [trace for trace in self.figure.data if isinstance(trace, go.Heatmap)]
 
     def _traces(self, number: int) -> list[Any]:
         return _traces(self.figure, number)
@@ -143,7 +172,7 @@ class FlowView:
 
     def _draw_span(self) -> None:
         start, stop = self.span
-        for reading, maps in zip(self.readings, self.maps, strict=True):
+        for reading, maps in zip(self.readings, self._maps, strict=True):
             matrix, splits = reading.span(start, stop)
             off = matrix[~np.eye(len(matrix), dtype=bool)]
             pooled = "" if len(matrix) == int(reading.counted.sum()) else f", pooled from {int(reading.counted.sum())}"
@@ -156,14 +185,18 @@ class FlowView:
         with self.figure.batch_update():
             for number in range(len(self.readings)):
                 self._traces(number)[-1].update({"x": [stop + 1], "y": [start + 1]})
+        self.changed()
 
     def _draw_points(self) -> None:
+        if self._figure is None:
+            return
         reading = self.readings[min(self.shown, len(self.readings) - 1)]
-        points = reading.map[min(self.layer.value, reading.layers)]
+        points = reading.map[min(self.layer.value, len(reading.map) - 1)]
         with self.figure.batch_update():
             for trace, chosen in zip([one for one in self.figure.data if one.meta == "points"], reading.counted,
                                      strict=True):  # fmt: skip
                 trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
+        self.changed()
 
 
 def _traces(figure: go.Figure, number: int) -> list[Any]:
@@ -188,7 +221,8 @@ def _values(reading: Reading) -> list[dict[str, Any]]:
     return [
         # x and y too: a heat map in the page forgets them where only its z changes.
         {"x": layers, "y": layers, "z": cells, "text": told},
-        {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()}, {"y": reading.nmi}, {},
+        {"y": flow[0]}, {"y": null[0]}, {"y": flow.diagonal()}, {"y": null.diagonal()},
+        {"x": np.linspace(0, reading.layers, len(reading.nmi)), "y": reading.nmi}, {},  # LXMERT: two steps a layer
     ]  # fmt: skip
 
 
@@ -219,8 +253,8 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
         figure.add_scatter(x=[0, *along], name=escaped(name), showlegend=False, hovertemplate="layer %{x}: %{y:.2f}",
                            row=nmi[0], col=nmi[1], **look)  # fmt: skip
         figure.add_scatter(x=[1], y=[1], mode="markers", meta=number, hoverinfo="skip", showlegend=False,
-                           marker={"symbol": "square-open", "size": 18, "color": VISION, "line": {"width": 3}},
-                           **cell)  # fmt: skip
+                           marker={"symbol": "square-open", "size": max(10, min(40, 150 // count)), "color": VISION,
+                                   "line": {"width": 3}}, **cell)  # fmt: skip
         step = max(1, math.ceil(count / 12))
         figure.update_yaxes(title_text="from layer i", autorange="reversed", dtick=step, showgrid=False, **cell)
         figure.update_xaxes(title_text="to layer j", dtick=step, showgrid=False, **cell)
@@ -234,7 +268,6 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
     figure.update_xaxes(title_text="layer (0: input)", dtick=step, row=nmi[0], col=nmi[1])
     figure.update_yaxes(range=[-0.03, 1.03], row=nmi[0], col=nmi[1])
     figure.update_xaxes(title_text="first component", row=points[0], col=points[1])
-    figure.update_yaxes(title_text="second", row=points[0], col=points[1])
+    figure.update_yaxes(title_text="second component", row=points[0], col=points[1])
     figure.update_layout(legend={"orientation": "h", "y": -0.12, "font": {"color": GREY}}, uirevision="keep")
-    alt = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
-    return finish(figure, alt=alt, width=WIDTH, height=HEIGHT)
+    return finish(figure, alt=ALT, width=WIDTH, height=HEIGHT)

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.examples import token_objects
-from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, table
+from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, table, unheard
 from vpworkbench.explorer.readings import Reading, same_boxes
 from vpworkbench.explorer.widgets import Panels
 from vpworkbench.objectives import visual_mask
 from vpworkbench.probes import mask_on_object, random_on_object
 
 Select = Literal["row", "column", "symmetric"]
+KINDS = ["plain", "shade", "mask", "mask"]
 CAPTIONS = ["the image", "attention of the token", "attention mask", "random mask"]
 ERRORS = ["error behind the attention mask", "error behind the random mask"]
 
@@ -31,13 +32,14 @@ class MasksView:
     ----------
     widget : ipywidgets.Widget
     panels, errors : list of Panels
-        One for each model that has visual tokens on a grid.
+        One for each model of this package; attention is left out where there is no parsing attention.
     """
 
     title = "Masks"
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         self.pick, self._draw, self._later = -1, 0, Later()
+        self.changed = unheard
         self.k = ipywidgets.IntSlider(
             2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "220px"}
         )
@@ -71,7 +73,8 @@ class MasksView:
         without += [one.subject.name for one, (parsing, _) in zip(self.readings, self._parsed, strict=True)
                     if parsing is None]  # fmt: skip
         self.note.say(
-            f"No mask by attention for {', '.join(without)}: only the Swin parser has a parsing attention."
+            f"No mask by attention for {', '.join(without)}: only the Swin parser has a parsing attention"
+            + ("; random masks are drawn." if self.readings else ".")
             if without else "Click a token; arrow keys and Enter do the same."
         )  # fmt: skip
         if not self.readings:
@@ -81,11 +84,14 @@ class MasksView:
             return
         tokens = len(self.readings[0].boxes)
         self._objects = _objects(self.readings[0])
+        self._shown = [range(4) if parsing is not None else (0, 3) for parsing, _ in self._parsed]
         heads = max((0 if parsing is None else len(parsing) for parsing, _ in self._parsed), default=0)
         with self._quiet():
             if self.k.max != tokens:
                 self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
             self.head.options, self.head.value = heads_of(heads), -1
+            for control in (self.select, self.head):
+                control.layout.display = None if heads else "none"
         if not 0 <= self.pick < tokens:
             on = np.flatnonzero(self._objects[0].numpy())
             self.pick = int(on[0]) if len(on) else tokens // 2
@@ -144,17 +150,20 @@ class MasksView:
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _build(self) -> None:
-        if len(self.panels) != len(self.readings):
+        if [len(panel.kinds) for panel in self.panels] != [len(shown) for shown in self._shown]:
             self._drop_panels()
             empty = {"image": b"", "boxes": np.zeros((0, 4))}
-            self.panels = [
-                Panels(width=WIDTH, kinds=["plain", "shade", "mask", "mask"], captions=CAPTIONS,
-                       values=np.zeros((4, 0)), **empty) for _ in self.readings
-            ]  # fmt: skip
-            self.errors = [
-                Panels(width=WIDTH // 2, kinds=["shade", "shade"], captions=ERRORS, values=np.zeros((2, 0)), **empty)
-                for _ in self.readings
-            ]
+            for shown in self._shown:
+                kinds, captions = [KINDS[place] for place in shown], [CAPTIONS[place] for place in shown]
+                wide = WIDTH if len(shown) > 2 else WIDTH // 2
+                self.panels.append(Panels(
+                    width=wide, kinds=kinds, captions=captions, values=np.zeros((len(shown), 0)), **empty
+                ))  # fmt: skip
+                masks = ERRORS[2 - len(shown) // 2 :]
+                self.errors.append(Panels(
+                    width=WIDTH // 4 * len(masks), kinds=["shade"] * len(masks), captions=masks,
+                    values=np.zeros((len(masks), 0)), **empty,
+                ))  # fmt: skip
             for panel in [*self.panels, *self.errors]:
                 panel.observe(self._picked, "picked")
         controls = row(self.k, self.select, self.head, self.again)
@@ -196,11 +205,12 @@ class MasksView:
         if self._is_quiet or not self.readings:
             return
         self.values = [self._panel_values(parsing) for parsing, _ in self._parsed]
-        for reading, panel, values in zip(self.readings, self.panels, self.values, strict=True):
+        for reading, panel, values, shown in zip(self.readings, self.panels, self.values, self._shown, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images else {}
-            panel.update(values=values, picked=self.pick, label=f"{reading.subject.name}: masks",
+            panel.update(values=values[list(shown)], picked=self.pick, label=f"{reading.subject.name}: masks",
                          alt=self._alt(values), **more)  # fmt: skip
         self._tell()
+        self.changed()
         self._later(lambda: self._reconstruct(images=images))
 
     def _panel_values(self, parsing: Tensor | None) -> NDArray[np.float32]:
@@ -221,45 +231,61 @@ class MasksView:
         return (f"Token {self.pick} is picked; {int(values[2].sum())} tokens are hidden by attention and "
                 f"{int(values[3].sum())} at random.")  # fmt: skip
 
-    def _tell(self, errors: Sequence[tuple[float, float]] = ()) -> None:
-        pick = torch.tensor([self.pick])
+    def _tell(self, errors: Sequence[Sequence[float]] = ()) -> None:
+        told = self.summary(errors)
+        self.numbers.value = table(list(told.columns), told.to_numpy().tolist())
+
+    def summary(self, errors: Sequence[Sequence[float]] | None = None) -> pd.DataFrame:
+        """What each mask leaves, as it is told; `errors`: the mean of each mask for each model, () while they come."""
+        if errors is None:
+            errors = _means([self.errors_of(reading) for reading in self.readings])
+        pick, known = torch.tensor([self.pick]), bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
-            masked = torch.from_numpy(values[2:]).bool()
-            on = [mask_on_object(one[None], pick, self._objects).item() if one.any() else None for one in masked]
-            on.append(random_on_object(masked[1:], pick, self._objects).item())
-            shares = [_share(one) for one in on] if self._objects.any() else ["no object masks"] * 3
-            told = ["–" if np.isnan(error) else f"{error:.3f}" for error in errors[number]] if errors else ["…", "…"]
-            rows.append([reading.subject.name, *shares, *told])
-        names = ["model", "attention mask on the object", "random mask on it", "expected at random",
-                 "error per hidden token, attention", "random"]  # fmt: skip
-        self.numbers.value = table(names, rows)
+            for place, name in enumerate(("attention", "random")):
+                mask = torch.from_numpy(values[2 + place]).bool()[None]
+                if not mask.any():
+                    continue  # no parsing attention
+                share = _share(mask_on_object(mask, pick, self._objects).item())
+                if name == "random" and known and share != "background":
+                    share += f", {_share(random_on_object(mask, pick, self._objects).item())} expected"
+                error = errors[number][place] if errors else None
+                told = "…" if error is None else "–" if np.isnan(error) else f"{error:.3f}"
+                rows.append([reading.subject.name, name, *([share] if known else []), told])
+        names = ["model", "mask", *(["on the picked object"] if known else []), "squared error per hidden token"]
+        return pd.DataFrame(rows, columns=names)
 
     def _reconstruct(self, *, images: bool = False) -> None:
         found = [self.errors_of(reading) for reading in self.readings]
         for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
-            panel.update(values=np.nan_to_num(errors), picked=self.pick, label="Squared error of each hidden token",
+            shown = np.nan_to_num(errors)[-len(panel.kinds) :]
+            panel.update(values=shown, picked=self.pick, label="Error of hidden tokens",
                          alt="Bright where the features of a hidden token are guessed badly.", **more)  # fmt: skip
-        self._tell([tuple(float(np.nanmean(error)) if np.isfinite(error).any() else np.nan for error in errors)
-                    for errors in found])  # fmt: skip
+        self._tell(_means(found))
 
     @torch.no_grad()
     def errors_of(self, reading: Reading) -> NDArray[np.float32]:
         """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are seen."""
         place = self.readings.index(reading)
-        masked = torch.from_numpy(self.values[place][2:]).bool().to(reading.subject.base.device)
         model, features = reading.subject.base, self._parsed[place][1]
         words = {name: reading.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
-        both = features._replace(features=features.features.expand(2, -1, -1))
+        both = features.of(torch.zeros(2, dtype=torch.long, device=model.device))
+        seen = reading.vision - words["words"].shape[1]  # without the padding of regions
+        masked = torch.zeros(both.features.shape[:2], dtype=torch.bool)
+        masked[:, seen] = torch.from_numpy(self.values[place][2:]).bool()
+        masked = masked.to(model.device)
         predicted = model.mfr(model.fuse(both, **words, masked=masked).vision)
         error = (predicted - both.features).square().mean(dim=-1)
-        return error.masked_fill(~masked, torch.nan).cpu().numpy()
+        return error.masked_fill(~masked, torch.nan).cpu().numpy()[:, seen]
 
 
-def _share(share: float | None) -> str:
-    if share is None:
-        return "–"
+def _means(found: Sequence[NDArray[np.float32]]) -> list[list[float]]:
+    """Over the hidden tokens, for each model and mask."""
+    return [[float(np.nanmean(one)) if np.isfinite(one).any() else np.nan for one in errors] for errors in found]
+
+
+def _share(share: float) -> str:
     return "background" if np.isnan(share) else f"{100 * share:.0f}%"
 
 
@@ -274,4 +300,11 @@ def _objects(reading: Reading) -> Tensor:
     """The object under each token, (1, vision); zeros where the picture has no object masks."""
     if reading.picture.scene is None:
         return torch.zeros(1, len(reading.boxes), dtype=torch.long)
-    return token_objects([reading.picture], reading.subject.base.settings.visual.grid).long()
+    if reading.subject.base.settings.visual.kind.on_grid:
+        return token_objects([reading.picture], reading.subject.base.settings.visual.grid).long()
+    objects = reading.picture.object_map()
+    height, width = objects.shape
+    edges = (reading.boxes * [width, height, width, height]).round().astype(int)
+    inside = [np.bincount(objects[y0:y1, x0:x1].ravel(), minlength=2) for x0, y0, x1, y1 in edges]
+    # Of a box around an object the corners are background: it counts where there is nothing else.
+    return torch.tensor([[1 + int(one[1:].argmax()) if one[1:].any() else 0 for one in inside]])

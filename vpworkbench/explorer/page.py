@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import html
 import json
 from collections.abc import Sequence
@@ -48,17 +49,19 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     path = Path(path)
     parts = [part for section in sections for part in section.parts]
     widgets = [part.content.state() for part in parts if isinstance(part.content, Drawn)]
-    modules = {state["name"]: state["esm"] for state in widgets}  # each once, however many widgets it draws
-    figures = any(isinstance(part.content, go.Figure) for part in parts)
-    values = [{"name": state["name"], "traits": state["traits"]} for state in widgets]
+    figures = [json.loads(part.content.to_json()) for part in parts if isinstance(part.content, go.Figure)]
+    held = {
+        "modules": {state["name"]: state["esm"] for state in widgets},  # each once, however many widgets it draws
+        "values": [{"name": state["name"], "traits": state["traits"]} for state in widgets],
+        "figures": figures,
+    }
     pieces = [
         _HEAD.format(title=html.escape(title), style=(STATIC / "page.css").read_text(encoding="utf-8")),
         *{f"<style>{state['css']}</style>" for state in widgets},
-        f"<script>{get_plotlyjs()}</script>" if figures else "",
         f"</head>\n<body>\n<h1>{html.escape(title)}</h1>",
         *(_section(section) for section in sections),
-        _island("modules", modules),
-        _island("values", values),
+        _island("held", json.dumps(held, default=_plain)),
+        _island("plotly", get_plotlyjs()) if figures else "",
         f'<script type="module">{(STATIC / "page.js").read_text(encoding="utf-8")}</script>',
         "</body>\n</html>\n",
     ]
@@ -89,10 +92,10 @@ def _part(part: Part) -> str:
     if isinstance(content, Drawn):
         return f'<div class="part"><div class="still">{picture}</div><div class="live" data-widget></div></div>'
     if isinstance(content, go.Figure):
-        figure = content.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
-        return f'<div class="part"><noscript>{picture}</noscript><div class="scroll">{figure}</div></div>'
+        live = '<div class="live scroll" data-figure></div>'
+        return f'<div class="part"><div class="still">{picture}</div>{live}</div>'
     if isinstance(content, pd.DataFrame):
-        return f'<div class="part scroll">{content.to_html(border=0, escape=True)}</div>'
+        return f'<div class="part scroll">{content.to_html(border=0, escape=True, index=False)}</div>'
     if isinstance(content, str):
         return f'<p class="part">{html.escape(content)}</p>'
     if content is None:
@@ -108,13 +111,13 @@ def _picture(part: Part) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def _island(name: str, values: object) -> str:
-    """Data that a script reads; no text in it can end the element."""
+def _island(name: str, text: str) -> str:
+    """Text that a script reads, packed: plotly's own is a third so large, and no text can end the element."""
+    packed = base64.b64encode(gzip.compress(text.encode("utf-8"), mtime=0)).decode("ascii")
+    return f'<script type="text/plain" id="{name}">{packed}</script>'
 
-    def plain(value: object) -> dict[str, Any]:
-        if isinstance(value, bytes):
-            return {"base64": base64.b64encode(value).decode("ascii")}
-        raise TypeError(f"a page cannot hold {type(value).__name__}")
 
-    text = json.dumps(values, default=plain, ensure_ascii=False).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
+def _plain(value: object) -> dict[str, Any]:
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode("ascii")}
+    raise TypeError(f"a page cannot hold {type(value).__name__}")

@@ -55,6 +55,10 @@ class Note(ipywidgets.HTML):
         return html.unescape(self.value.replace("<br>", "\n"))
 
 
+def unheard() -> None:
+    """What a view calls as it changes, before an explorer listens (`view.changed = ...`)."""
+
+
 def shown_image(image: NDArray[np.uint8]) -> bytes:
     """PNG, small ones with their pixels enlarged evenly; JPEG where a PNG would be large."""
     picture = Image.fromarray(image)

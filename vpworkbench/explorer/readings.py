@@ -17,7 +17,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
 from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model
-from vpworkbench.probes.geometry import grid_boxes, patches_recorded
+from vpworkbench.probes.geometry import patches_recorded
 from vpworkbench.probes.layers import LayerChoice, streams_of
 from vpworkbench.tasks import TaskModel
 
@@ -47,7 +47,9 @@ class Subject:
     task: TaskModel | None = None
 
 
-def subject(model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model") -> Subject:
+def subject(
+    model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model", regions: str = ""
+) -> Subject:
     """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
 
     Raises
@@ -65,7 +67,8 @@ def subject(model: Subject | Opened | TaskModel | nn.Module | str | None, *, nam
     if isinstance(model, VisualParsingModel):
         return Subject(name, Opened(name, model.eval(), model.prepare, 1), model)
     if isinstance(model, str) or model is None:
-        return subject(_fine_tuned(model or "") or open_model(model or ""), name=model or "shipped")
+        found = _fine_tuned(model or "") or open_model(model or "", regions=regions)
+        return subject(found, name=model or "shipped")
     if isinstance(model, Opened):
         return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
     raise TypeError(f"{type(model).__name__} is no model that is known here; open it by compare.open_model(path)")
@@ -132,6 +135,12 @@ class Reading:
     def tokens(self) -> int:
         return self.attention.shape[2]
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether the visual tokens are the cells of a grid; regions have boxes anywhere."""
+        columns, rows = (len(np.unique(self.boxes[:, side].round(3))) for side in (0, 1))
+        return columns * rows == len(self.boxes)
+
     def weights(self, layer: int, head: int | None, *, rolled: bool = False) -> Tensor:
         """Attention of one layer, (query, key): of one head, or of their mean (None).
 
@@ -164,12 +173,14 @@ class Reading:
             The entropy in bits over the entropy of even attention: 0 one token, 1 all alike.
         """
         language, vision = (torch.from_numpy(part) for part in self.counted)
+        real = language | vision  # regions are padded
+        real[self.language] = True
         found = torch.empty(3, self.layers, self.heads)
         for layer, maps in enumerate(self.attention):
             one = maps.float()
             found[0, layer] = one[:, language][:, :, vision].sum(dim=2).mean(dim=1)
             found[1, layer] = one[:, vision][:, :, language].sum(dim=2).mean(dim=1)
-            found[2, layer] = torch.special.entr(one).sum(dim=2).mean(dim=1) / np.log(self.tokens)
+            found[2, layer] = torch.special.entr(one[:, real]).sum(dim=2).mean(dim=1) / np.log(int(real.sum()))
         return found.numpy()
 
     def product(self, start: int, stop: int) -> Tensor:
@@ -245,14 +256,13 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     flow = inter_modality_flow(opened.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
     with patches_recorded(opened.model) as shuffled:
         attention = _attention(opened.model, inputs)
-    if model.base is not None:
-        grid = model.base.settings.visual.grid
-        boxes = torch.full((inputs.vision.shape[1], 4), torch.nan)
-        boxes[inputs.vision[0].cpu()] = grid_boxes(grid, grid)
+    masks = modality_masks(opened.model, inputs.forward)
+    boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
+    if getattr(inputs, "boxes", None) is not None:  # a VisualBERT is not told where its regions lie
+        boxes = inputs.boxes[0]
+    if model.base is not None and model.base.settings.visual.kind.on_grid:
         image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
     else:
-        masks = modality_masks(opened.model, inputs.forward)
-        boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
         image = picture.image.pixels()
     real = inputs.tokens[0].cpu()
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vpworkbench.explorer.flow import FlowView
-from vpworkbench.explorer.masks import CAPTIONS, ERRORS, MasksView
+from vpworkbench.explorer.masks import CAPTIONS, KINDS, MasksView
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.words import GRID, WordsView
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION
@@ -27,46 +27,35 @@ def overview(readings: Sequence[Reading], masks: MasksView | None) -> bytes:
     for number, (reading, axes) in enumerate(zip(readings, rows, strict=True)):
         axes[0].imshow(reading.image)
         axes[0].set_title(_cut(f"{reading.subject.name}: {reading.text}", 34))
-        axes[1].imshow(reading.image)
-        axes[1].set_title("attention mask")
+        axes[0].set_axis_off()
         place = _place(masks.readings, reading) if masks is not None else None
-        if place is not None:
-            values = masks.values[place]
-            _cover(axes[1], reading.image, reading.boxes, values[2])
-            _outline(axes[1], reading.image, reading.boxes[masks.pick])
+        if place is None:
+            _panel(axes[1], reading, "", np.zeros(len(reading.boxes)), "")
+        else:
+            kind = 2 if masks.values[place][2].any() else 3  # by attention where there is one
+            _panel(axes[1], reading, "mask", masks.values[place][kind], CAPTIONS[kind], masks.pick)
         _curves(axes[2], reading.flow[0], reading.null[0], "flow from the input to layer j", PALETTE[number])
         _curves(axes[3], reading.flow.diagonal(), reading.null.diagonal(), "flow within layer i", PALETTE[number])
-        for axis in axes[:2]:
-            axis.set_axis_off()
     return _png(figure)
 
 
 def panels(view: MasksView, number: int) -> bytes:
     """PNG of the four panels of one model."""
-    reading, values = view.readings[number], view.values[number]
-    figure = _figure(940, 260)
-    for axes, caption, kind, one in zip(figure.subplots(1, 4), CAPTIONS, ("", "shade", "mask", "mask"), values,
-                                        strict=True):  # fmt: skip
-        axes.imshow(reading.image)
-        if kind == "shade":
-            _cover(axes, reading.image, reading.boxes, 0.82 * (1 - one / max(one.max(), 1e-12)), colour="black")
-        elif kind == "mask":
-            _cover(axes, reading.image, reading.boxes, one)
-        _outline(axes, reading.image, reading.boxes[view.pick])
-        axes.set_title(caption)
-        axes.set_axis_off()
+    reading, values, panels = view.readings[number], view.values[number], view.panels[number]
+    figure = _figure(235 * len(panels.kinds), 260)
+    shown = [CAPTIONS.index(caption) for caption in panels.captions]
+    for axes, place in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        _panel(axes, reading, KINDS[place], values[place], CAPTIONS[place], view.pick)
     return _png(figure)
 
 
 def errors(view: MasksView, number: int) -> bytes:
-    """PNG of the errors behind both masks."""
-    reading = view.readings[number]
-    figure = _figure(470, 250)
-    for axes, caption, one in zip(figure.subplots(1, 2), ERRORS, np.nan_to_num(view.errors_of(reading)), strict=True):
-        axes.imshow(reading.image)
-        _cover(axes, reading.image, reading.boxes, 0.82 * (1 - one / max(one.max(), 1e-12)), colour="black")
-        axes.set_title(caption, fontsize=7)
-        axes.set_axis_off()
+    """PNG of the errors behind the masks."""
+    reading, captions = view.readings[number], view.errors[number].captions
+    figure = _figure(235 * len(captions), 250)
+    found = np.nan_to_num(view.errors_of(reading))[-len(captions) :]
+    for axes, caption, one in zip(figure.subplots(1, len(captions), squeeze=False)[0], captions, found, strict=True):
+        _panel(axes, reading, "shade", one, caption)
     return _png(figure)
 
 
@@ -84,12 +73,7 @@ def sentence(view: WordsView, number: int) -> bytes:
     looks = view.slice(reading, view.maps[number].picked)["looks"]
     word = reader.pinned if 0 <= reader.pinned < len(reading.words) else len(reading.words) - 1
     figure = _figure(470, 300)
-    axes = figure.subplots()
-    axes.imshow(reading.image)
-    shade = 0.82 * (1 - looks[word] / max(looks[word].max(), 1e-12))
-    _cover(axes, reading.image, reading.boxes, shade, colour="black")
-    axes.set_axis_off()
-    axes.set_title(_cut(f"“{reading.words[word]}” looks here", 60))
+    _panel(figure.subplots(), reading, "shade", looks[word], _cut(f"“{reading.words[word]}” looks here", 60))
     figure.text(0.5, 0.02, _cut(reading.text, 80), ha="center", fontsize=8, color=GREY)
     return _png(figure)
 
@@ -105,7 +89,7 @@ def curves(view: FlowView) -> bytes:
         _curves(axes[2], one.flow.diagonal(), one.null.diagonal(), "F within layer", PALETTE[number])
         axes[3].plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=PALETTE[number])
     axes[3].set(title="NMI", ylim=(-0.03, 1.03), xlabel="layer (0: input)")
-    points = reading.map[min(view.layer.value, reading.layers)]
+    points = reading.map[min(view.layer.value, len(reading.map) - 1)]
     for chosen, colour, name in zip(reading.counted, (LANGUAGE, VISION), ("language", "vision"), strict=True):
         axes[4].scatter(points[chosen, 0], points[chosen, 1], s=8, color=colour, label=name)
     axes[4].set(title="tokens", xticks=[], yticks=[])
@@ -148,19 +132,35 @@ def _png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def _cover(axes: Axes, image: np.ndarray, boxes: np.ndarray, opacity: np.ndarray, *, colour: str = GREY) -> None:
-    for (x0, y0, x1, y1), share in zip(_pixels(image, boxes), opacity, strict=True):
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, color=colour, alpha=float(share), lw=0))
+def _panel(axes: Axes, reading: Reading, kind: str, values: np.ndarray, title: str, pick: int | None = None) -> None:
+    """The image under what its tokens hold, as the page draws it: where boxes overlap the smallest is seen."""
+    height, width = reading.image.shape[:2]
+    shade = kind == "shade"
+    opacity = np.full((height, width), 0.8 if shade else 0.0)
+    wanted = 0.8 * (1 - values / max(values.max(initial=0), 1e-12)) if shade else 0.93 * values
+    edges = (reading.boxes * [width, height, width, height]).round().astype(int)
+    areas = (reading.boxes[:, 2:] - reading.boxes[:, :2]).prod(axis=1)
+    for place in np.argsort(-areas, kind="stable"):
+        x0, y0, x1, y1 = edges[place]
+        opacity[y0:y1, x0:x1] = wanted[place]
+    axes.imshow(reading.image)
+    if kind in ("shade", "mask"):
+        ink = np.full((height, width, 4), 0.0 if shade else 0.5)
+        ink[..., 3] = opacity
+        axes.imshow(ink)
+    if not reading.on_grid:
+        for box in reading.boxes:
+            _outline(axes, reading.image, box, colour="white", width=1)
+    if pick is not None:
+        _outline(axes, reading.image, reading.boxes[pick])
+    axes.set_title(title)
+    axes.set_axis_off()
 
 
-def _outline(axes: Axes, image: np.ndarray, box: np.ndarray) -> None:
-    ((x0, y0, x1, y1),) = _pixels(image, box[None])
-    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=VISION, lw=2))
-
-
-def _pixels(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    height, width = image.shape[:2]
-    return boxes * [width, height, width, height] - 0.5
+def _outline(axes: Axes, image: np.ndarray, box: np.ndarray, *, colour: str = VISION, width: float = 2) -> None:
+    height, wide = image.shape[:2]
+    x0, y0, x1, y1 = box * [wide, height, wide, height] - 0.5
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, lw=width))
 
 
 def _curves(axes: Axes, values: np.ndarray, null: np.ndarray, title: str, colour: str) -> None:

@@ -309,6 +309,12 @@ class Drop(Drawn):
     _converters = {"file": bytes}
 
 
+class Chart(Drawn):
+    """Title of the plotly figure beside it in the page, with buttons that save it: PNG, SVG, and its numbers as CSV."""
+
+    _esm = module("chart")
+
+
 class Copy(Drawn):
     """Code to take along, with a button that copies it."""
 

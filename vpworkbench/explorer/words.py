@@ -9,7 +9,7 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 
-from vpworkbench.explorer.parts import WIDTH, Note, column, row, shown_image
+from vpworkbench.explorer.parts import WIDTH, Note, column, row, shown_image, unheard
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Maps, Reader
 
@@ -39,7 +39,7 @@ class WordsView:
         self.maps: list[Maps] = []
         self.readers: list[Reader] = []
         self.widget = column()
-        self._is_quiet = False
+        self._is_quiet, self.changed = False, unheard
         self.show(readings)
 
     def show(self, readings: Sequence[Reading]) -> None:
@@ -163,9 +163,11 @@ class WordsView:
         for reader, reading in zip(self.readers, self.readings, strict=True):  # the same words, the same patches
             if reading.words == owner.words and len(reading.boxes) == len(owner.boxes):
                 reader.pinned = change["new"]
+        self.changed()
 
     def _redraw(self) -> None:
         if self._is_quiet:
             return
         for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
             reader.update(**self.slice(reading, maps.picked))
+        self.changed()

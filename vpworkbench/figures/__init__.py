@@ -6,13 +6,14 @@ Layers count from 0 in arrays and from 1 on axes; shares lie in [0, 1] in arrays
 """
 
 from vpworkbench.figures.answers import answers, answers_page
-from vpworkbench.figures.pictures import attention_on_image, masks, parsing, pictures, tokens
+from vpworkbench.figures.pictures import attention_on_image, masks, parsing, pictures, regions, tokens
 from vpworkbench.figures.probes import (
     flow_curves,
     flow_directions,
     flow_triangle,
     modality_map,
     nmi,
+    score_against_flow,
     word_attention,
 )
 from vpworkbench.figures.style import ExportError, to_image
@@ -35,7 +36,9 @@ __all__ = [
     "parsing",
     "pictures",
     "recall_bars",
+    "regions",
     "run_curves",
+    "score_against_flow",
     "task_scores",
     "to_image",
     "tokens",

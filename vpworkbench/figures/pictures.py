@@ -45,6 +45,27 @@ def pictures(
     return finish(figure, alt=f"{len(panels)} images with their captions under them.")
 
 
+def regions(image: np.ndarray, boxes: ArrayLike) -> go.Figure:
+    """The image with the boxes of its visual tokens, numbered as in code, from 0.
+
+    Parameters
+    ----------
+    image : array of uint8, shape (height, width, 3)
+    boxes : array, shape (vision, 4)
+        x0 y0 x1 y1 as shares of the image.
+    """
+    found = np.asarray(boxes, dtype=float)
+    _check_shape("boxes", found, (len(found), 4), (len(found), 1))
+    figure = _panels([_Panel(image, f"{len(found)} regions")], grid=(1, 1), columns=1, panel_px=360)
+    for number, (x0, y0, x1, y1) in enumerate(found):
+        figure.add_scatter(
+            x=[x0, x1, x1, x0, x0], y=[y0, y0, y1, y1, y0], mode="lines", line={"color": ORANGE, "width": 2},
+            name=f"token {number}", hoverinfo="name", showlegend=False,
+        )  # fmt: skip
+        figure.add_annotation(x=x0, y=y0, text=str(number), showarrow=False, xanchor="left", yanchor="bottom")
+    return finish(figure, title="Visual tokens", alt=f"An image with {len(found)} numbered boxes.")
+
+
 def tokens(image: np.ndarray, grid: int | tuple[int, int]) -> go.Figure:
     """The image under its grid of visual tokens, numbered as in code: i = row * columns + column, from 0.
 

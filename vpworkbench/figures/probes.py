@@ -26,8 +26,8 @@ from vpworkbench.figures.style import (
 )
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
-Samples = ArrayLike | Mapping[str, ArrayLike]
-"""(example, layer), or the name of each model -> (example, layer)."""
+Samples = ArrayLike | Mapping[str, ArrayLike | Interval]
+"""(example, layer), or the name of each model -> (example, layer), or an interval of its own for each layer."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")  # models differ by more than colour
 
 
@@ -37,6 +37,7 @@ def flow_curves(
     *,
     null_from_input: Samples | None = None,
     null_within_layer: Samples | None = None,
+    over: str = "",
 ) -> go.Figure:
     """Inter-Modality Flow from the input to each layer and within each layer (paper Fig. 3 and 4).
 
@@ -46,6 +47,8 @@ def flow_curves(
         F^{1,j} and F^{j,j}; mean over examples with a bootstrap 95% band.
     null_from_input, null_within_layer : array, shape (example, layer) or (layer,), or mapping, optional
         The same under uniform attention, dashed: it depends on the token counts alone.
+    over : str
+        What the bands are over, for the title; empty: the examples.
 
     Raises
     ------
@@ -56,8 +59,8 @@ def flow_curves(
     if list(curves[0]) != list(curves[1]):
         raise ValueError(f"from_input has the models {list(curves[0])}, within_layer {list(curves[1])}")
     for name, (one, other) in zip(curves[0], zip(*(by.values() for by in curves), strict=True), strict=True):
-        if one.shape != other.shape:
-            raise ValueError(f"from_input{_of(name)} is {one.shape}, within_layer {other.shape}")
+        if _shape(one) != _shape(other):
+            raise ValueError(f"from_input{_of(name)} is {_shape(one)}, within_layer {_shape(other)}")
     nulls = (
         _nulls(null_from_input, curves[0], "null_from_input", "from_input"),
         _nulls(null_within_layer, curves[1], "null_within_layer", "within_layer"),
@@ -70,7 +73,7 @@ def flow_curves(
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text="attention that crosses", col=1)
     ends = f"{_ends(curves[0], 'from the input')}; {_ends(curves[1], 'within a layer')}"
-    title = f"Inter-Modality Flow, mean and 95% band over {_examples(curves[0])}"
+    title = f"Inter-Modality Flow, mean and 95% band over {escaped(over) or _examples(curves[0])}"
     return finish(figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}.")
 
 
@@ -140,7 +143,7 @@ def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.
     return finish(figure, title=title, alt=alt, width=640)
 
 
-def nmi(values: Samples, *, with_input: bool = False) -> go.Figure:
+def nmi(values: Samples, *, with_input: bool = False, over: str = "") -> go.Figure:
     """How far apart the modalities lie in each layer (paper Fig. 5): NMI, smaller is more fused.
 
     Parameters
@@ -149,15 +152,17 @@ def nmi(values: Samples, *, with_input: bool = False) -> go.Figure:
         Mean over examples with a bootstrap 95% band; nan entries are left out.
     with_input : bool
         The first entry is the input of layer 1, as in `probes.capture.hidden_states`: it is drawn at 0.
+    over : str
+        As of `flow_curves`.
     """
     models = _by_name(values, "values")
     figure = make_subplots(1, 1)
     _add_curves(figure, models, {}, legend=True, first=0 if with_input else 1, row=1, col=1)
     figure.update_xaxes(title_text="layer (0: input of layer 1)" if with_input else "layer")
     figure.update_yaxes(title_text="NMI (0: mixed, 1: apart)", range=[-0.02, 1.02])
-    title = f"Modalities as clusters, mean and 95% band over {_examples(models)}"
+    title = f"Modalities as clusters, mean and 95% band over {escaped(over) or _examples(models)}"
     alt = f"NMI of two clusters and the two modalities by layer; {_ends(models, 'mean')}."
-    return finish(figure, title=title, alt=alt, width=640)
+    return finish(figure, title=title, alt=alt, width=WIDTH if over else 640)
 
 
 def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, layer: int) -> go.Figure:
@@ -230,23 +235,81 @@ def word_attention(words: Sequence[str], weights: ArrayLike, *, title: str = "At
     return finish(figure, title=escaped(title), alt=alt, width=width, height=300)
 
 
-def _by_name(values: Samples, what: str) -> dict[str, np.ndarray]:
-    """Arrays (example, layer) by name of the model; one alone has the name ''."""
+def score_against_flow(
+    models: Mapping[str, tuple[Interval, Interval]],
+    *,
+    nulls: Mapping[str, float],
+    seeds: Mapping[str, Sequence[tuple[float, float]]],
+    over: str,
+    score: str,
+) -> go.Figure:
+    """What a model reaches downstream against the attention that crosses in it, one point each.
+
+    Parameters
+    ----------
+    models : mapping of str to (flow, score)
+        F from the input to the last layer, and the score, each a mean with its interval.
+    nulls : mapping of str to float
+        The same flow under uniform attention: an open mark at the height of the point.
+    seeds : mapping of str to pairs (flow, score)
+        Of single runs, small.
+    over, score : str
+        What the intervals are over, and what the score is of.
+    """
+    if not models:
+        raise ValueError("score_against_flow needs at least one model")
+    figure, told = go.Figure(), []
+    for index, (name, (flow, reached)) in enumerate(models.items()):
+        colour, symbol = PALETTE[index % len(PALETTE)], _SYMBOLS[index % len(_SYMBOLS)]
+        label, height = escaped(name), float(reached.mean)
+        look = {"legendgroup": label, "showlegend": False}
+        figure.add_scatter(
+            x=[nulls[name], float(flow.mean)], y=[height, height], mode="lines+markers", hoverinfo="skip",
+            line={"color": colour, "dash": "dot", "width": 1.2},
+            marker={"symbol": [f"{symbol}-open", symbol], "size": [9, 0], "color": colour}, **look,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[pair[0] for pair in seeds[name]], y=[pair[1] for pair in seeds[name]], mode="markers", opacity=0.5,
+            marker={"symbol": symbol, "size": 5, "color": colour}, hovertemplate="one run: %{x:.1%}, %{y:.1%}", **look,
+        )  # fmt: skip
+        bars = [error_bars(Interval(*(np.array([part], dtype=float) for part in one))) for one in (flow, reached)]
+        figure.add_scatter(
+            x=[float(flow.mean)], y=[height], mode="markers", name=label, legendgroup=label,
+            marker={"symbol": symbol, "size": 11, "color": colour}, error_x=bars[0] | {"color": colour},
+            error_y=bars[1] | {"color": colour}, hovertemplate="flow %{x:.1%}, score %{y:.1%}",
+        )  # fmt: skip
+        told.append(f"{name} {percent(height)} at {percent(flow.mean)}, null {percent(nulls[name])}")
+    figure.update_xaxes(title_text="attention that crosses, input to last layer (open: uniform)", tickformat=".1~%")
+    figure.update_yaxes(title_text=escaped(score), tickformat=".1~%")
+    figure.update_layout(showlegend=True)
+    title = f"Score against flow, 95% intervals over {escaped(over)}"
+    return finish(figure, title=title, alt=f"{score} against flow from the input: {'; '.join(told)}.", height=400)
+
+
+def _by_name(values: Samples, what: str) -> dict[str, np.ndarray | Interval]:
+    """Arrays (example, layer), or intervals, by name of the model; one alone has the name ''."""
     named = dict(values) if isinstance(values, Mapping) else {"": values}
-    arrays = {str(name): np.asarray(value, dtype=float) for name, value in named.items()}
+    arrays = {
+        str(name): value if isinstance(value, Interval) else np.asarray(value, dtype=float)
+        for name, value in named.items()
+    }
     for name, array in arrays.items():
-        if array.ndim != 2 or 0 in array.shape:
+        if not isinstance(array, Interval) and (array.ndim != 2 or 0 in array.shape):
             raise ValueError(f"{what}{_of(name)} must be (example, layer), not {array.shape}")
     if not arrays:
         raise ValueError(f"{what} names no model")
     return arrays
 
 
+def _shape(values: np.ndarray | Interval) -> tuple[int, ...]:
+    return np.shape(values.mean) if isinstance(values, Interval) else values.shape
+
+
 def _of(name: str) -> str:
     return f" of {name!r}" if name else ""
 
 
-def _nulls(null: Samples | None, models: dict[str, np.ndarray], what: str, of: str) -> dict[str, np.ndarray]:
+def _nulls(null: Samples | None, models: dict[str, np.ndarray | Interval], what: str, of: str) -> dict[str, np.ndarray]:
     """(layer,) by name of the model, for the models that have one."""
     if null is None:
         return {}
@@ -256,14 +319,14 @@ def _nulls(null: Samples | None, models: dict[str, np.ndarray], what: str, of: s
     lines = {name: np.asarray(value, dtype=float) for name, value in named.items()}
     lines = {name: line.mean(axis=0) if line.ndim == 2 else line for name, line in lines.items()}
     for name, line in lines.items():
-        if line.shape != models[name].shape[1:]:
-            raise ValueError(f"{what}{_of(name)} has layers {line.shape}, {of} {models[name].shape[1:]}")
+        if line.shape != _shape(models[name])[-1:]:
+            raise ValueError(f"{what}{_of(name)} has layers {line.shape}, {of} {_shape(models[name])[-1:]}")
     return lines
 
 
 def _add_curves(
     figure: go.Figure,
-    models: dict[str, np.ndarray],
+    models: dict[str, np.ndarray | Interval],
     nulls: dict[str, np.ndarray],
     *,
     legend: bool,
@@ -276,10 +339,10 @@ def _add_curves(
     longest = 0
     for index, (name, values) in enumerate(models.items()):
         colour, symbol = PALETTE[index % len(PALETTE)], _SYMBOLS[index % len(_SYMBOLS)]
-        layers = np.arange(first, first + values.shape[1])
+        layers = np.arange(first, first + _shape(values)[-1])
         longest = max(longest, len(layers))
         label = escaped(name) or "model"
-        interval = bootstrap_interval(values)
+        interval = values if isinstance(values, Interval) else bootstrap_interval(values)
         figure.add_trace(_band(layers, interval, colour, label), **place)
         figure.add_scatter(
             x=layers, y=interval.mean, mode="lines+markers", name=label, legendgroup=label,
@@ -317,16 +380,16 @@ def _layer_ticks(layers: int, first: int = 1) -> dict[str, object]:
     return {"tickmode": "linear", "tick0": first, "dtick": step, "range": [first - 0.5, first + layers - 0.5]}
 
 
-def _examples(models: dict[str, np.ndarray]) -> str:
-    counts = sorted({len(values) for values in models.values()})
+def _examples(models: dict[str, np.ndarray | Interval]) -> str:
+    counts = sorted({int(np.max(one.count)) if isinstance(one, Interval) else len(one) for one in models.values()})
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{number} example{'s' if counts[-1] != 1 else ''}"
 
 
-def _ends(models: dict[str, np.ndarray], what: str) -> str:
+def _ends(models: dict[str, np.ndarray | Interval], what: str) -> str:
     """First and last mean of each model, for the alternative text."""
     parts = []
     for name, values in models.items():
-        mean = bootstrap_interval(values, resamples=1).mean
+        mean = values.mean if isinstance(values, Interval) else bootstrap_interval(values, resamples=1).mean
         parts.append(f"{name + ' ' if name else ''}{mean[0]:.2f} to {mean[-1]:.2f}")
     return f"{what} {', '.join(parts)}"

@@ -39,6 +39,7 @@ _OBJECTIVES = {
     "itm": "match or not (ITM), nats",
     "vla": "alignment (VLA), cosine distance",
     "mfr": "masked features (MFR), squared",
+    "mvm": "masked codes (MVM), nats",
 }
 _WATCHED = {
     "training_score": "score on training examples",

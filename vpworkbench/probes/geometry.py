@@ -77,6 +77,32 @@ def grid_boxes(rows: int, columns: int, within: tuple[float, float, float, float
     return torch.stack([x0, y0, x1, y1], dim=-1).flatten(0, 1)
 
 
+REGIONS_SIDE = 32
+"""Places on a side over which boxes that lie on no grid are drawn."""
+
+
+def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """What tokens have, drawn into their boxes: of a grid with `side` tokens a side that very grid.
+
+    Parameters
+    ----------
+    values : Tensor, (..., token)
+    boxes : Tensor, (..., token, 4)
+        Shares of the image; nan for words.
+
+    Returns
+    -------
+    Tensor, (..., side, side)
+        The largest value among the boxes that hold a place's centre; 0 where none does.
+    """
+    centre = (torch.arange(side, device=boxes.device) + 0.5) / side
+    x0, y0, x1, y1 = (edge[..., None] for edge in boxes.unbind(-1))
+    within_rows = (centre >= y0) & (centre < y1)
+    within_columns = (centre >= x0) & (centre < x1)
+    inside = within_rows[..., :, None] & within_columns[..., None, :]  # ... token row column
+    return torch.where(inside, values[..., None, None], 0).amax(dim=-3)
+
+
 def tile_boxes(rows: int, columns: int, grid: tuple[int, int], *, thumbnail: bool) -> Tensor:
     """Boxes of an image cut into tiles of a grid each, row by row, and a thumbnail of the whole behind them."""
     tiles = [grid_boxes(*grid, tuple(tile.tolist())) for tile in grid_boxes(rows, columns)]

@@ -1,8 +1,18 @@
-// Runs the widgets of a page without a kernel: each gets a model that keeps its values here.
+// Runs the widgets of a page without a kernel: each gets a model that keeps its values here. Then the plotly figures.
 
-const island = (name) => JSON.parse(document.getElementById(name).textContent);
-const bytes = (text) => new DataView(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
-const value = (held) => (held?.base64 === undefined ? held : bytes(held.base64));
+function bytes(text) {
+  const letters = atob(text);
+  const found = new Uint8Array(letters.length);
+  for (let place = 0; place < letters.length; place++) found[place] = letters.charCodeAt(place);
+  return found;
+}
+const unpacked = (name) => {
+  const packed = new Blob([bytes(document.getElementById(name).textContent)]);
+  return new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text();
+};
+const script = (text) => URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+const value = (held) => (held?.base64 === undefined ? held : new DataView(bytes(held.base64).buffer));
+const alive = (element) => (element.closest(".part").querySelector(".still").hidden = true);
 
 function standing(traits) {
   const values = Object.fromEntries(Object.entries(traits).map(([name, held]) => [name, value(held)]));
@@ -21,14 +31,25 @@ function standing(traits) {
   };
 }
 
+const held = JSON.parse(await unpacked("held"));
 const modules = {};
-for (const [name, text] of Object.entries(island("modules"))) {
-  const address = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
-  modules[name] = (await import(address)).default;
-}
+for (const [name, text] of Object.entries(held.modules)) modules[name] = (await import(script(text))).default;
 const places = document.querySelectorAll("[data-widget]");
-island("values").forEach(({ name, traits }, place) => {
-  const live = places[place];
-  modules[name].render({ model: standing(traits), el: live });
-  live.closest(".part").querySelector(".still").hidden = true;
+held.values.forEach(({ name, traits }, place) => {
+  modules[name].render({ model: standing(traits), el: places[place] });
+  alive(places[place]);
 });
+
+if (held.figures.length) {
+  await new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn))); // the widgets are seen first
+  const plotly = document.createElement("script");
+  const loaded = new Promise((done) => plotly.addEventListener("load", done));
+  plotly.src = script(await unpacked("plotly"));
+  document.head.append(plotly);
+  await loaded;
+  document.querySelectorAll("[data-figure]").forEach((element, place) => {
+    const { data, layout } = held.figures[place];
+    alive(element);
+    Plotly.newPlot(element, data, layout, { displaylogo: false });
+  });
+}

@@ -38,7 +38,7 @@ export default widget("reader", (model, page) => {
     const patch = place - words().length;
     const context = drawPicture(image.canvas, bitmap, imageWidth());
     if (place >= 0 && patch < 0) drawShade(context, geometry, row(looks, place, geometry.count));
-    else drawGrid(context, geometry);
+    if (place < 0 || patch >= 0 || !geometry.grid) drawGrid(context, geometry);
     const shares = patch >= 0 ? row(reads, patch, words().length) : null;
     const top = shares?.length ? Math.max(1e-12, shares[largest(shares)]) : 1;
     tokens.forEach((token, word) => {

@@ -41,7 +41,7 @@ function widget(kind, build) {
   return { render };
 }
 
-/** Title, body, status line and tip; `page.exports(table)` adds the buttons that save what is seen. */
+/** Title, body, status line and tip; `page.exports(table, own)` adds the buttons that save what is seen. */
 function frame(model, kind) {
   const title = make("span", { class: "vpw-title" });
   const tools = make("span", { class: "vpw-tools" });
@@ -65,10 +65,11 @@ function frame(model, kind) {
     tip.style.left = `${Math.max(0, flip ? x - tip.offsetWidth - 10 : x + 14)}px`;
     tip.style.top = `${Math.max(0, Math.min(y + 14, outer.height - tip.offsetHeight))}px`;
   };
-  const exports = (table) => {
+  const exports = (table, own = {}) => {
     for (const [name, title, save] of EXPORTS) {
       const button = make("button", { type: "button", title, "aria-label": title }, name);
-      button.addEventListener("click", () => save({ root, table, name: model.get("label"), alt: model.get("alt") }));
+      const what = () => ({ root, table, name: model.get("label"), alt: model.get("alt") });
+      button.addEventListener("click", () => (own[name] ?? save)(what()));
       tools.append(button);
     }
   };
@@ -177,7 +178,8 @@ function regions(view) {
     const [row, column] = [rows.indexOf(box(place)[1].toFixed(3)), columns.indexOf(box(place)[0].toFixed(3))];
     return `token ${place} (row ${row + 1}, column ${column + 1})`;
   };
-  return { count, box, at, beside, name, area };
+  const order = Array.from({ length: count }, (_, place) => place).sort((one, other) => area(other) - area(one));
+  return { count, box, at, beside, name, grid, order };
 }
 
 function matrix(rows, columns) {
@@ -228,7 +230,7 @@ function drawPicture(canvas, bitmap, width) {
   return context;
 }
 
-/** Fill each box with `paint(value)`, the strongest last where boxes overlap; `outside` is what no box covers. */
+/** Fill each box with `paint(value)`, the smallest last, which the pointer hits; `outside` is what no box covers. */
 function drawBoxes(context, geometry, values, paint, outside = null) {
   const { width, height } = context.canvas;
   const layer = new OffscreenCanvas(width, height);
@@ -239,8 +241,7 @@ function drawBoxes(context, geometry, values, paint, outside = null) {
     ink.fillRect(x, y, wide, high);
   };
   if (outside) fill(outside, 0, 0, width, height);
-  const order = Array.from(values.keys()).sort((one, other) => values[one] - values[other]);
-  for (const place of order) {
+  for (const place of geometry.order) {
     const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
     fill(paint(values[place]), x0, y0, x1 - x0, y1 - y0);
   }
@@ -254,13 +255,16 @@ function drawShade(context, geometry, values) {
   drawBoxes(context, geometry, values, paint, "rgba(0, 0, 0, 0.8)");
 }
 
+/** The edges of all tokens: faint where they are a grid, white on black where boxes lie anywhere. */
 function drawGrid(context, geometry) {
   const { width, height } = context.canvas;
-  context.lineWidth = 1;
-  context.strokeStyle = "rgba(150, 150, 150, 0.45)";
-  for (let place = 0; place < geometry.count; place++) {
-    const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
-    context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0, y1 - y0); // neighbours share a line
+  const lines = geometry.grid ? [[1, "rgba(150, 150, 150, 0.45)"]] : [[3, "rgba(0, 0, 0, 0.5)"], [1, "#fff"]];
+  for (const [thick, colour] of lines) {
+    [context.lineWidth, context.strokeStyle] = [thick, colour];
+    for (let place = 0; place < geometry.count; place++) {
+      const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
+      context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0, y1 - y0); // neighbours share a line
+    }
   }
 }
 

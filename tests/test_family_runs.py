@@ -1,0 +1,119 @@
+"""The comparison of families: the calls that make its runs, what is read of them, intervals over seeds and images."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from vpworkbench import family_runs, figures
+from vpworkbench.config import SettingsError, family_runs_settings
+from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench.probes.dataset import SPANS, Probed
+from vpworkbench.runs import Run, runs_root, shipped_run
+
+
+def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
+    """Each is accepted, every seed of every arm is there once, and nothing is used before it is made."""
+    calls = [shlex.split(call) for call in family_runs.calls(family_runs_settings(seeds=2))]
+    assert calls[0][:3] == ["vpw", "regions", "scenes"] and "8" in calls[0]
+    made, settings = {calls[0][3]}, {}
+    for program, verb, notebook, option, name, *words in calls[1:]:
+        assert (program, verb, option) == ("vpw", "run", "--name") and (notebook, name) not in settings
+        given = dict(zip(words[1::3], words[2::3], strict=True))
+        defaults = notebook_parameters(find_notebook(notebook))
+        settings[notebook, name] = check_parameters(notebook, defaults, parse_parameters(given, defaults))
+        needs = [given.get(key) for key in ("checkpoint", "regions", "init_visual")]
+        assert {need for need in needs if need} <= made
+        made |= {name, str(runs_folder / "00_visual_init" / name / "checkpoint" / "visual.safetensors")}
+    trained = {name: value for (notebook, name), value in settings.items() if notebook == "01_pretrain"}
+    assert set(trained) == {f"families-{arm}-{seed}" for arm in family_runs.ARMS for seed in (0, 1)}
+    for notebook in ("02_probe", "04_finetune"):
+        assert {name for known, name in settings if known == notebook} == set(trained)
+    equal = {
+        value.model_copy(update={"visual": None, "seed": 0, "init_visual": ""}).model_dump_json(
+            exclude={"mask": "mode"}
+        )
+        for value in trained.values()
+    }
+    assert len(equal) == 1
+    masks = {trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILIES}
+    assert masks == {"random"}
+
+
+def test_intervals_over_seeds_and_images():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(50, 3)) + shift for shift in (0.0, 0.1, 0.3)]
+    parts[0][4, 1] = np.nan
+    found = family_runs.over_seeds(parts)
+    seeds = np.array([np.nanmean(part[:, 1]) for part in parts])
+    images = np.nanmean([part[:, 1] for part in parts], axis=0)
+    half = stats.t.ppf(0.975, 2) * np.sqrt(seeds.var(ddof=1) / 3 + images.var(ddof=1) / 50)
+    assert [float(part[1]) for part in found] == pytest.approx(
+        [seeds.mean(), seeds.mean() - half, seeds.mean() + half, 3]
+    )
+    one = family_runs.over_seeds(parts[1:2])
+    half = 1.96 * parts[1][:, 0].std(ddof=1) / np.sqrt(50)
+    assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
+
+
+def finished(name: str, flow: float, score: float, pictures: str = "abcdef") -> None:
+    """A run that is pre-trained, probed and fine-tuned: the shipped model, with numbers of ours."""
+    shutil.copytree(shipped_run(), runs_root() / "01_pretrain" / name)
+    rng = np.random.default_rng(0)
+    spans = {span: np.full((6, 3, 3), np.nan) for span in SPANS}
+    for span, values in spans.items():
+        values[:, *np.triu_indices(3)] = (flow if span == "flow" else 0.3) + 0.01 * rng.random((6, 6))
+    probed = Probed(**spans, nmi=rng.random((6, 4)), examples=tuple(pictures))
+    for notebook in ("02_probe", "04_finetune"):
+        (runs_root() / notebook / name).mkdir(parents=True)
+    probed.save(runs_root() / "02_probe" / name / "probes.parquet")
+    Run(runs_root() / "02_probe" / name, None).write_summary(images=6)
+    Run(runs_root() / "04_finetune" / name, None).write_summary(
+        vqa_score=score, vqa_score_low=score - 0.02, vqa_score_high=score + 0.02
+    )
+
+
+def test_finished_runs_are_found_and_become_table_5(runs_folder):
+    for seed, score in enumerate((0.5, 0.6)):
+        finished(f"families-swin-random-{seed}", 0.4, score)
+    finished("families-grid-none-0", 0.35, 0.4)
+    finished("families-swin-none-0", 0.35, 0.4)
+    (runs_folder / "04_finetune" / "families-swin-none-0" / "summary.json").unlink()  # still fine-tuning
+    finished("others-swin-none-0", 0.35, 0.4)
+    settings = family_runs_settings()
+    found = family_runs.compared(settings, Run(runs_folder, settings))
+    assert [(run.arm, run.seed) for run in found.runs] == [("swin-random", 0), ("swin-random", 1), ("grid-none", 0)]
+    assert found.over == "1 to 2 seeds and 6 images" and found.names() == {
+        "swin-random": "Swin, random MFR (36 tokens)"
+    }
+    table = found.table_5()
+    assert table.index.tolist() == ["small CNN (R50's place)", "Swin, random MFR"]
+    swin = table.loc["Swin, random MFR"]
+    flow = np.mean([run.probed.from_input[:, -1].mean() for run in found.of("swin-random")])
+    assert swin["flow"] == pytest.approx(flow) and swin["null"] == pytest.approx(0.305, abs=0.005)
+    half = stats.t.ppf(0.975, 1) * np.sqrt(0.05**2 + (0.04 / 3.92) ** 2)
+    assert [swin["vqa"], swin["vqa_high"], swin["seeds"]] == pytest.approx([0.55, 0.55 + half, 2])
+    assert found.costs.loc["Swin, random MFR", "visual_parameters"] > 1e6
+    figure = figures.score_against_flow(
+        found.scores(), nulls=found.last_nulls, seeds=found.single_scores(), over=found.over, score="VQA"
+    )
+    assert sorted(figure.data[1].y) == [0.5, 0.6] and figure.data[2].y[0] == pytest.approx(0.55)
+    curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over)
+    assert curves.data[1].y[-1] == pytest.approx(flow) and found.over in curves.layout.title.text
+    assert family_runs.folder_of(found.checkpoints["grid-none"]).is_dir()
+
+
+def test_runs_on_different_pictures_are_refused(runs_folder):
+    finished("families-swin-random-0", 0.4, 0.5)
+    finished("families-swin-none-0", 0.4, 0.5, pictures="ghijkl")
+    with pytest.raises(SettingsError, match="read different pictures"):
+        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+
+
+def test_a_prefix_that_could_be_a_pattern_is_refused():
+    with pytest.raises(SettingsError, match="prefix"):
+        family_runs_settings(prefix="*")

@@ -1,0 +1,122 @@
+"""Regions of true boxes: where things are drawn, what a crop's feature knows, files that are whole and kept."""
+
+from __future__ import annotations
+
+import json
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SCENES
+from PIL import Image
+
+from vpworkbench.cli import main
+from vpworkbench.config import RegionSettings, SettingsError, TrainSettings, pretrain_settings
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.nlvr1 import drawn_at, read_boxes
+from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.regions import input_of, read_npz
+from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.pretrain import prepare, pretrain
+from vpworkbench.region_features import check_regions, crops, make_regions, true_boxes
+from vpworkbench.runs import open_run
+
+COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
+
+
+def settings(source: str = "scenes", **changes: object) -> RegionSettings:
+    few = {"scenes": SCENES, "train": TrainSettings(epochs=20, images=20), "width": 16, "workers": 0}
+    return RegionSettings(source=source, **(few | changes))
+
+
+@pytest.fixture(scope="module")
+def regions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "regions"
+    make_regions(folder, settings(), progress=False)
+    return folder
+
+
+def test_every_image_has_its_true_boxes_and_the_pairs_too(regions, scenes):
+    for picture in scenes:
+        found = read_npz((regions / picture.image.name).with_suffix(".npz"))
+        np.testing.assert_allclose(found.boxes * 96, [thing.box for thing in picture.scene.things], atol=1e-4)
+        assert found.features.shape == (len(picture.scene.things), 16)
+    pairs = list((regions / "images").glob("*-img?.npz"))
+    assert len(pairs) == sum(count // 4 * 4 for count in (60, 20, 10))
+    config = json.loads((regions / "config.json").read_text())
+    assert config["settings"]["width"] == 16 and config["seed"] == 0 and config["versions"]["torch"]
+    summary = json.loads((regions / "summary.json").read_text())
+    assert summary["images"] == 90 and summary["colour_accuracy"] > 2 / 8  # chance 1/8; sixty steps
+
+
+def test_the_same_call_keeps_what_is_there_and_mends_the_rest(regions, tmp_path):
+    again = tmp_path / "again"
+    make_regions(again, settings(), progress=False)
+    files = sorted(path.relative_to(regions) for path in regions.rglob("*.npz"))
+    assert [(again / file).read_bytes() for file in files] == [(regions / file).read_bytes() for file in files]
+    lost, kept = again / files[3], again / files[5]
+    content, written = lost.read_bytes(), kept.stat().st_mtime_ns
+    lost.unlink()
+    (again / "summary.json").unlink()
+    make_regions(again, settings(), progress=False)
+    assert lost.read_bytes() == content and kept.stat().st_mtime_ns == written
+    assert not list(again.rglob(".*.npz")) and (again / "summary.json").exists()
+    with pytest.raises(SettingsError, match="width: 16 there, 24 now"):
+        make_regions(again, settings(width=24), progress=False)
+
+
+def test_they_train_a_model_by_their_folder_alone(regions):
+    few = {f"data.scenes.{name}": count for name, count in (("images", 60), ("val", 20), ("test", 10))}
+    few |= {"data.workers": 0, "train.images": 4, "fusion.layers": 1}
+    chosen = pretrain_settings(visual="regions", regions=str(regions), visual_tokens=3, steps=2, overrides=few)
+    assert (chosen.visual.region_width, chosen.visual.tokens, chosen.init_visual) == (16, 3, "")
+    assert pretrain(open_run("01_pretrain", chosen), prepare(chosen), chosen) == 2
+
+
+def test_regions_of_other_scenes_are_refused(regions, tmp_path):
+    other = read_pictures(write_scenes(tmp_path / "other", SCENES.model_copy(update={"seed": 5}), progress=False))
+    files = input_of(pretrain_settings(visual="regions", regions=str(regions)).visual)
+    with pytest.raises(DataError, match="regions of other scenes"):
+        check_regions(files, other)
+
+
+def test_a_set_without_true_boxes_is_one_clear_error(tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("image,text\na.png,a dog\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: its true boxes are not known.*detector"):
+        make_regions(tmp_path / "out", settings(str(tmp_path)), progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileExistsError, match="holds no regions"):
+        make_regions(tmp_path, settings(), progress=False)
+    with pytest.raises(SystemExit) as stopped:
+        main(["regions", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--images", "8"])
+    assert stopped.value.code == 2 and "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_crop_shows_its_box_and_a_little_around_it(scenes):
+    picture = scenes[0]
+    whole = crops(picture, [(0, 0, 96, 96)], 96)
+    np.testing.assert_array_equal(whole[0], picture.image.pixels())
+    assert crops(picture, true_boxes(picture), 32).shape == (len(picture.scene.things), 32, 32, 3)
+
+
+def test_boxes_of_nlvr1_are_in_the_order_of_the_file():
+    boxes = read_boxes([[{"type": "square", "color": "Black", "x_loc": 10, "y_loc": 20, "size": 30}],
+                        [{"type": "circle", "color": "Black", "x_loc": 90, "y_loc": 0, "size": 20}], []])  # fmt: skip
+    assert drawn_at(boxes, 0) == [(10, 20, 40, 50), (240, 0, 250, 20)]  # cut at the wall
+    assert drawn_at(boxes, 3) == [(90, 0, 100, 20), (310, 20, 340, 50)]  # boxes 1, 2, 0
+
+
+def test_boxes_of_nlvr1_hold_the_drawn_things(real_data):
+    """The pixel at the centre of every box has the colour that is told, in all six orders."""
+    pictures: list[Picture] = read_pictures(real_data / "nlvr1")[:600]
+    right = []
+    for picture in pictures:
+        pixels, order = picture.image.pixels(), int(picture.image.name[-5])
+        shown = list(permutations(picture.truth.keywords["boxes"]))[order]
+        colours = [item.colour for box in shown for item in box]
+        for (x0, y0, x1, y1), colour in zip(true_boxes(picture), colours, strict=True):
+            seen = pixels[int(y0 + y1) // 2, int(x0 + x1) // 2].astype(int)
+            right.append(np.abs(seen - COLOURS[colour]).max() < 40)
+    assert len(right) > 3_000 and np.mean(right) > 0.99  # a few lie below others

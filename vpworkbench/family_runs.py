@@ -1,0 +1,327 @@
+"""Visual families under equal conditions, and the arms of the paper's Table 5: which runs are compared, and by what.
+
+Equal are fusion, text, objectives, data, steps, and what each visual side was taught before: colours and shapes of the
+scenes, in as many epochs. What is left to differ is how an image becomes visual tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from vpworkbench.budget import budget
+from vpworkbench.compare import open_model, token_counts
+from vpworkbench.config import (
+    FamilyRunsSettings,
+    RegionSettings,
+    SettingsError,
+    TrainSettings,
+    finetune_settings,
+    pretrain_settings,
+)
+from vpworkbench.data.scenes import SceneSettings
+from vpworkbench.data.splits import load_held_out
+from vpworkbench.finetune import finetune, prepare_task
+from vpworkbench.pretrain import prepare, pretrain, probe
+from vpworkbench.probes.dataset import Probed
+from vpworkbench.probes.intervals import Interval
+from vpworkbench.region_features import make_regions
+from vpworkbench.runs import Run, open_folder, read_json, runs_root
+from vpworkbench.tasks import evaluate_task
+
+PROBED = 128
+"""Held-out pictures of each run."""
+FEW_SCENES = SceneSettings(images=64, val=32, test=4)  # of the demonstration
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared.
+
+    Attributes
+    ----------
+    label : str
+        As figures and tables have it.
+    visual, masking : str
+        Parameters of `01_pretrain`.
+    start : str
+        The run of `00_visual_init` that it begins with; "" where it needs none (the shipped Swin, given features).
+    overrides : dict
+        Further settings, of the start too.
+    """
+
+    label: str
+    visual: str
+    masking: str
+    start: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t, of the same kind: R101 beside R50
+ARMS = {
+    "swin-random": Arm("Swin, random MFR", "swin", "random"),
+    "grid-random": Arm("grid CNN", "grid", "random", "grid"),
+    "patch-random": Arm("patches", "patch", "random", "patch"),
+    "regions-random": Arm("regions", "regions", "random"),
+    "grid-none": Arm("small CNN (R50's place)", "grid", "none", "grid"),
+    "deep-none": Arm("deeper CNN (R101's place)", "grid", "none", "deep", DEEPER),
+    "swin-none": Arm("Swin, no MFR", "swin", "none"),
+    "swin-attention": Arm("Swin, attention MFR", "swin", "attention"),
+}
+FAMILIES = ("swin-random", "grid-random", "patch-random", "regions-random")
+"""The four families, alike in their objectives: only Swin could mask by attention."""
+TABLE_5 = ("grid-none", "deep-none", "swin-none", "swin-random", "swin-attention")
+
+
+class FamilyRun(NamedTuple):
+    """One arm with one seed.
+
+    Attributes
+    ----------
+    checkpoint : str
+        What `load_run` takes.
+    score : Interval
+        Of the scenes' VQA, over its questions.
+    """
+
+    arm: str
+    seed: int
+    checkpoint: str
+    probed: Probed
+    score: Interval
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What there is to be shown.
+
+    Attributes
+    ----------
+    over : str
+        What the intervals are over; of a demonstration that it is one.
+    tokens : dict
+        By arm, the means of visual tokens and of words in an example.
+    costs : DataFrame
+        One row for each arm: its tokens, `budget.Budget`.
+    """
+
+    runs: tuple[FamilyRun, ...]
+    over: str
+    tokens: dict[str, tuple[float, float]]
+    costs: pd.DataFrame
+
+    def of(self, arm: str) -> list[FamilyRun]:
+        """Its seeds."""
+        return [run for run in self.runs if run.arm == arm]
+
+    def names(self, arms: Sequence[str] = FAMILIES) -> dict[str, str]:
+        """Of the arms that have runs, the label with its number of tokens."""
+        return {arm: f"{ARMS[arm].label} ({self.tokens[arm][0]:.3g} tokens)" for arm in arms if self.of(arm)}
+
+    def curves(self, quantity: str) -> dict[str, Interval]:
+        """Of each family, by layer: `from_input`, `within_layer` or a null of theirs (Fig. 3, 4), `nmi` (Fig. 5)."""
+        return {
+            name: over_seeds([getattr(run.probed, quantity) for run in self.of(arm)])
+            for arm, name in self.names().items()
+        }
+
+    def nulls(self, quantity: str) -> dict[str, np.ndarray]:
+        """Means of `null_from_input` or `null_within_layer`, (layer,)."""
+        return {name: curve.mean for name, curve in self.curves(quantity).items()}
+
+    @property
+    def last_nulls(self) -> dict[str, float]:
+        """Flow from the input to the last layer under uniform attention."""
+        return {name: float(curve[-1]) for name, curve in self.nulls("null_from_input").items()}
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """What `load_run` takes of one run of each arm."""
+        return {run.arm: run.checkpoint for run in reversed(self.runs)}
+
+    def scores(self, arms: Sequence[str] = FAMILIES) -> dict[str, tuple[Interval, Interval]]:
+        """Flow from the input to the last layer, and the score downstream."""
+        return {
+            name: (over_seeds([run.probed.from_input[:, -1] for run in self.of(arm)]), _score(self.of(arm)))
+            for arm, name in self.names(arms).items()
+        }
+
+    def single_scores(self) -> dict[str, list[tuple[float, float]]]:
+        """The same of each seed."""
+        return {
+            name: [(run.probed.from_input[:, -1].mean(), float(run.score.mean)) for run in self.of(arm)]
+            for arm, name in self.names().items()
+        }
+
+    def table_5(self) -> pd.DataFrame:
+        """The paper's Table 5 at this size: what an arm costs, F^{1,L} with its null, and VQA."""
+        rows = []
+        for (arm, _), (flow, score) in zip(
+            self.names(TABLE_5).items(), self.scores(TABLE_5).values(), strict=True
+        ):  # fmt: skip
+            null = np.mean([run.probed.null_from_input[:, -1].mean() for run in self.of(arm)])
+            rows.append(
+                {"arm": ARMS[arm].label, "visual parameters": self.costs.loc[ARMS[arm].label, "visual_parameters"],
+                 "visual multiply-adds": self.costs.loc[ARMS[arm].label, "visual_multiply_adds"],
+                 "tokens": self.tokens[arm][0], "flow": float(flow.mean), "flow_low": float(flow.low),
+                 "flow_high": float(flow.high), "null": null, "vqa": float(score.mean), "vqa_low": float(score.low),
+                 "vqa_high": float(score.high), "seeds": len(self.of(arm))}
+            )  # fmt: skip
+        return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+
+
+def over_seeds(parts: Sequence[np.ndarray]) -> Interval:
+    """Mean over seeds and images, with a 95% interval for other seeds and other images.
+
+    The variances of both means add up; the quantile is Student's for the seeds. With one seed: of images alone.
+
+    Parameters
+    ----------
+    parts : sequence of arrays, (image, ...)
+        One for each seed, of the same images; nan entries are left out.
+    """
+    seeds = np.stack([np.nanmean(part, axis=0) for part in parts])
+    images = np.nanmean(np.stack(parts), axis=0)
+    count = np.isfinite(images).sum(axis=0)
+    return _interval(seeds, np.nanvar(images, axis=0, ddof=1) / count)
+
+
+def _score(runs: Sequence[FamilyRun]) -> Interval:
+    """As `over_seeds`; the variance over questions is read off each run's own interval."""
+    own = np.mean([((run.score.high - run.score.low) / 3.92) ** 2 for run in runs])
+    return _interval(np.array([float(run.score.mean) for run in runs]), own)
+
+
+def _interval(seeds: np.ndarray, variance: np.ndarray) -> Interval:
+    quantile = 1.96
+    if len(seeds) > 1:
+        variance = variance + seeds.var(axis=0, ddof=1) / len(seeds)
+        quantile = stats.t.ppf(0.975, len(seeds) - 1)
+    mean, half = seeds.mean(axis=0), quantile * np.sqrt(variance)
+    return Interval(mean, mean - half, mean + half, np.full(np.shape(mean), len(seeds)))
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def calls(settings: FamilyRunsSettings) -> list[str]:
+    """The commands that make the runs, in their order; each goes on where it was stopped."""
+    root, prefix = runs_root(), settings.prefix
+    regions = root / "regions" / prefix
+    lines = [["vpw", "regions", "scenes", str(regions), "--epochs", "8"]]
+    for start, arm in {arm.start: arm for arm in ARMS.values() if arm.start}.items():
+        lines.append(_call("00_visual_init", f"{prefix}-{start}", visual=arm.visual, images=0, epochs=0,
+                           checkpoint_every=200, overrides=arm.overrides))  # fmt: skip
+    for seed in range(settings.seeds):
+        for key, arm in ARMS.items():
+            name = f"{prefix}-{key}-{seed}"
+            more: dict[str, Any] = {"overrides": arm.overrides}
+            if arm.start:
+                file = root / "00_visual_init" / f"{prefix}-{arm.start}" / "checkpoint" / "visual.safetensors"
+                more["init_visual"] = str(file)
+            if arm.visual == "regions":
+                more["regions"] = str(regions)
+            lines.append(_call("01_pretrain", name, visual=arm.visual, masking=arm.masking, seed=seed, steps=0,
+                               checkpoint_every=200, **more))  # fmt: skip
+            lines.append(_call("02_probe", name, checkpoint=name, images=PROBED))
+            lines.append(_call("04_finetune", name, task="vqa", checkpoint=name, seed=seed, steps=0,
+                               checkpoint_every=200))  # fmt: skip
+    return [shlex.join(line) for line in lines]
+
+
+def _call(notebook: str, name: str, **parameters: Any) -> list[str]:
+    given = {key: value for key, value in parameters.items() if value != {}}
+    pairs = [("-p", key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in given.items()]
+    return ["vpw", "run", notebook, "--name", name, *(part for pair in pairs for part in pair)]
+
+
+def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
+    """The finished runs of `calls`; where there is none, a demonstration of a few steps in the run's folder.
+
+    Raises
+    ------
+    SettingsError
+        For runs that were probed on different pictures.
+    """
+    runs = found_runs(settings.prefix)
+    if len({run.probed.examples for run in runs}) > 1:
+        raise SettingsError(f"prefix {settings.prefix!r}: its runs of 02_probe read different pictures; see `calls`")
+    if runs:
+        counts = sorted({len([one for one in runs if one.arm == arm]) for arm in {one.arm for one in runs}})
+        seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        over = f"{seeds} seed{'s' * (counts[-1] > 1)} and {len(runs[0].probed.examples)} images"
+    else:
+        runs = demonstrate(settings, run.folder / "demonstration", progress=run.progress)
+        over = f"{settings.images} images ({settings.steps} steps: a DEMONSTRATION)"
+    first = {one.arm: one.checkpoint for one in reversed(runs)}
+    tokens, costs = {}, {}
+    for arm in (arm for arm in ARMS if arm in first):
+        subject = open_model(first[arm])
+        tokens[arm] = token_counts(subject, [one for one in load_held_out(subject.data) if one.captions])
+        costs[ARMS[arm].label] = {"tokens": tokens[arm][0], **budget(subject.model)._asdict()}
+    return Compared(tuple(runs), over, tokens, pd.DataFrame.from_dict(costs, orient="index"))
+
+
+def found_runs(prefix: str) -> list[FamilyRun]:
+    """Arms and seeds that are pre-trained, probed and fine-tuned to the end."""
+    runs = []
+    for arm in ARMS:
+        for folder in sorted((runs_root() / "02_probe").glob(f"{prefix}-{arm}-*")):
+            seed = re.fullmatch(rf"{re.escape(prefix)}-{arm}-(\d+)", folder.name)
+            task = runs_root() / "04_finetune" / folder.name / "summary.json"
+            if seed and (folder / "summary.json").exists() and task.exists():
+                found = read_json(task)
+                score = Interval(*(np.array(found[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
+                runs.append(
+                    FamilyRun(arm, int(seed[1]), folder.name, Probed.load(folder / "probes.parquet"), score)
+                )  # fmt: skip
+    return runs
+
+
+def folder_of(checkpoint: str) -> Path:
+    """The run's folder, by its name or its own path."""
+    return Path(checkpoint) if Path(checkpoint).is_absolute() else runs_root() / "01_pretrain" / checkpoint
+
+
+def demonstrate(
+    settings: FamilyRunsSettings, folder: Path, *, progress: Callable[[str, int, int], None] | None = None
+) -> list[FamilyRun]:
+    """A few steps of each family, from scratch, on a few scenes: the whole way, and no result."""
+    make_regions(
+        folder / "regions",
+        RegionSettings(scenes=FEW_SCENES, width=32, train=TrainSettings(epochs=1, images=32), workers=0),
+        progress=False,
+    )
+    scenes = {f"scenes.{key}": getattr(FEW_SCENES, key) for key in ("images", "val", "test")}
+    short = {"train.images": 8}
+    runs = []
+    for number, arm in enumerate(FAMILIES):
+        settings_of = pretrain_settings(
+            visual=ARMS[arm].visual, masking="random", init_visual="", steps=settings.steps,
+            regions=str(folder / "regions") if ARMS[arm].visual == "regions" else "",
+            overrides=short | {f"data.{key}": value for key, value in scenes.items()} | {"data.workers": 0},
+        )  # fmt: skip
+        run = open_folder(folder / arm, "01_pretrain", settings_of)
+        prepared = prepare(settings_of)
+        pretrain(run, prepared, settings_of)
+        probed = probe(prepared.model, prepared.splits["val"], images=settings.images)
+        task = finetune_settings(
+            checkpoint=str(run.folder), steps=settings.steps,
+            overrides=short | scenes | {"workers": 0, "answer_count": 2},
+        )  # fmt: skip
+        asked = prepare_task(task)
+        finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", task), asked, task)
+        score = evaluate_task(asked.model, asked.splits["val"]).interval()
+        runs.append(FamilyRun(arm, 0, str(run.folder), probed, score))
+        if progress:
+            progress("demonstration", number + 1, len(FAMILIES))
+    return runs
