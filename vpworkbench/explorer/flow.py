@@ -19,7 +19,10 @@ from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, 
 
 HEIGHT = 560
 MENU = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
-"""Left out of plotly's menu, which would send the chart to a cloud, and cover the title of the last panel: dragging zooms, a double click resets."""
+"""Left out of plotly's menu, which would upload the chart, and cover the title of the last panel.
+
+Dragging zooms, a double click resets.
+"""
 ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 
 
