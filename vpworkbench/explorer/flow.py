@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import ipywidgets
@@ -153,9 +154,10 @@ class FlowView:
         self._figure = _empty([reading.subject.name for reading in self.readings],
                               [reading.layers for reading in self.readings])  # fmt: skip
         self._draw()  # while it is no widget: what is told a view that is being made can be lost
-        self._figure = go.FigureWidget(self._figure)
+        self._figure = _widget_class()(self._figure)
         self._figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
                                 "modeBarButtonsToRemove": MENU}  # fmt: skip
+        self._figure.open()
         for number, trace in enumerate(self._triangles()):
             trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
         self.widget.children = (self.note, self.save, self._figure, row(self.layer), row(*self._maps))
@@ -202,6 +204,21 @@ class FlowView:
                                      strict=True):  # fmt: skip
                 trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
         self.changed()
+
+
+@cache
+def _widget_class() -> type[go.FigureWidget]:
+    """plotly's widget, opened when it holds its data.
+
+    By itself it opens first, and tells the data afterwards: a view that the page makes at once can miss them.
+    """
+
+    class Filled(go.FigureWidget):
+        def open(self) -> None:
+            if self._widget_data:
+                super().open()
+
+    return Filled
 
 
 def _traces(figure: go.Figure, number: int) -> list[Any]:
