@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import ipywidgets
@@ -18,8 +19,11 @@ from vpworkbench.explorer.widgets import Chart, Maps
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
 
 HEIGHT = 560
-MENU = ["select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
-"""Left out of plotly's menu, which would cover the title of the last panel: dragging zooms, a double click resets."""
+MENU = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+"""Left out of plotly's menu, which would upload the chart, and cover the title of the last panel.
+
+Dragging zooms, a double click resets.
+"""
 ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 
 
@@ -69,7 +73,6 @@ class FlowView:
         """Build what is drawn, where it is not there yet."""
         if self._figure is None:
             self._build()
-            self._draw()
 
     def show(self, readings: Sequence[Reading]) -> None:
         """Look at new readings."""
@@ -83,7 +86,8 @@ class FlowView:
         if [one.name for one in self._triangles()] != [one.subject.name for one in self.readings]:
             self._drop()
             self._build()
-        self._draw()
+        else:
+            self._draw()
 
     def _draw(self) -> None:
         with self.figure.batch_update():
@@ -143,16 +147,19 @@ class FlowView:
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _build(self) -> None:
-        figure = _empty([reading.subject.name for reading in self.readings], [one.layers for one in self.readings])
-        self._figure = go.FigureWidget(_fill(figure, self.readings))
-        self._figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
-                                "modeBarButtonsToRemove": MENU}  # fmt: skip
-        for number, trace in enumerate(self._triangles()):
-            trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
         self._maps = [
             Maps(values=np.zeros((1, 1, 1)), names=["A"], row_name="query", column_name="key", percent=True,
                  width=WIDTH // 2) for _ in self.readings
         ]  # fmt: skip
+        self._figure = _empty([reading.subject.name for reading in self.readings],
+                              [reading.layers for reading in self.readings])  # fmt: skip
+        self._draw()  # while it is no widget: what is told a view that is being made can be lost
+        self._figure = _widget_class()(self._figure)
+        self._figure._config = {"displaylogo": False, "toImageButtonOptions": {"format": "svg", "filename": "flow"},
+                                "modeBarButtonsToRemove": MENU}  # fmt: skip
+        self._figure.open()
+        for number, trace in enumerate(self._triangles()):
+            trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
         self.widget.children = (self.note, self.save, self._figure, row(self.layer), row(*self._maps))
 
     def _triangles(self) -> list[go.Heatmap]:
@@ -197,6 +204,21 @@ class FlowView:
                                      strict=True):  # fmt: skip
                 trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
         self.changed()
+
+
+@cache
+def _widget_class() -> type[go.FigureWidget]:
+    """plotly's widget, opened when it holds its data.
+
+    By itself it opens first, and tells the data afterwards: a view that the page makes at once can miss them.
+    """
+
+    class Filled(go.FigureWidget):
+        def open(self) -> None:
+            if self._widget_data:
+                super().open()
+
+    return Filled
 
 
 def _traces(figure: go.Figure, number: int) -> list[Any]:

@@ -50,6 +50,6 @@ if (held.figures.length) {
   document.querySelectorAll("[data-figure]").forEach((element, place) => {
     const { data, layout } = held.figures[place];
     alive(element);
-    Plotly.newPlot(element, data, layout, { displaylogo: false });
+    Plotly.newPlot(element, data, layout, { displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud"] });
   });
 }
