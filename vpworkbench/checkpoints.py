@@ -149,6 +149,13 @@ class Checkpoints:
         return sorted((folder for folder, number in numbers.items() if number.isdecimal()), key=_number)
 
 
+def save_weights(model: nn.Module, folder: str | Path) -> None:
+    """Write `model.safetensors` of any module."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(tensors, Path(folder) / "model.safetensors")
+
+
 def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 

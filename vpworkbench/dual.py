@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import BertModel
 
+from vpworkbench.checkpoints import save_weights
 from vpworkbench.config import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.data.batches import Words, stack_images
 from vpworkbench.data.records import Picture
@@ -145,7 +145,7 @@ class Projection(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors`."""
-        _save(self, folder)
+        save_weights(self, folder)
 
 
 class DualEncoder(nn.Module):
@@ -197,13 +197,7 @@ class DualEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors`."""
-        _save(self, folder)
-
-
-def _save(model: nn.Module, folder: str | Path) -> None:
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(tensors, Path(folder) / "model.safetensors")
+        save_weights(self, folder)
 
 
 @dataclass(frozen=True)

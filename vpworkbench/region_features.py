@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from vpworkbench.alignment import save_weights
+from vpworkbench.checkpoints import save_weights
 from vpworkbench.config import RegionSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at
