@@ -121,7 +121,7 @@ def test_a_page_answers_the_pointer_and_saves(opened: Any, tmp_path: Path) -> No
     stage = opened.locator(".vpw-panels .vpw-stage").nth(0)
     box = stage.bounding_box()
     stage.click(position={"x": 0.6 * box["width"], "y": 0.1 * box["height"]})
-    assert opened.locator(".vpw-panels .vpw-status").text_content().startswith("token 2 (row 1, column 3)")
+    assert opened.locator(".vpw-panels .vpw-status").first.text_content().startswith("token 2 (row 1, column 3)")
     mark = opened.locator(".vpw-panels .vpw-picked").nth(1).evaluate("element => element.style.left")
     assert mark == "50%"
     with opened.expect_download() as download:

@@ -271,14 +271,13 @@ def test_a_loss_that_explodes_stops_the_run(scenes):
         run_of(scenes, "wild", optim=optim, steps=30)
 
 
-def test_out_of_memory_names_an_accumulation_that_fits(scenes_folder, tmp_path):
+def test_out_of_memory_names_the_accumulation_that_fits(scenes_folder, tmp_path):
     process = start(scenes_folder, tmp_path, settings(**{"train.images": 48}), memory_mib=200)
     process.join(120)
     end = (tmp_path / "01_pretrain" / "a" / "end.txt").read_text()
     assert end.startswith("TrainingError: out of memory with 48 images at once: train.accumulate "), end
     named = int(end.split("train.accumulate ")[1].split()[0])
-    finish(scenes_folder, tmp_path, settings(**{"train.images": 48, "train.accumulate": named}),
-           name="b", memory_mib=200)  # fmt: skip
+    assert 1 < named <= 48 and 48 % named == 0
 
 
 class Dying(GroupBatches):

@@ -7,6 +7,7 @@ of one process, and a step of many micro-batches has nothing to gain from adding
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -77,9 +78,16 @@ def join(device: torch.device) -> Processes:
 
     if not distributed.is_initialized():  # gloo beside nccl: counts are added on the host
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
     state = PartialState(cpu=device.type == "cpu")
     own = state.device if device.type == "cuda" else device  # not cpu:0, which safetensors refuses
     return Processes(own, state.process_index, state.num_processes)
+
+
+def _leave() -> None:
+    """End the group before the interpreter: its threads, still running then, would abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def launched() -> bool:
