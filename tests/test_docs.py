@@ -38,12 +38,16 @@ class Row(NamedTuple):
     tests: str
 
 
-def rows() -> list[Row]:
-    text = (REPOSITORY / "docs" / "paper_to_code.md").read_text(encoding="utf-8")
+def table_rows(page: str) -> list[list[str]]:
+    """Cells of the tables with six columns, headings too; a page's other tables have two."""
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line] for line in lines]
-    assert {len(line) for line in cells} == {2, 6}, "a table has a row of another length"
-    return [Row(*line) for line in cells if len(line) == 6 and line[2] not in ("status", "---")]
+    assert {len(line) for line in lines} == {2, 6}, "a table has a row of another length"
+    return [[cell.strip() for cell in line] for line in lines if len(line) == 6]
+
+
+def rows() -> list[Row]:
+    return [Row(*line) for line in table_rows("paper_to_code.md") if line[2] not in ("status", "---")]
 
 
 ROWS = rows()
@@ -133,10 +137,7 @@ class System(NamedTuple):
 
 
 def systems() -> list[System]:
-    text = (REPOSITORY / "docs" / "systems.md").read_text(encoding="utf-8")
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert {len(line) for line in lines} == {2, 6}, "a table has a row of another length"
-    return [System(*line) for line in lines if len(line) == 6 and line[0] not in ("system", "---")]
+    return [System(*line) for line in table_rows("systems.md") if line[0] not in ("system", "---")]
 
 
 def test_every_system_of_the_paper_has_a_row():
