@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 from vpworkbench import family_runs, figures
-from vpworkbench.config import SettingsError, family_runs_settings
+from vpworkbench.config import SettingsError, family_runs_settings, finetune_settings
 from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.probes.dataset import SPANS, Probed
-from vpworkbench.runs import Run, runs_root, shipped_run
+from vpworkbench.runs import Run, open_folder, runs_root, shipped_run
 
 
 def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
@@ -40,8 +40,8 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
         for value in trained.values()
     }
     assert len(equal) == 1
-    masks = {trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILIES}
-    assert masks == {"random"}
+    masks = [trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILIES]
+    assert masks == ["random"] * 4 + ["code"] and trained["families-grid-code-0"].visual.dictionary == 2048
 
 
 def test_intervals_over_seeds_and_images():
@@ -60,7 +60,7 @@ def test_intervals_over_seeds_and_images():
     assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
 
 
-def finished(name: str, flow: float, score: float, pictures: str = "abcdef") -> None:
+def finished(name: str, flow: float, score: float, pictures: str = "abcdef", steps: int = 400) -> None:
     """A run that is pre-trained, probed and fine-tuned: the shipped model, with numbers of ours."""
     shutil.copytree(shipped_run(), runs_root() / "01_pretrain" / name)
     rng = np.random.default_rng(0)
@@ -68,9 +68,10 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef") -> 
     for span, values in spans.items():
         values[:, *np.triu_indices(3)] = (flow if span == "flow" else 0.3) + 0.01 * rng.random((6, 6))
     probed = Probed(**spans, nmi=rng.random((6, 4)), examples=tuple(pictures))
-    for notebook in ("02_probe", "04_finetune"):
-        (runs_root() / notebook / name).mkdir(parents=True)
+    (runs_root() / "02_probe" / name).mkdir(parents=True)
     probed.save(runs_root() / "02_probe" / name / "probes.parquet")
+    asked = finetune_settings(checkpoint=name, steps=steps)
+    open_folder(runs_root() / "04_finetune" / name, "04_finetune", asked)
     Run(runs_root() / "02_probe" / name, None).write_summary(images=6)
     Run(runs_root() / "04_finetune" / name, None).write_summary(
         vqa_score=score, vqa_score_low=score - 0.02, vqa_score_high=score + 0.02
@@ -87,6 +88,7 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     settings = family_runs_settings()
     found = family_runs.compared(settings, Run(runs_folder, settings))
     assert [(run.arm, run.seed) for run in found.runs] == [("swin-random", 0), ("swin-random", 1), ("grid-none", 0)]
+    assert {run.steps for run in found.runs} == {(3500, 400)}
     assert found.over == "1 to 2 seeds and 6 images" and found.names() == {
         "swin-random": "Swin, random MFR (36 tokens)"
     }
@@ -111,6 +113,13 @@ def test_runs_on_different_pictures_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, pictures="ghijkl")
     with pytest.raises(SettingsError, match="read different pictures"):
+        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+
+
+def test_runs_of_different_lengths_are_refused(runs_folder):
+    finished("families-swin-random-0", 0.4, 0.5)
+    finished("families-swin-none-0", 0.4, 0.5, steps=300)
+    with pytest.raises(SettingsError, match=r"numbers of steps \(\(3500, 300\), \(3500, 400\)\)"):
         family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
 
 

@@ -54,9 +54,10 @@ class Arm:
     visual, masking : str
         Parameters of `01_pretrain`.
     start : str
-        The run of `00_visual_init` that it begins with; "" where it needs none (the shipped Swin, given features).
+        The run of `00_visual_init` that it begins with, a key of `STARTS`; "" where it needs none (the shipped Swin,
+        given features).
     overrides : dict
-        Further settings, of the start too.
+        Further settings.
     """
 
     label: str
@@ -67,18 +68,22 @@ class Arm:
 
 
 DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t, of the same kind: R101 beside R50
+STARTS = {"grid": ("grid", {}), "patch": ("patch", {}), "deep": ("grid", DEEPER)}
+"""Visual family and further settings of the runs of `00_visual_init`."""
 ARMS = {
     "swin-random": Arm("Swin, random MFR", "swin", "random"),
     "grid-random": Arm("grid CNN", "grid", "random", "grid"),
     "patch-random": Arm("patches", "patch", "random", "patch"),
     "regions-random": Arm("regions", "regions", "random"),
+    "grid-code": Arm("grid CNN, codes (SOHO)", "grid", "code", "grid", {"visual.dictionary": 2048}),
     "grid-none": Arm("small CNN (R50's place)", "grid", "none", "grid"),
     "deep-none": Arm("deeper CNN (R101's place)", "grid", "none", "deep", DEEPER),
     "swin-none": Arm("Swin, no MFR", "swin", "none"),
     "swin-attention": Arm("Swin, attention MFR", "swin", "attention"),
 }
-FAMILIES = ("swin-random", "grid-random", "patch-random", "regions-random")
-"""The four families, alike in their objectives: only Swin could mask by attention."""
+FAMILIES = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
+"""The four families, alike in their objectives, as only Swin could mask by attention; last, the grid as SOHO has it,
+with a dictionary and its objective, MVM in MFR's place."""
 TABLE_5 = ("grid-none", "deep-none", "swin-none", "swin-random", "swin-attention")
 
 
@@ -91,6 +96,8 @@ class FamilyRun(NamedTuple):
         What `load_run` takes.
     score : Interval
         Of the scenes' VQA, over its questions.
+    steps : tuple of int
+        Of pre-training and of fine-tuning.
     """
 
     arm: str
@@ -98,6 +105,7 @@ class FamilyRun(NamedTuple):
     checkpoint: str
     probed: Probed
     score: Interval
+    steps: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -216,11 +224,12 @@ def _interval(seeds: np.ndarray, variance: np.ndarray) -> Interval:
 def calls(settings: FamilyRunsSettings) -> list[str]:
     """The commands that make the runs, in their order; each goes on where it was stopped."""
     root, prefix = runs_root(), settings.prefix
+    length = {"steps": settings.length, "checkpoint_every": 200}
     regions = root / "regions" / prefix
     lines = [["vpw", "regions", "scenes", str(regions), "--epochs", "8"]]
-    for start, arm in {arm.start: arm for arm in ARMS.values() if arm.start}.items():
-        lines.append(_call("00_visual_init", f"{prefix}-{start}", visual=arm.visual, images=0, epochs=0,
-                           checkpoint_every=200, overrides=arm.overrides))  # fmt: skip
+    for start, (visual, overrides) in STARTS.items():
+        lines.append(_call("00_visual_init", f"{prefix}-{start}", visual=visual, images=0, epochs=0,
+                           checkpoint_every=200, overrides=overrides))  # fmt: skip
     for seed in range(settings.seeds):
         for key, arm in ARMS.items():
             name = f"{prefix}-{key}-{seed}"
@@ -230,11 +239,10 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
                 more["init_visual"] = str(file)
             if arm.visual == "regions":
                 more["regions"] = str(regions)
-            lines.append(_call("01_pretrain", name, visual=arm.visual, masking=arm.masking, seed=seed, steps=0,
-                               checkpoint_every=200, **more))  # fmt: skip
+            lines.append(_call("01_pretrain", name, visual=arm.visual, masking=arm.masking, seed=seed, **length,
+                               **more))  # fmt: skip
             lines.append(_call("02_probe", name, checkpoint=name, images=PROBED))
-            lines.append(_call("04_finetune", name, task="vqa", checkpoint=name, seed=seed, steps=0,
-                               checkpoint_every=200))  # fmt: skip
+            lines.append(_call("04_finetune", name, task="vqa", checkpoint=name, seed=seed, **length))
     return [shlex.join(line) for line in lines]
 
 
@@ -250,11 +258,16 @@ def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
     Raises
     ------
     SettingsError
-        For runs that were probed on different pictures.
+        For runs that were probed on different pictures, or trained for different lengths.
     """
     runs = found_runs(settings.prefix)
     if len({run.probed.examples for run in runs}) > 1:
         raise SettingsError(f"prefix {settings.prefix!r}: its runs of 02_probe read different pictures; see `calls`")
+    if len(lengths := {run.steps for run in runs}) > 1:
+        raise SettingsError(
+            f"prefix {settings.prefix!r}: its runs were pre-trained and fine-tuned for different numbers of steps "
+            f"({', '.join(map(str, sorted(lengths)))}); see `calls`"
+        )
     if runs:
         counts = sorted({len([one for one in runs if one.arm == arm]) for arm in {one.arm for one in runs}})
         seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -281,10 +294,14 @@ def found_runs(prefix: str) -> list[FamilyRun]:
             if seed and (folder / "summary.json").exists() and task.exists():
                 found = read_json(task)
                 score = Interval(*(np.array(found[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
-                runs.append(
-                    FamilyRun(arm, int(seed[1]), folder.name, Probed.load(folder / "probes.parquet"), score)
-                )  # fmt: skip
+                probed = Probed.load(folder / "probes.parquet")
+                steps = (_steps(folder_of(folder.name)), _steps(task.parent))
+                runs.append(FamilyRun(arm, int(seed[1]), folder.name, probed, score, steps))
     return runs
+
+
+def _steps(folder: Path) -> int:
+    return int(read_json(folder / "config.json")["settings"]["train"]["steps"])
 
 
 def folder_of(checkpoint: str) -> Path:
@@ -306,9 +323,10 @@ def demonstrate(
     runs = []
     for number, arm in enumerate(FAMILIES):
         settings_of = pretrain_settings(
-            visual=ARMS[arm].visual, masking="random", init_visual="", steps=settings.steps,
+            visual=ARMS[arm].visual, masking=ARMS[arm].masking, init_visual="", steps=settings.steps,
             regions=str(folder / "regions") if ARMS[arm].visual == "regions" else "",
-            overrides=short | {f"data.{key}": value for key, value in scenes.items()} | {"data.workers": 0},
+            overrides=short | ARMS[arm].overrides | {f"data.{key}": value for key, value in scenes.items()}
+            | {"data.workers": 0},
         )  # fmt: skip
         run = open_folder(folder / arm, "01_pretrain", settings_of)
         prepared = prepare(settings_of)
@@ -321,7 +339,7 @@ def demonstrate(
         asked = prepare_task(task)
         finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", task), asked, task)
         score = evaluate_task(asked.model, asked.splits["val"]).interval()
-        runs.append(FamilyRun(arm, 0, str(run.folder), probed, score))
+        runs.append(FamilyRun(arm, 0, str(run.folder), probed, score, (settings.steps, settings.steps)))
         if progress:
             progress("demonstration", number + 1, len(FAMILIES))
     return runs

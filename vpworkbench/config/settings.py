@@ -429,5 +429,8 @@ class FamilyRunsSettings(Settings):
 
     prefix: str = Field("families", pattern=r"[\w][\w.-]*", description="of the runs' names")
     seeds: int = Field(3, ge=1, le=100, description="of each arm, in the list of calls")
+    length: int = Field(
+        0, ge=0, description="optimiser steps of each listed pre-training and fine-tuning; 0: the presets'"
+    )
     steps: int = Field(6, ge=1, description="of the demonstration")
     images: int = Field(16, ge=2, description="probed in the demonstration")
