@@ -25,7 +25,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import numpy as np
 import plotly.graph_objects as go
 import torch
@@ -333,6 +332,8 @@ def _open(
     browser: Any, address: str, folder: Path, name: str, cells: Sequence[str], last: str
 ) -> tuple[Any, float, float]:
     """Run all cells of a notebook in the page; seconds until the first view is drawn, and until all are there."""
+    import nbformat  # not where the kernel that is measured imports this module
+
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELLS[cell].strip()) for cell in cells])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, folder / f"{name}.ipynb")

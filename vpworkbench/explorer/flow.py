@@ -17,6 +17,7 @@ from vpworkbench.explorer.parts import WIDTH, Note, column, row, unheard
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Chart, Maps
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
+from vpworkbench.imports import collector_off
 
 HEIGHT = 560
 MENU = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
@@ -213,7 +214,10 @@ def _widget_class() -> type[go.FigureWidget]:
     By itself it opens first, and tells the data afterwards: a view that the page makes at once can miss them.
     """
 
-    class Filled(go.FigureWidget):
+    with collector_off():  # plotly imports its widget where it is first named
+        widget = go.FigureWidget
+
+    class Filled(widget):
         def open(self) -> None:
             if self._widget_data:
                 super().open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,7 +80,7 @@ def sentence(view: WordsView, number: int) -> bytes:
 
 
 def curves(view: FlowView) -> bytes:
-    """PNG of triangle, curves, NMI and tokens of the first model."""
+    """PNG of the first model's triangle and tokens beside the curves of all."""
     reading = view.readings[0]
     figure = _figure(940, 260)
     axes = figure.subplots(1, 5)
@@ -87,7 +88,9 @@ def curves(view: FlowView) -> bytes:
     for number, one in enumerate(view.readings):
         _curves(axes[1], one.flow[0], one.null[0], "F from the input", PALETTE[number])
         _curves(axes[2], one.flow.diagonal(), one.null.diagonal(), "F within layer", PALETTE[number])
-        axes[3].plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=PALETTE[number])
+        axes[3].plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=PALETTE[number], label=one.subject.name)
+    if len(view.readings) > 1:
+        axes[3].legend(fontsize=6)
     axes[3].set(title="NMI", ylim=(-0.03, 1.03), xlabel="layer (0: input)")
     points = reading.map[min(view.layer.value, len(reading.map) - 1)]
     for chosen, colour, name in zip(reading.counted, (LANGUAGE, VISION), ("language", "vision"), strict=True):
@@ -174,8 +177,12 @@ def _curves(axes: Axes, values: np.ndarray, null: np.ndarray, title: str, colour
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, rows: str, columns: str, *, low: float | None = None,
             high: float | None = None) -> None:  # fmt: skip
+    """Rows and columns are counted from one, as layers and heads are."""
     axes.imshow(values, cmap=COLOURS.lower(), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.set(title=title, ylabel=rows, xlabel=columns)
+    for axis, count in zip((axes.yaxis, axes.xaxis), values.shape, strict=True):
+        places = np.arange(0, count, max(1, math.ceil(count / 6)))
+        axis.set_ticks(places, places + 1)
 
 
 def _cut(text: str, letters: int) -> str:
