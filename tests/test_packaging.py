@@ -1,5 +1,6 @@
 """pyproject.toml and environment.yml ask for the same things, and what is installed is new enough."""
 
+import gc
 import importlib.metadata
 import re
 import tomllib
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from vpworkbench.imports import collector_off
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -43,3 +46,10 @@ def test_the_package_says_that_it_is_typed():
 def test_the_command_is_there():
     module, function = PROJECT["scripts"]["vpw"].split(":")
     assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+def test_modules_are_imported_without_the_collector():
+    with pytest.raises(ImportError), collector_off():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
