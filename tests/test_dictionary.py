@@ -157,9 +157,8 @@ def test_accumulation_changes_neither_the_losses_nor_the_codes(scenes):
     batch = group_batches(scenes, model, few().data, images=8, seed=0)[0]
     states = []
     for count in (1, 4):
-        twin = narrow_model(scenes, family="grid", dictionary=16).double()
+        twin = narrow_model(scenes, family="grid", dictionary=16, frozen_norm=True).double()
         twin.load_state_dict(model.state_dict())
-        twin.visual.freeze_norm = True
         for module in twin.train().modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

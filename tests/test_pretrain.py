@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
+from safetensors.torch import save_file
 
 from vpworkbench.config import SettingsError, pretrain_settings
 from vpworkbench.data.formats import read_pictures
@@ -16,9 +17,10 @@ from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.scene_files import write_scenes
 from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.data.splits import scenes_folder
-from vpworkbench.model import CheckpointError
+from vpworkbench.model import CheckpointError, VisualParsingModel
 from vpworkbench.pretrain import (
     Pretraining,
+    build_model,
     build_tokenizer,
     effective_rank,
     evaluate,
@@ -27,6 +29,7 @@ from vpworkbench.pretrain import (
     prepare,
     pretrain,
     probe,
+    with_words_of,
 )
 from vpworkbench.runs import open_run
 from vpworkbench.visual import VisualTokens
@@ -171,3 +174,17 @@ def test_data_without_held_out_images(tmp_path, scenes):
 def test_unknown_start_is_refused_before_training():
     with pytest.raises((SettingsError, CheckpointError), match="nowhere"):
         prepare(few(init_visual="/nowhere/swin.safetensors"))
+
+
+def test_batch_norm_of_weights_that_were_taken_over_stays_frozen(tmp_path):
+    """Also in what is saved, and with words that came later; from scratch it follows its batches."""
+    settings = pretrain_settings(visual="grid", init_visual="")
+    scratch, _ = build_model(settings, build_tokenizer(["a red ball"]))
+    save_file(scratch.visual.state_dict(), tmp_path / "visual.safetensors")
+    taken = settings.with_overrides({"init_visual": str(tmp_path / "visual.safetensors")})
+    model, _ = build_model(taken, build_tokenizer(["a red ball"]))
+    model.save_pretrained(tmp_path / "saved")
+    saved = VisualParsingModel.from_pretrained(tmp_path / "saved")
+    for one in (model, saved, with_words_of(saved, ["a blue ring"])):
+        assert not one.train().visual.network.bn1.training
+    assert scratch.train().visual.network.bn1.training and not scratch.visual.settings.frozen_norm

@@ -46,8 +46,7 @@ def dictionary(scenes) -> dict[str, torch.Tensor]:
     Batch norm is frozen, as where weights are taken over: from scratch it follows the batches of each process.
     """
     processes = join(torch.device("cpu"))
-    model = narrow_model(scenes, family="grid", dictionary=24).double()
-    model.visual.freeze_norm = True
+    model = narrow_model(scenes, family="grid", dictionary=24, frozen_norm=True).double()
     for module in model.train().modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

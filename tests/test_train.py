@@ -129,8 +129,7 @@ def test_alignment_stays_in_float32_under_autocast(scenes):
 
 
 def test_pretrained_batch_norm_is_frozen_and_then_accumulation_is_exact(scenes):
-    model = narrow_model(scenes, family="grid").double()
-    model.visual.freeze_norm = True
+    model = narrow_model(scenes, family="grid", frozen_norm=True).double()
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -115,9 +115,17 @@ def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tup
     reports = []
     if settings.init_visual:
         reports.append(initialise_visual(model.visual, settings.init_visual, preset=settings.preset))
+        _keep_statistics(model)
     if settings.init_text:
         reports.append(initialise_text(model.fusion, settings.init_text))
     return model, reports
+
+
+def _keep_statistics(model: VisualParsingModel) -> None:
+    """Freeze batch norm, where there is one: its weights were taken over. What is saved of the model says so."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.visual.modules()):
+        model.settings = model.settings.with_overrides({"visual.frozen_norm": True})
+        model.visual.settings = model.settings.visual
 
 
 def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings]:
@@ -138,8 +146,11 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
     for place in places:
         folder = place.parent if place.name == "checkpoint" else place
         if (folder / "config.json").exists() and (folder / "checkpoint" / "model.safetensors").exists():
-            settings = json.loads((folder / "config.json").read_text())["settings"]
-            return VisualParsingModel.from_pretrained(folder / "checkpoint"), checked(PretrainSettings, settings)
+            settings = checked(PretrainSettings, json.loads((folder / "config.json").read_text())["settings"])
+            model = VisualParsingModel.from_pretrained(folder / "checkpoint")
+            if settings.init_visual:
+                _keep_statistics(model)
+            return model, settings
     raise CheckpointError(f"no finished pre-training run at {' nor at '.join(map(str, places))}; `vpw runs` lists them")
 
 

@@ -199,15 +199,14 @@ class GridFeatures(_Visual):
         self.network = network
         self.width = network.num_features
         self.dictionary = Dictionary(settings.dictionary, self.width) if settings.dictionary else None
-        self.freeze_norm = False
 
     def train(self, mode: bool = True) -> GridFeatures:
-        """With `freeze_norm` (set where weights are taken over) batch norm keeps its statistics, as in DETR.
+        """With `frozen_norm` (set where weights are taken over) batch norm keeps its statistics, as in DETR.
 
         From scratch it must follow its batches, and then accumulation is not exact.
         """
         super().train(mode)
-        if self.freeze_norm:
+        if self.settings.frozen_norm:
             for module in self.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()

@@ -117,8 +117,6 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
         For weights that are not there or fit nothing; the remedy is named.
     """
     settings: VisualSettings = visual.settings
-    if hasattr(visual, "freeze_norm"):
-        visual.freeze_norm = True
     if source == "scenes":
         file = shipped_visual(preset, settings.family)
         if not file.exists():
@@ -272,8 +270,8 @@ def initialise_text(fusion: Fusion, source: str) -> KeyReport:
 
 
 def new_visual(settings: VisualSettings, source: str, *, preset: str) -> nn.Module:
-    """A visual side, started from `source` unless that is empty."""
-    visual = build_visual(settings)
+    """A visual side, started from `source` unless that is empty; batch norm then keeps its statistics."""
+    visual = build_visual(settings.model_copy(update={"frozen_norm": bool(source)}))
     if source:
         initialise_visual(visual, source, preset=preset)
     return visual

@@ -37,6 +37,9 @@ class VisualSettings(Settings):
     backbone: str = Field("resnet10t", description="grid: any timm CNN")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
+    frozen_norm: bool = added(
+        False, description="grid: batch norm keeps its statistics; so it is wherever weights are taken over"
+    )
     dictionary: int = added(0, ge=0, le=65_536, description="grid: codes of SOHO's visual dictionary (2048); 0: none")
     sampled: int = added(
         0, ge=0, description="tokens of each image that pre-training sees, drawn at random (Pixel-BERT); 0: all"
