@@ -4,12 +4,15 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -196,3 +199,22 @@ def test_five_hundred_images_a_second(tmp_path: Path):
     speed = 4000 / (time.perf_counter() - start)
     print(f"{speed:.0f} images/s with load {os.getloadavg()[0]:.1f}")
     assert speed >= 500
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    """Also where it is killed, so that it can stop nobody."""
+    code = (
+        "from pathlib import Path; from vpworkbench.data.scene_files import write_scenes; "
+        "from vpworkbench.data.scenes import SceneSettings; "
+        f"write_scenes(Path({str(tmp_path / 'made')!r}), SceneSettings(images=20_000), processes=2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    parent, until = psutil.Process(process.pid), time.monotonic() + 60
+    while len(workers := parent.children(recursive=True)) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(workers) == 2
+    time.sleep(0.5)  # they work
+    process.kill()
+    process.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -164,7 +166,7 @@ def _parts(tasks: list[tuple], processes: int, stack: ExitStack) -> Iterator[_Pa
     if processes <= 1:
         yield from map(_make_part, tasks)
         return
-    pool = ProcessPoolExecutor(processes, initializer=_ignore_interrupt)
+    pool = ProcessPoolExecutor(processes, initializer=_serve_parent)
     stack.callback(pool.shutdown, cancel_futures=True)
     waiting = iter(tasks)
     ahead = [pool.submit(_make_part, task) for task in islice(waiting, 3 * processes)]
@@ -173,8 +175,15 @@ def _parts(tasks: list[tuple], processes: int, stack: ExitStack) -> Iterator[_Pa
         ahead += [pool.submit(_make_part, task) for task in islice(waiting, 1)]
 
 
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+def _serve_parent() -> None:
+    """Leave it to the parent to stop the workers; where it is killed, end, as nobody else would end them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _make_part(task: tuple[SceneSettings, str, int, int]) -> _Part:
