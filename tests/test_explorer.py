@@ -20,9 +20,10 @@ from conftest import narrow_model
 from PIL import Image
 from test_explorer_readings import llava, vilt, wide_model
 
+from vpworkbench.config import pretrain_settings
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.data.regions import write_regions
-from vpworkbench.examples import fill_mask, match_probability
+from vpworkbench.examples import fill_mask, mask_errors, match_probability, pick_objects, token_objects
 from vpworkbench.explorer import Explorer, explore
 from vpworkbench.explorer.widgets import Panels
 from vpworkbench.model import VisualParsingModel
@@ -99,6 +100,19 @@ def test_reconstruction_errors_are_those_of_mfr(view: Explorer, model: VisualPar
     hidden = masked[0].numpy()
     np.testing.assert_allclose(table.attention_error[hidden], wanted.numpy()[hidden], rtol=1e-4)
     assert table.attention_error[~hidden].isna().all() and hidden.sum() == 5
+
+
+def test_mean_errors_of_pictures_are_those_of_their_views(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    settings = pretrain_settings(init_visual="")
+    found, means = mask_errors(model, scenes[:3], settings, seed=4), []
+    noise = pick_objects(token_objects(scenes[:3], 6), seed=4)
+    for picture, drawn in zip(scenes[:3], noise, strict=True):
+        view = explore(model, [picture], views=("masks",)).say(picture.captions[0])
+        table = view.pick(int(drawn.argmax()), k=settings.mask.tokens_of(settings.visual)).tables()["masks"]
+        means.append(table.attention_error[table.attention_mask > 0].mean())
+        view.close()
+    assert found["attention"].mean == pytest.approx(np.mean(means), rel=1e-4)
+    assert found["difference"].mean == pytest.approx(found["attention"].mean - found["random"].mean)
 
 
 def test_share_of_the_mask_on_the_object(view: Explorer, scenes: list[Picture]) -> None:

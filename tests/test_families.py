@@ -378,6 +378,7 @@ def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder
         ("attention" in example.masks)
         == FAMILIES[family].parsing
         == bool(examples.mask_shares(model, pictures, trained))
+        == bool(examples.mask_errors(model, pictures, trained))
     )
     for drawn in (*example.masks.values(), *example.word_attention):
         assert drawn.shape == (example.grid**2,) and drawn.any()

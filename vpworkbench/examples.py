@@ -18,7 +18,7 @@ from vpworkbench.model import VisualParsingModel
 from vpworkbench.objectives import visual_mask
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.geometry import REGIONS_SIDE, modality_masks, painted
-from vpworkbench.probes.intervals import Interval
+from vpworkbench.probes.intervals import Interval, bootstrap_interval
 from vpworkbench.probes.masks import compare_masks, object_tokens
 
 
@@ -143,6 +143,40 @@ def mask_shares(
     masked = visual_mask(noise, mask.tokens_of(settings.visual), parsing=parsing, select=mask.select)
     compared = compare_masks(masked, noise.argmax(dim=1), objects, seed=seed)
     return {"attention": compared.share, "random": compared.random}
+
+
+@torch.no_grad()
+def mask_errors(
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
+) -> dict[str, Interval]:
+    """What is left to guess: squared error of MFR (paper Eq. 9) at the hidden tokens, mean over them and channels.
+
+    Returns
+    -------
+    dict
+        `attention` and `random`, by what hides them around the same picks, with each picture's first caption; and
+        `difference`, attention less random by picture. Empty for families without a parsing attention.
+    """
+    if not model.settings.visual.kind.parsing:
+        return {}
+    noise = pick_objects(token_objects(pictures, model.settings.visual.grid), seed=seed)
+    budget, found = settings.mask.tokens_of(settings.visual), []
+    for rows in torch.arange(len(pictures)).split(32):
+        some = [pictures[row] for row in rows.tolist()]
+        forward = model.prepare(some, [picture.captions[0] for picture in some]).forward
+        visual = model.visual(forward["images"])
+        words = {name: forward[name] for name in ("words", "word_tokens")}
+        means = []
+        for parsing in (visual.parsing.mean(dim=1), None):
+            picked = noise[rows].to(model.device)
+            hidden = visual_mask(picked, budget, parsing=parsing, select=settings.mask.select)
+            guessed = model.mfr(model.fuse(visual, **words, masked=hidden).vision)
+            errors = (guessed - visual.features).square().mean(dim=-1)
+            means.append((errors * hidden).sum(dim=1) / hidden.sum(dim=1))
+        found.append(torch.stack(means).cpu())
+    attention, random = torch.cat(found, dim=1).double().numpy()
+    each = {"attention": attention, "random": random, "difference": attention - random}
+    return {name: bootstrap_interval(values, seed) for name, values in each.items()}
 
 
 @torch.no_grad()
