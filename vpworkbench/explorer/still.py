@@ -138,19 +138,21 @@ def _png(figure: Figure) -> bytes:
 def _panel(axes: Axes, reading: Reading, kind: str, values: np.ndarray, title: str, pick: int | None = None) -> None:
     """The image under what its tokens hold, as the page draws it: where boxes overlap the smallest is seen."""
     height, width = reading.image.shape[:2]
-    shade = kind == "shade"
-    opacity = np.full((height, width), 0.8 if shade else 0.0)
-    wanted = 0.8 * (1 - values / max(values.max(initial=0), 1e-12)) if shade else 0.93 * values
+    held = np.zeros((height, width))
     edges = (reading.boxes * [width, height, width, height]).round().astype(int)
     areas = (reading.boxes[:, 2:] - reading.boxes[:, :2]).prod(axis=1)
     for place in np.argsort(-areas, kind="stable"):
         x0, y0, x1, y1 = edges[place]
-        opacity[y0:y1, x0:x1] = wanted[place]
+        held[y0:y1, x0:x1] = values[place]
     axes.imshow(reading.image)
-    if kind in ("shade", "mask"):
-        ink = np.full((height, width, 4), 0.0 if shade else 0.5)
-        ink[..., 3] = opacity
-        axes.imshow(ink)
+    ink = np.zeros((height, width, 4))
+    if kind == "shade":
+        ink[..., 3] = 0.8 * (1 - held / max(values.max(initial=0), 1e-12))
+    elif kind == "mask":
+        lines = np.add.outer(np.arange(height), np.arange(width)) % max(4, width // 24) == 0
+        ink[...] = np.where(lines[..., None], 0.5, 0.17)
+        ink[..., 3] = 0.94 * (held >= 0.5)
+    axes.imshow(ink)
     if not reading.on_grid:
         for box in reading.boxes:
             _outline(axes, reading.image, box, colour="white", width=1)

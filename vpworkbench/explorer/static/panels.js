@@ -50,7 +50,8 @@ export default widget("panels", (model, page) => {
       const context = drawPicture(stage.canvas, bitmap, width);
       if (kinds[panel] === "shade") drawShade(context, geometry, values(panel));
       if (kinds[panel] === "mask") {
-        drawBoxes(context, geometry, values(panel), (value) => `rgba(128, 128, 128, ${0.93 * value})`);
+        const hidden = hatch();
+        drawBoxes(context, geometry, values(panel), (value) => (value >= 0.5 ? hidden : "transparent"));
       }
       drawGrid(context, geometry);
       stage.element.setAttribute("aria-label", `${captions[panel]}. ${alt} Arrow keys move, Enter picks.`);

@@ -255,10 +255,26 @@ function drawShade(context, geometry, values) {
   drawBoxes(context, geometry, values, paint, "rgba(0, 0, 0, 0.8)");
 }
 
-/** The edges of all tokens: faint where they are a grid, white on black where boxes lie anywhere. */
+/** What is hidden: dark with fine lines, told from any picture. */
+function hatch(side = 8) {
+  const tile = new OffscreenCanvas(side, side);
+  const ink = tile.getContext("2d");
+  ink.fillStyle = "rgba(40, 40, 48, 0.94)";
+  ink.fillRect(0, 0, side, side);
+  [ink.strokeStyle, ink.lineWidth] = ["rgba(255, 255, 255, 0.4)", 1.2];
+  for (const shift of [-side, 0, side]) {
+    ink.moveTo(shift - 1, side + 1);
+    ink.lineTo(shift + side + 1, -1);
+  }
+  ink.stroke();
+  return ink.createPattern(tile, "repeat");
+}
+
+/** The edges of all tokens, light on dark: fainter where they are a grid than where boxes lie anywhere. */
 function drawGrid(context, geometry) {
   const { width, height } = context.canvas;
-  const lines = geometry.grid ? [[1, "rgba(150, 150, 150, 0.45)"]] : [[3, "rgba(0, 0, 0, 0.5)"], [1, "#fff"]];
+  const [dark, light] = geometry.grid ? [0.2, 0.6] : [0.5, 1];
+  const lines = [[3, `rgba(0, 0, 0, ${dark})`], [1, `rgba(255, 255, 255, ${light})`]];
   for (const [thick, colour] of lines) {
     [context.lineWidth, context.strokeStyle] = [thick, colour];
     for (let place = 0; place < geometry.count; place++) {
