@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from miniatures import coco, karpathy, lines, nlvr1, nlvr2, picture, snli_ve, table, visual_genome, vqa, written
@@ -101,6 +102,16 @@ def test_overlaps_are_found_by_id(tmp_path):
     for path in coco(tmp_path, subset="val2017").parents[1].glob("val2017/*"):
         picture(path, (250, 250, int(path.stem)))
     assert diagnose(tmp_path).warnings[0] == "coco: 2 images are in train and in val"
+
+
+def test_overlaps_of_captioned_sets_with_each_other(tmp_path):
+    """COCO and Visual Genome together, as the paper has them: one image by its content, one by its id."""
+    held_out = coco(tmp_path, subset="val2014").parents[1] / "val2014"
+    visual_genome(tmp_path, data={"coco_id": 25})
+    shutil.copy(held_out / "COCO_val2014_000000000009.jpg", tmp_path / "VG_100K_2" / "1.jpg")
+    found = diagnose(tmp_path)
+    assert found.is_sound and found.warnings == ["2 images are in train of vg and in val of coco"]
+    assert not diagnose(tmp_path / "annotations", places=tmp_path).warnings
 
 
 def test_lengths_are_counted_as_a_run_counts_them(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from miniatures import coco, karpathy, nlvr1, picture, table, visual_genome, written, zipped
 
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError
+from vpworkbench.data.records import DataError, collected_findings
 
 
 def told(pictures):
@@ -79,6 +79,15 @@ def test_visual_genome_without_image_data_or_phrases(tmp_path, caplog):
     (tmp_path / "image_data.json").unlink()
     assert [picture.id for picture in read_pictures(path)] == ["1"]
     assert "no image_data.json beside it" in caplog.text and "1 images without a region phrase" in caplog.text
+
+
+def test_broken_image_data_is_not_said_to_be_absent(tmp_path):
+    path = visual_genome(tmp_path)
+    written(tmp_path / "image_data.json", [{"image_id": "x"}])
+    with collected_findings() as findings:
+        read_pictures(path)
+    assert len(findings.faults) == 1 and "image_data.json: [0]: image_id" in findings.faults[0]
+    assert not findings.remarks
 
 
 def test_nlvr1(tmp_path):

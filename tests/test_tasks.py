@@ -263,6 +263,30 @@ def test_a_table_is_predicted_in_its_order_or_refused_whole(scenes, scenes_folde
         predict_table(answering, tmp_path / "asked.csv", images=[scenes[0].image.folder])
 
 
+def test_a_table_is_predicted_without_a_word_of_splits(scenes, answering, tmp_path, caplog):
+    (tmp_path / "a.png").write_bytes(scenes[0].image.read())
+    (tmp_path / "asked.csv").write_text("image,text,colour\na.png,what is red?,red\n")
+    assert len(predict_table(answering, tmp_path / "asked.csv")) == 1
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["columns that are not read"]
+
+
+@pytest.mark.parametrize(
+    "task, row, told",
+    [("vqa", "a.png,a.png", r"line 3 \(a.png\): 2 images, but vqa takes one image: leave image2 empty"),
+     ("nlvr2", "a.png,", r"line 3 \(a.png\): 1 images, but nlvr2 takes two images: fill image and image2"),
+     ("nlvr2", "a.png,cut.png", r"line 3 \(a.png\): .*cut.png: cannot be decoded .*; restore it or drop its record")],
+)  # fmt: skip
+def test_a_row_that_cannot_be_predicted_is_named(scenes, tmp_path, monkeypatch, task, row, told):
+    (tmp_path / "a.png").write_bytes(scenes[0].image.read())
+    (tmp_path / "cut.png").write_bytes(b"cut")
+    good = "a.png,a.png" if task == "nlvr2" else "a.png,"
+    (tmp_path / "asked.csv").write_text(f"image,image2,text\n{good},what is red?\n{row},what is red?\n")
+    model = TaskModel(narrow_model(scenes), task, ("no", "yes"))
+    monkeypatch.setattr(model, "predict_all", lambda *_: pytest.fail("something was predicted"))
+    with pytest.raises(DataError, match=rf"asked.csv: {told}"):
+        predict_table(model, tmp_path / "asked.csv")
+
+
 def test_predict_refuses_what_it_cannot_answer(scenes, answering, tmp_path):
     with pytest.raises(DataError, match="vqa takes 1 images a text, not 2"):
         answering.predict([scenes[0].image, scenes[1].image], "what is red?")
@@ -287,5 +311,8 @@ def test_vpw_predict_answers_and_tells_what_is_wrong(scenes, answering, tmp_path
     assert code == 0 and told.splitlines()[0] == "id,image,text,prediction,probability"
     code, _, wrong = vpw(tmp_path / "nowhere", "--image", image, "--text", "what?")
     assert code == 2 and "no whole fine-tuned model" in wrong
-    code, _, wrong = vpw(model, "--image", image)
-    assert code == 2 and "give --image and --text, or --table" in wrong
+    pair, table = ("--image", image, "--text", "what?"), ("--table", tmp_path / "asked.jsonl")
+    for mixed in (pair[:2], pair[2:], (*table, *pair[:2]), (*table, *pair[2:]), (*pair, "--place", tmp_path)):
+        code, told, wrong = vpw(model, *mixed)
+        assert code == 2 and not told and wrong.startswith("error: give --image and --text, or --table"), mixed
+        assert len(wrong.splitlines()) == 1

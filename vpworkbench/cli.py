@@ -198,8 +198,8 @@ def predict(
     from vpworkbench.config import SettingsError
     from vpworkbench.finetune import load_task, predict_table
 
-    if (table is None) == (not image or not text):
-        raise SettingsError("give --image and --text, or --table")
+    if (image or text) if table else (place or not image or not text):
+        raise SettingsError("give --image and --text, or --table and, where its images are elsewhere, --place")
     model = load_task(checkpoint)
     if table is not None:
         print(predict_table(model, table, images=place or ()).to_csv(index=False), end="")

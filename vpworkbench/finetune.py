@@ -11,10 +11,11 @@ import pandas as pd
 import torch
 
 from vpworkbench.config import FinetuneSettings
-from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.files import image_index, open_as, unique
+from vpworkbench.data.records import DataError, Example, ImageFile, Picture
 from vpworkbench.data.regions import input_of
 from vpworkbench.data.splits import load_examples
-from vpworkbench.data.task_formats import read_table
+from vpworkbench.data.tables import Row, read_unsplit_rows
 from vpworkbench.dual import near_captions
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
@@ -160,9 +161,12 @@ def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str |
     Raises
     ------
     DataError
-        For a broken row or a missing image, before anything is predicted.
+        For a broken row, an image that is missing or cannot be read, a wrong number of images in a row; before anything
+        is predicted.
     """
-    rows = read_table(table, "", images=images)
+    opened = open_as(table, "table")
+    rows = unique(read_unsplit_rows(opened, image_index(opened.file, images)), opened.file)
+    _check_images(rows, model)
     likeliest = [next(iter(one.items())) for one in model.predict_all([row.images for row in rows],
                                                                       [row.text for row in rows])]  # fmt: skip
     return pd.DataFrame({
@@ -172,3 +176,18 @@ def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str |
         "prediction": [label for label, _ in likeliest],
         "probability": [round(share, 4) for _, share in likeliest],
     })  # fmt: skip
+
+
+def _check_images(rows: Sequence[Row], model: TaskModel) -> None:
+    """`DataError` for the first row whose images are too few, too many or cannot be decoded."""
+    wanted = "two images: fill image and image2" if model.sides == 2 else "one image: leave image2 empty"
+    decoded: set[ImageFile] = set()
+    for row in rows:
+        if len(row.images) != model.sides:
+            raise DataError(f"{row.where}: {len(row.images)} images, but {model.task} takes {wanted}")
+        for image in (one for one in row.images if one not in decoded):
+            try:
+                image.pixels()
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}") from None
+            decoded.add(image)

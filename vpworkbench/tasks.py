@@ -125,7 +125,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.base, self.task, self.labels, self.pairing = base, task, tuple(labels), pairing
         fusion = base.settings.fusion
-        width, sides = fusion.width, 2 if task == "nlvr2" else 1
+        width = fusion.width
         self.head: nn.Module
         if task == "vqa":
             self.head = nn.Sequential(
@@ -134,7 +134,7 @@ class TaskModel(nn.Module):
         elif task == "nlvr2" and pairing == "pair-attention":
             self.head = PairAttention(width, fusion.heads, len(labels), fusion.dropout)
         else:
-            self.head = nn.Linear(sides * width, len(labels))
+            self.head = nn.Linear(self.sides * width, len(labels))
         if task == "retrieval":
             self.head.load_state_dict(base.itm.state_dict())
 
@@ -145,6 +145,11 @@ class TaskModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.base.device
+
+    @property
+    def sides(self) -> int:
+        """How many images a text is about."""
+        return 2 if self.task == "nlvr2" else 1
 
     def forward(self, images: Tensor, image_index: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Logits, (example, label); every image is encoded once.
@@ -214,13 +219,12 @@ class TaskModel(nn.Module):
     @torch.no_grad()
     def predict_all(self, images: Sequence[Any], texts: Sequence[str]) -> list[dict[str, float]]:
         """As `predict`, of text i and `images[i]`; in batches, of which each encodes an image once."""
-        sides = 2 if self.task == "nlvr2" else 1
         groups = [
             [_as_file(one) for one in (given if isinstance(given, list | tuple) else [given])] for given in images
         ]
         for group, text in zip(groups, texts, strict=True):
-            if len(group) != sides:
-                raise DataError(f"{text!r:.80}: {self.task} takes {sides} images a text, not {len(group)}")
+            if len(group) != self.sides:
+                raise DataError(f"{text!r:.80}: {self.task} takes {self.sides} images a text, not {len(group)}")
             if not text.strip():
                 raise DataError(f"an empty text for image {group[0]!s:.80}; give a question, statement or hypothesis")
         found: list[dict[str, float]] = []

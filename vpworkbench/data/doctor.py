@@ -7,10 +7,10 @@ sets as published have them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,14 @@ def diagnose(
         raise DataError(f"{path}: no set of a known format there; name an annotation file{unread}")
     files = dict.fromkeys(image for records in kinds.values() for record in records for image in images_of(record))
     readable = _readable(list(files), images, found)
-    content = image_contents(readable)
+    content = {image: image for image in files} | image_contents(readable)
     for kind, records in kinds.items():
         table = found.tables[kind] = _table(records)
         _count_longer(records, table, kind, text_tokens, tokenizer, found)
-        _compare(records, kind, {image: content.get(image, image) for image in files}, found)
+        _compare(records, kind, content, found)
         if any(getattr(record, "answers", ()) for record in records):
             _count_unanswerable(records, table, kind, answer_count, found)
+    _compare_captioned(kinds, content, found)
     return found
 
 
@@ -273,9 +274,7 @@ def _count_longer(
 def _compare(records: Sequence[Record], kind: str, content: dict[ImageFile, Any], found: Diagnosis) -> None:
     """Splits against each other, images and records among each other."""
     marks = photographs(records, content)
-    shown = {
-        split: {marks[image] for record in _of(records, split) for image in images_of(record)} for split in SPLIT_NAMES
-    }
+    shown = {split: _shown(records, split, marks) for split in SPLIT_NAMES}
     for one, other in combinations(SPLIT_NAMES, 2):
         if shared := shown[one] & shown[other]:
             found.warnings.append(f"{kind}: {len(shared)} images are in {one} and in {other}")
@@ -287,6 +286,24 @@ def _compare(records: Sequence[Record], kind: str, content: dict[ImageFile, Any]
     )
     if twice := said.total() - len(said):
         found.warnings.append(f"{kind}: {twice} texts are said of the same image again")
+
+
+def _compare_captioned(kinds: dict[str, list[Record]], content: dict[ImageFile, Any], found: Diagnosis) -> None:
+    """Splits of each captioned set against those of the others: a run may join them, as the paper does."""
+    captioned = {kind: records for kind, records in kinds.items() if isinstance(records[0], Picture)}
+    marks = photographs(chain.from_iterable(captioned.values()), content)
+    shown = {
+        (kind, split): _shown(records, split, marks) for split in SPLIT_NAMES for kind, records in captioned.items()
+    }
+    for (kind, split), (other_kind, other) in combinations(shown, 2):
+        shared = shown[kind, split] & shown[other_kind, other]
+        if shared and kind != other_kind and split != other:
+            found.warnings.append(f"{len(shared)} images are in {split} of {kind} and in {other} of {other_kind}")
+
+
+def _shown(records: Iterable[Record], split: str, marks: dict[ImageFile, Hashable]) -> set[Hashable]:
+    """The photographs of a split."""
+    return {marks[image] for record in _of(records, split) for image in images_of(record)}
 
 
 def _count_unanswerable(

@@ -229,8 +229,8 @@ class _ImageData(BaseModel):
 def _visual_genome(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
     """All of it trains; the phrases of an image's regions are its captions."""
     file, silent = annotations.file, 0
-    known = _image_data(file.with_name("image_data.json"))
-    if not known:
+    known = _image_data(beside := file.with_name("image_data.json"))
+    if not beside.exists():
         remark(f"{file}: no image_data.json beside it: copies in COCO and Flickr30k can be told by content alone")
     for place, raw in annotations.content:
         with one_record():

@@ -16,7 +16,7 @@ TRUE_FALSE = {"true": "True", "false": "False", "1": "True", "0": "False"}
 
 
 class Row(NamedTuple):
-    """A row whose images are found; `label` is as written, empty where there is none."""
+    """A row whose images are found; `label`, as written, and `split` are empty where nothing tells them."""
 
     where: str
     id: str
@@ -37,7 +37,7 @@ class _Row(BaseModel):
 
 
 def read_rows(table: Annotations, images: ImageIndex) -> list[Row]:
-    """The rows of a table, in order.
+    """The rows of a table, in order, each in a split.
 
     `split` is `train`, `val` or `test`; an empty cell trains. Without such a column the file's name decides
     (`val.csv`); where that tells nothing either, a tenth of the images validates, chosen by a hash of their names: the
@@ -48,22 +48,26 @@ def read_rows(table: Annotations, images: ImageIndex) -> list[Row]:
     DataError
         For a broken row, an unknown split, a missing image.
     """
+    rows = read_unsplit_rows(table, images)
+    if not rows or any(row.split for row in rows):
+        return [row._replace(split=row.split or "train") for row in rows]
+    held_out = _tenth(row.image for row in rows)
+    remark(f"{table.file}: no column split: {len(held_out)} images, chosen by their names, validate, the others train")
+    return [row._replace(split="val" if row.image in held_out else "train") for row in rows]
+
+
+def read_unsplit_rows(table: Annotations, images: ImageIndex) -> list[Row]:
+    """As `read_rows`, but `split` is empty where neither a column nor the file's name tells it."""
     rows: list[Row] = []
     unread: set[str] = set()
-    names_splits = False
     for place, raw in table.content:
         if isinstance(raw, dict):
             unread |= set(raw) - set(_Row.model_fields)
-            names_splits |= "split" in raw
         with one_record():
             rows.append(_row(table, place, raw, images))
     if unread:
         remark(f"{table.file}: columns that are not read: {', '.join(sorted(unread))}")
-    if names_splits or split_named(table.file):
-        return rows
-    held_out = _tenth(row.image for row in rows)
-    remark(f"{table.file}: no column split: {len(held_out)} images, chosen by their names, validate, the others train")
-    return [row._replace(split="val") if row.image in held_out else row for row in rows]
+    return rows
 
 
 def _row(table: Annotations, place: str, raw: Any, images: ImageIndex) -> Row:
@@ -72,6 +76,7 @@ def _row(table: Annotations, place: str, raw: Any, images: ImageIndex) -> Row:
     split = (record.split or "").strip().lower()
     if split and split not in SPLITS:
         raise DataError(f"{where}: unknown split {record.split!r}; known are {', '.join(SPLITS)}")
+    otherwise = "train" if "split" in record.model_fields_set else ""
     text = " ".join(record.text.split())
     if not text:
         raise DataError(f"{where}: an empty text; remove the row or give its text")
@@ -82,7 +87,7 @@ def _row(table: Annotations, place: str, raw: Any, images: ImageIndex) -> Row:
         images=tuple(images.find(name, where=where) for name in (record.image, record.image2) if name),
         text=text,
         label="" if record.label is None else str(record.label).strip(),
-        split=SPLITS[split] if split else split_named(table.file, "train"),
+        split=SPLITS.get(split) or split_named(table.file, otherwise),
     )
 
 
