@@ -293,6 +293,7 @@ def test_a_token_is_picked_and_masked(explorer: Any, screenshots: Path) -> None:
         assert heads.evaluate("select => select.selectedOptions[0]?.text.replaceAll('\\u00a0', ' ')") == name
     assert hidden_cells(explorer, 2) == by_attention
     explorer.wait_for_function("!document.querySelector('.vpw-explorer table').textContent.includes('…')")
+    assert explorer.get_by_text("This picture cannot be read").count() == 0
     explorer.screenshot(path=screenshots / "explorer-masks.png")
 
 
