@@ -195,6 +195,8 @@ def test_checkpoints_of_others_are_probed_and_explored_by_the_same_commands(sour
     reading = view.readings[0]
     assert reading.boxes.shape == (10 if source == "vilt" else 4, 4) and np.isfinite(reading.boxes).all()
     assert reading.words[0] == "[CLS]"
+    exec(view.code, names := {})  # the code that a reader would copy
+    assert names["view"].code == view.code and repr(names["view"]) == repr(view)
 
 
 def test_all_of_them_side_by_side(vilt, visual_bert, lxmert, regions, runs_folder):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import io
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import ipywidgets
@@ -25,7 +27,7 @@ from vpworkbench.data.records import DataError, Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.examples import fill_mask, mask_errors, match_probability, pick_objects, token_objects
 from vpworkbench.explorer import Explorer, explore
-from vpworkbench.explorer.widgets import Panels
+from vpworkbench.explorer.widgets import Panels, Save
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.tasks import TaskModel
 
@@ -49,10 +51,11 @@ def arrays(panels: Panels) -> np.ndarray:
     return np.frombuffer(panels.values, "<f4").reshape(len(panels.kinds), -1)
 
 
-def test_four_views_and_one_plotly_figure(view: Explorer) -> None:
-    def below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
-        return [widget, *(one for child in getattr(widget, "children", ()) for one in below(child))]
+def below(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+    return [widget, *(one for child in getattr(widget, "children", ()) for one in below(child))]
 
+
+def test_four_views_and_one_plotly_figure(view: Explorer) -> None:
     tabs = next(one for one in below(view) if isinstance(one, ipywidgets.Tab))
     for place, figures in ((1, 0), (2, 1), (0, 1)):  # plotly is not asked for before the flow is
         tabs.selected_index = place
@@ -123,7 +126,7 @@ def test_share_of_the_mask_on_the_object(view: Explorer, scenes: list[Picture]) 
     view.pick(token, k=4)
     mask = arrays(view.masks.panels[0])[2] > 0
     wanted = (owner[mask] == owner[token]).mean()
-    assert f">{100 * wanted:.0f}%<" in view.masks.numbers.value
+    assert view.masks.numbers.rows[0][:3] == ["model", "attention", f"{100 * wanted:.0f}%"]
 
 
 @pytest.mark.parametrize("wrong", [{"token": 36}, {"token": -1}, {"k": 0}, {"k": 37}, {"head": 9}, {"select": "best"}])
@@ -254,12 +257,12 @@ def test_uploads(view: Explorer) -> None:
     assert len(view.trial.choice.options) == 6 and view.trial.choice.value == 5
     view.look(0)
     assert view.readings[0].picture is not reading.picture
-    assert "<img" not in view.trial.note.value + view.trial.answers.value
+    assert "<img" not in view.trial.note.value
 
 
 def test_text_is_escaped(view: Explorer) -> None:
     view.say(f"a ball {EVIL}")
-    assert "<img" not in view.trial.answers.value + view.trial.note.value + view.masks.numbers.value
+    assert "<img" not in view.trial.note.value
 
 
 # ----------------------------------------------------------------------------------------------- kept
@@ -281,6 +284,28 @@ def test_code_recreates_the_view(view: Explorer, model: VisualParsingModel, scen
     again.close()
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"pictures": 3}, "explore(model, pictures, pictures=3)"),
+        ({"views": ["flow", "masks"]}, "explore(model, pictures, views=('flow', 'masks'))"),
+        ({"views": ("masks", "words", "flow", "try"), "pictures": 24}, "explore(model, pictures)"),
+    ],
+)
+def test_code_says_how_the_explorer_was_opened(
+    model: VisualParsingModel, scenes: list[Picture], options: dict, told: str
+) -> None:
+    view = explore(model, scenes[:4], **options)
+    assert f"view = {told}" in view.code.splitlines()
+    names: dict[str, object] = {"model": model, "pictures": scenes[:4]}
+    exec(view.code, names)
+    again = names["view"]
+    assert again.code == view.code and len(again.trial.pictures) == len(view.trial.pictures)
+    assert again._tabs.titles == view._tabs.titles
+    view.close()
+    again.close()
+
+
 def test_code_of_an_own_image_says_what_is_missing(view: Explorer) -> None:
     view.trial.take(png(), "own.png")
     assert "own.png" in view.code
@@ -298,6 +323,31 @@ def test_shown_without_a_kernel(view: Explorer, tmp_path: Path) -> None:
     assert page.stat().st_size < 8e6 and text.count("<img alt=") >= 6 and "http-equiv" in text
 
 
+def test_the_page_asks_for_the_whole_as_one_file(view: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    (keep,) = (one for one in below(view) if isinstance(one, Save))
+    sent = []
+    monkeypatch.setattr(keep, "send", lambda content, buffers=None: sent.append((content, buffers)))
+    keep._handle_custom_msg({"ask": "file"}, [])  # as a click in the page does
+    ((told, (page,)),) = sent
+    assert told == {"name": "explorer.html", "type": "text/html"}
+    assert page.startswith(b"<!DOCTYPE html>") and page.count(b"<h2>") == 4
+    view.trial.scratch.cleanup()
+    with suppress(OSError):
+        keep._handle_custom_msg({"ask": "file"}, [])
+    assert "explorer.html" in sent[-1][0]["failed"]
+
+
+def test_a_page_holds_the_errors_that_are_still_awaited(view: Explorer, tmp_path: Path) -> None:
+    async def at_once() -> None:  # while an event loop runs, as in a notebook
+        view.pick(9, k=8)
+        assert view.masks.numbers.rows[0][-1] == "…"
+        view.save(tmp_path / "page.html")
+
+    asyncio.run(at_once())
+    assert float(view.masks.numbers.rows[0][-1]) > 0
+    assert "…</td>" not in (tmp_path / "page.html").read_text()
+
+
 def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture], tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = narrow_model(scenes)
@@ -309,6 +359,9 @@ def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture
     assert [panels.picked for panels in view.masks.panels] == [7, 7]
     assert not np.array_equal(*(arrays(panels)[2] for panels in view.masks.panels))
     np.testing.assert_array_equal(*(arrays(panels)[3] for panels in view.masks.panels))  # the same dice
+    assert [panels.label for panels in view.masks.errors] == [
+        f"{name}: error of hidden tokens" for name in ("model", "beside")
+    ]
     view.words.readers[0].pinned = 3
     assert view.words.readers[1].pinned == 3
     assert view.tables()["flow"].model.nunique() == 2
@@ -323,7 +376,7 @@ def test_a_model_without_parsing_attention(scenes: list[Picture], tmp_path: Path
     view.pick(3, k=5)
     assert view.masks.panels[0].captions == ["the image", "random mask"]
     assert arrays(view.masks.panels[0])[1].sum() == 5
-    assert ">random<" in view.masks.numbers.value and ">attention<" not in view.masks.numbers.value
+    assert [cells[1] for cells in view.masks.numbers.rows] == ["random"]
     view.save(tmp_path / "page.html")
     view.close()
 

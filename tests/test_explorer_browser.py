@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from browser import (  # fixtures are found by name in the module
     ROOT,
+    SIZE,
     Jupyter,
     browser,
     finished,
@@ -37,7 +38,7 @@ EVIL = '<img src=x onerror="window.hacked = true">'
 WIDGETS = f"""
 import numpy as np
 from IPython.display import display
-from vpworkbench.explorer.widgets import Copy, Drop, Maps, Panels, Reader
+from vpworkbench.explorer.widgets import Copy, Drop, Maps, Panels, Reader, Table
 
 evil = {EVIL!r}
 edges = np.linspace(0, 1, 13)
@@ -59,7 +60,8 @@ maps.observe(lambda change: maps.update(label=f"picked {{change.new}}"), "picked
 drop = Drop(label="Image", limit_mib=0.01)
 drop.observe(lambda change: drop.update(message=f"{{drop.file_name}}: {{len(drop.file)}} bytes"), "count")
 copy = Copy(label="Code", text="ex.pick(token=3)  # " + evil)
-for part in (panels, reader, maps, drop, copy):
+table = Table(label="Told", names=["mask", evil], rows=[["attention", evil], ["random", "0.3, or so"]], width=700)
+for part in (panels, reader, maps, drop, table, copy):
     display(part)
 """
 
@@ -191,7 +193,7 @@ def test_text_from_data_stays_text(lab: Any, screenshots: Path) -> None:
     lab.screenshot(path=screenshots / "widgets-light.png")
 
 
-@pytest.mark.parametrize("widget", ["panels", "reader", "maps"])
+@pytest.mark.parametrize("widget", ["panels", "reader", "maps", "table"])
 def test_pictures_and_numbers_are_saved_in_the_page(lab: Any, widget: str, tmp_path: Path) -> None:
     kept = {}
     for name in ("PNG", "SVG", "CSV"):
@@ -205,9 +207,11 @@ def test_pictures_and_numbers_are_saved_in_the_page(lab: Any, widget: str, tmp_p
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10  # not blank
     drawing = xml.etree.ElementTree.parse(kept["SVG"]).getroot()
     images = drawing.findall("{*}image")
-    assert len(images) >= 1 and all(image.get("href").startswith("data:image/png") for image in images)
+    assert bool(images) == (widget != "table") and all(
+        image.get("href").startswith("data:image/png") for image in images
+    )
     rows = kept["CSV"].read_text().splitlines()
-    assert len(rows) == 1 + {"panels": 144, "reader": 2 * 5 * 144, "maps": 24}[widget]
+    assert len(rows) == 1 + {"panels": 144, "reader": 2 * 5 * 144, "maps": 24, "table": 2}[widget]
 
 
 def test_widgets_fit_beside_the_file_browser(lab: Any) -> None:
@@ -218,7 +222,7 @@ def test_the_dark_theme_is_readable(lab: Any, screenshots: Path) -> None:
     lab.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     lab.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
     lab.wait_for_function("getComputedStyle(document.querySelector('.vpw-title')).color.includes('255, 255, 255')")
-    for widget in ("panels", "reader", "maps", "copy"):
+    for widget in ("panels", "reader", "maps", "table", "copy"):
         lab.locator(f".vpw-{widget}").scroll_into_view_if_needed()
         lab.screenshot(path=screenshots / f"dark-{widget}.png")
 
@@ -289,6 +293,7 @@ def test_a_token_is_picked_and_masked(explorer: Any, screenshots: Path) -> None:
         assert heads.evaluate("select => select.selectedOptions[0]?.text.replaceAll('\\u00a0', ' ')") == name
     assert hidden_cells(explorer, 2) == by_attention
     explorer.wait_for_function("!document.querySelector('.vpw-explorer table').textContent.includes('…')")
+    assert explorer.get_by_text("This picture cannot be read").count() == 0
     explorer.screenshot(path=screenshots / "explorer-masks.png")
 
 
@@ -352,10 +357,42 @@ def test_the_code_that_recreates_the_view_is_told(explorer: Any) -> None:
     explorer.locator(".vpw-explorer .lm-Widget", has_text="copy as code").last.click()
 
 
+def test_the_whole_is_saved_as_one_page(browser: Any, explorer: Any, tmp_path: Path, screenshots: Path) -> None:
+    """From the page, without code: the file opens without a kernel and without a network."""
+    for _ in range(2):  # again, as after another pick
+        with explorer.expect_download() as download:
+            explorer.get_by_role("button", name="save as one page").click()
+    assert download.value.suggested_filename == "explorer.html"
+    explorer.locator(".vpw-save .vpw-status", has_text="explorer.html is saved.").wait_for()
+    explorer.screenshot(path=screenshots / "explorer-saved.png")
+    download.value.save_as(tmp_path / "explorer.html")
+    context = browser.new_context(viewport=SIZE, offline=True)
+    page = context.new_page()
+    page.goto((tmp_path / "explorer.html").as_uri())
+    page.locator(".js-plotly-plot").wait_for()
+    assert page.locator("h2").all_text_contents() == ["Masks", "Words and patches", "Flow", "What it says"]
+    assert page.locator(".vpw-table:visible").count() == 2 and page.locator(".still:visible").count() == 0
+    assert "(ITM)" in page.locator(".vpw-table").last.text_content()
+    context.close()
+
+
+@pytest.mark.parametrize("name", ["Masks", "Try it"])
+def test_what_is_told_in_words_is_saved_too(explorer: Any, name: str, tmp_path: Path) -> None:
+    tab(explorer, name)
+    table = explorer.locator(".vpw-explorer .vpw-table:visible")
+    for kind in ("PNG", "SVG", "CSV"):
+        with explorer.expect_download() as download:
+            table.locator("button", has_text=kind).click()
+        download.value.save_as(tmp_path / kind)
+    kept = pd.read_csv(tmp_path / "CSV", dtype=str)
+    assert kept.columns[0] == "model" and kept.to_numpy().ravel().tolist() == table.locator("td").all_text_contents()
+
+
 def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path) -> None:
     tab(explorer, "Flow")
     explorer.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")
     figure = explorer.locator(".vpw-explorer .js-plotly-plot").first
+    figure.and_(explorer.get_by_role("img", name="Inter-Modality Flow as a triangle")).wait_for()
     rows = figure.evaluate("plot => [Array.from(plot.data[0].x), Array.from(plot.data[0].y)]")
     assert rows == [[1, 2, 3], [1, 2, 3]]
     triangle = figure.locator(".nsewdrag[data-subplot=xy]")

@@ -20,7 +20,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vpworkbench.explorer.page import Part, Section, write_page
-from vpworkbench.explorer.widgets import Chart, Copy, Maps, Panels, Reader, encoded
+from vpworkbench.explorer.widgets import Chart, Copy, Maps, Panels, Reader, Table, encoded
 
 __all__ = ["browser", "screenshots"]
 EVIL = '</script><img src=x onerror="window.hacked = true"><!--'
@@ -32,7 +32,7 @@ PICTURE = encoded(np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3))
 def sections() -> list[Section]:
     panels = Panels(label=EVIL, alt="Masks on the image.", image=PICTURE, boxes=BOXES, values=np.eye(2, 16), picked=5,
                     kinds=["shade", "mask"], captions=["attention", EVIL], width=700)  # fmt: skip
-    reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a", EVIL], looks=np.full((2, 16), 0.03),
+    reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a\x01b", EVIL], looks=np.full((2, 16), 0.03),
                     reads=np.full((16, 2), 0.2))  # fmt: skip
     regions = Panels(label="Boxes", alt="Boxes that overlap.", image=PICTURE, boxes=OVERLAPPING, captions=["", ""],
                      values=[[0, 0, 0], [1, 0, 1]], kinds=["plain", "mask"], width=400)  # fmt: skip
@@ -44,7 +44,8 @@ def sections() -> list[Section]:
         Section("Numbers", "", [
             Part(Chart(label="A curve")),
             Part(go.Figure(go.Scatter(x=[0, 1, 2], y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
-            Part(pd.DataFrame({EVIL: [EVIL, 2]})), Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
+            Part(Table(label="Told", names=["asked", EVIL], rows=[[EVIL, "2%"], ["a, b", "3%"]])),
+            Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
         ]),
     ]  # fmt: skip
 
@@ -65,8 +66,8 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(written: Path) -> None:
 def test_what_a_page_holds_is_packed(written: Path) -> None:
     found = dict(re.findall(r'<script type="text/plain" id="(\w+)">([^<]*)</script>', written.read_text()))
     held = json.loads(gzip.decompress(base64.b64decode(found["held"])))
-    assert sorted(held["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader"]  # each once
-    assert [one["name"] for one in held["values"]] == ["Panels", "Panels", "Reader", "Maps", "Chart", "Copy"]
+    assert sorted(held["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader", "Table"]  # each once
+    assert [one["name"] for one in held["values"]] == ["Panels", "Panels", "Reader", "Maps", "Chart", "Table", "Copy"]
     assert held["figures"][0]["data"][0]["name"] == EVIL
     assert gzip.decompress(base64.b64decode(found["plotly"])).decode() == get_plotlyjs()
     assert written.stat().st_size < 2.5e6
@@ -99,7 +100,7 @@ def opened(browser: Any, written: Path) -> Iterator[Any]:
 
 @pytest.mark.browser
 def test_every_part_is_drawn_without_a_network(opened: Any, written: Path, screenshots: Path) -> None:
-    for widget in ("panels", "reader", "maps", "chart", "copy"):
+    for widget in ("panels", "reader", "maps", "chart", "table", "copy"):
         opened.wait_for_selector(f".vpw-{widget}[data-drawn='1']")
     opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
     assert all(address == written.as_uri() or address.startswith(("blob:", "data:")) for address in opened.asked)
@@ -108,6 +109,9 @@ def test_every_part_is_drawn_without_a_network(opened: Any, written: Path, scree
     assert opened.locator(".vpw-title").nth(0).text_content() == EVIL
     assert opened.locator("h1").text_content() == EVIL
     assert opened.locator("figcaption").nth(1).text_content() == EVIL
+    assert opened.locator(".vpw-table tr").nth(1).locator("td").all_text_contents() == [EVIL, "2%"]
+    figure = opened.locator(".js-plotly-plot")
+    assert (figure.get_attribute("role"), figure.get_attribute("aria-label")) == ("img", "A curve.")
     script = "canvas => new Set(canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data).size"
     assert all(opened.locator("canvas").nth(place).evaluate(script) > 10 for place in range(4))
     assert opened.locator(".still:visible").count() == 0
@@ -172,6 +176,36 @@ def test_what_plotly_draws_is_saved_like_the_other_views(opened: Any, tmp_path: 
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("widget", ["reader", "table"])
+def test_what_is_told_is_saved_whatever_it_holds(opened: Any, widget: str, tmp_path: Path) -> None:
+    """Control characters, which XML has no place for, and markup."""
+    opened.wait_for_selector(f".vpw-{widget}[data-drawn='1']")
+    for name in ("PNG", "SVG", "CSV"):
+        with opened.expect_download() as download:
+            opened.locator(f".vpw-{widget} .vpw-tools button", has_text=name).click()
+        download.value.save_as(tmp_path / name)
+    with Image.open(tmp_path / "PNG") as picture:
+        assert len(picture.convert("L").getcolors(10**6)) > 10
+    texts = [part.text for part in xml.etree.ElementTree.parse(tmp_path / "SVG").findall(".//{*}text")]
+    table = pd.read_csv(tmp_path / "CSV")
+    if widget == "reader":
+        assert "ab" in texts
+    else:
+        assert "".join(EVIL.split()) in "".join(texts) and "3%" in texts
+        assert table.columns.tolist() == ["asked", EVIL] and table.to_numpy().tolist() == [[EVIL, "2%"], ["a, b", "3%"]]
+
+
+@pytest.mark.browser
+def test_a_picture_that_cannot_be_saved_is_told(opened: Any) -> None:
+    opened.wait_for_selector(".vpw-reader[data-drawn='1']")
+    opened.locator(".vpw-word").first.evaluate("word => word.textContent = '\\ud800'")  # half of a letter
+    opened.locator(".vpw-reader .vpw-tools button", has_text="PNG").click()
+    opened.wait_for_function(
+        "document.querySelector('.vpw-reader .vpw-status').textContent.startsWith('The PNG cannot be saved')"
+    )
+
+
+@pytest.mark.browser
 def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> None:
     context = browser.new_context(viewport=SIZE, java_script_enabled=False)
     page = context.new_page()
@@ -179,4 +213,5 @@ def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> N
     alts = [page.locator("img").nth(place).get_attribute("alt") for place in range(page.locator("img").count())]
     assert alts == ["Masks on the image.", "Boxes that overlap.", "The words.", "Heads", "A curve.", "Alone."]
     assert page.locator("img:visible").count() == 6
+    assert page.locator("td:visible").all_text_contents() == [EVIL, "2%", "a, b", "3%"]
     context.close()

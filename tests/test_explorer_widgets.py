@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpworkbench.explorer.widgets import STATIC, Copy, Drawn, Drop, Maps, Panels, Reader, encoded, module
+from vpworkbench.explorer.widgets import STATIC, Copy, Drawn, Drop, Maps, Panels, Reader, Table, encoded, module
 
 BOXES = [[0, 0, 0.5, 1], [0.5, 0, 1, 1], [0.25, 0.25, 0.75, 0.75]]  # two tokens and one that overlaps both
 
@@ -106,6 +106,14 @@ def test_maps_know_their_shape() -> None:
         widget.update(shape=[1, 1, 1])
 
 
+def test_a_table_is_as_wide_as_its_names() -> None:
+    widget = Table(names=["mask", "error"], rows=[["random", "0.3"]])
+    with pytest.raises(ValueError, match="each of the 2 columns"):
+        widget.update(rows=[["random"]])
+    widget.update(names=["mask"], rows=[["random"], ["attention"]])
+    assert widget.rows == [["random"], ["attention"]] and widget.version == 1
+
+
 def test_a_page_sets_what_it_picks() -> None:
     picked = []
     widget, upload = panels(), Drop()
@@ -116,7 +124,7 @@ def test_a_page_sets_what_it_picks() -> None:
     assert upload.file == b"abc"
 
 
-@pytest.mark.parametrize("widget", [panels, reader, Maps, Drop, Copy])
+@pytest.mark.parametrize("widget", [panels, reader, Maps, Drop, Copy, Table])
 def test_a_state_holds_what_a_page_needs(widget: Any) -> None:
     state = widget(label="Name").state()
     assert state["traits"]["label"] == "Name" and state["traits"]["version"] == 0

@@ -97,6 +97,10 @@ def test_the_page_needs_the_token_and_shows_the_explorer(
         f"Number(document.querySelector('.vpw-panels').dataset.version) > {version}"
     )  # the kernel answered
     page.screenshot(path=screenshots / "voila.png")
+    with page.expect_download() as download:  # without code, too
+        page.get_by_role("button", name="save as one page").click()
+    kept = Path(download.value.path()).read_text()
+    assert download.value.suggested_filename == "explorer.html" and kept.count("<h2>") == 4
     page.context.close()
 
 

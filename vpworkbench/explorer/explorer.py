@@ -23,7 +23,7 @@ from vpworkbench.explorer.page import Part, Section, write_page
 from vpworkbench.explorer.parts import WIDTH, Later, column
 from vpworkbench.explorer.readings import Reading, Subject, chosen_text, read, subject
 from vpworkbench.explorer.try_it import TryView
-from vpworkbench.explorer.widgets import Copy
+from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
 
 Model = Subject | Opened | nn.Module | str | None
@@ -34,6 +34,7 @@ VIEWS: dict[ViewName, type[MasksView] | type[WordsView] | type[FlowView]] = {
     "masks": MasksView, "words": WordsView, "flow": FlowView,
 }  # fmt: skip
 """What shows readings; `try` is always there, as sentence and picture stand above all of them."""
+ALL: tuple[ViewName, ...] = (*VIEWS, "try")
 
 
 def explore(
@@ -43,7 +44,7 @@ def explore(
     beside: Model = None,
     regions: str = "",
     pictures: int = PICTURES,
-    views: Sequence[ViewName] = ("masks", "words", "flow", "try"),
+    views: Sequence[ViewName] = ALL,
 ) -> Explorer:
     """Open the explorer of a model, or of two on the same input.
 
@@ -69,8 +70,8 @@ def explore(
     CheckpointError, DataError, TypeError, ValueError
         If there is no such model, set or view, or the set has no picture.
     """
-    if unknown := [name for name in views if name not in (*VIEWS, "try")]:
-        raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join((*VIEWS, 'try'))}")
+    if unknown := [name for name in views if name not in ALL]:
+        raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join(ALL)}")
     names = ("model", "beside") if beside is not None else ("model",)
     given = (model, beside) if beside is not None else (model,)
     subjects = [subject(one, name=name, regions=regions) for one, name in zip(given, names, strict=True)]
@@ -85,6 +86,9 @@ def explore(
         "None" if model is None and data is not None else "",
         "" if data is None else repr(str(data)) if isinstance(data, str | Path) else "pictures",
         "" if beside is None else f"beside={beside!r}" if isinstance(beside, str) else "beside=other",
+        f"regions={regions!r}" if regions else "",
+        f"pictures={pictures}" if pictures != PICTURES else "",
+        f"views={tuple(views)}" if tuple(views) != ALL else "",
     ) if part)  # fmt: skip
     return Explorer(subjects, chosen, views=views, call=f"explore({call})")
 
@@ -116,7 +120,7 @@ class Explorer(ipywidgets.VBox):
         subjects: Sequence[Subject],
         pictures: Sequence[Picture],
         *,
-        views: Sequence[ViewName] = (*VIEWS, "try"),
+        views: Sequence[ViewName] = ALL,
         call: str = "explore(...)",
     ) -> None:
         super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 40}px"})
@@ -136,7 +140,10 @@ class Explorer(ipywidgets.VBox):
             view.changed = self._copy
         self._tabs.observe(lambda change: self._opened(shown), "selected_index")
         self._later = Later(0.1)
-        self.children = (self.trial.controls, self._tabs, take)
+        take.layout.flex = "1"
+        keep = Save(lambda: self.save(Path(self.trial.scratch.name) / "explorer.html"), width=170,
+                    alt="All of it as one HTML file that opens without a kernel and without a network")  # fmt: skip
+        self.children = (self.trial.controls, self._tabs, ipywidgets.HBox([take, keep]))
         self._opened(shown)
 
     def _opened(self, shown: Sequence[object]) -> None:
@@ -232,13 +239,14 @@ class Explorer(ipywidgets.VBox):
         masks, words, flow = self.masks, self.words, self.flow
         sections = []
         if masks is not None:
+            masks.settle()
             parts = [part for place in range(len(masks.readings)) for part in (
                 Part(masks.panels[place], still.panels(masks, place)),
                 Part(masks.errors[place], still.errors(masks, place)),
             )]  # fmt: skip
             told = "Hover tells the numbers of a token. Another pick asks the model: open the explorer for it."
             sections.append(Section(masks.title, told if masks.readings else masks.note.text, [
-                *parts, *([Part(masks.summary())] if masks.readings else []),
+                *parts, *([Part(masks.numbers)] if masks.readings else []),
             ]))  # fmt: skip
         if words is not None:
             parts = [part for place in range(len(words.readings)) for part in (
@@ -252,7 +260,7 @@ class Explorer(ipywidgets.VBox):
             parts += [Part(flow.maps[place], still.mixing(flow, place)) for place in range(len(flow.readings))]
             told = "Dashed: attention spread evenly. Below the figure: A of the marked span of layers."
             sections.append(Section(flow.title, told, parts))
-        sections.append(Section("What it says", "", [Part(self.trial.tables()["answers"])]))
+        sections.append(Section("What it says", "", [Part(self.trial.answers)]))
         models = " and ".join(one.name for one in self.subjects)
         return write_page(path, f"{models} on “{self.readings[0].text}”", sections)
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.examples import token_objects
-from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, table, unheard
+from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, unheard
 from vpworkbench.explorer.readings import Reading, same_boxes
-from vpworkbench.explorer.widgets import Panels
+from vpworkbench.explorer.widgets import Panels, Table
 from vpworkbench.objectives import visual_mask
 from vpworkbench.probes import mask_on_object, random_on_object
 
@@ -33,6 +33,8 @@ class MasksView:
     widget : ipywidgets.Widget
     panels, errors : list of Panels
         One for each model of this package; attention is left out where there is no parsing attention.
+    numbers : Table
+        What each mask leaves.
     """
 
     title = "Masks"
@@ -52,7 +54,7 @@ class MasksView:
         self.again = ipywidgets.Button(
             description="draw again", tooltip="another random mask", layout={"width": "100px"}
         )
-        self.note, self.numbers = Note(), ipywidgets.HTML()
+        self.note, self.numbers = Note(), Table(label="What each mask leaves", width=WIDTH)
         self.panels: list[Panels] = []
         self.values: list[NDArray[np.float32]] = []  # of the panels of each model
         self.errors: list[Panels] = []
@@ -141,6 +143,12 @@ class MasksView:
             told.insert(0, "model", reading.subject.name)
             parts.append(told)
         return {"masks": pd.concat(parts, ignore_index=True)} if parts else {}
+
+    def settle(self) -> None:
+        """Do at once what waits for the hand to rest."""
+        self._later.cancel()
+        if self.readings:
+            self._reconstruct(images=True)
 
     def close(self) -> None:
         self._later.cancel()
@@ -232,13 +240,11 @@ class MasksView:
                 f"{int(values[3].sum())} at random.")  # fmt: skip
 
     def _tell(self, errors: Sequence[Sequence[float]] = ()) -> None:
-        told = self.summary(errors)
-        self.numbers.value = table(list(told.columns), told.to_numpy().tolist())
+        told = self._summary(errors)
+        self.numbers.update(names=list(told.columns), rows=told.to_numpy().tolist())
 
-    def summary(self, errors: Sequence[Sequence[float]] | None = None) -> pd.DataFrame:
+    def _summary(self, errors: Sequence[Sequence[float]]) -> pd.DataFrame:
         """What each mask leaves, as it is told; `errors`: the mean of each mask for each model, () while they come."""
-        if errors is None:
-            errors = _means([self.errors_of(reading) for reading in self.readings])
         pick, known = torch.tensor([self.pick]), bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
@@ -260,7 +266,7 @@ class MasksView:
         for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
             more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
             shown = np.nan_to_num(errors)[-len(panel.kinds) :]
-            panel.update(values=shown, picked=self.pick, label="Error of hidden tokens",
+            panel.update(values=shown, picked=self.pick, label=f"{reading.subject.name}: error of hidden tokens",
                          alt="Bright where the features of a hidden token are guessed badly.", **more)  # fmt: skip
         self._tell(_means(found))
 

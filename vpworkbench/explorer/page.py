@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from vpworkbench.explorer.widgets import STATIC, Drawn
+from vpworkbench.explorer.widgets import STATIC, Drawn, Table
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Part:
 
     Attributes
     ----------
-    content : Drawn, plotly.graph_objects.Figure, pandas.DataFrame, str or None
+    content : Drawn, plotly.graph_objects.Figure, str or None
         Text is shown as it is, not as markup; None: the picture alone.
     picture : bytes
-        PNG, seen where scripts are off or fail, or where there is nothing else.
+        PNG, seen where scripts are off or fail, or where there is nothing else; a `Table` needs none.
     alt : str
         The picture in words; empty: as the widget says it.
     """
 
-    content: Drawn | go.Figure | pd.DataFrame | str | None
+    content: Drawn | go.Figure | str | None
     picture: bytes = b""
     alt: str = ""
 
@@ -94,16 +94,17 @@ def _part(part: Part) -> str:
     if isinstance(content, go.Figure):
         live = '<div class="live scroll" data-figure></div>'
         return f'<div class="part"><div class="still">{picture}</div>{live}</div>'
-    if isinstance(content, pd.DataFrame):
-        return f'<div class="part scroll">{content.to_html(border=0, escape=True, index=False)}</div>'
     if isinstance(content, str):
         return f'<p class="part">{html.escape(content)}</p>'
     if content is None:
         return f'<div class="part">{picture}</div>'
-    raise TypeError(f"write_page takes widgets, plotly figures, data frames and text, not {type(content).__name__}")
+    raise TypeError(f"write_page takes widgets, plotly figures and text, not {type(content).__name__}")
 
 
 def _picture(part: Part) -> str:
+    if isinstance(part.content, Table):
+        told = pd.DataFrame(part.content.rows, columns=part.content.names)
+        return told.to_html(border=0, escape=True, index=False)
     if not part.picture:
         return ""
     alt = part.alt or getattr(part.content, "alt", "") or getattr(part.content, "label", "")

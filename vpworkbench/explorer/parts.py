@@ -83,13 +83,3 @@ def column(*children: ipywidgets.Widget) -> ipywidgets.VBox:
 def heads_of(count: int) -> Sequence[tuple[str, int]]:
     """What a choice of heads offers; -1 is their mean, as a dropdown shows None as if nothing were chosen."""
     return (("mean of heads", -1), *((f"head {head + 1}", head) for head in range(count)))
-
-
-def table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A small table as HTML, all text escaped."""
-    head = "".join(f"<th style='text-align:left;padding-right:1.5em'>{html.escape(name)}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td style='padding-right:1.5em'>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-        for cells in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"

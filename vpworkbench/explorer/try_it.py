@@ -13,12 +13,13 @@ from PIL import Image, UnidentifiedImageError
 
 from vpworkbench import examples
 from vpworkbench.data.records import DataError, ImageFile, Picture
-from vpworkbench.explorer.parts import Note, column, row, table
+from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading
-from vpworkbench.explorer.widgets import Drop
+from vpworkbench.explorer.widgets import Drop, Table
 
 MOST_WORDS = 512
 LARGEST_PX = 20_000_000  # pixels of an upload
+NAMES = ["model", "asked", "answer"]
 
 
 class TryView:
@@ -48,7 +49,7 @@ class TryView:
         self.choice = ipywidgets.Dropdown(description="picture", layout={"width": "260px"})
         self.caption = ipywidgets.Dropdown(description="caption", layout={"width": "640px"})
         self.drop = Drop(label="Your own image: choose or drop it here", width=420)
-        self.note, self.answers = Note(), ipywidgets.HTML()
+        self.note, self.answers = Note(), Table(label="Answers", names=NAMES, width=WIDTH)
         self.text.observe(lambda change: self.say(change["new"]), "value")
         self.choice.observe(lambda change: self.look(change["new"]), "value")
         self.caption.observe(lambda change: self.say(change["new"]), "value")
@@ -72,9 +73,7 @@ class TryView:
         self.text.value = text
         self._is_quiet = False
         self.note.say(*_unseen(self.readings))
-        self.answers.value = table(["model", "asked", "answer"], [
-            (model, asked, answer) for model, asked, answer in self._said()
-        ])  # fmt: skip
+        self.answers.update(rows=[list(cells) for cells in self._said()], alt=f"Of the sentence “{text}”.")
 
     def say(self, text: str) -> None:
         """Read another sentence with the same picture; what is wrong with it is said in the page."""
@@ -139,7 +138,7 @@ class TryView:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`answers`."""
-        return {"answers": pd.DataFrame(self._said(), columns=["model", "asked", "answer"])}
+        return {"answers": pd.DataFrame(self._said(), columns=NAMES)}
 
     def close(self) -> None:
         self.drop.close()

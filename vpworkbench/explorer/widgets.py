@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from functools import cache
+from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,26 @@ class Drop(Drawn):
     _converters = {"file": bytes}
 
 
+class Table(Drawn):
+    """A small table, its text as it is.
+
+    Parameters
+    ----------
+    names : list of str, per column
+    rows : list of list of str
+        One text for each column.
+    """
+
+    _esm = module("table")
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    rows = traitlets.List(traitlets.List(traitlets.Unicode())).tag(sync=True)
+
+    def _check(self, traits: dict[str, Any]) -> None:
+        columns = len(traits.get("names", self.names))
+        if any(len(cells) != columns for cells in traits.get("rows", self.rows)):
+            raise ValueError(f"Table.rows must have one text for each of the {columns} columns in names")
+
+
 class Chart(Drawn):
     """Title of the plotly figure beside it in the page, with buttons that save it: PNG, SVG, and its numbers as CSV."""
 
@@ -320,3 +341,29 @@ class Copy(Drawn):
 
     _esm = module("copy")
     text = traitlets.Unicode().tag(sync=True)
+
+
+class Save(Drawn):
+    """A button that has the kernel write a file, which the browser then keeps.
+
+    Parameters
+    ----------
+    write : callable
+        () -> Path of the file; what it raises is told in the page.
+    """
+
+    _esm = module("save")
+
+    def __init__(self, write: Callable[[], Path], **traits: Any) -> None:
+        super().__init__(**traits)
+        self._write = write
+        self.on_msg(self._asked)
+
+    def _asked(self, widget: Drawn, asked: dict[str, Any], buffers: list[memoryview]) -> None:
+        try:
+            file = self._write()
+            content = file.read_bytes()
+        except Exception as error:
+            self.send({"failed": str(error) or type(error).__name__})
+            raise
+        self.send({"name": file.name, "type": guess_type(file.name)[0]}, [content])

@@ -37,5 +37,15 @@ export default widget("chart", (model, page) => {
     return rows;
   };
   page.exports(table, { PNG: picture("png"), SVG: picture("svg") });
-  return () => {};
+  /** What is seen, in words: plotly says nothing of it. */
+  const describe = () => {
+    const plot = figure();
+    plot?.setAttribute("role", "img");
+    plot?.setAttribute("aria-label", model.get("alt") || model.get("label"));
+  };
+  // It is drawn after its title, and anew for other models: watched in the column, once this is seen there.
+  const later = new MutationObserver(describe);
+  const seen = () => later.observe(page.root.parentElement.parentElement, { childList: true, subtree: true });
+  new ResizeObserver(() => page.root.isConnected && (seen(), describe())).observe(page.root);
+  return describe;
 });

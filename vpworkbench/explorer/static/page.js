@@ -12,7 +12,8 @@ const unpacked = (name) => {
 };
 const script = (text) => URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
 const value = (held) => (held?.base64 === undefined ? held : new DataView(bytes(held.base64).buffer));
-const alive = (element) => (element.closest(".part").querySelector(".still").hidden = true);
+const still = (element) => element.closest(".part").querySelector(".still");
+const alive = (element) => (still(element).hidden = true);
 
 function standing(traits) {
   const values = Object.fromEntries(Object.entries(traits).map(([name, held]) => [name, value(held)]));
@@ -50,6 +51,8 @@ if (held.figures.length) {
   document.querySelectorAll("[data-figure]").forEach((element, place) => {
     const { data, layout } = held.figures[place];
     alive(element);
+    element.setAttribute("role", "img"); // plotly says nothing of what it draws
+    element.setAttribute("aria-label", still(element).querySelector("img")?.alt ?? "");
     Plotly.newPlot(element, data, layout, { displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud"] });
   });
 }

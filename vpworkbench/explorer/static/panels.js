@@ -59,6 +59,6 @@ export default widget("panels", (model, page) => {
       caption.textContent = captions[panel];
     });
     if (over[0] >= 0 && over[0] < geometry.count) hover(...over); // the new numbers under a pointer at rest
-    if (!bitmap) page.tell("This picture cannot be read.");
+    if (!bitmap && model.get("image")?.byteLength) page.tell("This picture cannot be read."); // else it is on its way
   };
 });

@@ -69,7 +69,13 @@ function frame(model, kind) {
     for (const [name, title, save] of EXPORTS) {
       const button = make("button", { type: "button", title, "aria-label": title }, name);
       const what = () => ({ root, table, name: model.get("label"), alt: model.get("alt") });
-      button.addEventListener("click", () => (own[name] ?? save)(what()));
+      button.addEventListener("click", async () => {
+        try {
+          await (own[name] ?? save)(what());
+        } catch (error) {
+          tell(`The ${name} cannot be saved: ${error.message}`);
+        }
+      });
       tools.append(button);
     }
   };
@@ -311,7 +317,9 @@ async function savePng({ root, name, alt }) {
   const canvas = make("canvas");
   [canvas.width, canvas.height] = [2 * image.width, 2 * image.height];
   canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-  canvas.toBlob((blob) => download(blob, "image/png", `${slug(name)}.png`));
+  const blob = await new Promise((done) => canvas.toBlob(done));
+  if (!blob) throw new Error("the picture is too large for this browser.");
+  download(blob, "image/png", `${slug(name)}.png`);
 }
 
 /** What is seen as an SVG on white: canvases as images, marks and tints as rectangles, text word by word. */
@@ -321,7 +329,7 @@ function snapshot(root, name, alt) {
   const shape = (tag, attributes, text) => {
     const element = document.createElementNS(SVG, tag);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-    if (text !== undefined) element.textContent = text;
+    if (text !== undefined) element.textContent = text.replace(/[\x00-\x08\x0b\x0c\x0e-\x1f]/g, ""); // XML has no place for them
     return element;
   };
   const place = (box) => ({ x: box.left - outer.left, y: box.top - outer.top, width: box.width, height: box.height });
