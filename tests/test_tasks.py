@@ -12,10 +12,11 @@ import torch
 from conftest import narrow_model
 
 from vpworkbench import cli
+from vpworkbench.baselines import baselines
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
 from vpworkbench.data.splits import load_examples
-from vpworkbench.finetune import PreparedTask, finetune, load_task, predict_table, prepare_task
+from vpworkbench.finetune import PreparedTask, evaluate_split, finetune, load_task, predict_table, prepare_task
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import with_words_of
 from vpworkbench.runs import open_run
@@ -67,6 +68,36 @@ def test_predictions_are_written_as_the_release_wants_them(tmp_path):
     TaskResult("nlvr2", np.zeros(1), {"dev-1-0-0": "True"}).save(tmp_path / "n.csv")
     with open(tmp_path / "n.csv") as file:
         assert list(csv.reader(file)) == [["dev-1-0-0", "True"]]
+
+
+def test_what_is_not_told_is_not_scored(tmp_path, scenes, caplog):
+    """A test set whose answers are withheld, and none at all: predictions, if any, but no score and no baselines."""
+    for task, label in (("vqa", "yes"), ("nlvr2", "True")):
+        model = TaskModel(narrow_model(scenes), task, ("no", label))
+        images = (scenes[0].image,) * (2 if task == "nlvr2" else 1)
+        examples = [Example(f"test1-0-0-{number}", images, "is it red?", "test") for number in range(3)]
+        settings = few(task=task)
+        run = open_run("04_finetune", settings, name=f"withheld-{task}")
+        prepared = PreparedTask({"train": examples, "val": [], "test": examples}, model)
+        result = evaluate_split(run, prepared, settings, "test")
+        assert len(result.predicted) == 3 and result.summary(examples) == prepared.test_summary(result) == {}
+        assert not prepared.is_answered("test") and baselines(prepared, settings, "test") == {}
+        file = next(run.folder.glob("predictions-test.*"))
+        assert caplog.messages[-1] == f"the answers of test are withheld: no score; the predictions are in {file}"
+        caplog.clear()
+        nothing = evaluate_split(run, prepared, settings, "val")
+        assert not prepared.is_answered("val") and nothing.summary([]) == {} and not caplog.messages
+        assert not list(run.folder.glob("predictions-val.*"))
+        assert prepared.preview("test")[0].endswith("->  withheld")
+
+
+def test_consistency_is_of_identifiers_as_released():
+    own = [Example(f"mine, line {number}", (), "s", "test", label="True") for number in (2, 3)]
+    result = TaskResult("nlvr2", np.ones(2), {example.id: "True" for example in own})
+    assert set(result.summary(own)) == {"accuracy", "accuracy_low", "accuracy_high"}
+    released = Example("dev-1-0-0", (), "s", "test", label="True")
+    result = TaskResult("nlvr2", np.zeros(3), result.predicted | {released.id: "False"})
+    assert result.summary([*own, released])["consistency"] == 0
 
 
 def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(scenes):
@@ -130,7 +161,8 @@ def test_images_shared_with_training_are_left_out_of_a_second_score(scenes):
     summary = prepared.test_summary(result)
     assert (summary["accuracy"], summary["accuracy_unshared"], summary["shared"]) == (0.5, 1.0, 2)
     assert "shared" not in PreparedTask({"test": examples}, model).test_summary(result)
-    assert PreparedTask({"test": []}, model).test_summary(result) == {}
+    every = PreparedTask({"test": examples}, model, frozenset("0123")).test_summary(result)
+    assert (every["accuracy"], every["shared"]) == (0.5, 4) and "accuracy_unshared" not in every
 
 
 def test_uniters_head_is_its_formula(scenes):
@@ -221,7 +253,7 @@ def test_schedules_of_the_paper():
 def test_refusals(scenes, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         load_examples(finetune_settings(task="vqa", data=str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="no examples of vqa in train"):
+    with pytest.raises(DataError, match=r"holds none of v2_OpenEnded.*_train.*_questions.json, .*\*.csv, \*.jsonl"):
         load_examples(finetune_settings(task="vqa", data=str(tmp_path)))
     with pytest.raises(CheckpointError, match="no whole fine-tuned model"):
         load_task(tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from vpworkbench.data.batches import Words, stack_files
 from vpworkbench.data.records import DataError, Example, ImageFile
 from vpworkbench.data.regions import input_of
-from vpworkbench.metrics import accuracy, answer_targets, consistency, vqa_score
+from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model import CheckpointError, VisualParsingModel
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
@@ -373,13 +374,23 @@ class TaskResult(NamedTuple):
         return bootstrap_interval(self.scores, seed)
 
     def summary(self, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
-        """The task's score with its interval; of NLVR2 the consistency too."""
+        """The task's score with its interval; nothing where the release withholds all answers.
+
+        Of NLVR2 the consistency too, over the identifiers that tell which examples share a statement.
+        """
+        if np.isnan(self.scores).all():  # as of no examples
+            return {}
         mean, low, high, _ = (float(part) for part in self.interval(seed=seed))
         name = METRICS[self.task]
         summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
         if self.task == "nlvr2":
-            labels = {example.id: example.label for example in examples if example.label}
-            summary["consistency"] = consistency(self.predicted, labels)
+            labels = {
+                example.id: example.label
+                for example in examples
+                if example.label and re.search(NLVR2_IDENTIFIER, example.id)
+            }
+            if labels:  # one's own table has ids of another form
+                summary["consistency"] = consistency(self.predicted, labels)
         return summary
 
     def save(self, path: str | Path) -> None:
