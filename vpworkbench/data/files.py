@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 from vpworkbench.data.records import DataError, ImageFile, archive, inner_name, one_record
 
@@ -240,6 +240,10 @@ class _WithId(Protocol):
 
 
 R = TypeVar("R", bound=_WithId)
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""A text of a record, which says something: a blank one is refused."""
 
 
 def checked(kind: type[M], raw: Any, where: str) -> M:

@@ -10,15 +10,16 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
 from vpworkbench.data.files import (
     Annotations,
     ImageIndex,
     Places,
+    Text,
     checked,
     image_index,
     open_as,
@@ -29,6 +30,7 @@ from vpworkbench.data.files import (
 from vpworkbench.data.formats import READERS, read_captioned, read_pictures
 from vpworkbench.data.records import DataError, Example, Picture, one_record
 from vpworkbench.data.tables import Row, read_rows, true_or_false
+from vpworkbench.metrics import NLVR2_IDENTIFIER
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 
@@ -36,9 +38,9 @@ ENTAILMENT = ("entailment", "neutral", "contradiction")
 
 
 class _Question(BaseModel):
-    question_id: int
-    image_id: int
-    question: str = Field(min_length=1)
+    question_id: StrictInt
+    image_id: StrictInt
+    question: Text
 
 
 class _Answer(BaseModel):
@@ -46,8 +48,8 @@ class _Answer(BaseModel):
 
 
 class _Answered(BaseModel):
-    question_id: int
-    image_id: int
+    question_id: StrictInt
+    image_id: StrictInt
     answers: list[_Answer] = Field(min_length=1)
     question_type: str = ""
     answer_type: str = ""
@@ -128,8 +130,14 @@ class _Naming(NamedTuple):
 
 def answers_beside(questions: Path) -> Path | None:
     """The annotations of a file of questions by the release's names; None where they are not there, as of test sets."""
+    file = _answers_of(questions)
+    return file if file and file.exists() else None
+
+
+def _answers_of(questions: Path) -> Path | None:
+    """Where a release puts them; None for a name that is none of a file of questions."""
     file = questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    return file if file != questions and file.exists() else None
+    return file if file != questions else None
 
 
 def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
@@ -162,8 +170,8 @@ def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
 
 
 class _Nlvr2(BaseModel):
-    identifier: str = Field(min_length=5)
-    sentence: str = Field(min_length=1)
+    identifier: str = Field(pattern=NLVR2_IDENTIFIER)
+    sentence: Text
     label: Literal["True", "False"] | None = None
 
 
@@ -176,6 +184,8 @@ def read_nlvr2(file: Source, *, split: str, images: Places = ()) -> list[Example
         with one_record():
             record = checked(_Nlvr2, raw, f"{opened.file}: {place}")
             where = f"{opened.file}: {place} ({record.identifier})"
+            if record.label is None and split != "test":
+                raise DataError(f"{where}: no label; only test may lack it")
             pair = record.identifier.rsplit("-", 1)[0]
             sides = tuple(index.find(f"{pair}-img{side}.png", where=where) for side in (0, 1))
             examples.append(
@@ -185,11 +195,14 @@ def read_nlvr2(file: Source, *, split: str, images: Places = ()) -> list[Example
 
 
 def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
-    """NLVR v1 as single-image true / false, split as `read_pictures` does; the six orders of training boxes apart."""
+    """NLVR v1 as single-image true / false, split as `read_pictures` does; the six orders of training boxes apart.
+
+    The id is the image file's name: its scripts read predictions by that.
+    """
     pictures = read_captioned(path, images) if isinstance(path, Annotations) else read_pictures(path, images=images)
     return [
         Example(
-            id=picture.id,
+            id=PurePosixPath(picture.image.name).name,
             images=(picture.image,),
             text=text,
             split=picture.split,
@@ -203,7 +216,7 @@ def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
 
 class _SnliVe(BaseModel):
     sentence1: str
-    sentence2: str = Field(min_length=1)
+    sentence2: Text
     gold_label: Literal["entailment", "neutral", "contradiction", "-"]
     photo: str = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID"))  # both are in use
     pairID: str
@@ -309,7 +322,14 @@ def read_examples(opened: Annotations, task: str, *, images: Places = (), premis
     if opened.format == "table":
         return read_table(opened, task, images=images)
     if task == "vqa":
-        return read_vqa(opened, answers_beside(opened.file), split=split, images=images)
+        answers = answers_beside(opened.file)
+        if answers is None and split != "test":
+            expected = _answers_of(opened.file)
+            remedy = (
+                f"put {expected.name} beside it" if expected else "name it *_questions.json, them *_annotations.json"
+            )
+            raise DataError(f"{opened.file}: questions of {split} without annotations; {remedy}")
+        return read_vqa(opened, answers, split=split, images=images)
     if task == "nlvr1":
         return read_nlvr1(open_as(opened, "nlvr1"), images=images)
     if task == "nlvr2":
