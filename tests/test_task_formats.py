@@ -30,7 +30,7 @@ def test_vqa_v2(tmp_path):
     assert (first.id, first.text, first.kind) == ("262148000", "Where is he looking?", "other")
     assert first.answers == ("down",) * 10 and second.answers == ("yes",)
     assert first.images[0].pixels().shape == (4, 6, 3) and first.images == second.images
-    assert first.origins == {"coco:262148"}
+    assert (first.answer, second.answer) == ("down", "yes") and first.origins == {"coco:262148"}
 
 
 def test_vqa_test_dev_asks_about_the_images_of_test2015(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
+from miniatures import written
 
 from vpworkbench import cli
 from vpworkbench.baselines import baselines
@@ -139,9 +140,37 @@ def test_targets_of_questions_are_the_official_scores(scenes):
                 Example("2", (image,), "what colour", "train", answers=("green",) * 10)]  # fmt: skip
     targets = TaskBatches(examples, model, size=2, seed=0).batch(examples).targets
     torch.testing.assert_close(targets, torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
-    assert task_labels("vqa", [*examples, examples[1]], least=2) == ("green",)
-    with pytest.raises(DataError, match="no answer is seen 11 times in 2"):
-        task_labels("vqa", examples, least=11)
+
+
+def test_answers_are_counted_once_a_question_as_published(tmp_path):
+    """The rule that gives 3,129: the answer that stands for a question, over training and validation."""
+    examples = [Example("1", (), "q", "train", answers=("red",) * 3 + ("Blue",) * 7),
+                Example("2", (), "q", "val", answers=("the blue", "red")),
+                Example("3", (), "q", "val", answers=("red",) * 10, answer="Blue")]  # fmt: skip
+    assert task_labels("vqa", examples, least=3) == ("blue",)
+    with pytest.raises(DataError, match="no answer stands for 4 of 3 questions"):
+        task_labels("vqa", examples, least=4)
+    listed = written(tmp_path / "listed.json", ["Red", "two", "the red"])
+    assert task_labels("vqa", examples, listed=listed) == ("red", "2")
+    listed = tmp_path / "listed.txt"
+    listed.write_text("Red\n\ntwo\n")
+    assert task_labels("vqa", examples, listed=listed) == ("red", "2")
+    for content, message in ((["red", 2], r"\[1\]: .*string"), (["red", " "], r"\[1\]: "), ([], "no answer")):
+        with pytest.raises(DataError, match=rf"wrong.json: {message}"):
+            task_labels("vqa", examples, listed=written(tmp_path / "wrong.json", content))
+
+
+def test_a_list_of_answers_is_a_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "listed.json", ["yes", "no"])
+    settings = few(task="vqa", overrides={"answer_list": "listed.json"})
+    assert settings.answer_list == str(tmp_path / "listed.json")
+    assert prepare_task(settings).model.labels == ("yes", "no")
+    assert "answer_list" not in few(task="vqa").model_dump()
+    with pytest.raises(SettingsError, match="answer_list is of vqa, not of nlvr2"):
+        few(task="nlvr2", overrides={"answer_list": "listed.json"})
+    with pytest.raises(DataError, match="gone.txt: no such file"):
+        prepare_task(few(task="vqa", overrides={"answer_list": "gone.txt"}))
 
 
 def test_questions_without_a_known_answer_score_zero_and_withheld_ones_not_at_all(scenes):

@@ -81,7 +81,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     if not trained.init_text:  # a BERT's own vocabulary spells every word
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
-    labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
+    counted = [*training, *splits["val"]]
+    labels = task_labels(settings.task, counted, least=settings.answer_count, listed=settings.answer_list)
     return PreparedTask(splits, TaskModel(base, settings.task, labels, pairing=settings.pairing), shared)
 
 

@@ -10,7 +10,6 @@ import csv
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.utils.data import Dataset
 from vpworkbench.data.batches import Words, stack_files
 from vpworkbench.data.records import DataError, Example, ImageFile
 from vpworkbench.data.regions import input_of
+from vpworkbench.data.task_formats import answer_vocabulary, read_answer_list
 from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model import CheckpointError, VisualParsingModel
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
@@ -46,20 +46,30 @@ METRICS = {"vqa": "vqa_score", "nlvr2": "accuracy", "nlvr1": "accuracy", "snli-v
 EVALUATED_AT_ONCE = 32
 
 
-def task_labels(task: TaskName, training: Sequence[Example], *, least: int = 9) -> tuple[str, ...]:
-    """What the head tells apart; of VQA the normalised answers seen at least `least` times in training.
+def task_labels(
+    task: TaskName, examples: Sequence[Example], *, least: int = 9, listed: str | Path = ""
+) -> tuple[str, ...]:
+    """What the head tells apart; of VQA the answers that stand for `least` of these questions (`answer_vocabulary`).
+
+    Parameters
+    ----------
+    examples
+        Of training and validation, as VQA's published vocabulary is counted.
+    listed
+        Of VQA a file of the answers in their place (`read_answer_list`).
 
     Raises
     ------
     DataError
-        If no answer is seen as often.
+        If no answer is that frequent, or the list cannot be read.
     """
     if task != "vqa":
         return LABELS[task]
-    counts = Counter(answer for example in training for answer in answer_targets(example.answers))
-    answers = tuple(sorted(answer for answer, count in counts.items() if count >= least))
+    if listed:
+        return read_answer_list(listed)
+    answers = answer_vocabulary(examples, least)
     if not answers:
-        raise DataError(f"no answer is seen {least} times in {len(training)} training questions; lower `answer_count`")
+        raise DataError(f"no answer stands for {least} of {len(examples)} questions; lower `answer_count`")
     return answers
 
 

@@ -76,7 +76,7 @@ def open_annotations(file: str | Path) -> Annotations:
         other content.
     """
     file = Path(file).expanduser()
-    text = _read_text(file)
+    text = read_text(file)
     if file.suffix.lower() == ".csv":
         return Annotations(file, "table", _with_columns(file, _csv_rows(file, text)))
     if text.lstrip()[0] == "[":
@@ -96,7 +96,7 @@ def open_annotations(file: str | Path) -> Annotations:
 
 def read_list(file: Path) -> Iterator[tuple[str, Any]]:
     """The items of a json list, each with its place in the file."""
-    text = _read_text(file)
+    text = read_text(file)
     if text.lstrip()[0] != "[":
         raise DataError(f"{file}: not a json list; fetch it again")
     return _list_items(file, text)
@@ -146,7 +146,7 @@ def _unknown(file: Path) -> DataError:
 # ------------------------------------------------------------------------------------------------------ texts
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         text = file.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from pydantic import AliasChoices, BaseModel, Field, StrictInt
+from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictInt
 
 from vpworkbench.data.files import (
     Annotations,
@@ -24,13 +25,15 @@ from vpworkbench.data.files import (
     image_index,
     open_as,
     origins,
+    read_list,
+    read_text,
     split_named,
     unique,
 )
 from vpworkbench.data.formats import READERS, read_captioned, read_pictures
 from vpworkbench.data.records import DataError, Example, Picture, one_record
 from vpworkbench.data.tables import Row, read_rows, true_or_false
-from vpworkbench.metrics import NLVR2_IDENTIFIER
+from vpworkbench.metrics import NLVR2_IDENTIFIER, most_given, normalised_answer
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 
@@ -51,6 +54,7 @@ class _Answered(BaseModel):
     question_id: StrictInt
     image_id: StrictInt
     answers: list[_Answer] = Field(min_length=1)
+    multiple_choice_answer: str = ""
     question_type: str = ""
     answer_type: str = ""
 
@@ -61,6 +65,8 @@ Source = str | Path | Annotations
 
 def read_vqa(questions: Source, annotations: str | Path | None, *, split: str, images: Places = ()) -> list[Example]:
     """VQA v2: `v2_OpenEnded_mscoco_*_questions.json` and, but for a test set, `v2_mscoco_*_annotations.json`.
+
+    Scores go by the ten people's answers; `multiple_choice_answer` stands for them in the vocabulary of answers.
 
     Raises
     ------
@@ -92,6 +98,7 @@ def read_vqa(questions: Source, annotations: str | Path | None, *, split: str, i
                     text=" ".join(record.question.split()),
                     split=split,
                     answers=() if told is None else tuple(answer.answer for answer in told.answers),
+                    answer="" if told is None else told.multiple_choice_answer,
                     kind="" if told is None else told.answer_type,
                     origins=origins(image, coco=record.image_id if naming.data_type == "mscoco" else None),
                 )
@@ -138,6 +145,40 @@ def _answers_of(questions: Path) -> Path | None:
     """Where a release puts them; None for a name that is none of a file of questions."""
     file = questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     return file if file != questions else None
+
+
+def answer_vocabulary(questions: Iterable[Example], least: int) -> tuple[str, ...]:
+    """The normalised answers, sorted, that stand for `least` of these questions or more.
+
+    `multiple_choice_answer`, else the most given answer, once a question: of VQA v2's training and validation questions
+    and 9 that is the published rule, of which others get 3,129.
+    """
+    counts = Counter(
+        normalised_answer(one.answer) if one.answer else most_given(one.answers) for one in questions if one.answers
+    )
+    return tuple(sorted(answer for answer, count in counts.items() if count >= least))
+
+
+class _ListedAnswer(RootModel[Text]):
+    pass
+
+
+def read_answer_list(file: str | Path) -> tuple[str, ...]:
+    """Answers to choose among, normalised, in their order: a json list, or a text with one a line.
+
+    Raises
+    ------
+    DataError
+        For a file that is missing or holds none, a list with something other than texts.
+    """
+    file = Path(file).expanduser()
+    text = read_text(file)
+    listed = text.splitlines()
+    if text.lstrip()[0] == "[":
+        listed = [checked(_ListedAnswer, raw, f"{file}: {place}").root for place, raw in read_list(file)]
+    if not listed:
+        raise DataError(f"{file}: no answer in it; write a json list of answers, or one a line")
+    return tuple(dict.fromkeys(normalised_answer(answer) for answer in listed if answer.strip()))
 
 
 def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
