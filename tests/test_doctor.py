@@ -129,14 +129,14 @@ def test_answers_out_of_vocabulary(tmp_path):
     rows += [{"image": "2.jpg", "text": f"what {k}?", "label": label, "split": "val"}
              for k, label in enumerate(("Red.", "blue"))]  # fmt: skip
     path = lines(tmp_path / "mine.jsonl", *rows)
-    found = diagnose(path, answer_count=3)
+    found = diagnose(path, answer_count=4)
     assert found.tables["table (vqa)"]["train"]["unanswerable"] == 0
     assert found.tables["table (vqa)"]["val"]["unanswerable"] == 1 and found.is_sound
     assert found.warnings == [
-        "table (vqa): 1 of 2 questions of val have no answer among the 1 that training sees 3 times or more: "
-        "they count as 0"
+        "table (vqa): 1 of 2 questions of val have no answer among the 1 that stand for 4 questions or more of "
+        "training and validation: they count as 0"
     ]
-    assert diagnose(path, answer_count=4).tables["table (vqa)"]["train"]["unanswerable"] == 3
+    assert diagnose(path, answer_count=5).tables["table (vqa)"]["train"]["unanswerable"] == 3
 
 
 def test_a_damaged_zip_hides_no_other_fault(tmp_path):

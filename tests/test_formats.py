@@ -28,6 +28,14 @@ def test_karpathy(tmp_path):
     assert told(read_pictures(tmp_path)) == told(pictures)
 
 
+def test_karpathys_captions_count_twice_where_they_are_searched(tmp_path):
+    """Published queries: a caption that an image has twice is two of them. Training has it once."""
+    twice = [{"raw": "A dog ."}, {"raw": "A  dog ."}, {"raw": "B ."}]
+    for split, captions in (("train", 2), ("restval", 2), ("val", 3), ("test", 3)):
+        pictures = read_pictures(karpathy(tmp_path, {"sentences": twice, "split": split}))
+        assert len(pictures[1].captions) == captions
+
+
 def test_karpathy_of_coco_has_its_ids_and_folders(tmp_path):
     for folder in ("train2014", "val2014"):  # the same name in both, as in no release: `filepath` decides
         picture(tmp_path / folder / "COCO_val2014_000000000042.jpg", (len(folder), 0, 0))
@@ -98,6 +106,14 @@ def test_nlvr1(tmp_path):
     assert pictures[6].foils == ("There is a black circle",) and not pictures[6].captions
     assert pictures[0].truth("There is a black circle") is True
     assert pictures[0].denies("There is a yellow circle")
+
+
+def test_nlvr1s_hidden_set_tests(tmp_path):
+    path = nlvr1(tmp_path)
+    for image in (tmp_path / "images" / "2").iterdir():
+        image.rename(image.with_name(image.name.replace("dev", "hidden")))
+    pictures = read_pictures(path.rename(tmp_path / "hidden.json"))
+    assert [picture.split for picture in pictures] == ["test", "test"]
 
 
 def test_nlvr1_as_its_repository_has_it(tmp_path):

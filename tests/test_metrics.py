@@ -71,6 +71,8 @@ def test_consistency_asks_for_every_pair_of_a_statement():
     assert consistency(predicted, labels) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="dev-2-0-0: no prediction"):
         consistency({key: value for key, value in labels.items() if key != "dev-2-0-0"}, labels)
+    with pytest.raises(ValueError, match="mine, line 2: no identifier of NLVR2's release"):
+        consistency({"mine, line 2": "True"}, {"mine, line 2": "True"})
 
 
 def test_recall_is_top_k_accuracy_and_ties_count_against():

@@ -14,6 +14,7 @@ from shutil import which
 import nbformat
 import papermill
 import pytest
+from miniatures import lines, picture
 
 from vpworkbench.execution import CHECKS, _imported, find_notebook, notebook_parameters, run_notebook
 from vpworkbench.runs import run_folder
@@ -189,3 +190,20 @@ def test_finetuning(scratch, task):
         "text only", "image only", "text x pooled features"]  # fmt: skip
     assert {*(f"baseline {name}" for name in others), "test", "steps", "seed"} <= set(summary)
     assert {f"baseline {name}" for name in others} <= set(summary["test"])
+
+
+@pytest.mark.parametrize("last", ["val", "test"])
+def test_finetuning_where_no_answer_of_test_is_told(scratch, tmp_path, last):
+    """No test split at all, or one whose labels are withheld."""
+    rows = []
+    for number in range(24):
+        picture(tmp_path / f"{number}.png", (10 * number, 0, 0))
+        split = {22: "val", 23: last}.get(number, "train")
+        label = "" if split == "test" else ("entailment", "neutral")[number % 2]
+        rows.append({"image": f"{number}.png", "text": "is it red ?", "label": label, "split": split})
+    parameters = {"task": "snli-ve", "steps": 2, "data": str(lines(tmp_path / "mine.jsonl", *rows)),
+                  "overrides": {"train.images": 8, "workers": 0}}  # fmt: skip
+    folder = run_notebook("04_finetune", name=f"untold-{last}", parameters=parameters).parent
+    assert json.loads((folder / "summary.json").read_text())["test"] == {}
+    assert not (folder / "figures" / "scores-test.html").exists()
+    assert (folder / "predictions-test.csv").exists() == (last == "test")

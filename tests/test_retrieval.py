@@ -150,6 +150,18 @@ def test_recall_is_that_of_sorted_lists(photographs):
     assert mean.low < mean.mean < mean.high
 
 
+def test_a_caption_that_an_image_has_twice_is_two_queries(model, photographs, tmp_path):
+    text = photographs[1].captions[0]
+    pictures = [photographs[0], replace(photographs[1], captions=(text, text)), photographs[2]]
+    found, first = evaluate_retrieval(model, pictures), len(pictures[0].captions)
+    assert found.scores.shape[1] == len(found.image[1]) == sum(len(picture.captions) for picture in pictures)
+    np.testing.assert_allclose(found.scores[:, first], found.scores[:, first + 1], atol=1e-6)
+    assert found.image[1][first] == found.image[1][first + 1] == (found.scores[:, first].argmax() == 1)
+    found.save(tmp_path / "found.csv")
+    assert (tmp_path / "found.csv").read_text().count(f"IR,{text}") == 2
+    assert sum(one.text == text for one in review(model, pictures, found)) == 2
+
+
 def test_a_tie_counts_against_the_model(photographs):
     pictures = photographs[:4]
     flat = retrieval_result(np.zeros((4, 20)), pictures)

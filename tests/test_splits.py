@@ -222,6 +222,29 @@ def test_task_images_are_told_by_id(tmp_path, caplog):
     assert dropped(caplog) == ["2 training examples are about images of val or test, by their ids: dropped"]
 
 
+def test_the_files_of_a_task_and_where_there_is_none(tmp_path):
+    """VQA's test2015 contains its test-dev."""
+    for number, subset in enumerate(("train2014", "val2014", "test-dev2015", "test2015")):
+        own = {"question_id": number, "image_id": number}
+        file = vqa(tmp_path, subset=subset)
+        content = json.loads(file.read_text())
+        content["questions"] = content["questions"][:1]
+        content["questions"][0] |= own
+        written(file, content)
+        told = tmp_path / f"v2_mscoco_{subset}_annotations.json"
+        content = json.loads(told.read_text())
+        content["annotations"] = content["annotations"][:1]
+        content["annotations"][0] |= own
+        written(told, content)
+        folder = subset.replace("-dev", "")
+        picture(tmp_path / folder / f"COCO_{folder}_{number:012d}.jpg", (60 * number, 0, 0))
+    splits = load_examples(finetune_settings(task="vqa", data=str(tmp_path))).splits
+    assert {name: ids(examples) for name, examples in splits.items()} == {"train": ["0"], "val": ["1"], "test": ["3"]}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: holds none of train.json, dev.json, test1.json, \*.csv, \*.jsonl"):
+        load_examples(finetune_settings(task="nlvr2", data=str(tmp_path / "empty")))
+
+
 def test_own_table_for_a_task_with_images_elsewhere(tmp_path):
     rows = [{"image": f"{k}.jpg", "text": "what?", "label": "red", "split": split}
             for k, split in enumerate(("train", "train", "val", "test"))]  # fmt: skip

@@ -9,10 +9,12 @@ import pytest
 from miniatures import SNLI_VE, lines, nlvr2, picture, snli_ve, table, vqa, written
 from test_broken_records import PAIRS, QUESTIONS, RELATIONS
 
+from vpworkbench.data.files import open_annotations
 from vpworkbench.data.records import DataError
 from vpworkbench.data.task_formats import (
     answers_beside,
     read_easy_vqa,
+    read_examples,
     read_nlvr1,
     read_nlvr2,
     read_snli_ve,
@@ -28,7 +30,7 @@ def test_vqa_v2(tmp_path):
     assert (first.id, first.text, first.kind) == ("262148000", "Where is he looking?", "other")
     assert first.answers == ("down",) * 10 and second.answers == ("yes",)
     assert first.images[0].pixels().shape == (4, 6, 3) and first.images == second.images
-    assert first.origins == {"coco:262148"}
+    assert (first.answer, second.answer) == ("down", "yes") and first.origins == {"coco:262148"}
 
 
 def test_vqa_test_dev_asks_about_the_images_of_test2015(tmp_path):
@@ -63,6 +65,25 @@ def test_vqa_files_that_are_not_there_or_not_these(tmp_path):
         read_vqa(questions, questions, split="val")
     with pytest.raises(DataError, match="no such folder or zip"):
         read_vqa(questions, annotations, split="val", images=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("subset", ["train2014", "val2014"])
+def test_only_a_test_set_may_lack_its_annotations(tmp_path, subset):
+    questions = vqa(tmp_path, subset=subset)
+    (tmp_path / f"v2_mscoco_{subset}_annotations.json").unlink()
+    with pytest.raises(DataError, match=rf"{questions.name}: .*v2_mscoco_{subset}_annotations.json beside it"):
+        read_examples(open_annotations(questions), "vqa")
+    own = questions.rename(tmp_path / "mine.json")
+    with pytest.raises(DataError, match=r"mine.json: .*name it \*_questions.json, them \*_annotations.json"):
+        read_examples(open_annotations(own), "vqa")
+    tested = vqa(tmp_path, subset="test2015")
+    (tmp_path / "v2_mscoco_test2015_annotations.json").unlink()
+    assert len(read_examples(open_annotations(tested), "vqa")) == 2
+
+
+def test_nlvr2_of_test_may_lack_labels(tmp_path):
+    file = nlvr2(tmp_path, {"label": ...})
+    assert [example.label for example in read_nlvr2(file, split="test")] == ["True", None]
 
 
 def test_nlvr2_straight_from_a_zip(tmp_path):
@@ -151,6 +172,7 @@ def test_nlvr_v1_as_single_images(real_data):
     examples = read_nlvr1(real_data / "nlvr1")
     test = [example for example in examples if example.split == "test"]
     assert len(test) == 990
+    assert test[0].id == "test-3776-0-0.png"  # as the release's script reads predictions
     share = sum(example.label == "True" for example in test) / len(test)
     assert max(share, 1 - share) == pytest.approx(0.5616, abs=1e-4)
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
+from miniatures import written
 
 from vpworkbench import cli
+from vpworkbench.baselines import baselines
 from vpworkbench.config import SettingsError, finetune_settings
 from vpworkbench.data.records import DataError, Example
 from vpworkbench.data.splits import load_examples
-from vpworkbench.finetune import PreparedTask, finetune, load_task, predict_table, prepare_task
+from vpworkbench.finetune import PreparedTask, evaluate_split, finetune, load_task, predict_table, prepare_task
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import with_words_of
 from vpworkbench.runs import open_run
@@ -69,6 +71,36 @@ def test_predictions_are_written_as_the_release_wants_them(tmp_path):
         assert list(csv.reader(file)) == [["dev-1-0-0", "True"]]
 
 
+def test_what_is_not_told_is_not_scored(tmp_path, scenes, caplog):
+    """A test set whose answers are withheld, and none at all: predictions, if any, but no score and no baselines."""
+    for task, label in (("vqa", "yes"), ("nlvr2", "True")):
+        model = TaskModel(narrow_model(scenes), task, ("no", label))
+        images = (scenes[0].image,) * (2 if task == "nlvr2" else 1)
+        examples = [Example(f"test1-0-0-{number}", images, "is it red?", "test") for number in range(3)]
+        settings = few(task=task)
+        run = open_run("04_finetune", settings, name=f"withheld-{task}")
+        prepared = PreparedTask({"train": examples, "val": [], "test": examples}, model)
+        result = evaluate_split(run, prepared, settings, "test")
+        assert len(result.predicted) == 3 and result.summary(examples) == prepared.test_summary(result) == {}
+        assert not prepared.is_answered("test") and baselines(prepared, settings, "test") == {}
+        file = next(run.folder.glob("predictions-test.*"))
+        assert caplog.messages[-1] == f"the answers of test are withheld: no score; the predictions are in {file}"
+        caplog.clear()
+        nothing = evaluate_split(run, prepared, settings, "val")
+        assert not prepared.is_answered("val") and nothing.summary([]) == {} and not caplog.messages
+        assert not list(run.folder.glob("predictions-val.*"))
+        assert prepared.preview("test")[0].endswith("->  withheld")
+
+
+def test_consistency_is_of_identifiers_as_released():
+    own = [Example(f"mine, line {number}", (), "s", "test", label="True") for number in (2, 3)]
+    result = TaskResult("nlvr2", np.ones(2), {example.id: "True" for example in own})
+    assert set(result.summary(own)) == {"accuracy", "accuracy_low", "accuracy_high"}
+    released = Example("dev-1-0-0", (), "s", "test", label="True")
+    result = TaskResult("nlvr2", np.zeros(3), result.predicted | {released.id: "False"})
+    assert result.summary([*own, released])["consistency"] == 0
+
+
 def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(scenes):
     settings = few(task="vqa")
     model = TaskModel(narrow_model(scenes), "vqa", ("no", "yes")).eval()
@@ -108,9 +140,37 @@ def test_targets_of_questions_are_the_official_scores(scenes):
                 Example("2", (image,), "what colour", "train", answers=("green",) * 10)]  # fmt: skip
     targets = TaskBatches(examples, model, size=2, seed=0).batch(examples).targets
     torch.testing.assert_close(targets, torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
-    assert task_labels("vqa", [*examples, examples[1]], least=2) == ("green",)
-    with pytest.raises(DataError, match="no answer is seen 11 times in 2"):
-        task_labels("vqa", examples, least=11)
+
+
+def test_answers_are_counted_once_a_question_as_published(tmp_path):
+    """The rule that gives 3,129: the answer that stands for a question, over training and validation."""
+    examples = [Example("1", (), "q", "train", answers=("red",) * 3 + ("Blue",) * 7),
+                Example("2", (), "q", "val", answers=("the blue", "red")),
+                Example("3", (), "q", "val", answers=("red",) * 10, answer="Blue")]  # fmt: skip
+    assert task_labels("vqa", examples, least=3) == ("blue",)
+    with pytest.raises(DataError, match="no answer stands for 4 of 3 questions"):
+        task_labels("vqa", examples, least=4)
+    listed = written(tmp_path / "listed.json", ["Red", "two", "the red"])
+    assert task_labels("vqa", examples, listed=listed) == ("red", "2")
+    listed = tmp_path / "listed.txt"
+    listed.write_text("Red\n\ntwo\n")
+    assert task_labels("vqa", examples, listed=listed) == ("red", "2")
+    for content, message in ((["red", 2], r"\[1\]: .*string"), (["red", " "], r"\[1\]: "), ([], "no answer")):
+        with pytest.raises(DataError, match=rf"wrong.json: {message}"):
+            task_labels("vqa", examples, listed=written(tmp_path / "wrong.json", content))
+
+
+def test_a_list_of_answers_is_a_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "listed.json", ["yes", "no"])
+    settings = few(task="vqa", overrides={"answer_list": "listed.json"})
+    assert settings.answer_list == str(tmp_path / "listed.json")
+    assert prepare_task(settings).model.labels == ("yes", "no")
+    assert "answer_list" not in few(task="vqa").model_dump()
+    with pytest.raises(SettingsError, match="answer_list is of vqa, not of nlvr2"):
+        few(task="nlvr2", overrides={"answer_list": "listed.json"})
+    with pytest.raises(DataError, match="gone.txt: no such file"):
+        prepare_task(few(task="vqa", overrides={"answer_list": "gone.txt"}))
 
 
 def test_questions_without_a_known_answer_score_zero_and_withheld_ones_not_at_all(scenes):
@@ -130,7 +190,8 @@ def test_images_shared_with_training_are_left_out_of_a_second_score(scenes):
     summary = prepared.test_summary(result)
     assert (summary["accuracy"], summary["accuracy_unshared"], summary["shared"]) == (0.5, 1.0, 2)
     assert "shared" not in PreparedTask({"test": examples}, model).test_summary(result)
-    assert PreparedTask({"test": []}, model).test_summary(result) == {}
+    every = PreparedTask({"test": examples}, model, frozenset("0123")).test_summary(result)
+    assert (every["accuracy"], every["shared"]) == (0.5, 4) and "accuracy_unshared" not in every
 
 
 def test_uniters_head_is_its_formula(scenes):
@@ -221,7 +282,7 @@ def test_schedules_of_the_paper():
 def test_refusals(scenes, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         load_examples(finetune_settings(task="vqa", data=str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="no examples of vqa in train"):
+    with pytest.raises(DataError, match=r"holds none of v2_OpenEnded.*_train.*_questions.json, .*\*.csv, \*.jsonl"):
         load_examples(finetune_settings(task="vqa", data=str(tmp_path)))
     with pytest.raises(CheckpointError, match="no whole fine-tuned model"):
         load_task(tmp_path)

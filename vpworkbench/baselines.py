@@ -54,7 +54,7 @@ def baselines(
 ) -> dict[str, TaskResult] | dict[str, RetrievalResult]:
     """The most frequent label, the text alone, the image alone, the text times pooled features; of NLVR v1 MaxEnt too.
 
-    Of retrieval chance, and two dual encoders (`dual`).
+    Of retrieval chance, and two dual encoders (`dual`). None where the answers of the split are withheld.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def baselines(
         Keeps the dual encoders: they are trained once for all splits.
     """
     task, examples = settings.task, prepared.splits[split]
-    if not examples:
+    if not prepared.is_answered(split):
         return {}
     if task == "retrieval":
         with tempfile.TemporaryDirectory() as scratch:

@@ -161,7 +161,7 @@ def doctor(
     tokenizer: Annotated[
         str, typer.Option(help="minilm, a BERT's or a checkpoint's folder; default: built from the training texts")
     ] = "",
-    answer_count: Annotated[int, typer.Option(help="VQA: how often an answer is seen in training to be known")] = 9,
+    answer_count: Annotated[int, typer.Option(help="VQA: questions that an answer stands for to be known")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 where it has errors."""

@@ -44,18 +44,23 @@ class PreparedTask:
     def preview(self, split: str = "val", count: int = 4) -> list[str]:
         """The first examples in words, each with what is right of it."""
         return [
-            f"  {one.text}  ->  {one.label or one.answers[0]}" if isinstance(one, Example)
+            f"  {one.text}  ->  {one.label or next(iter(one.answers), 'withheld')}" if isinstance(one, Example)
             else f"  {one.id}  <->  {' | '.join(one.captions)}"
             for one in self.splits[split][:count]
         ]  # fmt: skip
 
+    def is_answered(self, split: str) -> bool:
+        """Whether a score can be told there; not where the release withholds all answers, or has no such split."""
+        return any(not isinstance(one, Example) or one.label or one.answers for one in self.splits[split])
+
     def test_summary(self, result: TaskResult | RetrievalResult, *, seed: int = 0) -> dict[str, float]:
-        """The test score; where the release shares images between splits, the score without those examples too."""
+        """The test score; where the release shares images between splits, the score without those examples too.
+
+        Nothing where the split is not answered.
+        """
         examples = self.splits["test"]
-        if not examples:
-            return {}
         summary = result.summary(examples, seed=seed)
-        if not self.shared:
+        if not (summary and self.shared):
             return summary
         kept = [number for number, example in enumerate(examples) if example.id not in self.shared]
         rest = [examples[number] for number in kept]
@@ -77,7 +82,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     if not trained.init_text:  # a BERT's own vocabulary spells every word
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
-    labels = task_labels(settings.task, splits["train"], least=settings.answer_count)
+    counted = [*training, *splits["val"]]
+    labels = task_labels(settings.task, counted, least=settings.answer_count, listed=settings.answer_list)
     return PreparedTask(splits, TaskModel(base, settings.task, labels, pairing=settings.pairing), shared)
 
 
@@ -114,7 +120,7 @@ def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> Retrieva
 def evaluate_split(
     run: Run, prepared: PreparedTask, settings: FinetuneSettings, split: str
 ) -> TaskResult | RetrievalResult:
-    """The official score of a split; its predictions are left in the run's folder.
+    """The official score of a split; its predictions are left in the run's folder, also where answers are withheld.
 
     Of retrieval the score matrix is kept there too: where it was stopped, it goes on.
     """
@@ -124,7 +130,11 @@ def evaluate_split(
                                     file=run.folder / f"scores-{split}.npy", progress=run.progress)  # fmt: skip
     else:
         result = evaluate_task(model, examples, progress=run.progress)
-    result.save(run.folder / f"predictions-{split}.{'json' if settings.task == 'vqa' else 'csv'}")
+    file = run.folder / f"predictions-{split}.{'json' if settings.task == 'vqa' else 'csv'}"
+    if examples:
+        result.save(file)
+        if not prepared.is_answered(split):
+            log.warning("the answers of %s are withheld: no score; the predictions are in %s", split, file)
     return result
 
 

@@ -105,25 +105,30 @@ def accuracy(predicted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     return np.array([float(one == other) for one, other in zip(predicted, labels, strict=True)])
 
 
+NLVR2_IDENTIFIER = r"^(.+-[0-9]+)-[0-9]+-([0-9]+)$"
+"""Identifiers of NLVR2's release, `split-set-pair-sentence`; its groups are the split's set, and the sentence."""
+
+
 def consistency(predicted: Mapping[str, str], labels: Mapping[str, str]) -> float:
     """NLVR2's: share of statements that are judged rightly for every pair of images they were asked of.
 
     Parameters
     ----------
     predicted, labels : mapping of identifier to label
-        Identifiers as in the release, `split-set-pair-sentence`: examples of one set and sentence share a statement.
+        Identifiers as in the release (`NLVR2_IDENTIFIER`): examples of one set and sentence share a statement.
 
     Raises
     ------
     ValueError
-        If an example has no prediction.
+        If an example has no prediction, or an identifier is of another form.
     """
-    right: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    right: dict[tuple[str, ...], list[bool]] = defaultdict(list)
     for identifier, label in labels.items():
         if identifier not in predicted:
             raise ValueError(f"{identifier}: no prediction")
-        split, group, _, sentence = identifier.rsplit("-", 3)
-        right[split, group, sentence].append(predicted[identifier] == label)
+        if not (parts := re.search(NLVR2_IDENTIFIER, identifier)):
+            raise ValueError(f"{identifier}: no identifier of NLVR2's release, split-set-pair-sentence")
+        right[parts.groups()].append(predicted[identifier] == label)
     return float(np.mean([all(parts) for parts in right.values()]))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections import Counter
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 from vpworkbench.data.batches import Words, stack_files
 from vpworkbench.data.records import DataError, Example, ImageFile
 from vpworkbench.data.regions import input_of
-from vpworkbench.metrics import accuracy, answer_targets, consistency, vqa_score
+from vpworkbench.data.task_formats import answer_vocabulary, read_answer_list
+from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model import CheckpointError, VisualParsingModel
 from vpworkbench.probes.intervals import Interval, bootstrap_interval
 
@@ -45,20 +46,30 @@ METRICS = {"vqa": "vqa_score", "nlvr2": "accuracy", "nlvr1": "accuracy", "snli-v
 EVALUATED_AT_ONCE = 32
 
 
-def task_labels(task: TaskName, training: Sequence[Example], *, least: int = 9) -> tuple[str, ...]:
-    """What the head tells apart; of VQA the normalised answers seen at least `least` times in training.
+def task_labels(
+    task: TaskName, examples: Sequence[Example], *, least: int = 9, listed: str | Path = ""
+) -> tuple[str, ...]:
+    """What the head tells apart; of VQA the answers that stand for `least` of these questions (`answer_vocabulary`).
+
+    Parameters
+    ----------
+    examples
+        Of training and validation, as VQA's published vocabulary is counted.
+    listed
+        Of VQA a file of the answers in their place (`read_answer_list`).
 
     Raises
     ------
     DataError
-        If no answer is seen as often.
+        If no answer is that frequent, or the list cannot be read.
     """
     if task != "vqa":
         return LABELS[task]
-    counts = Counter(answer for example in training for answer in answer_targets(example.answers))
-    answers = tuple(sorted(answer for answer, count in counts.items() if count >= least))
+    if listed:
+        return read_answer_list(listed)
+    answers = answer_vocabulary(examples, least)
     if not answers:
-        raise DataError(f"no answer is seen {least} times in {len(training)} training questions; lower `answer_count`")
+        raise DataError(f"no answer stands for {least} of {len(examples)} questions; lower `answer_count`")
     return answers
 
 
@@ -377,13 +388,23 @@ class TaskResult(NamedTuple):
         return bootstrap_interval(self.scores, seed)
 
     def summary(self, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
-        """The task's score with its interval; of NLVR2 the consistency too."""
+        """The task's score with its interval; nothing where the release withholds all answers.
+
+        Of NLVR2 the consistency too, over the identifiers that tell which examples share a statement.
+        """
+        if np.isnan(self.scores).all():  # as of no examples
+            return {}
         mean, low, high, _ = (float(part) for part in self.interval(seed=seed))
         name = METRICS[self.task]
         summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
         if self.task == "nlvr2":
-            labels = {example.id: example.label for example in examples if example.label}
-            summary["consistency"] = consistency(self.predicted, labels)
+            labels = {
+                example.id: example.label
+                for example in examples
+                if example.label and re.search(NLVR2_IDENTIFIER, example.id)
+            }
+            if labels:  # one's own table has ids of another form
+                summary["consistency"] = consistency(self.predicted, labels)
         return summary
 
     def save(self, path: str | Path) -> None:

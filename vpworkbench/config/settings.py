@@ -389,7 +389,12 @@ class FinetuneSettings(Settings):
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     checkpoint: Place = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
-    answer_count: int = Field(9, ge=1, description="VQA: how often an answer is seen in training to be one")
+    answer_count: int = Field(
+        9, ge=1, description="VQA: an answer stands for so many questions of training and validation to be one"
+    )
+    answer_list: Location = added(
+        "", description="VQA: a file of the answers, a json list or one a line; '' those that `answer_count` finds"
+    )
     pairing: Literal["pair", "pair-attention"] = Field(
         "pair",
         description="NLVR2: both [CLS] side by side, or UNITER's attention from each pass to the other",
@@ -404,6 +409,12 @@ class FinetuneSettings(Settings):
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
+
+    @model_validator(mode="after")
+    def _has_answers(self) -> Self:
+        if self.answer_list and self.task != "vqa":
+            raise ValueError(f"answer_list is of vqa, not of {self.task}; leave it empty")
+        return self
 
 
 class ExploreSettings(Settings):

@@ -27,7 +27,15 @@ from vpworkbench.data.formats import read_captioned
 from vpworkbench.data.records import DataError, ImageFile, Picture, collected_findings
 from vpworkbench.data.splits import Record, image_contents, images_of, photographs
 from vpworkbench.data.tables import TRUE_FALSE
-from vpworkbench.data.task_formats import ENTAILMENT, answers_beside, read_any, read_easy_vqa, read_examples, read_table
+from vpworkbench.data.task_formats import (
+    ENTAILMENT,
+    answer_vocabulary,
+    answers_beside,
+    read_any,
+    read_easy_vqa,
+    read_examples,
+    read_table,
+)
 from vpworkbench.metrics import normalised_answer
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -105,7 +113,7 @@ def diagnose(
         `minilm`, or the folder of a BERT or of a checkpoint; empty: a vocabulary of the training texts, as a run
         without `init_text` builds it.
     answer_count : int
-        VQA: how often an answer must be seen in training to be in the vocabulary.
+        VQA: of how many questions of training and validation an answer must be the one to be in the vocabulary.
 
     Raises
     ------
@@ -311,9 +319,9 @@ def _count_unanswerable(
 ) -> None:
     """Questions none of whose answers is in the vocabulary that training would have (as `tasks.task_labels`)."""
     tidy = {answer: normalised_answer(answer) for record in records for answer in record.answers}
-    seen = Counter(answer for record in _of(records, "train") for answer in {tidy[answer] for answer in record.answers})
-    known = {answer for answer, count in seen.items() if count >= least}
-    if not seen:
+    training = _of(records, "train")
+    known = set(answer_vocabulary([*training, *_of(records, "val")], least))
+    if not any(record.answers for record in training):
         found.warnings.append(f"{kind}: no training questions there, so no vocabulary of answers to compare with")
         return
     for split, row in table.items():
@@ -322,5 +330,5 @@ def _count_unanswerable(
         if row["unanswerable"]:
             found.warnings.append(
                 f"{kind}: {row['unanswerable']} of {len(asked)} questions of {split} have no answer among the "
-                f"{len(known)} that training sees {least} times or more: they count as 0"
+                f"{len(known)} that stand for {least} questions or more of training and validation: they count as 0"
             )

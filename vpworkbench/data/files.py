@@ -13,9 +13,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 from vpworkbench.data.records import DataError, ImageFile, archive, inner_name, one_record
 
@@ -76,7 +76,7 @@ def open_annotations(file: str | Path) -> Annotations:
         other content.
     """
     file = Path(file).expanduser()
-    text = _read_text(file)
+    text = read_text(file)
     if file.suffix.lower() == ".csv":
         return Annotations(file, "table", _with_columns(file, _csv_rows(file, text)))
     if text.lstrip()[0] == "[":
@@ -96,7 +96,7 @@ def open_annotations(file: str | Path) -> Annotations:
 
 def read_list(file: Path) -> Iterator[tuple[str, Any]]:
     """The items of a json list, each with its place in the file."""
-    text = _read_text(file)
+    text = read_text(file)
     if text.lstrip()[0] != "[":
         raise DataError(f"{file}: not a json list; fetch it again")
     return _list_items(file, text)
@@ -146,7 +146,7 @@ def _unknown(file: Path) -> DataError:
 # ------------------------------------------------------------------------------------------------------ texts
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     try:
         text = file.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
     except FileNotFoundError:
@@ -240,6 +240,10 @@ class _WithId(Protocol):
 
 
 R = TypeVar("R", bound=_WithId)
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""A text of a record, which says something: a blank one is refused."""
 
 
 def checked(kind: type[M], raw: Any, where: str) -> M:

@@ -6,14 +6,14 @@ Faults name the file and the record.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
 from vpworkbench.data import language, nlvr1
 from vpworkbench.data.files import (
@@ -22,6 +22,7 @@ from vpworkbench.data.files import (
     Annotations,
     ImageIndex,
     Places,
+    Text,
     checked,
     image_index,
     open_annotations,
@@ -110,7 +111,7 @@ class _KarpathyImage(BaseModel):
     split: str = Field(pattern=f"^({'|'.join(SPLITS)})$")
     sentences: list[_Sentence] = Field(min_length=1)
     filepath: str = ""
-    cocoid: int | None = None
+    cocoid: StrictInt | None = None
     things: list[dict[str, Any]] | None = None
 
 
@@ -121,15 +122,18 @@ def _karpathy(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]
         with one_record():
             record = checked(_KarpathyImage, raw, f"{file}: images[{number}]")
             where = f"{file}: images[{number}] ({record.filename})"
-            captions = tuple(dict.fromkeys(_caption(sentence.raw, where) for sentence in record.sentences))
+            split = SPLITS[record.split]
+            captions = [_caption(sentence.raw, where) for sentence in record.sentences]
+            if split == "train":  # of the other splits every one is a query, as published
+                captions = list(dict.fromkeys(captions))
             names = (f"{record.filepath}/{record.filename}", record.filename) if record.filepath else (record.filename,)
             image = images.find(*names, where=where)
             scene = Scene.from_json(raw) if record.things is not None else None
             yield Picture(
                 id=record.filename,
                 image=image,
-                split=SPLITS[record.split],
-                captions=captions,
+                split=split,
+                captions=tuple(captions),
                 truth=partial(language.decide, scene=scene) if scene else None,
                 scene=scene,
                 origins=origins(image, coco=record.cocoid, flickr=record.filename if from_flickr else None),
@@ -147,14 +151,14 @@ def _caption(raw: str, where: str) -> str:
 
 
 class _CocoImage(BaseModel):
-    id: int
+    id: StrictInt
     file_name: str = Field(min_length=1)
     flickr_url: str | None = None
 
 
 class _CocoCaption(BaseModel):
-    id: int
-    image_id: int
+    id: StrictInt
+    image_id: StrictInt
     caption: str
 
 
@@ -210,20 +214,20 @@ def _coco_captions(file: Path, content: dict[str, Any]) -> dict[int, dict[str, N
 
 
 class _Region(BaseModel):
-    region_id: int
+    region_id: StrictInt
     phrase: str
-    image_id: int | None = None
+    image_id: StrictInt | None = None
 
 
 class _RegionImage(BaseModel):
-    id: int = Field(validation_alias=AliasChoices("id", "image_id"))
+    id: StrictInt = Field(validation_alias=AliasChoices("id", "image_id"))
     regions: list[_Region]
 
 
 class _ImageData(BaseModel):
-    image_id: int
-    coco_id: int | None = None
-    flickr_id: int | None = None
+    image_id: StrictInt
+    coco_id: StrictInt | None = None
+    flickr_id: StrictInt | None = None
 
 
 def _visual_genome(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
@@ -238,6 +242,9 @@ def _visual_genome(annotations: Annotations, images: ImageIndex) -> Iterator[Pic
             where = f"{file}: {place} (id {record.id})"
             if strange := [region for region in record.regions if region.image_id not in (None, record.id)]:
                 raise DataError(f"{where}: region {strange[0].region_id} is of image_id {strange[0].image_id}")
+            numbers = Counter(region.region_id for region in record.regions)
+            if again := [number for number, count in numbers.items() if count > 1]:
+                raise DataError(f"{where}: region_id {again[0]} a second time; drop one of them")
             names = (f"{folder}{record.id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", ""))
             image = images.find(*names, where=where)
             phrases = dict.fromkeys(" ".join(region.phrase.split()) for region in record.regions)
@@ -255,10 +262,12 @@ def _visual_genome(annotations: Annotations, images: ImageIndex) -> Iterator[Pic
 def _image_data(file: Path) -> dict[int, _ImageData]:
     if not file.exists():
         return {}
-    found = {}
+    found: dict[int, _ImageData] = {}
     for place, raw in read_list(file):
         with one_record():
             record = checked(_ImageData, raw, f"{file}: {place}")
+            if record.image_id in found:
+                raise DataError(f"{file}: {place}: image_id {record.image_id} a second time; drop one of them")
             found[record.image_id] = record
     return found
 
@@ -267,7 +276,7 @@ def _image_data(file: Path) -> dict[int, _ImageData]:
 
 
 class _Nlvr1Record(BaseModel):
-    sentence: str = Field(min_length=1)
+    sentence: Text
     label: Literal["true", "false"]
     identifier: str
     directory: str
@@ -281,7 +290,7 @@ def _nlvr1(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
         with one_record():
             record = checked(_Nlvr1Record, raw, f"{file}: {place}")
             where = f"{file}: {place} ({record.identifier})"
-            split = SPLITS.get(file.stem, "train")
+            split = "test" if file.stem == "hidden" else SPLITS.get(file.stem, "train")
             if split == "val" and record.directory != NLVR1_VAL_DIRECTORY:
                 split = "train"
             sentence = " ".join(record.sentence.split())

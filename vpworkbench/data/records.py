@@ -249,6 +249,8 @@ class Example:
         `True` / `False`, `entailment` and so on; None where the release withholds it, and for questions.
     answers : tuple of str
         People's answers to a question, as they wrote them; empty where the release withholds them.
+    answer : str
+        The one that stands for them, as the release tells it; empty: the most given one.
     kind : str
         VQA's answer type.
     boxes : tuple of Box
@@ -263,6 +265,7 @@ class Example:
     split: str
     label: str | None = None
     answers: tuple[str, ...] = ()
+    answer: str = ""
     kind: str = ""
     boxes: tuple[Box, ...] = ()
     origins: frozenset[str] = frozenset()

@@ -139,7 +139,7 @@ TASK_FILES = {
     "nlvr1": NLVR1_FILES,
     "snli-ve": ("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),
 }  # fmt: skip
-"""What a folder is searched for; of several the first by name (VQA's test-dev before its test)."""
+"""What a folder is searched for; of several the last by name (VQA's test2015, which contains its test-dev)."""
 
 
 class TaskExamples(NamedTuple):
@@ -223,7 +223,9 @@ def _task_files(task: str, folder: Path) -> list[Path]:
         folder = folder / "nlvr2"
     found = [sorted(folder.glob(pattern)) for pattern in TASK_FILES[task]]
     own = sorted(file for pattern in TABLE_FILES for file in folder.glob(pattern) if file.name[0] != ".")
-    return [files[0] for files in found if files] or own
+    if not any(found) and not own:
+        raise DataError(f"{folder}: holds none of {', '.join((*TASK_FILES[task], *TABLE_FILES))}; name the file itself")
+    return [files[-1] for files in found if files] or own
 
 
 def _easy_vqa() -> dict[str, list[Example]]:

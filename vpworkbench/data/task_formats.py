@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictInt
 
 from vpworkbench.data.files import (
     Annotations,
     ImageIndex,
     Places,
+    Text,
     checked,
     image_index,
     open_as,
     origins,
+    read_list,
+    read_text,
     split_named,
     unique,
 )
 from vpworkbench.data.formats import READERS, read_captioned, read_pictures
 from vpworkbench.data.records import DataError, Example, Picture, one_record
 from vpworkbench.data.tables import Row, read_rows, true_or_false
+from vpworkbench.metrics import NLVR2_IDENTIFIER, most_given, normalised_answer
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 
@@ -36,9 +41,9 @@ ENTAILMENT = ("entailment", "neutral", "contradiction")
 
 
 class _Question(BaseModel):
-    question_id: int
-    image_id: int
-    question: str = Field(min_length=1)
+    question_id: StrictInt
+    image_id: StrictInt
+    question: Text
 
 
 class _Answer(BaseModel):
@@ -46,9 +51,10 @@ class _Answer(BaseModel):
 
 
 class _Answered(BaseModel):
-    question_id: int
-    image_id: int
+    question_id: StrictInt
+    image_id: StrictInt
     answers: list[_Answer] = Field(min_length=1)
+    multiple_choice_answer: str = ""
     question_type: str = ""
     answer_type: str = ""
 
@@ -59,6 +65,8 @@ Source = str | Path | Annotations
 
 def read_vqa(questions: Source, annotations: str | Path | None, *, split: str, images: Places = ()) -> list[Example]:
     """VQA v2: `v2_OpenEnded_mscoco_*_questions.json` and, but for a test set, `v2_mscoco_*_annotations.json`.
+
+    Scores go by the ten people's answers; `multiple_choice_answer` stands for them in the vocabulary of answers.
 
     Raises
     ------
@@ -90,6 +98,7 @@ def read_vqa(questions: Source, annotations: str | Path | None, *, split: str, i
                     text=" ".join(record.question.split()),
                     split=split,
                     answers=() if told is None else tuple(answer.answer for answer in told.answers),
+                    answer="" if told is None else told.multiple_choice_answer,
                     kind="" if told is None else told.answer_type,
                     origins=origins(image, coco=record.image_id if naming.data_type == "mscoco" else None),
                 )
@@ -128,8 +137,48 @@ class _Naming(NamedTuple):
 
 def answers_beside(questions: Path) -> Path | None:
     """The annotations of a file of questions by the release's names; None where they are not there, as of test sets."""
+    file = _answers_of(questions)
+    return file if file and file.exists() else None
+
+
+def _answers_of(questions: Path) -> Path | None:
+    """Where a release puts them; None for a name that is none of a file of questions."""
     file = questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    return file if file != questions and file.exists() else None
+    return file if file != questions else None
+
+
+def answer_vocabulary(questions: Iterable[Example], least: int) -> tuple[str, ...]:
+    """The normalised answers, sorted, that stand for `least` of these questions or more.
+
+    `multiple_choice_answer`, else the most given answer, once a question: of VQA v2's training and validation questions
+    and 9 that is the published rule, of which others get 3,129.
+    """
+    counts = Counter(
+        normalised_answer(one.answer) if one.answer else most_given(one.answers) for one in questions if one.answers
+    )
+    return tuple(sorted(answer for answer, count in counts.items() if count >= least))
+
+
+class _ListedAnswer(RootModel[Text]):
+    pass
+
+
+def read_answer_list(file: str | Path) -> tuple[str, ...]:
+    """Answers to choose among, normalised, in their order: a json list, or a text with one a line.
+
+    Raises
+    ------
+    DataError
+        For a file that is missing or holds none, a list with something other than texts.
+    """
+    file = Path(file).expanduser()
+    text = read_text(file)
+    listed = text.splitlines()
+    if text.lstrip()[0] == "[":
+        listed = [checked(_ListedAnswer, raw, f"{file}: {place}").root for place, raw in read_list(file)]
+    if not listed:
+        raise DataError(f"{file}: no answer in it; write a json list of answers, or one a line")
+    return tuple(dict.fromkeys(normalised_answer(answer) for answer in listed if answer.strip()))
 
 
 def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
@@ -162,8 +211,8 @@ def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
 
 
 class _Nlvr2(BaseModel):
-    identifier: str = Field(min_length=5)
-    sentence: str = Field(min_length=1)
+    identifier: str = Field(pattern=NLVR2_IDENTIFIER)
+    sentence: Text
     label: Literal["True", "False"] | None = None
 
 
@@ -176,6 +225,8 @@ def read_nlvr2(file: Source, *, split: str, images: Places = ()) -> list[Example
         with one_record():
             record = checked(_Nlvr2, raw, f"{opened.file}: {place}")
             where = f"{opened.file}: {place} ({record.identifier})"
+            if record.label is None and split != "test":
+                raise DataError(f"{where}: no label; only test may lack it")
             pair = record.identifier.rsplit("-", 1)[0]
             sides = tuple(index.find(f"{pair}-img{side}.png", where=where) for side in (0, 1))
             examples.append(
@@ -185,11 +236,14 @@ def read_nlvr2(file: Source, *, split: str, images: Places = ()) -> list[Example
 
 
 def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
-    """NLVR v1 as single-image true / false, split as `read_pictures` does; the six orders of training boxes apart."""
+    """NLVR v1 as single-image true / false, split as `read_pictures` does; the six orders of training boxes apart.
+
+    The id is the image file's name: its scripts read predictions by that.
+    """
     pictures = read_captioned(path, images) if isinstance(path, Annotations) else read_pictures(path, images=images)
     return [
         Example(
-            id=picture.id,
+            id=PurePosixPath(picture.image.name).name,
             images=(picture.image,),
             text=text,
             split=picture.split,
@@ -203,7 +257,7 @@ def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
 
 class _SnliVe(BaseModel):
     sentence1: str
-    sentence2: str = Field(min_length=1)
+    sentence2: Text
     gold_label: Literal["entailment", "neutral", "contradiction", "-"]
     photo: str = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID"))  # both are in use
     pairID: str
@@ -309,7 +363,14 @@ def read_examples(opened: Annotations, task: str, *, images: Places = (), premis
     if opened.format == "table":
         return read_table(opened, task, images=images)
     if task == "vqa":
-        return read_vqa(opened, answers_beside(opened.file), split=split, images=images)
+        answers = answers_beside(opened.file)
+        if answers is None and split != "test":
+            expected = _answers_of(opened.file)
+            remedy = (
+                f"put {expected.name} beside it" if expected else "name it *_questions.json, them *_annotations.json"
+            )
+            raise DataError(f"{opened.file}: questions of {split} without annotations; {remedy}")
+        return read_vqa(opened, answers, split=split, images=images)
     if task == "nlvr1":
         return read_nlvr1(open_as(opened, "nlvr1"), images=images)
     if task == "nlvr2":
