@@ -442,11 +442,65 @@ def test_a_tsv_of_butd_is_read(tmp_path):
     [({"features": "AAA*"}, "391895: features is no base64"), ({"boxes": "AAAA"}, "391895: boxes is no base64"),
      ({"num_boxes": "3"}, "391895: num_boxes is 3, but 2 boxes"), ({"num_boxes": "two"}, "391895: .* is no number"),
      ({"image_w": "60"}, r"391895: box 1 .* is outside the image of 60 x 50 px"),
+     ({"image_h": "nan"}, r"391895: an image of size \[100.0, nan\]"), ({"image_h": "inf"}, "391895: an image of size"),
      ({"image_id": "7"}, "391895.jpg: no features of this image")],
 )  # fmt: skip
 def test_a_broken_tsv_names_the_image(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         RegionFiles(tsv(tmp_path / "a.tsv", **change), most=3, width=WIDTH).regions(PHOTO)
+
+
+def test_a_number_is_an_image_of_coco_alone(tmp_path):
+    """`dog-7.png` is not COCO's 7."""
+    files = RegionFiles(tsv(tmp_path / "a.tsv", image_id="7"), most=3, width=WIDTH)
+    for name in ("7.jpg", "000000000007.jpg", "train2014/COCO_train2014_000000000007.jpg"):
+        assert len(files.regions(ImageFile(Path("images"), name)).boxes) == 2
+    others = [ImageFile(Path("images"), name) for name in ("dog-7.png", "COCO_7.jpg", "0007.jpg", "b/17.jpg")]
+    for image in others:
+        with pytest.raises(DataError, match=f"{image.name}: no features of this image"):
+            files.regions(image)
+    with pytest.raises(
+        DataError, match=r"a.tsv: no features of 4 of 5 images \(images/dog-7.png, .*0007.jpg, \.\.\.\)"
+    ):
+        files.check([ImageFile(Path("images"), "7.jpg"), *others])
+
+
+def test_an_image_twice_in_a_tsv_is_refused(tmp_path):
+    file = tsv(tmp_path / "a.tsv")
+    file.write_text(2 * file.read_text())
+    with pytest.raises(DataError, match="a.tsv: line 2: image 391895 for the second time"):
+        RegionFiles(file, most=3, width=WIDTH)
+
+
+@pytest.mark.parametrize("change, message",
+    [({"size": 10}, "an image of size 10"), ({"size": [10, np.nan]}, "an image of size"),
+     ({"size": ["10", "10"]}, "an image of size"), ({"features": [["a"] * WIDTH] * 2}, "must be real numbers"),
+     ({"features": np.full((2, WIDTH), 1e300)}, "not finite"), ({"features": np.ones((2, WIDTH)) + 1j}, "complex128"),
+     ({"boxes": [["a"] * 4] * 2}, "must be real numbers")],
+)  # fmt: skip
+def test_npz_of_something_else_name_the_file(tmp_path, change, message):
+    good = {"features": np.zeros((2, WIDTH)), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "size": [10, 10]}
+    np.savez(tmp_path / "7.npz", **(good | change))
+    with pytest.raises(DataError, match=f"7.npz: .*{message}"):
+        read_npz(tmp_path / "7.npz")
+
+
+def test_no_flipped_byte_ends_in_another_error(tmp_path):
+    good = {"features": np.arange(2.0 * WIDTH).reshape(2, -1), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "size": [9, 9]}
+    np.savez_compressed(tmp_path / "7.npz", **good)
+    content, refused = (tmp_path / "7.npz").read_bytes(), 0
+    for place in range(len(content)):
+        (tmp_path / "7.npz").write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        try:
+            read_npz(tmp_path / "7.npz")
+        except DataError as error:
+            assert "7.npz" in str(error)
+            refused += 1
+    assert refused > len(content) / 2
+    with (tmp_path / "7.npz").open("wb") as file:
+        np.save(file, good["features"])  # an array under the name of an archive
+    with pytest.raises(DataError, match="7.npz: no whole npz"):
+        read_npz(tmp_path / "7.npz")
 
 
 def test_broken_npz_name_the_image(tmp_path):
