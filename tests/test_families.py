@@ -18,6 +18,7 @@ from transformers import ViltConfig, ViltModel
 
 from vpworkbench import compare, examples, figures
 from vpworkbench.baselines import baselines
+from vpworkbench.budget import budget
 from vpworkbench.config import (
     PRESETS,
     FusionSettings,
@@ -28,7 +29,7 @@ from vpworkbench.config import (
     pretrain_settings,
     visual_init_settings,
 )
-from vpworkbench.config.families import FAMILIES
+from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
 from vpworkbench.data.scenes import COLOURS
@@ -103,13 +104,14 @@ def test_every_family_trains_with_every_objective_or_says_why_not(region_folder,
 
 def test_regions_refuse_what_needs_pixels(region_folder):
     for setting in ({"data.flip": True}, {"mask.where": "pixels"}, {"data.cache": True}):
-        with pytest.raises(SettingsError, match="no pixels"):
+        with pytest.raises(SettingsError, match="no pixels|squares of tokens"):
             settings_of("regions", "random", region_folder, **setting)
 
 
 def test_nothing_else_branches_on_the_name_of_a_family():
     package = Path(__file__).parents[1] / "vpworkbench"
-    named = re.compile(r"""(?<!for )family\s*(?:[!=]=|in\b)\s*[("'\[{]|["'](?:swin|grid|patch|regions)["']\s*[!=]=""")
+    name = """["'](?:swin|grid|patch|regions)["']"""  # (a sweep has a place of the name `grid`)
+    named = re.compile(rf"""(?<!for )family\s*(?:[!=]=|in\b)\s*[("'\[{{]|{name}\s*[!=]=|(?<!place )[!=]=\s*{name}""")
     found = [file.name for file in package.rglob("*.py") if named.search(file.read_text(encoding="utf-8"))]
     assert found == []
 
@@ -548,3 +550,33 @@ def test_the_fifth_family_of_the_docs(scenes, monkeypatch):
             assert pretrain(open_run("01_pretrain", settings), prepare(settings), settings) == 2
         finally:
             del FAMILIES[name]
+
+
+class Slots(nn.Module):
+    """A few tokens of the whole image, which lie nowhere."""
+
+    def __init__(self, settings: VisualSettings) -> None:
+        super().__init__()
+        self.settings, self.width = settings, 16
+        self.read = nn.Linear(3 * 12 * 12, settings.regions * self.width)
+
+    def forward(self, images: torch.Tensor) -> VisualTokens:
+        small = nn.functional.adaptive_avg_pool2d(images / 255.0, 12).flatten(1)
+        features = self.read(small).unflatten(1, (self.settings.regions, self.width))
+        everywhere = torch.tensor([0.0, 0, 1, 1]).expand(*features.shape[:2], 4)
+        return VisualTokens(features, None, boxes=everywhere)
+
+
+def test_a_family_without_a_grid_may_read_pixels(scenes, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "slots", Family(Slots, step=None))
+    settings = settings_of("slots", "random", Path(), **{"visual.regions": 5, "data.flip": True})
+    assert settings.visual.tokens == 5
+    run, prepared = open_run("01_pretrain", settings, name="slots"), prepare(settings)
+    assert pretrain(run, prepared, settings) == 2 and np.isfinite(run.metrics().to_numpy(dtype=float)).all()
+    assert budget(prepared.model).visual_tokens == 5
+    assert np.isfinite(probe(load_run("slots")[0], scenes[-4:], images=4).from_input).all()
+    example = examples.take_apart(prepared.model, scenes[0], settings)
+    assert example.boxes.tolist() == [[0, 0, 1, 1]] * 5 and example.image.shape == (96, 96, 3)
+    for setting in ({"mask.where": "pixels"}, {"visual.sampled": 2}):
+        with pytest.raises(SettingsError, match="squares of tokens|boxes in the place"):
+            settings_of("slots", "random", Path(), **setting)

@@ -231,13 +231,13 @@ def _opened(source: str, most: int, width: int) -> RegionFiles:
 
 def input_of(visual: VisualSettings) -> int | RegionFiles:
     """What a visual side reads of an image: its pixels, squeezed to this side, or its regions."""
-    if visual.kind.on_grid:
+    if visual.kind.pixels:
         return visual.image_px
     return _opened(visual.region_files, visual.regions, visual.region_width)
 
 
 def real_tokens(images: Tensor, visual: VisualSettings) -> Tensor:
     """bool (image, vision) of a batch: the visual tokens that are no padding."""
-    if visual.kind.on_grid:
+    if visual.kind.pixels:
         return torch.ones(len(images), visual.tokens, dtype=torch.bool)
     return images[..., -1] > 0

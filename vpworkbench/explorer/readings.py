@@ -260,7 +260,7 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
     if getattr(inputs, "boxes", None) is not None:  # a VisualBERT is not told where its regions lie
         boxes = inputs.boxes[0]
-    if model.base is not None and model.base.settings.visual.kind.on_grid:
+    if model.base is not None and model.base.settings.visual.kind.pixels:
         image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
     else:
         image = picture.image.pixels()
