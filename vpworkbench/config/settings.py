@@ -34,7 +34,7 @@ class VisualSettings(Settings):
     heads: tuple[int, ...] = Field((3, 6), min_length=1, description="Swin: heads of each stage")
     window: int = Field(6, ge=1, description="Swin: side of an attention window")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Swin: stochastic depth of the last block")
-    backbone: str = Field("resnet10t", description="grid: any timm CNN")
+    backbone: str = Field("resnet10t", description="grid: a CNN of timm, with `output_stride` unless stride is 32")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
     frozen_norm: bool = added(
