@@ -143,7 +143,8 @@ def test_wrong_image_size_names_both():
 @pytest.mark.parametrize("backbone, stride, message",
     [("resnet5000", 16, r"Unknown model.*did you mean 'resnet50\w*'"), ("resnet10t", 12, "no such stride"),
      ("vgg11", 16, "no such stride"), ("efficientnet_b0", 12, r"map of \[3, 3\]"),
-     ("densenet121", 16, "'output_stride'"), ("vit_tiny_patch16_224", 16, "'output_stride'"), ("vit_tiny_patch16_224", 32, "Input height")],
+     ("densenet121", 16, "'output_stride'"), ("vit_tiny_patch16_224", 16, "'output_stride'"),
+     ("vit_tiny_patch16_224", 32, "Input height")],
 )  # fmt: skip
 def test_what_is_no_grid_of_a_cnn_is_refused(backbone, stride, message):
     settings = VisualSettings(family="grid", backbone=backbone, stride=stride, image_px=96)
