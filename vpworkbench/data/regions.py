@@ -149,7 +149,7 @@ class RegionFiles:
     def check(self, images: Iterable[ImageFile]) -> None:
         """`DataError` where some images have no regions; nothing is read."""
         known = dict.fromkeys(images)
-        missing = [str(image) for image in known if self._place(image) is None]
+        missing = [image.name for image in known if self._place(image) is None]
         if missing:
             raise DataError(
                 f"{self.source}: no features of {len(missing)} of {len(known)} images ({', '.join(missing[:3])}"
@@ -214,7 +214,7 @@ def _index(file: Path) -> dict[str, int]:
             name = line.split(b"\t", 1)[0].decode(errors="replace")
             if line.count(b"\t") != len(TSV_FIELDS) - 1:
                 raise DataError(
-                    f"{file}: line {number} (image {name:.40}) has {line.count(b'	') + 1} fields; BUTD's are "
+                    f"{file}: line {number} (image {name.strip():.40}) has {line.count(b'	') + 1} fields; BUTD's are "
                     f"{', '.join(TSV_FIELDS)}"
                 )
             if name in places:
