@@ -153,6 +153,12 @@ def test_a_folder_without_its_tokenizer_says_so(visual_bert, regions, tmp_path):
         compare.open_model(str(bare), regions=regions)
 
 
+def test_regions_of_another_width_are_refused_when_the_model_is_opened(lxmert, tmp_path):
+    write_regions(tmp_path / "images" / "7.npz", np.zeros((2, 9)), np.array([[0, 0, 5, 5]] * 2), (9, 9))
+    with pytest.raises(DataError, match="images/7.npz: features of 9 channels .* takes 12; .*`vpw regions --width 12`"):
+        compare.open_model(lxmert, regions=str(tmp_path))
+
+
 def test_models_of_regions_read_them_from_files(visual_bert, lxmert, regions, scenes):
     """The model's own call on hand-made inputs gives the same hidden states; the third picture has fewer regions."""
     pictures = [picture for picture in scenes if picture.captions][:3]

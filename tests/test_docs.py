@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
 from pydantic import BaseModel
 
+from vpworkbench.cli import app
 from vpworkbench.config import (
     CompareSettings,
     PretrainSettings,
@@ -147,14 +149,18 @@ def test_every_system_of_the_paper_has_a_row():
 
 @pytest.mark.parametrize("system", systems(), ids=lambda system: f"{system.name}, {system.kind}")
 def test_what_is_said_of_a_system_runs(system):
-    """Its command is one that `vpw run` accepts, its tests are there; what is not available says why."""
+    """Its commands are what `vpw run` and `vpw regions` accept, its tests are there; what is not available says why."""
     commands, tests = named(system.command), named(system.tests)
     assert bool(commands) == bool(tests) == (system.kind != "not available") and len(system.says) > 40
     for name in tests:
         file, _, function = name.partition("::")
         assert function in functions_of(file), name
     for command in commands:
-        program, verb, notebook, *words = shlex.split(command)
+        program, verb, *arguments = shlex.split(command)
+        if verb == "regions":
+            assert typer.main.get_command(app).commands["regions"].make_context("regions", arguments).params["folder"]
+            continue
+        notebook, *words = arguments
         assert (program, verb) == ("vpw", "run") and words[::3] == ["-p"] * (len(words) // 3)
         defaults = notebook_parameters(find_notebook(notebook))
         given = parse_parameters(dict(zip(words[1::3], words[2::3], strict=True)), defaults)

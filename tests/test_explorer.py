@@ -412,6 +412,21 @@ def test_regions_are_boxes(regions: Explorer, scenes: list[Picture], tmp_path: P
     assert len(Image.open(io.BytesIO(base64.b64decode(regions._repr_mimebundle_()["image/png"]))).getcolors(10**6)) > 50
 
 
+@pytest.mark.parametrize("things", [1, 3])
+def test_regions_that_look_like_a_grid_are_none(scenes: list[Picture], tmp_path: Path, things: int) -> None:
+    """One, or three in a row: the model says what they are."""
+    boxes = [[20, 30 * place, 80, 30 * (place + 1)] for place in range(things)]
+    write_regions((tmp_path / scenes[0].image.name).with_suffix(".npz"), np.ones((things, 8)), boxes, (96, 96))
+    model = narrow_model(scenes, family="regions", regions=9, region_width=8, region_files=str(tmp_path))
+    view = explore(model, scenes[:1])
+    assert not view.readings[0].on_grid
+    assert not any(widget.on_grid for widget in (*view.words.readers, *view.masks.panels, *view.masks.errors))
+    view.close()
+    view = explore(narrow_model(scenes), scenes[:1], views=("words",))
+    assert view.readings[0].on_grid and view.words.readers[0].on_grid
+    view.close()
+
+
 def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingModel, scenes: list[Picture]) -> None:
     things = len(scenes[0].scene.things)
     regions.masks.panels[0].picked = 1  # a click

@@ -215,3 +215,18 @@ def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> N
     assert page.locator("img:visible").count() == 6
     assert page.locator("td:visible").all_text_contents() == [EVIL, "2%", "a, b", "3%"]
     context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("on_grid, told", [(True, "token 1 (row 2, column 1)"), (False, "token 1 · ")])
+def test_regions_in_a_row_are_no_grid(browser: Any, tmp_path: Path, on_grid: bool, told: str) -> None:
+    tower = [[0.2, place / 3, 0.8, (place + 1) / 3] for place in range(3)]
+    panels = Panels(label="A tower", image=PICTURE, boxes=tower, on_grid=on_grid, captions=[""], kinds=["mask"],
+                    values=np.zeros((1, 3)))  # fmt: skip
+    page = browser.new_page()
+    page.goto(write_page(tmp_path / "page.html", "", [Section("", "", [Part(panels, PICTURE)])]).as_uri())
+    page.wait_for_selector(".vpw-panels[data-drawn='1']")
+    stage = page.locator(".vpw-stage").first
+    stage.hover(position={side: stage.bounding_box()[size] / 2 for side, size in (("x", "width"), ("y", "height"))})
+    assert page.locator(".vpw-status").text_content().startswith(told)
+    page.close()

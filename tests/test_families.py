@@ -18,6 +18,7 @@ from transformers import ViltConfig, ViltModel
 
 from vpworkbench import compare, examples, figures
 from vpworkbench.baselines import baselines
+from vpworkbench.budget import budget
 from vpworkbench.config import (
     PRESETS,
     FusionSettings,
@@ -28,7 +29,7 @@ from vpworkbench.config import (
     pretrain_settings,
     visual_init_settings,
 )
-from vpworkbench.config.families import FAMILIES
+from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
 from vpworkbench.data.scenes import COLOURS
@@ -103,13 +104,14 @@ def test_every_family_trains_with_every_objective_or_says_why_not(region_folder,
 
 def test_regions_refuse_what_needs_pixels(region_folder):
     for setting in ({"data.flip": True}, {"mask.where": "pixels"}, {"data.cache": True}):
-        with pytest.raises(SettingsError, match="no pixels"):
+        with pytest.raises(SettingsError, match="no pixels|squares of tokens"):
             settings_of("regions", "random", region_folder, **setting)
 
 
 def test_nothing_else_branches_on_the_name_of_a_family():
     package = Path(__file__).parents[1] / "vpworkbench"
-    named = re.compile(r"""(?<!for )family\s*(?:[!=]=|in\b)\s*[("'\[{]|["'](?:swin|grid|patch|regions)["']\s*[!=]=""")
+    name = """["'](?:swin|grid|patch|regions)["']"""  # (a sweep has a place of the name `grid`)
+    named = re.compile(rf"""(?<!for )family\s*(?:[!=]=|in\b)\s*[("'\[{{]|{name}\s*[!=]=|(?<!place )[!=]=\s*{name}""")
     found = [file.name for file in package.rglob("*.py") if named.search(file.read_text(encoding="utf-8"))]
     assert found == []
 
@@ -443,11 +445,63 @@ def test_a_tsv_of_butd_is_read(tmp_path):
     [({"features": "AAA*"}, "391895: features is no base64"), ({"boxes": "AAAA"}, "391895: boxes is no base64"),
      ({"num_boxes": "3"}, "391895: num_boxes is 3, but 2 boxes"), ({"num_boxes": "two"}, "391895: .* is no number"),
      ({"image_w": "60"}, r"391895: box 1 .* is outside the image of 60 x 50 px"),
+     ({"image_h": "nan"}, r"391895: an image of size \[100.0, nan\]"), ({"image_h": "inf"}, "391895: an image of size"),
      ({"image_id": "7"}, "391895.jpg: no features of this image")],
 )  # fmt: skip
 def test_a_broken_tsv_names_the_image(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         RegionFiles(tsv(tmp_path / "a.tsv", **change), most=3, width=WIDTH).regions(PHOTO)
+
+
+def test_a_number_is_an_image_of_coco_alone(tmp_path):
+    """`dog-7.png` is not COCO's 7."""
+    files = RegionFiles(tsv(tmp_path / "a.tsv", image_id="7"), most=3, width=WIDTH)
+    for name in ("7.jpg", "000000000007.jpg", "train2014/COCO_train2014_000000000007.jpg"):
+        assert len(files.regions(ImageFile(Path("images"), name)).boxes) == 2
+    others = [ImageFile(Path("images"), name) for name in ("dog-7.png", "COCO_7.jpg", "0007.jpg", "b/17.jpg")]
+    for image in others:
+        with pytest.raises(DataError, match=f"{image.name}: no features of this image"):
+            files.regions(image)
+    with pytest.raises(DataError, match=r"a.tsv: no features of 4 of 5 images \(dog-7.png, .*0007.jpg, \.\.\.\)"):
+        files.check([ImageFile(Path("images"), "7.jpg"), *others])
+
+
+def test_an_image_twice_in_a_tsv_is_refused(tmp_path):
+    file = tsv(tmp_path / "a.tsv")
+    file.write_text(2 * file.read_text())
+    with pytest.raises(DataError, match="a.tsv: line 2: image 391895 for the second time"):
+        RegionFiles(file, most=3, width=WIDTH)
+
+
+@pytest.mark.parametrize("change, message",
+    [({"size": 10}, "an image of size 10"), ({"size": [10, np.nan]}, "an image of size"),
+     ({"size": ["10", "10"]}, "an image of size"), ({"features": [["a"] * WIDTH] * 2}, "must be real numbers"),
+     ({"features": np.full((2, WIDTH), 1e300)}, "not finite"), ({"features": np.ones((2, WIDTH)) + 1j}, "complex128"),
+     ({"boxes": [["a"] * 4] * 2}, "must be real numbers")],
+)  # fmt: skip
+def test_npz_of_something_else_name_the_file(tmp_path, change, message):
+    good = {"features": np.zeros((2, WIDTH)), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "size": [10, 10]}
+    np.savez(tmp_path / "7.npz", **(good | change))
+    with pytest.raises(DataError, match=f"7.npz: .*{message}"):
+        read_npz(tmp_path / "7.npz")
+
+
+def test_no_flipped_byte_ends_in_another_error(tmp_path):
+    good = {"features": np.arange(2.0 * WIDTH).reshape(2, -1), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "size": [9, 9]}
+    np.savez_compressed(tmp_path / "7.npz", **good)
+    content, refused = (tmp_path / "7.npz").read_bytes(), 0
+    for place in range(len(content)):
+        (tmp_path / "7.npz").write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        try:
+            read_npz(tmp_path / "7.npz")
+        except DataError as error:
+            assert "7.npz" in str(error)
+            refused += 1
+    assert refused > len(content) / 2
+    with (tmp_path / "7.npz").open("wb") as file:
+        np.save(file, good["features"])  # an array under the name of an archive
+    with pytest.raises(DataError, match="7.npz: no whole npz"):
+        read_npz(tmp_path / "7.npz")
 
 
 def test_broken_npz_name_the_image(tmp_path):
@@ -495,3 +549,33 @@ def test_the_fifth_family_of_the_docs(scenes, monkeypatch):
             assert pretrain(open_run("01_pretrain", settings), prepare(settings), settings) == 2
         finally:
             del FAMILIES[name]
+
+
+class Slots(nn.Module):
+    """A few tokens of the whole image, which lie nowhere."""
+
+    def __init__(self, settings: VisualSettings) -> None:
+        super().__init__()
+        self.settings, self.width = settings, 16
+        self.read = nn.Linear(3 * 12 * 12, settings.regions * self.width)
+
+    def forward(self, images: torch.Tensor) -> VisualTokens:
+        small = nn.functional.adaptive_avg_pool2d(images / 255.0, 12).flatten(1)
+        features = self.read(small).unflatten(1, (self.settings.regions, self.width))
+        everywhere = torch.tensor([0.0, 0, 1, 1]).expand(*features.shape[:2], 4)
+        return VisualTokens(features, None, boxes=everywhere)
+
+
+def test_a_family_without_a_grid_may_read_pixels(scenes, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "slots", Family(Slots, step=None))
+    settings = settings_of("slots", "random", Path(), **{"visual.regions": 5, "data.flip": True})
+    assert settings.visual.tokens == 5
+    run, prepared = open_run("01_pretrain", settings, name="slots"), prepare(settings)
+    assert pretrain(run, prepared, settings) == 2 and np.isfinite(run.metrics().to_numpy(dtype=float)).all()
+    assert budget(prepared.model).visual_tokens == 5
+    assert np.isfinite(probe(load_run("slots")[0], scenes[-4:], images=4).from_input).all()
+    example = examples.take_apart(prepared.model, scenes[0], settings)
+    assert example.boxes.tolist() == [[0, 0, 1, 1]] * 5 and example.image.shape == (96, 96, 3)
+    for setting in ({"mask.where": "pixels"}, {"visual.sampled": 2}):
+        with pytest.raises(SettingsError, match="squares of tokens|boxes in the place"):
+            settings_of("slots", "random", Path(), **setting)

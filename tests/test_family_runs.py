@@ -40,7 +40,7 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
         for value in trained.values()
     }
     assert len(equal) == 1
-    masks = [trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILIES]
+    masks = [trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILY_ARMS]
     assert masks == ["random"] * 4 + ["code"] and trained["families-grid-code-0"].visual.dictionary == 2048
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -12,15 +13,23 @@ from conftest import SCENES
 from PIL import Image
 
 from vpworkbench.cli import main
-from vpworkbench.config import RegionSettings, SettingsError, TrainSettings, pretrain_settings
+from vpworkbench.config import (
+    PretrainSettings,
+    RegionSettings,
+    SettingsError,
+    TrainSettings,
+    finetune_settings,
+    pretrain_settings,
+)
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at, read_boxes
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.data.regions import input_of, read_npz
 from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.finetune import prepare_task
 from vpworkbench.pretrain import prepare, pretrain
 from vpworkbench.region_features import check_regions, crops, make_regions, true_boxes
-from vpworkbench.runs import open_run
+from vpworkbench.runs import open_folder, open_run
 
 COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 
@@ -66,10 +75,14 @@ def test_the_same_call_keeps_what_is_there_and_mends_the_rest(regions, tmp_path)
         make_regions(again, settings(width=24), progress=False)
 
 
-def test_they_train_a_model_by_their_folder_alone(regions):
+def few_steps(regions: Path) -> PretrainSettings:
     few = {f"data.scenes.{name}": count for name, count in (("images", 60), ("val", 20), ("test", 10))}
     few |= {"data.workers": 0, "train.images": 4, "fusion.layers": 1}
-    chosen = pretrain_settings(visual="regions", regions=str(regions), visual_tokens=3, steps=2, overrides=few)
+    return pretrain_settings(visual="regions", regions=str(regions), visual_tokens=3, steps=2, overrides=few)
+
+
+def test_they_train_a_model_by_their_folder_alone(regions):
+    chosen = few_steps(regions)
     assert (chosen.visual.region_width, chosen.visual.tokens, chosen.init_visual) == (16, 3, "")
     assert pretrain(open_run("01_pretrain", chosen), prepare(chosen), chosen) == 2
 
@@ -79,6 +92,21 @@ def test_regions_of_other_scenes_are_refused(regions, tmp_path):
     files = input_of(pretrain_settings(visual="regions", regions=str(regions)).visual)
     with pytest.raises(DataError, match="regions of other scenes"):
         check_regions(files, other)
+
+
+def test_missing_regions_are_refused_before_training(regions, scenes, tmp_path):
+    some = shutil.copytree(regions, tmp_path / "some")
+    for picture in (scenes[0], scenes[7], scenes[65], scenes[-1]):  # of all splits
+        (some / picture.image.name).with_suffix(".npz").unlink()
+    with pytest.raises(DataError, match=r"some: no features of 4 of 90 images \(.*, \.\.\.\)"):
+        prepare(few_steps(some))
+    chosen, run = few_steps(regions), tmp_path / "run"
+    pretrain(open_folder(run, "01_pretrain", chosen), prepare(chosen), chosen)
+    few = {"scenes.images": 60, "scenes.val": 20, "scenes.test": 10}
+    for task in ("vqa", "retrieval"):
+        with pytest.raises(DataError, match=r"some: no features of \d of \d+ images"):
+            prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few | {"regions": str(some)}))
+        prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few))
 
 
 def test_a_set_without_true_boxes_is_one_clear_error(tmp_path, capsys):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import resource
+import shutil
 
 import pytest
 import torch
 from conftest import narrow_model
 
 from vpworkbench.config import OptimSettings, SettingsError, TrainSettings, pretrain_settings
+from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.records import DataError
 from vpworkbench.pretrain import Pretraining, group_batches
 from vpworkbench.runs import RunError, open_run
 from vpworkbench.train import (
@@ -254,3 +257,19 @@ def test_cuda_without_a_device_is_refused():
 def test_steps_and_epochs_exclude_each_other():
     with pytest.raises(ValueError, match="steps or epochs"):
         TrainSettings(steps=5, epochs=1)
+
+
+def test_what_a_worker_cannot_read_is_named(scenes_folder, tmp_path):
+    """Broken images, in the process that prepares batches: one line, without torch's traceback around it."""
+    folder = shutil.copytree(scenes_folder, tmp_path / "scenes")
+    scenes = [picture for picture in read_pictures(folder) if picture.split == "train"]
+    for picture in scenes:
+        cut = picture.image.read()[:200]
+        (tmp_path / "cut" / picture.image.name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cut" / picture.image.name).write_bytes(cut)
+    broken = [dataclasses.replace(one, image=dataclasses.replace(one.image, folder=tmp_path / "cut")) for one in scenes]
+    chosen, model = settings(), narrow_model(scenes)
+    batches = group_batches(broken, model, chosen.data, images=8, seed=0)
+    with pytest.raises(DataError, match=r"\A\S*cut/\S+\.(png|jpg): cannot be decoded \(.*\); restore it[^\n]*\Z"):
+        fit(model, Pretraining(chosen), batches, open_run("01_pretrain", chosen, name="broken"), optim=chosen.optim,
+            train=chosen.train, seed=0, workers=1)  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpworkbench.config import PRESETS, VisualSettings
+from vpworkbench.config import PRESETS, SettingsError, VisualSettings
 from vpworkbench.visual import build_visual, scatter_windows
 
 SWIN_T = {"patch_px": 4, "width": 48, "depths": (2, 2, 2, 2), "heads": (3, 6, 12, 24)}
@@ -138,3 +138,23 @@ def test_families_give_the_same_number_of_tokens(family):
 def test_wrong_image_size_names_both():
     with pytest.raises(ValueError, match=r"\(2, 3, 64, 64\).*96"):
         build_visual(VisualSettings())(images(2, 64))
+
+
+@pytest.mark.parametrize("backbone, stride, message",
+    [("resnet5000", 16, r"Unknown model.*did you mean 'resnet50\w*'"), ("resnet10t", 12, "no such stride"),
+     ("vgg11", 16, "no such stride"), ("efficientnet_b0", 12, r"map of \[3, 3\]"),
+     ("densenet121", 16, "'output_stride'"), ("vit_tiny_patch16_224", 16, "'output_stride'"),
+     ("vit_tiny_patch16_224", 32, "Input height")],
+)  # fmt: skip
+def test_what_is_no_grid_of_a_cnn_is_refused(backbone, stride, message):
+    settings = VisualSettings(family="grid", backbone=backbone, stride=stride, image_px=96)
+    wanted = f"visual.backbone '{backbone}', visual.stride {stride}: .*{message}.*a CNN with `output_stride`"
+    with pytest.raises(SettingsError, match=wanted):
+        build_visual(settings)
+
+
+@pytest.mark.parametrize("backbone, stride", [("densenet121", 32), ("mobilenetv3_small_050", 32), ("regnetx_002", 8)])
+def test_other_cnns_are_a_grid(backbone, stride):
+    visual = build_visual(VisualSettings(family="grid", backbone=backbone, stride=stride, image_px=64)).eval()
+    with torch.no_grad():
+        assert visual(images(1, 64)).features.shape == (1, (64 // stride) ** 2, visual.width)

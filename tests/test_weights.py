@@ -92,6 +92,22 @@ def test_hugging_faces_resnet_gives_its_features(tmp_path, backbone, kind, depth
         torch.testing.assert_close(visual.eval()(images(64)).features, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_another_network_are_told(tmp_path, caplog):
+    """A ResNet-50 for tiny's resnet10t: some tensors fit by their shapes, which helps nobody."""
+    donor = timm.create_model("resnet50", num_classes=0)
+    save_file(donor.state_dict(), tmp_path / "r50.safetensors")
+    for backbone in ("resnet26", "resnet10t"):
+        visual = build_visual(VisualSettings(family="grid", backbone=backbone, image_px=64, stride=32))
+        report = initialise_visual(visual, str(tmp_path / "r50.safetensors"), preset="tiny")
+        told = r"r50.safetensors: 30 of 70 tensors of the visual side are not there .*Set visual.backbone"
+        assert bool(re.search(told, caplog.text)) == bool(report.missing) == (backbone == "resnet10t")
+    cut = {name: tensor for name, tensor in donor.state_dict().items() if name.startswith(("conv1", "bn1", "layer1"))}
+    save_file(cut, tmp_path / "cut.safetensors")
+    visual = build_visual(VisualSettings(family="grid", backbone="resnet50", image_px=64, stride=32))
+    with pytest.raises(CheckpointError, match="cut.safetensors: .*Set visual.backbone to theirs"):
+        initialise_visual(visual, str(tmp_path / "cut.safetensors"), preset="tiny")
+
+
 def test_the_swin_authors_layout_has_its_merging_behind_a_stage(tmp_path):
     donor = build_visual(SWIN).network
     theirs = {name.replace("layers.1.downsample", "layers.0.downsample"): t for name, t in donor.state_dict().items()}

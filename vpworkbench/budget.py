@@ -51,7 +51,7 @@ class Budget(NamedTuple):
 def budget(model: VisualParsingModel) -> Budget:
     """Of a model of ours with a text and as many regions as it takes; nothing is read."""
     visual, device = model.settings.visual, model.device
-    if visual.kind.on_grid:
+    if visual.kind.pixels:
         images = torch.zeros(1, 3, visual.image_px, visual.image_px, dtype=torch.uint8, device=device)
     else:
         images = torch.ones(1, visual.regions, visual.region_width + 5, device=device)

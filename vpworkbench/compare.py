@@ -250,12 +250,14 @@ def _of_transformers(source: str, regions: str) -> Opened:
 def _regions_for(source: str, config: Any, regions: str) -> RegionFiles:
     width = getattr(config, TAKES_REGIONS[config.model_type][0])
     if regions and Path(regions).expanduser().exists():
-        return RegionFiles(regions, most=MOST_REGIONS, width=width)
+        files = RegionFiles(regions, most=MOST_REGIONS, width=width)
+        files.check_width()
+        return files
     given = f"{regions!r} is not there" if regions else "none are given"
     raise CheckpointError(
         f"{source}: {config.model_type} takes regions, not pixels, and {given}: give `regions`, a folder with one "
-        f"npz for each image or a BUTD tsv, features of {width} channels (docs/families.md; `vpw regions` makes such "
-        "of generated scenes)"
+        f"npz for each image or a BUTD tsv, features of {width} channels (docs/families.md; of generated scenes `vpw "
+        f"regions --width {width}` makes them)"
     )
 
 

@@ -79,7 +79,7 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
         return drawn(hidden[0].float()).numpy() > 0
 
     return Example(
-        image=picture.image.pixels(visual.image_px if visual.kind.on_grid else None),
+        image=picture.image.pixels(visual.image_px if visual.kind.pixels else None),
         boxes=boxes[real[0]].numpy(),
         grid=side,
         parsing=None if parsing is None else parsing[0].numpy(),

@@ -28,6 +28,7 @@ from vpworkbench.config import (
     finetune_settings,
     pretrain_settings,
 )
+from vpworkbench.config.families import FAMILIES
 from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.finetune import finetune, prepare_task
@@ -81,7 +82,7 @@ ARMS = {
     "swin-none": Arm("Swin, no MFR", "swin", "none"),
     "swin-attention": Arm("Swin, attention MFR", "swin", "attention"),
 }
-FAMILIES = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
+FAMILY_ARMS = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
 """The four families, alike in their objectives, as only Swin could mask by attention; last, the grid as SOHO has it,
 with a dictionary and its objective, MVM in MFR's place."""
 TABLE_5 = ("grid-none", "deep-none", "swin-none", "swin-random", "swin-attention")
@@ -131,7 +132,7 @@ class Compared:
         """Its seeds."""
         return [run for run in self.runs if run.arm == arm]
 
-    def names(self, arms: Sequence[str] = FAMILIES) -> dict[str, str]:
+    def names(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, str]:
         """Of the arms that have runs, the label with its number of tokens."""
         return {arm: f"{ARMS[arm].label} ({self.tokens[arm][0]:.3g} tokens)" for arm in arms if self.of(arm)}
 
@@ -156,7 +157,7 @@ class Compared:
         """What `load_run` takes of one run of each arm."""
         return {run.arm: run.checkpoint for run in reversed(self.runs)}
 
-    def scores(self, arms: Sequence[str] = FAMILIES) -> dict[str, tuple[Interval, Interval]]:
+    def scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, tuple[Interval, Interval]]:
         """Flow from the input to the last layer, and the score downstream."""
         return {
             name: (over_seeds([run.probed.from_input[:, -1] for run in self.of(arm)]), _score(self.of(arm)))
@@ -237,7 +238,7 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
             if arm.start:
                 file = root / "00_visual_init" / f"{prefix}-{arm.start}" / "checkpoint" / "visual.safetensors"
                 more["init_visual"] = str(file)
-            if arm.visual == "regions":
+            if not FAMILIES[arm.visual].pixels:
                 more["regions"] = str(regions)
             lines.append(_call("01_pretrain", name, visual=arm.visual, masking=arm.masking, seed=seed, **length,
                                **more))  # fmt: skip
@@ -321,10 +322,10 @@ def demonstrate(
     scenes = {f"scenes.{key}": getattr(FEW_SCENES, key) for key in ("images", "val", "test")}
     short = {"train.images": 8}
     runs = []
-    for number, arm in enumerate(FAMILIES):
+    for number, arm in enumerate(FAMILY_ARMS):
         settings_of = pretrain_settings(
             visual=ARMS[arm].visual, masking=ARMS[arm].masking, init_visual="", steps=settings.steps,
-            regions=str(folder / "regions") if ARMS[arm].visual == "regions" else "",
+            regions="" if FAMILIES[ARMS[arm].visual].pixels else str(folder / "regions"),
             overrides=short | ARMS[arm].overrides | {f"data.{key}": value for key, value in scenes.items()}
             | {"data.workers": 0},
         )  # fmt: skip
@@ -341,5 +342,5 @@ def demonstrate(
         score = evaluate_task(asked.model, asked.splits["val"]).interval()
         runs.append(FamilyRun(arm, 0, str(run.folder), probed, score, (settings.steps, settings.steps)))
         if progress:
-            progress("demonstration", number + 1, len(FAMILIES))
+            progress("demonstration", number + 1, len(FAMILY_ARMS))
     return runs

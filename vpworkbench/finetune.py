@@ -19,6 +19,7 @@ from vpworkbench.data.tables import Row, read_unsplit_rows
 from vpworkbench.dual import near_captions
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
+from vpworkbench.region_features import check_regions
 from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 from vpworkbench.runs import Run
 from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
@@ -76,6 +77,7 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
     if settings.regions:
         base.take_regions(settings.regions)
+    check_regions(input_of(base.settings.visual), [example for part in splits.values() for example in part])
     torch.manual_seed(settings.seed)
     training = splits["train"]
     texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]

@@ -206,7 +206,7 @@ class VisualParsingModel(nn.Module):
             For a visual side that reads pixels.
         """
         visual = self.settings.visual
-        if visual.kind.on_grid:
+        if visual.kind.pixels:
             raise SettingsError(f"regions {files}: visual family {visual.family!r} reads pixels; leave it empty")
         self.settings = self.settings.with_overrides({"visual.region_files": files})
         self.visual.settings = self.settings.visual

@@ -293,7 +293,7 @@ def prepare(settings: PretrainSettings) -> Prepared:
         Each naming the file or the setting and the remedy.
     """
     splits = load_splits(settings.data)
-    check_regions(input_of(settings.visual), splits["train"])
+    check_regions(input_of(settings.visual), [picture for part in splits.values() for picture in part])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)

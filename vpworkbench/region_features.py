@@ -25,7 +25,7 @@ from vpworkbench.checkpoints import save_weights
 from vpworkbench.config import RegionSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at
-from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.records import DataError, Example, Picture
 from vpworkbench.data.regions import RegionFiles, write_regions
 from vpworkbench.data.scene_files import pair_sources, write_scenes
 from vpworkbench.data.scenes import COLOURS, COVERED, MATERIALS, SHAPES
@@ -209,23 +209,27 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
     return summary
 
 
-def check_regions(files: Any, pictures: Sequence[Picture]) -> None:
-    """Refuse the regions of other scenes, which have the same names.
+def check_regions(files: Any, records: Sequence[Picture | Example]) -> None:
+    """Refuse files without regions of some image, and the regions of other scenes, which have the same names.
 
     Parameters
     ----------
     files : what `data.regions.input_of` gives
-        Looked at only where `make_regions` made them.
-    pictures
-        The first is looked at.
+        Pixels need no check.
+    records
+        The regions of the first are read; of the others it is asked whether they are there.
     """
-    if not isinstance(files, RegionFiles) or not (files.source / "checkpoint").exists() or not pictures[0].scene:
+    if not isinstance(files, RegionFiles) or not records:
         return
-    scene, found = pictures[0].scene, files.regions(pictures[0].image).boxes
-    drawn = np.array([thing.box for thing in scene.things][: files.most]) / scene.image_px
+    images = [image for one in records for image in (one.images if isinstance(one, Example) else (one.image,))]
+    files.check(images)
+    found, first = files.regions(images[0]).boxes, records[0]
+    if isinstance(first, Example) or not first.scene or not (files.source / "checkpoint").exists():
+        return
+    drawn = np.array([thing.box for thing in first.scene.things][: files.most]) / first.scene.image_px
     if found.shape != drawn.shape or np.abs(found - drawn).max() > 1e-5:
         raise DataError(
-            f"{files.source}: regions of other scenes than {pictures[0].image}, whose boxes are not these; make those "
+            f"{files.source}: regions of other scenes than {first.image}, whose boxes are not these; make those "
             "of this set by `vpw regions`, with the same preset, or its folder"
         )
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from vpworkbench.checkpoints import Checkpoints
 from vpworkbench.config import PRESETS, OptimSettings, SettingsError, TrainSettings
+from vpworkbench.data.records import DataError
 from vpworkbench.processes import Processes, join
 from vpworkbench.runs import Run, RunError, write_atomically
 from vpworkbench.signals import on_signal
@@ -388,9 +389,16 @@ def _stream(batches: Steps, done: int, total: int, workers: int, processes: Proc
 
 @contextlib.contextmanager
 def _explained_workers() -> Iterator[None]:
-    """Say what a killed worker means; torch tells of it by an exception at whatever line the main process is."""
+    """Say what a killed worker means; torch tells of it by an exception at whatever line the main process is.
+
+    A `DataError` of a worker, whose text torch hides behind its traceback, is raised as it was.
+    """
     try:
         yield
+    except DataError as error:
+        if not str(error).startswith("Caught DataError in DataLoader worker"):
+            raise
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
     except RuntimeError as error:
         if not (told := re.search(r"DataLoader worker \(pid.*", str(error))):
             raise

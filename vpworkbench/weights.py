@@ -114,7 +114,7 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
     Raises
     ------
     CheckpointError, SettingsError
-        For weights that are not there or fit nothing; the remedy is named.
+        For weights that are not there, or fit less than half of the network; the remedy is named.
     """
     settings: VisualSettings = visual.settings
     if source == "scenes":
@@ -124,13 +124,30 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
                 f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {settings.family!r}; make them "
                 "by 00_visual_init and give their file, or start from scratch with init_visual=''"
             )
-        return load_into(visual, read_weights(file), file.name)
+        return _of_this_network(load_into(visual, read_weights(file), file.name))
     if source == "efficientnet-lite0":
-        return load_into(visual.network, efficientnet_lite0(), source)
+        return _of_this_network(load_into(visual.network, efficientnet_lite0(), source))
     tensors = in_timms_layout(read_weights(weights_file(Path(source).expanduser())))
     inner = getattr(visual, "network", visual)
     own_layout = any(name.startswith("network.") for name in tensors)
-    return load_into(visual if own_layout else inner, tensors, source)
+    return _of_this_network(load_into(visual if own_layout else inner, tensors, source))
+
+
+def _of_this_network(report: KeyReport) -> KeyReport:
+    """Warn of a start that leaves a part of the network at random; refuse one that leaves most of it."""
+    apart = re.compile(r"^dictionary\.|\.num_batches_tracked$")  # what no start needs to have
+    missing = [name for name in report.missing if not apart.search(name)]
+    fitting = [name for name in report.matched + report.resized if not apart.search(name)]
+    if missing:
+        told = (
+            f"{report.source}: {len(missing)} of {len(fitting) + len(missing)} tensors of the visual side are not "
+            f"there ({', '.join(missing[:3])}): weights of another network? Set visual.backbone to theirs (for a Swin "
+            "visual.width, visual.depths and visual.heads)"
+        )
+        if len(missing) > len(fitting):
+            raise CheckpointError(told)
+        log.warning("%s; those stay random", told)
+    return report
 
 
 def weights_file(place: Path) -> Path:

@@ -21,7 +21,10 @@ class Family:
         Called with the `VisualSettings`, gives a module that maps a batch of images to `VisualTokens`; as
         `module:class` it is imported where a model is built, not where settings are read.
     step : callable or None
-        Pixels from one token to the next, by the settings; None for tokens with boxes of their own, on no grid.
+        Pixels from one token to the next, by the settings; None for tokens on no grid: they are `visual.regions` at
+        most, and come with boxes, which the fusion embeds and the explorer draws (0 0 1 1 for one without a place).
+    pixels : bool
+        Whether it reads images, and then gives as many tokens of each; else the features of `visual.region_files`.
     parsing : bool
         Whether its tokens come with a parsing attention, which attention masks need.
     dictionary : bool
@@ -30,12 +33,13 @@ class Family:
 
     network: Callable[[Any], Any] | str
     step: Callable[[Any], int] | None
+    pixels: bool = True
     parsing: bool = False
     dictionary: bool = False
 
     @property
     def on_grid(self) -> bool:
-        """Whether its tokens are the squares of an image, read from pixels."""
+        """Whether its tokens are the squares of an image."""
         return self.step is not None
 
     def build(self, settings: Any) -> Any:
@@ -54,5 +58,5 @@ FAMILIES: dict[str, Family] = {
     ),
     "grid": Family("vpworkbench.visual:GridFeatures", step=lambda visual: visual.stride, dictionary=True),
     "patch": Family("vpworkbench.visual:PatchProjection", step=lambda visual: visual.stride),
-    "regions": Family("vpworkbench.visual:RegionFeatures", step=None),
+    "regions": Family("vpworkbench.visual:RegionFeatures", step=None, pixels=False),
 }

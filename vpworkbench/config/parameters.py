@@ -65,8 +65,8 @@ def pretrain_settings(
     base, overrides = named_preset(preset), overrides or {}
     kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is told with all other faults
     masking = masking or ("attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random")
-    start = base.init_visual if kind.on_grid else ""
-    if regions and kind.on_grid:
+    start = base.init_visual if kind.pixels else ""
+    if regions and kind.pixels:
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     values: dict[str, Any] = {
         "data.sets": data, "visual.family": visual, "mask.mode": masking,

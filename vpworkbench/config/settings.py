@@ -34,7 +34,7 @@ class VisualSettings(Settings):
     heads: tuple[int, ...] = Field((3, 6), min_length=1, description="Swin: heads of each stage")
     window: int = Field(6, ge=1, description="Swin: side of an attention window")
     drop_path: float = Field(0.0, ge=0, lt=1, description="Swin: stochastic depth of the last block")
-    backbone: str = Field("resnet10t", description="grid: any timm CNN")
+    backbone: str = Field("resnet10t", description="grid: a CNN of timm, with `output_stride` unless stride is 32")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
     frozen_norm: bool = added(
@@ -47,7 +47,9 @@ class VisualSettings(Settings):
     position: Literal["sine", "learned"] = added(
         "sine", description="of tokens on a grid, in the joint embedding: the paper's, or a table as ViLT has it"
     )
-    regions: int = added(36, ge=1, le=1024, description="regions: at most so many an image, the first of its file")
+    regions: int = added(
+        36, ge=1, le=1024, description="tokens on no grid: so many an image; regions at most, the first of its file"
+    )
     region_width: int = added(2048, ge=1, description="regions: channels of the features; BUTD's are 2048")
     region_files: Location = added("", description="regions: a folder of npz, one for each image, or a BUTD tsv")
 
@@ -85,12 +87,12 @@ class VisualSettings(Settings):
     def grid(self) -> int:
         """Tokens on a side; m = grid ** 2."""
         if self.kind.step is None:
-            raise ValueError(f"visual family {self.family!r} has regions with boxes, no grid of tokens")
+            raise ValueError(f"visual family {self.family!r} has tokens with boxes, no grid of them")
         return self.image_px // self.kind.step(self)
 
     @property
     def tokens(self) -> int:
-        """m, the number of visual tokens (paper Eq. 1); of regions the largest number."""
+        """m, the number of visual tokens (paper Eq. 1); of those on no grid the largest number."""
         return self.grid**2 if self.kind.on_grid else self.regions
 
     @property
@@ -99,7 +101,7 @@ class VisualSettings(Settings):
         return self.sampled or self.tokens
 
     def sized(self, tokens: int) -> dict[str, int]:
-        """What to set for so many visual tokens; of regions for at most so many.
+        """What to set for so many visual tokens; of those on no grid for at most so many.
 
         A token keeps its pixels and the image gets as many as it takes; Swin's last stage keeps one window.
 
@@ -285,10 +287,14 @@ class PretrainSettings(Settings):
             raise ValueError("mask.mode 'code' hides the tokens of one code: set visual.dictionary (2048 in SOHO)")
         if self.visual.sampled and self.mask.where == "pixels":
             raise ValueError("visual.sampled leaves out tokens, mask.where 'pixels' hides all their pixels: not both")
-        if not self.visual.kind.on_grid and (self.data.flip or self.mask.where == "pixels" or self.data.cache):
+        if self.mask.where == "pixels" and not self.visual.kind.on_grid:
+            raise ValueError(
+                f"mask.where 'pixels' hides the squares of tokens, which {self.visual.family!r} has not; use 'tokens'"
+            )
+        if not self.visual.kind.pixels and (self.data.flip or self.data.cache):
             raise ValueError(
                 f"visual family {self.visual.family!r} reads features, no pixels: data.flip and data.cache must be "
-                "false, mask.where 'tokens'"
+                "false"
             )
         if self.mask.mode == "attention" and not self.visual.kind.parsing:
             raise ValueError(
@@ -316,7 +322,9 @@ class VisualInitSettings(Settings):
     @model_validator(mode="after")
     def _sees_pixels(self) -> Self:
         if not self.visual.kind.on_grid:
-            raise ValueError(f"visual family {self.visual.family!r} has no weights to train: its features are given")
+            raise ValueError(
+                f"visual family {self.visual.family!r} has no tokens on a grid, which are what scenes have labels of"
+            )
         return self
 
 

@@ -10,8 +10,10 @@ import binascii
 import functools
 import os
 import re
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,12 @@ from vpworkbench.data.records import DataError, ImageFile
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 OUTSIDE_PX = 1.0
 """Detectors round: a box may leave its image by so much, and is cut there."""
+NUMBERS = "fiu"  # kinds of numpy: no truth values, complex numbers, texts
+OF_COCO = re.compile(r"(?:COCO_\w+_)?(\d{12})")
+"""A name of COCO's, and the number that detectors know the image by."""
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
+              zlib.error, struct.error)  # fmt: skip
+"""What numpy raises at an npz that is cut, has flipped bytes, or is none."""
 
 
 class Regions(NamedTuple):
@@ -34,24 +42,32 @@ class Regions(NamedTuple):
     boxes: np.ndarray
 
 
-def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Sequence[float], *, source: str) -> Regions:
+def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Any, *, source: str) -> Regions:
     """Regions with relative boxes; `DataError` naming `source`, the file and the image, where they are wrong.
 
     Parameters
     ----------
     features, boxes : array, (region, channel), (region, 4)
         Boxes in pixels.
-    size : width and height of the image
+    size : width and height of the image, as a file has them
     """
+    size = np.asarray(size)
+    if size.shape != (2,) or size.dtype.kind not in NUMBERS or not np.isfinite(size).all() or not size.min() > 0:
+        raise DataError(f"{source}: an image of size {size.tolist()}; width and height must be positive numbers")
     if features.ndim != 2 or boxes.shape != (len(features), 4) or not len(features):
         raise DataError(
             f"{source}: features {features.shape} and boxes {boxes.shape} do not belong together; there must be one "
             "box x0 y0 x1 y1 for each feature, and at least one; extract this image again"
         )
+    if features.dtype.kind not in NUMBERS or boxes.dtype.kind not in NUMBERS:
+        raise DataError(
+            f"{source}: features of {features.dtype} and boxes of {boxes.dtype}; both must be real numbers; extract "
+            "this image again"
+        )
+    with np.errstate(over="ignore"):
+        features = features.astype(np.float32)  # before it is asked whether they are finite: 1e300 is not
     if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
-        raise DataError(f"{source}: numbers that are not finite; extract this image again")
-    if len(size) != 2 or not min(size) > 0:
-        raise DataError(f"{source}: an image of size {tuple(size)}; width and height must be positive")
+        raise DataError(f"{source}: numbers that are not finite in float32; extract this image again")
     limits = np.array([*size, *size], dtype=np.float64)
     wrong = (boxes < -OUTSIDE_PX).any(1) | (boxes > limits + OUTSIDE_PX).any(1) | (boxes[:, :2] > boxes[:, 2:]).any(1)
     if wrong.any():
@@ -60,7 +76,7 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Sequence[floa
             f"{source}: box {place} {np.round(boxes[place], 1).tolist()} is outside the image of "
             f"{size[0]:g} x {size[1]:g} px; boxes are x0 y0 x1 y1 in pixels of that size"
         )
-    return Regions(features.astype(np.float32), (boxes.clip(0, limits) / limits).astype(np.float32))
+    return Regions(features, (boxes.clip(0, limits) / limits).astype(np.float32))
 
 
 def write_regions(file: Path, features: np.ndarray, boxes: np.ndarray, size: Sequence[float]) -> None:
@@ -76,8 +92,8 @@ def read_npz(file: Path) -> Regions:
     """The regions of one image."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            parts = content["features"], content["boxes"], content["size"].tolist()
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            parts = content["features"], content["boxes"], content["size"]
+    except UNREADABLE as error:
         raise DataError(
             f"{file}: no whole npz with features, boxes and size ({error}); "
             "write it again by `data.regions.write_regions`"
@@ -116,7 +132,7 @@ class RegionFiles:
     Parameters
     ----------
     source : str or Path
-        A folder of npz, `<name of the image>.npz`, or a tsv, whose `image_id` is that name or the number it ends in.
+        A folder of npz, `<name of the image>.npz`, or a tsv, whose `image_id` is that name; of COCO's, its number.
     most, width : int
         Regions of an image, the first ones of its file; channels of a feature.
     """
@@ -130,13 +146,37 @@ class RegionFiles:
             )
         self._lines = {} if self.source.is_dir() else _index(self.source)
 
+    def check(self, images: Iterable[ImageFile]) -> None:
+        """`DataError` where some images have no regions; nothing is read."""
+        known = dict.fromkeys(images)
+        missing = [image.name for image in known if self._place(image) is None]
+        if missing:
+            raise DataError(
+                f"{self.source}: no features of {len(missing)} of {len(known)} images ({', '.join(missing[:3])}"
+                f"{', ...' if missing[3:] else ''}); extract them or drop their records"
+            )
+
+    def check_width(self) -> None:
+        """`DataError` where the first image that comes has features of another width."""
+        if self.source.is_dir():
+            names = (file.relative_to(self.source).as_posix() for file in self.source.rglob("[!.]*.npz"))
+        else:
+            names = (f"{name}.jpg" for name in self._lines)
+        for name in names:
+            self.regions(ImageFile(self.source, name))
+            return
+
     def regions(self, image: ImageFile) -> Regions:
         """Of one image; `DataError` where there are none, or of another width."""
-        found = self._from_folder(image) if self.source.is_dir() else self._from_tsv(image)
+        place = self._place(image)
+        if place is None:
+            raise DataError(f"{image}: no features of this image in {self.source}; extract them or drop its record")
+        found = read_npz(place) if isinstance(place, Path) else self._line(place)
         if found.features.shape[1] != self.width:
             raise DataError(
-                f"{self.source}: image {image.name}: features of {found.features.shape[1]} channels; set "
-                f"visual.region_width, which is {self.width}"
+                f"{self.source}: image {image.name}: features of {found.features.shape[1]} channels where the model "
+                f"takes {self.width}; of a model of ours set visual.region_width, for others make them by "
+                f"`vpw regions --width {self.width}`"
             )
         return Regions(found.features[: self.most], found.boxes[: self.most])
 
@@ -150,25 +190,20 @@ class RegionFiles:
             row[: len(features)] = torch.cat([features, boxes, torch.ones(len(features), 1)], dim=1)
         return packed
 
-    def _from_folder(self, image: ImageFile) -> Regions:
-        names = Path(image.name).with_suffix(".npz"), Path(image.name).with_suffix(".npz").name
-        for name in names:
-            if (self.source / name).exists():
-                return read_npz(self.source / name)
-        raise DataError(
-            f"{image}: no features of this image ({self.source / names[0]}); extract them or drop its record"
-        )
-
-    def _from_tsv(self, image: ImageFile) -> Regions:
+    def _place(self, image: ImageFile) -> Path | int | None:
+        """The npz of an image, or where its line begins in the tsv; None where there is neither."""
+        if self.source.is_dir():
+            name = Path(image.name).with_suffix(".npz")
+            return next((file for file in (self.source / name, self.source / name.name) if file.exists()), None)
         stem = Path(image.name).stem
-        number = re.search(r"\d+$", stem)
-        for name in (stem, str(int(number[0])) if number else stem):
-            if name in self._lines:
-                with self.source.open("rb") as file:
-                    file.seek(self._lines[name])
-                    values = file.readline().decode().rstrip("\r\n").split("\t")
-                return read_tsv_row(dict(zip(TSV_FIELDS, values, strict=True)), self.source)
-        raise DataError(f"{image}: no features of this image in {self.source}; extract them or drop its record")
+        number = OF_COCO.fullmatch(stem)
+        return self._lines.get(stem, self._lines.get(str(int(number[1]))) if number else None)
+
+    def _line(self, place: int) -> Regions:
+        with self.source.open("rb") as file:
+            file.seek(place)
+            values = file.readline().decode(errors="replace").rstrip("\r\n").split("\t")
+        return read_tsv_row(dict(zip(TSV_FIELDS, values, strict=True)), self.source)
 
 
 def _index(file: Path) -> dict[str, int]:
@@ -179,9 +214,11 @@ def _index(file: Path) -> dict[str, int]:
             name = line.split(b"\t", 1)[0].decode(errors="replace")
             if line.count(b"\t") != len(TSV_FIELDS) - 1:
                 raise DataError(
-                    f"{file}: line {number} (image {name:.40}) has {line.count(b'	') + 1} fields; BUTD's are "
+                    f"{file}: line {number} (image {name.strip():.40}) has {line.count(b'	') + 1} fields; BUTD's are "
                     f"{', '.join(TSV_FIELDS)}"
                 )
+            if name in places:
+                raise DataError(f"{file}: line {number}: image {name} for the second time; drop one of its lines")
             places[name] = place
             place += len(line)
     return places
@@ -194,13 +231,13 @@ def _opened(source: str, most: int, width: int) -> RegionFiles:
 
 def input_of(visual: VisualSettings) -> int | RegionFiles:
     """What a visual side reads of an image: its pixels, squeezed to this side, or its regions."""
-    if visual.kind.on_grid:
+    if visual.kind.pixels:
         return visual.image_px
     return _opened(visual.region_files, visual.regions, visual.region_width)
 
 
 def real_tokens(images: Tensor, visual: VisualSettings) -> Tensor:
     """bool (image, vision) of a batch: the visual tokens that are no padding."""
-    if visual.kind.on_grid:
+    if visual.kind.pixels:
         return torch.ones(len(images), visual.tokens, dtype=torch.bool)
     return images[..., -1] > 0

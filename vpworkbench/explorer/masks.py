@@ -214,7 +214,11 @@ class MasksView:
             return
         self.values = [self._panel_values(parsing) for parsing, _ in self._parsed]
         for reading, panel, values, shown in zip(self.readings, self.panels, self.values, self._shown, strict=True):
-            more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images else {}
+            more = (
+                {"image": shown_image(reading.image), "boxes": reading.boxes, "on_grid": reading.on_grid}
+                if images
+                else {}
+            )
             panel.update(values=values[list(shown)], picked=self.pick, label=f"{reading.subject.name}: masks",
                          alt=self._alt(values), **more)  # fmt: skip
         self._tell()
@@ -264,7 +268,11 @@ class MasksView:
     def _reconstruct(self, *, images: bool = False) -> None:
         found = [self.errors_of(reading) for reading in self.readings]
         for reading, panel, errors in zip(self.readings, self.errors, found, strict=True):
-            more = {"image": shown_image(reading.image), "boxes": reading.boxes} if images or not panel.image else {}
+            more = (
+                {"image": shown_image(reading.image), "boxes": reading.boxes, "on_grid": reading.on_grid}
+                if images or not panel.image
+                else {}
+            )
             shown = np.nan_to_num(errors)[-len(panel.kinds) :]
             panel.update(values=shown, picked=self.pick, label=f"{reading.subject.name}: error of hidden tokens",
                          alt="Bright where the features of a hidden token are guessed badly.", **more)  # fmt: skip

@@ -99,6 +99,8 @@ class Reading:
         The sets L and V of paper Eq. 6.
     boxes : float array, (vision, 4)
         x0 y0 x1 y1 as shares of the image.
+    regions : bool
+        Whether these lie anywhere, by the model: one region, or three in a row, look like a grid.
     attention : Tensor, (layer, head, token, token)
         Softmax weights, rows over the last axis sum to 1.
     flow, null : float array, (layer, layer)
@@ -116,6 +118,7 @@ class Reading:
     vision: NDArray[np.int64]
     counted: NDArray[np.bool_]
     boxes: NDArray[np.float32]
+    regions: bool
     attention: Tensor
     flow: NDArray[np.float64]
     null: NDArray[np.float64]
@@ -137,9 +140,9 @@ class Reading:
 
     @property
     def on_grid(self) -> bool:
-        """Whether the visual tokens are the cells of a grid; regions have boxes anywhere."""
+        """Whether the visual tokens are the cells of a grid; regions are not, nor are tiles above a whole image."""
         columns, rows = (len(np.unique(self.boxes[:, side].round(3))) for side in (0, 1))
-        return columns * rows == len(self.boxes)
+        return not self.regions and columns * rows == len(self.boxes)
 
     def weights(self, layer: int, head: int | None, *, rolled: bool = False) -> Tensor:
         """Attention of one layer, (query, key): of one head, or of their mean (None).
@@ -257,10 +260,11 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     with patches_recorded(opened.model) as shuffled:
         attention = _attention(opened.model, inputs)
     masks = modality_masks(opened.model, inputs.forward)
+    placed, base = getattr(inputs, "boxes", None), model.base
     boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
-    if getattr(inputs, "boxes", None) is not None:  # a VisualBERT is not told where its regions lie
-        boxes = inputs.boxes[0]
-    if model.base is not None and model.base.settings.visual.kind.on_grid:
+    if placed is not None:  # a VisualBERT is not told where its regions lie
+        boxes = placed[0]
+    if base is not None and base.settings.visual.kind.pixels:
         image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
     else:
         image = picture.image.pixels()
@@ -272,6 +276,7 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
         subject=model, picture=picture, text=text, image=image,
         words=_words(model, inputs, spoken), language=spoken, vision=places,
         counted=torch.stack([language, vision]).numpy(), boxes=boxes[places].float().numpy(),
+        regions=not base.settings.visual.kind.on_grid if base is not None else placed is not None,
         attention=attention, flow=flow.flow[0].double().cpu().numpy(), null=flow.null[0].double().cpu().numpy(),
         hidden=tuple(part.detach() for part in hidden_states(opened.model, inputs.forward, tokens=inputs.tokens)),
         forward=dict(inputs.forward),

@@ -164,6 +164,8 @@ class Panels(Drawn):
     image : bytes or array, see `encoded`
     boxes : array, shape (token, 4)
         x0 y0 x1 y1 as shares of the image; where boxes overlap the smallest is hit.
+    on_grid : bool
+        False: boxes are drawn as boxes, even those that look like a grid.
     values : array, shape (panel, token)
     kinds : list of str
         Per panel: "plain" (grid only), "shade" (darker where the value is small beside the panel's largest) or
@@ -176,6 +178,7 @@ class Panels(Drawn):
     _esm = module("panels")
     image = traitlets.Bytes().tag(sync=True)
     boxes = traitlets.Bytes().tag(sync=True)
+    on_grid = traitlets.Bool(True).tag(sync=True)
     values = traitlets.Bytes().tag(sync=True)
     kinds = traitlets.List(traitlets.Enum(("plain", "shade", "mask"))).tag(sync=True)
     captions = traitlets.List(traitlets.Unicode()).tag(sync=True)
@@ -201,6 +204,8 @@ class Reader(Drawn):
     image : bytes or array, see `encoded`
     boxes : array, shape (patch, 4)
         x0 y0 x1 y1 as shares of the image.
+    on_grid : bool
+        As of `Panels`.
     words : list of str
     looks : array, shape (word, patch)
         Attention of each word to each patch.
@@ -214,6 +219,7 @@ class Reader(Drawn):
     _esm = module("reader")
     image = traitlets.Bytes().tag(sync=True)
     boxes = traitlets.Bytes().tag(sync=True)
+    on_grid = traitlets.Bool(True).tag(sync=True)
     words = traitlets.List(traitlets.Unicode()).tag(sync=True)
     looks = traitlets.Bytes().tag(sync=True)
     reads = traitlets.Bytes().tag(sync=True)

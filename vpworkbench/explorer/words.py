@@ -55,7 +55,7 @@ class WordsView:
             maps.update(values=reading.grid, names=GRID, picked=inside, label=f"{reading.subject.name}: attention",
                         alt="Shares of attention by layer and head.")  # fmt: skip
             reader.update(
-                image=shown_image(reading.image), boxes=reading.boxes, words=reading.words,
+                image=shown_image(reading.image), boxes=reading.boxes, on_grid=reading.on_grid, words=reading.words,
                 pinned=reader.pinned if reader.pinned < places else -1, **self.slice(reading, inside),
             )  # fmt: skip
             self._is_quiet = False

@@ -2,7 +2,7 @@
 
 export default widget("panels", (model, page) => {
   const picture = decoder(model, "image");
-  let [geometry, panels, over] = [regions(null), [], [-1]];
+  let [geometry, panels, over] = [regions(null, true), [], [-1]];
   const values = (panel) => floats(model.get("values")).subarray(panel * geometry.count, (panel + 1) * geometry.count);
 
   const told = (kind, value) => (kind === "mask" ? (value >= 0.5 ? "hidden" : "seen") : percent(value));
@@ -42,7 +42,7 @@ export default widget("panels", (model, page) => {
 
   return async () => {
     const bitmap = await picture();
-    geometry = regions(model.get("boxes"));
+    geometry = regions(model.get("boxes"), model.get("on_grid"));
     const [kinds, captions, alt] = [model.get("kinds"), model.get("captions"), model.get("alt")];
     if (kinds.length !== panels.length) rebuild(kinds.length);
     const width = (model.get("width") - 12 * (kinds.length - 1)) / Math.max(1, kinds.length);

@@ -2,7 +2,7 @@
 
 export default widget("reader", (model, page) => {
   const picture = decoder(model, "image");
-  let [bitmap, geometry, tokens] = [null, regions(null), []];
+  let [bitmap, geometry, tokens] = [null, regions(null, true), []];
   let [looks, reads, shown] = [new Float32Array(), new Float32Array(), -1];
   const words = () => model.get("words");
   const row = (matrix, place, length) => matrix.subarray(place * length, (place + 1) * length);
@@ -106,7 +106,7 @@ export default widget("reader", (model, page) => {
 
   return async () => {
     bitmap = await picture();
-    geometry = regions(model.get("boxes"));
+    geometry = regions(model.get("boxes"), model.get("on_grid"));
     [looks, reads] = [floats(model.get("looks")), floats(model.get("reads"))];
     if (words().length !== tokens.length || words().some((text, word) => text !== tokens[word].textContent)) rebuild(words());
     const pinned = model.get("pinned");

@@ -150,8 +150,8 @@ const sum = (values) => values.reduce((total, value) => total + value, 0);
 
 // ---- geometry: what is where, as shares of the canvas
 
-/** Boxes anywhere; where they overlap the smallest is hit. */
-function regions(view) {
+/** Boxes of a grid or anywhere; where they overlap the smallest is hit. */
+function regions(view, onGrid) {
   const numbers = floats(view);
   const count = numbers.length / 4;
   const box = (place) => numbers.subarray(4 * place, 4 * place + 4);
@@ -178,7 +178,7 @@ function regions(view) {
   };
   const edges = (side) => [...new Set(Array.from({ length: count }, (_, place) => box(place)[side].toFixed(3)))];
   const [columns, rows] = [0, 1].map((side) => edges(side).sort((one, other) => one - other));
-  const grid = columns.length * rows.length === count;
+  const grid = onGrid && columns.length * rows.length === count;
   const name = (place) => {
     if (!grid) return `token ${place}`;
     const [row, column] = [rows.indexOf(box(place)[1].toFixed(3)), columns.indexOf(box(place)[0].toFixed(3))];
