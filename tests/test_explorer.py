@@ -7,6 +7,7 @@ import gc
 import io
 import json
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import ipywidgets
@@ -18,12 +19,14 @@ import pytest
 import torch
 from conftest import narrow_model
 from PIL import Image
+from plotly.callbacks import Points
 from test_explorer_readings import llava, vilt, wide_model
 
+from vpworkbench.compare import Opened
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.examples import fill_mask, match_probability
-from vpworkbench.explorer import Explorer, explore
+from vpworkbench.explorer import Explorer, explore, still
 from vpworkbench.explorer.widgets import Panels
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.tasks import TaskModel
@@ -150,6 +153,56 @@ def test_span_shows_its_product(view: Explorer) -> None:
     for start, stop, layer in ((1, 0, None), (0, 2, None), (-1, 0, None), (0, 1, 3)):
         with pytest.raises(ValueError, match="not there"):
             view.span(start, stop, layer=layer)
+
+
+def test_spans_are_chosen_by_click_slider_and_code(view: Explorer) -> None:
+    flow = view.flow
+    flow.open()
+    marker = flow.figure.data[6]
+    triangle = flow.figure.data[0]
+    for act, wanted in (
+        (lambda: setattr(flow.spans, "value", (1, 2)), (0, 1)),
+        (lambda: view.span(1, 1), (1, 1)),
+        (lambda: flow._clicked(0, Points(ys=[1], xs=[1])), (0, 0)),
+        (lambda: flow._clicked(0, Points(ys=[2], xs=[1])), (0, 0)),  # below the diagonal is no span
+    ):
+        act()
+        assert flow.span == wanted and flow.spans.value == (wanted[0] + 1, wanted[1] + 1)
+        assert (*marker.y, *marker.x) == flow.spans.value and f"view.span({wanted[0]}, {wanted[1]}" in view.code
+        shown = np.frombuffer(flow.maps[0].values, "<f4").reshape(flow.maps[0].shape)[0]
+        np.testing.assert_allclose(shown, view.readings[0].span(*wanted)[0])
+    assert triangle.type == "heatmap" and (flow.spans.min, flow.spans.max) == (1, 2)
+    assert flow.model.layout.display == "none"  # there is one
+
+
+def test_two_models_share_a_span_and_take_turns_with_their_tokens(
+    model: VisualParsingModel, scenes: list[Picture]
+) -> None:
+    deeper = wide_model(scenes, 6, layers=3)
+    view = explore(Opened(EVIL, model, model.prepare, 1), scenes[:2], beside=deeper)
+    flow = view.flow
+    flow.open()
+    assert flow.spans.max == flow.layer.max == 2 < view.readings[1].layers
+    flow._clicked(1, Points(ys=[2], xs=[view.readings[1].layers]))  # beyond the first model
+    assert flow.span == (1, 1) and flow.model.value == 1 and "model=1" in view.code
+    flow.layer.value = 1
+    points = [trace for trace in flow.figure.data if trace.meta == "points"]
+    for number, name in enumerate(("&lt;img src=x onerror=…", "beside")):
+        flow.model.value = number
+        words = view.readings[number].counted[0]
+        np.testing.assert_allclose(points[0].x, view.readings[number].map[1][words, 0])
+        assert flow.figure.layout.annotations[-1].text == f"tokens: {name}, layer 1"
+        assert Image.open(io.BytesIO(still.curves(flow))).width > 600
+    colours: dict[object, set[str]] = {}
+    for trace in flow.figure.data:
+        if trace.type == "scatter" and trace.marker.symbol != "square-open":  # what marks the span
+            colours.setdefault(trace.meta, set()).add(trace.line.color or trace.marker.color)
+    assert len(colours) == 3 and not any(
+        one & two for one, two in combinations(colours.values(), 2)
+    )  # no colour means two things
+    with pytest.raises(ValueError, match="model 2 is not there"):
+        view.span(0, 0, model=2)
+    view.close()
 
 
 def test_tables(view: Explorer, tmp_path: Path) -> None:
