@@ -6,7 +6,11 @@ import base64
 import gc
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from plotly.callbacks import Points
 from test_explorer_readings import llava, vilt, wide_model
 
 from vpworkbench.compare import Opened
-from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.examples import fill_mask, match_probability
 from vpworkbench.explorer import Explorer, explore, still
@@ -45,6 +49,13 @@ def png(side: int = 40) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (side, side), "red").save(stream, "PNG")
     return stream.getvalue()
+
+
+def grey(side: int) -> bytes:
+    """The head of a PNG of any size."""
+    head = struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", len(head)) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 def arrays(panels: Panels) -> np.ndarray:
@@ -229,6 +240,7 @@ def test_answers(view: Explorer, model: VisualParsingModel, scenes: list[Picture
     assert told.iloc[0] == f"{100 * match:.1f}%"
     for word, share in fill_mask(model, scenes[0], "a [MASK] ball"):
         assert f"{word} {100 * share:.0f}%" in told.iloc[1]
+    assert view.trial.unasked.text == ""
 
 
 def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Picture]) -> None:
@@ -236,13 +248,15 @@ def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Pict
     view = explore(task, scenes[:2])
     view.say("is there a ball?")
     best, share = next(iter(task.predict(scenes[0].image, "is there a ball?").items()))
-    assert view.tables()["answers"].answer[0].startswith(f"{best} {100 * share:.0f}%")
+    answers = view.tables()["answers"]
+    assert answers.answer[0].startswith(f"{best} {100 * share:.0f}%") and len(answers) == 1
+    assert "model, vqa is fine-tuned: no ITM and no words for [MASK]" in view.trial.unasked.text
     view.close()
 
 
 def test_a_statement_about_two_images_has_no_answer_here(model: VisualParsingModel, scenes: list[Picture]) -> None:
     view = explore(TaskModel(model, "nlvr2", ("False", "True")), scenes[:2])
-    assert "two images" in view.tables()["answers"].answer[0]
+    assert "No answer: it judges statements about two images" in view.tables()["answers"].answer[0]
     view.close()
 
 
@@ -287,7 +301,9 @@ def test_uploads(view: Explorer) -> None:
     reading = view.readings[0]
     for content in (b"", b"no picture", png()[:60], b"GIF89a"):
         assert "no picture that can be read" in drop(content, EVIL)
-    assert "pixels" in drop(png(5000), "huge.png")
+    for side in (5_000, 30_000):  # Pillow refuses the second by itself
+        assert "pixels" in drop(grey(side), "huge.png")
+    assert "no picture that can be read" in drop(png(), "a\0b.png")
     assert view.readings[0] is reading
     assert "is read" in drop(png(), f"../{EVIL}/../../a.png")
     assert len(view.trial.choice.options) == 6 and view.trial.choice.value == 5
@@ -415,7 +431,9 @@ def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingMo
     assert len(regions.readings[0].boxes) == len(scenes[1].scene.things)
     before = regions.readings[0]
     regions.trial.take(png(), "own.png")
-    assert "no features of this image" in regions.trial.drop.message and regions.readings[0] is before
+    told = regions.trial.drop.message
+    assert "an image of one's own has none" in told and regions.trial.scratch.name not in told
+    assert regions.readings[0] is before and len(regions.trial.pictures) == 4
 
 
 def test_without_a_cache_only_the_pictures_shown_are_generated(tmp_path: Path, monkeypatch) -> None:
@@ -438,16 +456,41 @@ def test_a_model_of_transformers(make, scenes: list[Picture], tmp_path: Path) ->
     view.close()
 
 
-def test_no_picture(model: VisualParsingModel) -> None:
+def test_models_that_cut_the_image_otherwise(
+    model: VisualParsingModel, regions: Explorer, scenes: list[Picture]
+) -> None:
+    other = replace(regions.subjects[0], name="boxes")
+    with closing(explore(model, scenes[:4], beside=other)) as view:
+        assert "boxes cuts the image otherwise; only the first is shown here." in view.masks.note.text
+        assert "No mask by attention" not in view.masks.note.text and len(view.masks.panels) == 1
+    with closing(explore(wide_model(scenes, 6), scenes[:2], beside=wide_model(scenes, 8))) as view:
+        assert view.masks.note.text == (
+            "beside cuts the image otherwise; only the first is shown here.\n"
+            "No mask by attention for model: only the Swin parser has a parsing attention; random masks are drawn."
+        )
+
+
+def test_no_picture(model: VisualParsingModel, scenes: list[Picture], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no picture"):
         explore(model, [])
+    gone = [replace(scenes[0], image=ImageFile(tmp_path, f"{name}.png")) for name in "ab"]
+    widgets = set(ipywidgets.widgets.widget._instances)
+    with pytest.raises(DataError, match="b.png: image missing"):
+        explore(model, gone)
+    assert set(ipywidgets.widgets.widget._instances) == widgets  # nothing half-built
+    with closing(explore(model, [*gone, *scenes[:2]])) as view:
+        assert view.readings[0].picture is scenes[0] and view.trial.choice.value == 2
+        view.trial.choice.value = 0
+        assert "Not read" in view.trial.note.text and view.readings[0].picture is scenes[0]
 
 
 def test_twenty_explorers_leave_nothing(scenes: list[Picture]) -> None:
     model = wide_model(scenes, 20)  # 425 tokens
 
     def once() -> None:
-        explore(model, scenes[:2]).close()
+        view = explore(model, scenes[:2])
+        view.flow.open()  # plotly's figure comes with the tab
+        view.close()
 
     for _ in range(3):
         once()

@@ -27,6 +27,10 @@ OUTSIDE_PX = 1.0
 """Detectors round: a box may leave its image by so much, and is cut there."""
 
 
+class RegionsMissing(DataError):
+    """An image without features; everything else about it may be right."""
+
+
 class Regions(NamedTuple):
     """float32 features (region, channel), and boxes (region, 4), x0 y0 x1 y1 as shares of the image."""
 
@@ -155,7 +159,7 @@ class RegionFiles:
         for name in names:
             if (self.source / name).exists():
                 return read_npz(self.source / name)
-        raise DataError(
+        raise RegionsMissing(
             f"{image}: no features of this image ({self.source / names[0]}); extract them or drop its record"
         )
 
@@ -168,7 +172,7 @@ class RegionFiles:
                     file.seek(self._lines[name])
                     values = file.readline().decode().rstrip("\r\n").split("\t")
                 return read_tsv_row(dict(zip(TSV_FIELDS, values, strict=True)), self.source)
-        raise DataError(f"{image}: no features of this image in {self.source}; extract them or drop its record")
+        raise RegionsMissing(f"{image}: no features of this image in {self.source}; extract them or drop its record")
 
 
 def _index(file: Path) -> dict[str, int]:
