@@ -7,8 +7,12 @@ import base64
 import gc
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import ipywidgets
@@ -20,13 +24,15 @@ import pytest
 import torch
 from conftest import narrow_model
 from PIL import Image
+from plotly.callbacks import Points
 from test_explorer_readings import llava, vilt, wide_model
 
+from vpworkbench.compare import Opened
 from vpworkbench.config import pretrain_settings
-from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.examples import fill_mask, mask_errors, match_probability, pick_objects, token_objects
-from vpworkbench.explorer import Explorer, explore
+from vpworkbench.explorer import Explorer, explore, still
 from vpworkbench.explorer.widgets import Panels, Save
 from vpworkbench.model import VisualParsingModel
 from vpworkbench.tasks import TaskModel
@@ -45,6 +51,13 @@ def png(side: int = 40) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (side, side), "red").save(stream, "PNG")
     return stream.getvalue()
+
+
+def grey(side: int) -> bytes:
+    """The head of a PNG of any size."""
+    head = struct.pack(">2I5B", side, side, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", len(head)) + b"IHDR" + head + struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 def arrays(panels: Panels) -> np.ndarray:
@@ -169,6 +182,56 @@ def test_span_shows_its_product(view: Explorer) -> None:
             view.span(start, stop, layer=layer)
 
 
+def test_spans_are_chosen_by_click_slider_and_code(view: Explorer) -> None:
+    flow = view.flow
+    flow.open()
+    marker = flow.figure.data[6]
+    triangle = flow.figure.data[0]
+    for act, wanted in (
+        (lambda: setattr(flow.spans, "value", (1, 2)), (0, 1)),
+        (lambda: view.span(1, 1), (1, 1)),
+        (lambda: flow._clicked(0, Points(ys=[1], xs=[1])), (0, 0)),
+        (lambda: flow._clicked(0, Points(ys=[2], xs=[1])), (0, 0)),  # below the diagonal is no span
+    ):
+        act()
+        assert flow.span == wanted and flow.spans.value == (wanted[0] + 1, wanted[1] + 1)
+        assert (*marker.y, *marker.x) == flow.spans.value and f"view.span({wanted[0]}, {wanted[1]}" in view.code
+        shown = np.frombuffer(flow.maps[0].values, "<f4").reshape(flow.maps[0].shape)[0]
+        np.testing.assert_allclose(shown, view.readings[0].span(*wanted)[0])
+    assert triangle.type == "heatmap" and (flow.spans.min, flow.spans.max) == (1, 2)
+    assert flow.model.layout.display == "none"  # there is one
+
+
+def test_two_models_share_a_span_and_take_turns_with_their_tokens(
+    model: VisualParsingModel, scenes: list[Picture]
+) -> None:
+    deeper = wide_model(scenes, 6, layers=3)
+    view = explore(Opened(EVIL, model, model.prepare, 1), scenes[:2], beside=deeper)
+    flow = view.flow
+    flow.open()
+    assert flow.spans.max == flow.layer.max == 2 < view.readings[1].layers
+    flow._clicked(1, Points(ys=[2], xs=[view.readings[1].layers]))  # beyond the first model
+    assert flow.span == (1, 1) and flow.model.value == 1 and "model=1" in view.code
+    flow.layer.value = 1
+    points = [trace for trace in flow.figure.data if trace.meta == "points"]
+    for number, name in enumerate(("&lt;img src=x onerror=…", "beside")):
+        flow.model.value = number
+        words = view.readings[number].counted[0]
+        np.testing.assert_allclose(points[0].x, view.readings[number].map[1][words, 0])
+        assert flow.figure.layout.annotations[-1].text == f"tokens: {name}, layer 1"
+        assert Image.open(io.BytesIO(still.curves(flow))).width > 600
+    colours: dict[object, set[str]] = {}
+    for trace in flow.figure.data:
+        if trace.type == "scatter" and trace.marker.symbol != "square-open":  # what marks the span
+            colours.setdefault(trace.meta, set()).add(trace.line.color or trace.marker.color)
+    assert len(colours) == 3 and not any(
+        one & two for one, two in combinations(colours.values(), 2)
+    )  # no colour means two things
+    with pytest.raises(ValueError, match="model 2 is not there"):
+        view.span(0, 0, model=2)
+    view.close()
+
+
 def test_tables(view: Explorer, tmp_path: Path) -> None:
     tables, reading = view.tables(), view.readings[0]
     assert set(tables) == {"masks", "heads", "looks", "flow", "clusters", "answers"}
@@ -193,6 +256,7 @@ def test_answers(view: Explorer, model: VisualParsingModel, scenes: list[Picture
     assert told.iloc[0] == f"{100 * match:.1f}%"
     for word, share in fill_mask(model, scenes[0], "a [MASK] ball"):
         assert f"{word} {100 * share:.0f}%" in told.iloc[1]
+    assert view.trial.unasked.text == ""
 
 
 def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Picture]) -> None:
@@ -200,13 +264,15 @@ def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Pict
     view = explore(task, scenes[:2])
     view.say("is there a ball?")
     best, share = next(iter(task.predict(scenes[0].image, "is there a ball?").items()))
-    assert view.tables()["answers"].answer[0].startswith(f"{best} {100 * share:.0f}%")
+    answers = view.tables()["answers"]
+    assert answers.answer[0].startswith(f"{best} {100 * share:.0f}%") and len(answers) == 1
+    assert "model, vqa is fine-tuned: no ITM and no words for [MASK]" in view.trial.unasked.text
     view.close()
 
 
 def test_a_statement_about_two_images_has_no_answer_here(model: VisualParsingModel, scenes: list[Picture]) -> None:
     view = explore(TaskModel(model, "nlvr2", ("False", "True")), scenes[:2])
-    assert "two images" in view.tables()["answers"].answer[0]
+    assert "No answer: it judges statements about two images" in view.tables()["answers"].answer[0]
     view.close()
 
 
@@ -251,7 +317,9 @@ def test_uploads(view: Explorer) -> None:
     reading = view.readings[0]
     for content in (b"", b"no picture", png()[:60], b"GIF89a"):
         assert "no picture that can be read" in drop(content, EVIL)
-    assert "pixels" in drop(png(5000), "huge.png")
+    for side in (5_000, 30_000):  # Pillow refuses the second by itself
+        assert "pixels" in drop(grey(side), "huge.png")
+    assert "no picture that can be read" in drop(png(), "a\0b.png")
     assert view.readings[0] is reading
     assert "is read" in drop(png(), f"../{EVIL}/../../a.png")
     assert len(view.trial.choice.options) == 6 and view.trial.choice.value == 5
@@ -444,7 +512,9 @@ def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingMo
     assert len(regions.readings[0].boxes) == len(scenes[1].scene.things)
     before = regions.readings[0]
     regions.trial.take(png(), "own.png")
-    assert "no features of this image" in regions.trial.drop.message and regions.readings[0] is before
+    told = regions.trial.drop.message
+    assert "an image of one's own has none" in told and regions.trial.scratch.name not in told
+    assert regions.readings[0] is before and len(regions.trial.pictures) == 4
 
 
 def test_without_a_cache_only_the_pictures_shown_are_generated(tmp_path: Path, monkeypatch) -> None:
@@ -467,16 +537,41 @@ def test_a_model_of_transformers(make, scenes: list[Picture], tmp_path: Path) ->
     view.close()
 
 
-def test_no_picture(model: VisualParsingModel) -> None:
+def test_models_that_cut_the_image_otherwise(
+    model: VisualParsingModel, regions: Explorer, scenes: list[Picture]
+) -> None:
+    other = replace(regions.subjects[0], name="boxes")
+    with closing(explore(model, scenes[:4], beside=other)) as view:
+        assert "boxes cuts the image otherwise; only the first is shown here." in view.masks.note.text
+        assert "No mask by attention" not in view.masks.note.text and len(view.masks.panels) == 1
+    with closing(explore(wide_model(scenes, 6), scenes[:2], beside=wide_model(scenes, 8))) as view:
+        assert view.masks.note.text == (
+            "beside cuts the image otherwise; only the first is shown here.\n"
+            "No mask by attention for model: only the Swin parser has a parsing attention; random masks are drawn."
+        )
+
+
+def test_no_picture(model: VisualParsingModel, scenes: list[Picture], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no picture"):
         explore(model, [])
+    gone = [replace(scenes[0], image=ImageFile(tmp_path, f"{name}.png")) for name in "ab"]
+    widgets = set(ipywidgets.widgets.widget._instances)
+    with pytest.raises(DataError, match="b.png: image missing"):
+        explore(model, gone)
+    assert set(ipywidgets.widgets.widget._instances) == widgets  # nothing half-built
+    with closing(explore(model, [*gone, *scenes[:2]])) as view:
+        assert view.readings[0].picture is scenes[0] and view.trial.choice.value == 2
+        view.trial.choice.value = 0
+        assert "Not read" in view.trial.note.text and view.readings[0].picture is scenes[0]
 
 
 def test_twenty_explorers_leave_nothing(scenes: list[Picture]) -> None:
     model = wide_model(scenes, 20)  # 425 tokens
 
     def once() -> None:
-        explore(model, scenes[:2]).close()
+        view = explore(model, scenes[:2])
+        view.flow.open()  # plotly's figure comes with the tab
+        view.close()
 
     for _ in range(3):
         once()

@@ -404,6 +404,7 @@ def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path)
     explorer.mouse.click(*place)
     title = explorer.locator(".vpw-explorer .vpw-title", has_text="from the input of layer 2 to the output of 3")
     title.wait_for()
+    explorer.locator(".vpw-explorer .widget-readout:visible", has_text="2 – 3").wait_for()  # the slider goes along
     outer = explorer.locator(".vpw-explorer").bounding_box()
     assert figure.bounding_box()["x"] + figure.bounding_box()["width"] <= outer["x"] + outer["width"]
     explorer.screenshot(path=screenshots / "explorer-flow.png")
@@ -504,6 +505,22 @@ def test_all_is_reached_by_keys(explorer: Any) -> None:
     for name in ("picture", "Masks", "slider", "attends to", "mean of heads", "another random", "the image.",
                  "random mask.", "Save as a PNG", "Save as an SVG", "Save the numbers", "error behind"):  # fmt: skip
         assert name in told, f"{name} is not among {told}"
+    tab(explorer, "Flow")
+    explorer.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")
+    explorer.locator(".vpw-explorer .lm-TabBar-tab", has_text="Flow").focus()
+    reached = []
+    while len(reached) < 20 and reached.count("slider ") < 3:  # layer, from i, to j: ipywidgets' handles have no name
+        explorer.keyboard.press("Tab")
+        reached.append(explorer.evaluate(_FOCUSED))
+    title = explorer.locator(".vpw-explorer .vpw-title:visible", has_text="A from the input")
+    for keys, span in (
+        (("End",), "to the output of 3"),
+        (("Shift+Tab", "Home"), "of layer 1 to the output of 3"),
+        (("Tab", "Home"), "of layer 1 to the output of 1"),
+    ):
+        for key in keys:
+            explorer.keyboard.press(key)
+        title.filter(has_text=span).wait_for()
 
 
 _FOCUSED = """() => {

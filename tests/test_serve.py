@@ -20,6 +20,7 @@ from browser import SIZE, WAIT_MS, browser, screenshots  # fixtures are found by
 
 from vpworkbench import serve
 from vpworkbench.cli import main
+from vpworkbench.pretrain import shipped_run
 
 __all__ = ["browser", "screenshots"]
 
@@ -42,8 +43,26 @@ def test_names_are_data_in_the_notebook(tmp_path):
     written = serve.write_notebook(tmp_path / "explorer.ipynb", "a'); import os; ('", "")
     source = nbformat.read(written, as_version=4).cells[1].source
     assert source.endswith("""explore("a'); import os; ('", None)""")
-    written = serve.write_notebook(tmp_path / "explorer.ipynb", "theirs", "", "boxes.tsv")
+    written = serve.write_notebook(tmp_path / "explorer.ipynb", "theirs", "", regions="boxes.tsv")
     assert nbformat.read(written, as_version=4).cells[1].source.endswith("explore('theirs', None, regions='boxes.tsv')")
+
+
+def test_two_models_are_served_side_by_side(monkeypatch, capsys):
+    """The option reaches the explorer that is opened once before, and the notebook."""
+    made = {}
+
+    class Server:
+        @classmethod
+        def launch_instance(cls, arguments):
+            made["source"] = nbformat.read(arguments[0], as_version=4).cells[1].source
+
+    monkeypatch.setattr("voila.app.Voila", Server)  # the real one runs until it is stopped
+    other = str(shipped_run())
+    main(["explore", "--beside", other, "--no-browser"])
+    assert made["source"].endswith(f"explore(None, None, beside={other!r})")
+    with pytest.raises(SystemExit) as stopped:
+        main(["explore", "--beside", "nowhere", "--no-browser"])
+    assert stopped.value.code == 2 and "nowhere" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

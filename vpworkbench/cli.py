@@ -212,6 +212,7 @@ def predict(
 def explore(
     checkpoint: Annotated[str, typer.Argument(help="a run or checkpoint, also fine-tuned; none: the shipped one")] = "",
     data: Annotated[str, typer.Option(help="a captioned set, its held-out pictures are shown; none: scenes")] = "",
+    beside: Annotated[str, typer.Option(help="a second run or checkpoint on the same input, drawn under it")] = "",
     regions: Annotated[str, typer.Option(help="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")] = "",
     port: Annotated[int, typer.Option(help="of 127.0.0.1")] = 8866,
     browser: Annotated[bool, typer.Option(help="open the page")] = True,
@@ -219,7 +220,7 @@ def explore(
     """Serve the explorer as a page without code, by Voila, with Jupyter's token."""
     from vpworkbench.serve import serve
 
-    serve(checkpoint, data, regions=regions, port=port, browser=browser)
+    serve(checkpoint, data, beside=beside, regions=regions, port=port, browser=browser)
 
 
 @bench.command("probes")

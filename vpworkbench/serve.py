@@ -15,15 +15,17 @@ from vpworkbench.explorer import explore
 PORT = 8866
 
 
-def serve(checkpoint: str = "", data: str = "", *, regions: str = "", port: int = PORT, browser: bool = True) -> None:
+def serve(
+    checkpoint: str = "", data: str = "", *, beside: str = "", regions: str = "", port: int = PORT, browser: bool = True
+) -> None:
     """Serve the explorer on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
 
     Jupyter's token is asked for: `$JUPYTER_TOKEN`, else a new one, printed with the address.
 
     Parameters
     ----------
-    checkpoint, data, regions : str
-        As of `explore`; empty: the model that ships, generated scenes, none.
+    checkpoint, data, beside, regions : str
+        As of `explore`; empty: the model that ships, generated scenes, no second model, none.
     browser : bool
         Open the page in a browser.
 
@@ -38,10 +40,10 @@ def serve(checkpoint: str = "", data: str = "", *, regions: str = "", port: int 
         raise SettingsError("vpw explore needs Voila: pip install 'vpworkbench[voila]'")
     from voila.app import Voila
 
-    checkpoint, data, regions = map(anchored, (checkpoint, data, regions))  # kernels start in another folder
-    explore(checkpoint or None, data or None, regions=regions).close()
+    checkpoint, data, beside, regions = map(anchored, (checkpoint, data, beside, regions))  # kernels start elsewhere
+    explore(checkpoint or None, data or None, beside=beside or None, regions=regions).close()
     with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
-        notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, regions)
+        notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, beside=beside, regions=regions)
         Voila.launch_instance([
             str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0",
             "--Voila.auto_token=True", f"--Voila.open_browser={browser}",
@@ -49,9 +51,10 @@ def serve(checkpoint: str = "", data: str = "", *, regions: str = "", port: int 
         ])  # fmt: skip
 
 
-def write_notebook(path: Path, checkpoint: str, data: str, regions: str = "") -> Path:
+def write_notebook(path: Path, checkpoint: str, data: str, *, beside: str = "", regions: str = "") -> Path:
     """The notebook that Voila serves."""
-    more = f", regions={regions!r}" if regions else ""
+    given = {"beside": beside, "regions": regions}
+    more = "".join(f", {name}={value!r}" for name, value in given.items() if value)
     call = f"explore({checkpoint or None!r}, {data or None!r}{more})"
     cells = [
         nbformat.v4.new_markdown_cell("# What does the mask hide, and where do words look?"),

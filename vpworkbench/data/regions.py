@@ -35,6 +35,10 @@ UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, 
 """What numpy raises at an npz that is cut, has flipped bytes, or is none."""
 
 
+class RegionsMissing(DataError):
+    """An image without features; everything else about it may be right."""
+
+
 class Regions(NamedTuple):
     """float32 features (region, channel), and boxes (region, 4), x0 y0 x1 y1 as shares of the image."""
 
@@ -170,7 +174,9 @@ class RegionFiles:
         """Of one image; `DataError` where there are none, or of another width."""
         place = self._place(image)
         if place is None:
-            raise DataError(f"{image}: no features of this image in {self.source}; extract them or drop its record")
+            raise RegionsMissing(
+                f"{image}: no features of this image in {self.source}; extract them or drop its record"
+            )
         found = read_npz(place) if isinstance(place, Path) else self._line(place)
         if found.features.shape[1] != self.width:
             raise DataError(

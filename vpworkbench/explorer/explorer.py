@@ -22,7 +22,7 @@ from vpworkbench.explorer.masks import MasksView, Select
 from vpworkbench.explorer.page import Part, Section, write_page
 from vpworkbench.explorer.parts import WIDTH, Later, column
 from vpworkbench.explorer.readings import Reading, Subject, chosen_text, read, subject
-from vpworkbench.explorer.try_it import TryView
+from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
 
@@ -68,7 +68,9 @@ def explore(
     Raises
     ------
     CheckpointError, DataError, TypeError, ValueError
-        If there is no such model, set or view, or the set has no picture.
+        If there is no such model, set or view, or the set has no picture; if a model can read none of the pictures,
+        what it says of the last: a DataError of a file or of regions that are missing, a ValueError where it makes no
+        visual token.
     """
     if unknown := [name for name in views if name not in ALL]:
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join(ALL)}")
@@ -79,8 +81,7 @@ def explore(
         subjects = [Subject(f"{one.name} ({number})", one.opened, one.base, one.task)
                     for number, one in enumerate(subjects, start=1)]  # fmt: skip
     chosen = _pictures(data, pictures)
-    if not chosen:
-        raise DataError(f"{data}: no picture to explore")
+    readings = _first_readings(subjects, chosen, data)
     call = ", ".join(part for part in (
         repr(model) if isinstance(model, str) else "model" if model is not None else "",
         "None" if model is None and data is not None else "",
@@ -90,7 +91,18 @@ def explore(
         f"pictures={pictures}" if pictures != PICTURES else "",
         f"views={tuple(views)}" if tuple(views) != ALL else "",
     ) if part)  # fmt: skip
-    return Explorer(subjects, chosen, views=views, call=f"explore({call})")
+    return Explorer(readings, chosen, views=views, call=f"explore({call})")
+
+
+def _first_readings(subjects: Sequence[Subject], pictures: Sequence[Picture], source: object) -> list[Reading]:
+    """Of the first picture that all models can read; where there is none, the last one's error."""
+    refused: Exception = DataError(f"{source}: no picture to explore")
+    for picture in pictures:
+        try:
+            return [read(one, picture, chosen_text(picture)) for one in subjects]
+        except UNREADABLE as error:
+            refused = error
+    raise refused
 
 
 def _pictures(data: Sequence[Picture] | str | Path | None, most: int) -> list[Picture]:
@@ -117,7 +129,7 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(
         self,
-        subjects: Sequence[Subject],
+        readings: Sequence[Reading],
         pictures: Sequence[Picture],
         *,
         views: Sequence[ViewName] = ALL,
@@ -125,8 +137,8 @@ class Explorer(ipywidgets.VBox):
     ) -> None:
         super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 40}px"})
         self.add_class("vpw-explorer")
-        self.subjects, self._call, self._given = list(subjects), call, len(pictures)
-        self.readings = self._read(pictures[0], chosen_text(pictures[0]))
+        self.readings, self.subjects = list(readings), [one.subject for one in readings]
+        self._call, self._given = call, len(pictures)
         made = {name: kind(self.readings) for name, kind in VIEWS.items() if name in views}
         self.masks, self.words, self.flow = (made.get(name) for name in VIEWS)
         self.trial = TryView(self.readings, pictures, self._input)

@@ -11,6 +11,7 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from vpworkbench.explorer.parts import WIDTH, Note, column, row, unheard
@@ -20,11 +21,14 @@ from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, 
 from vpworkbench.imports import collector_off
 
 HEIGHT = 560
+MODELS = PALETTE[2:]
+"""Of the first and the second model: no colour of language or vision, which the tokens have."""
 MENU = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
 """Left out of plotly's menu, which would upload the chart, and cover the title of the last panel.
 
 Dragging zooms, a double click resets.
 """
+LONGEST = 20  # letters of a name in the title of a panel
 ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 
 
@@ -46,14 +50,20 @@ class FlowView:
             0, 0, 1, description="layer of the tokens above (0: the input)", layout={"width": "420px"},
             style={"description_width": "initial"},
         )  # fmt: skip
-        self.layer.observe(lambda change: self._draw_points(), "value")
+        self.spans = ipywidgets.IntRangeSlider(
+            value=(1, 1), min=1, max=1, description="layers i to j", layout={"width": "300px"}
+        )
+        self.model = ipywidgets.Dropdown(description="tokens of", layout={"width": "300px"})
+        self.spans.observe(lambda change: self._draw_span(), "value")
+        for control in (self.layer, self.model):
+            control.observe(lambda change: self._draw_points(), "value")
         self.note = Note(
-            "Click a cell of the triangle: the block structure of A from the input of layer i to the output of "
-            "layer j. Dashed: attention spread evenly."
+            "Click a cell of the triangle, or choose layers i to j below: the block structure of A from the input of "
+            "layer i to the output of layer j. Dashed: attention spread evenly."
         )
         self._figure: go.FigureWidget | None = None
         self._maps: list[Maps] = []
-        self.span, self.shown, self.changed = (0, 0), 0, unheard
+        self.changed = unheard
         self.save = Chart(label="Flow, NMI and tokens", alt=ALT, width=WIDTH)
         self.widget = column(self.note)
         self.show(readings)
@@ -70,25 +80,48 @@ class FlowView:
         self.open()
         return self._maps
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last layer of the chosen span, from 0."""
+        start, stop = self.spans.value
+        return start - 1, stop - 1
+
+    @property
+    def chosen(self) -> Reading:
+        """The one whose tokens are drawn."""
+        return self.readings[self.model.value]
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """Its tokens on two components behind the chosen layer, (token, 2)."""
+        every = self.chosen.map  # LXMERT: two steps a layer
+        return every[round(self.layer.value * (len(every) - 1) / self.chosen.layers)]
+
+    @property
+    def points_title(self) -> str:
+        name = self.chosen.subject.name
+        return f"tokens: {name if len(name) <= LONGEST else f'{name[: LONGEST - 1]}…'}, layer {self.layer.value}"
+
     def open(self) -> None:
         """Build what is drawn, where it is not there yet."""
         if self._figure is None:
             self._build()
 
     def show(self, readings: Sequence[Reading]) -> None:
-        """Look at new readings."""
+        """Look at new readings; what is chosen stays where it is there."""
         self.readings = list(readings)
+        names, is_open = [reading.subject.name for reading in self.readings], self._figure is not None
+        if is_open and [one.name for one in self._triangles()] != names:
+            self._drop()
+        options = tuple((name, number) for number, name in enumerate(names))
+        if self.model.options != options:
+            self.model.options, self.model.value = options, 0
+            self.model.layout.display = None if len(names) > 1 else "none"
         most = min(reading.layers for reading in self.readings)
         if self.layer.max != most:
-            self.layer.max = self.layer.value = most
-        self.span = (min(self.span[0], most - 1), min(self.span[1], most - 1))
-        if self._figure is None:
-            return
-        if [one.name for one in self._triangles()] != [one.subject.name for one in self.readings]:
-            self._drop()
-            self._build()
-        else:
-            self._draw()
+            self.layer.max = self.layer.value = self.spans.max = most
+        if is_open:
+            self._draw() if self._figure is not None else self._build()
 
     def _draw(self) -> None:
         with self.figure.batch_update():
@@ -104,21 +137,20 @@ class FlowView:
         ValueError
             For a span or layer that is not there.
         """
-        reading = self.readings[model] if 0 <= model < len(self.readings) else None
-        if reading is None or not 0 <= start <= stop < reading.layers:
-            raise ValueError(f"span ({start}, {stop}) of model {model} is not there: 0 <= start <= stop < layers")
-        if layer is not None and not 0 <= layer <= reading.layers:
-            raise ValueError(f"layer {layer} is not there; 0 to {reading.layers}")
+        most = self.spans.max
+        if not 0 <= start <= stop < most:
+            raise ValueError(f"span ({start}, {stop}) is not there: 0 <= start <= stop < {most}")
+        if not 0 <= model < len(self.readings):
+            raise ValueError(f"model {model} is not there; {len(self.readings)} are, from 0")
+        if layer is not None and not 0 <= layer <= most:
+            raise ValueError(f"layer {layer} is not there; 0 to {most}")
         self.open()
-        self.span, self.shown = (start, stop), model
-        self._draw_span()
-        if layer is not None:
-            self.layer.value = layer
-        self._draw_points()
+        self.spans.value, self.model.value = (start + 1, stop + 1), model
+        self.layer.value = self.layer.value if layer is None else layer
 
     def code(self) -> str:
         """The call that recreates the view."""
-        return f"view.span({self.span[0]}, {self.span[1]}, model={self.shown}, layer={self.layer.value})"
+        return f"view.span({self.span[0]}, {self.span[1]}, model={self.model.value}, layer={self.layer.value})"
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`flow`: every span with its null; `clusters`: NMI by layer, 0 the input."""
@@ -161,7 +193,8 @@ class FlowView:
         self._figure.open()
         for number, trace in enumerate(self._triangles()):
             trace.on_click(lambda _, points, state, number=number: self._clicked(number, points))
-        self.widget.children = (self.note, self.save, self._figure, row(self.layer), row(*self._maps))
+        self.widget.children = (self.note, self.save, self._figure, row(self.layer, self.spans, self.model),
+                                row(*self._maps))  # fmt: skip
 
     def _triangles(self) -> list[go.Heatmap]:
         return [trace for trace in self.figure.data if isinstance(trace, go.Heatmap)]
@@ -170,15 +203,12 @@ class FlowView:
         return _traces(self.figure, number)
 
     def _clicked(self, number: int, points: Any) -> None:
-        if not points.xs:
-            return
-        start, stop = int(points.ys[0]) - 1, int(points.xs[0]) - 1
-        if start <= stop:
-            self.span, self.shown = (start, stop), number
-            self._draw_span()
-            self._draw_points()
+        if points.xs and points.ys[0] <= points.xs[0]:  # beyond the layers of the other model: the last they share
+            self.spans.value, self.model.value = (int(points.ys[0]), int(points.xs[0])), number
 
     def _draw_span(self) -> None:
+        if self._figure is None:
+            return
         start, stop = self.span
         for reading, maps in zip(self.readings, self._maps, strict=True):
             matrix, splits = reading.span(start, stop)
@@ -198,12 +228,12 @@ class FlowView:
     def _draw_points(self) -> None:
         if self._figure is None:
             return
-        reading = self.readings[min(self.shown, len(self.readings) - 1)]
-        points = reading.map[min(self.layer.value, len(reading.map) - 1)]
-        with self.figure.batch_update():
-            for trace, chosen in zip([one for one in self.figure.data if one.meta == "points"], reading.counted,
+        points, title = self.points, self._figure.layout.annotations[-1]
+        with self._figure.batch_update():
+            for trace, chosen in zip([one for one in self._figure.data if one.meta == "points"], self.chosen.counted,
                                      strict=True):  # fmt: skip
                 trace.update({"x": points[chosen, 0], "y": points[chosen, 1]})
+            title.text = escaped(self.points_title)
         self.changed()
 
 
@@ -263,7 +293,7 @@ def _empty(names: Sequence[str], layers: Sequence[int]) -> go.Figure:
     cells = [(1, 1), (2, 1)]
     nmi, points = ((2, 2), (2, 3)) if two else ((2, 1), (2, 2))
     for number, (name, count) in enumerate(zip(names, layers, strict=True)):
-        along, colour = list(range(1, count + 1)), PALETTE[number]
+        along, colour = list(range(1, count + 1)), MODELS[number]
         cell = dict(zip(("row", "col"), cells[number], strict=True))
         figure.add_heatmap(
             x=along, y=along, name=name, meta=number, colorscale=COLOURS, showscale=False, hoverongaps=False, xgap=1,

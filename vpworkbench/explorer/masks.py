@@ -69,16 +69,18 @@ class MasksView:
         self._later.cancel()
         self.readings = [reading for reading in readings if reading.subject.base is not None]
         self._parsed = [_parsed(reading) for reading in self.readings]
+        told = []
         if self.readings and not same_boxes(self.readings):  # one pick cannot fit both
+            told = [f"{one.subject.name} cuts the image otherwise; only the first is shown here."
+                    for one in self.readings[1:]]  # fmt: skip
             self.readings, self._parsed = self.readings[:1], self._parsed[:1]
-        without = [reading.subject.name for reading in readings if reading not in self.readings]
+        without = [reading.subject.name for reading in readings if reading.subject.base is None]
         without += [one.subject.name for one, (parsing, _) in zip(self.readings, self._parsed, strict=True)
                     if parsing is None]  # fmt: skip
-        self.note.say(
-            f"No mask by attention for {', '.join(without)}: only the Swin parser has a parsing attention"
-            + ("; random masks are drawn." if self.readings else ".")
-            if without else "Click a token; arrow keys and Enter do the same."
-        )  # fmt: skip
+        if without:
+            told.append(f"No mask by attention for {', '.join(without)}: only the Swin parser has a parsing attention"
+                        + ("; random masks are drawn." if self.readings else "."))  # fmt: skip
+        self.note.say(*(told or ["Click a token; arrow keys and Enter do the same."]))
         if not self.readings:
             self._drop_panels()
             self.values = []

@@ -12,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vpworkbench.explorer.flow import FlowView
+from vpworkbench.explorer.flow import MODELS, FlowView
 from vpworkbench.explorer.masks import CAPTIONS, KINDS, MasksView
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.words import GRID, WordsView
-from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION
+from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, VISION
 
 INCH_PX = 100
 
@@ -27,7 +27,7 @@ def overview(readings: Sequence[Reading], masks: MasksView | None) -> bytes:
     rows = figure.subplots(len(readings), 4, squeeze=False)
     for number, (reading, axes) in enumerate(zip(readings, rows, strict=True)):
         axes[0].imshow(reading.image)
-        axes[0].set_title(_cut(f"{reading.subject.name}: {reading.text}", 34))
+        axes[0].set_title(_cut(f"{reading.subject.name}: {reading.text}", 26))
         axes[0].set_axis_off()
         place = _place(masks.readings, reading) if masks is not None else None
         if place is None:
@@ -35,8 +35,8 @@ def overview(readings: Sequence[Reading], masks: MasksView | None) -> bytes:
         else:
             kind = 2 if masks.values[place][2].any() else 3  # by attention where there is one
             _panel(axes[1], reading, "mask", masks.values[place][kind], CAPTIONS[kind], masks.pick)
-        _curves(axes[2], reading.flow[0], reading.null[0], "flow from the input to layer j", PALETTE[number])
-        _curves(axes[3], reading.flow.diagonal(), reading.null.diagonal(), "flow within layer i", PALETTE[number])
+        _curves(axes[2], reading.flow[0], reading.null[0], "flow from the input to layer j", MODELS[number])
+        _curves(axes[3], reading.flow.diagonal(), reading.null.diagonal(), "flow within layer i", MODELS[number])
     return _png(figure)
 
 
@@ -80,22 +80,22 @@ def sentence(view: WordsView, number: int) -> bytes:
 
 
 def curves(view: FlowView) -> bytes:
-    """PNG of the first model's triangle and tokens beside the curves of all."""
+    """PNG of the first model's triangle beside the curves of all and the chosen one's tokens."""
     reading = view.readings[0]
     figure = _figure(940, 260)
     axes = figure.subplots(1, 5)
     _matrix(axes[0], reading.flow, "flow from i to j", "from layer", "to layer")
     for number, one in enumerate(view.readings):
-        _curves(axes[1], one.flow[0], one.null[0], "F from the input", PALETTE[number])
-        _curves(axes[2], one.flow.diagonal(), one.null.diagonal(), "F within layer", PALETTE[number])
-        axes[3].plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=PALETTE[number], label=one.subject.name)
+        _curves(axes[1], one.flow[0], one.null[0], "F from the input", MODELS[number])
+        _curves(axes[2], one.flow.diagonal(), one.null.diagonal(), "F within layer", MODELS[number])
+        axes[3].plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=MODELS[number], label=one.subject.name)
     if len(view.readings) > 1:
         axes[3].legend(fontsize=6)
     axes[3].set(title="NMI", ylim=(-0.03, 1.03), xlabel="layer (0: input)")
-    points = reading.map[min(view.layer.value, len(reading.map) - 1)]
-    for chosen, colour, name in zip(reading.counted, (LANGUAGE, VISION), ("language", "vision"), strict=True):
+    points = view.points
+    for chosen, colour, name in zip(view.chosen.counted, (LANGUAGE, VISION), ("language", "vision"), strict=True):
         axes[4].scatter(points[chosen, 0], points[chosen, 1], s=8, color=colour, label=name)
-    axes[4].set(title="tokens", xticks=[], yticks=[])
+    axes[4].set(title=_cut(view.points_title, 40), xticks=[], yticks=[])
     axes[4].legend(fontsize=6)
     return _png(figure)
 
@@ -174,7 +174,7 @@ def _curves(axes: Axes, values: np.ndarray, null: np.ndarray, title: str, colour
     axes.plot(layers, null, ls="--", color=colour)
     axes.set(title=title, xlabel="layer", xticks=layers[:: max(1, len(layers) // 6)])
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, auto=True)  # another model's curve may reach higher
 
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, rows: str, columns: str, *, low: float | None = None,

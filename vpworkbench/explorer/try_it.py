@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vpworkbench import examples
 from vpworkbench.data.records import DataError, ImageFile, Picture
+from vpworkbench.data.regions import RegionsMissing
 from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Drop, Table
@@ -20,6 +21,12 @@ from vpworkbench.explorer.widgets import Drop, Table
 MOST_WORDS = 512
 LARGEST_PX = 20_000_000  # pixels of an upload
 NAMES = ["model", "asked", "answer"]
+
+UNREADABLE = (ValueError, DataError, RuntimeError, IndexError)
+"""What models raise of a picture or a sentence that they cannot take; the explorer stays alive."""
+NO_REGIONS = (
+    "this model reads regions, and an image of one's own has none: a detector makes them, or of scenes `vpw regions`"
+)
 
 
 class TryView:
@@ -49,14 +56,14 @@ class TryView:
         self.choice = ipywidgets.Dropdown(description="picture", layout={"width": "260px"})
         self.caption = ipywidgets.Dropdown(description="caption", layout={"width": "640px"})
         self.drop = Drop(label="Your own image: choose or drop it here", width=420)
-        self.note, self.answers = Note(), Table(label="Answers", names=NAMES, width=WIDTH)
+        self.note, self.answers, self.unasked = Note(), Table(label="Answers", names=NAMES, width=WIDTH), Note()
         self.text.observe(lambda change: self.say(change["new"]), "value")
         self.choice.observe(lambda change: self.look(change["new"]), "value")
         self.caption.observe(lambda change: self.say(change["new"]), "value")
         self.drop.observe(lambda change: self.take(bytes(self.drop.file), self.drop.file_name), "count")
         # Sentence and picture stand above all views; what is said of them is this one.
         self.controls = column(row(self.text, self.choice), self.note)
-        self.widget = column(row(self.caption), self.answers, self.drop)
+        self.widget = column(row(self.caption), self.answers, self.unasked, self.drop)
         self.show(readings)
 
     def show(self, readings: Sequence[Reading]) -> None:
@@ -74,6 +81,10 @@ class TryView:
         self._is_quiet = False
         self.note.say(*_unseen(self.readings))
         self.answers.update(rows=[list(cells) for cells in self._said()], alt=f"Of the sentence “{text}”.")
+        self.unasked.say(*(
+            f"{one.subject.name} is fine-tuned: no ITM and no words for [MASK]; the model that it was before has them."
+            for one in readings if one.subject.task is not None
+        ))  # fmt: skip
 
     def say(self, text: str) -> None:
         """Read another sentence with the same picture; what is wrong with it is said in the page."""
@@ -91,12 +102,15 @@ class TryView:
                 if image.width * image.height > LARGEST_PX:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
                 image.load()
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            file = f"{len(self.pictures)}-{Path(name).name[-60:] or 'image'}"
+            (Path(self.scratch.name) / file).write_bytes(content)
+        except Image.DecompressionBombError:  # tells no size
+            self.drop.update(message=f"{name}: its pixels are too many; scale it down")
+            return
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
             told = error if isinstance(error, ValueError) and "pixels" in str(error) else "no picture that can be read"
             self.drop.update(message=f"{name}: {told}")
             return
-        file = f"{len(self.pictures)}-{Path(name).name[-60:] or 'image'}"
-        (Path(self.scratch.name) / file).write_bytes(content)
         picture = Picture(Path(name).name, ImageFile(Path(self.scratch.name), file), "test", ())
         self.pictures.append(picture)
         if self._try(picture, self.readings[0].text):
@@ -112,29 +126,17 @@ class TryView:
             if len(text.split()) > MOST_WORDS:
                 raise ValueError(f"{len(text.split()):,} words are too many for a model; at most {MOST_WORDS}")
             self._read(picture, text)
-        except (ValueError, DataError, RuntimeError, IndexError) as error:
-            self.note.say(f"Not read: {str(error).splitlines()[0][:300]}")
+        except UNREADABLE as error:
+            is_own = picture.image.folder == Path(self.scratch.name)
+            told = NO_REGIONS if is_own and isinstance(error, RegionsMissing) else str(error).splitlines()[0][:300]
+            self.note.say(f"Not read: {told}")
             return False
         return True
 
     def _said(self) -> list[tuple[str, str, str]]:
-        said = []
-        for reading in self.readings:
-            name, base, task = reading.subject.name, reading.subject.base, reading.subject.task
-            if base is not None and task is None:
-                share = examples.match_probability(base, reading.picture, [reading.text])[0]
-                said.append((name, "is the sentence true of the image? (ITM)", f"{100 * share:.1f}%"))
-                if base.tokenizer.mask_token_id in base.words.ids(reading.text):
-                    words = examples.fill_mask(base, reading.picture, reading.text)
-                    told = ", ".join(f"{word} {100 * share:.0f}%" for word, share in words)
-                    said.append((name, "what stands at [MASK]? (MLM)", told))
-            if task is not None and task.task == "nlvr2":
-                said.append((name, "nlvr2", "It answers statements about two images; here there is one."))
-            elif task is not None:
-                shares = task.predict(reading.picture.image, reading.text)
-                told = ", ".join(f"{label} {100 * share:.0f}%" for label, share in list(shares.items())[:5])
-                said.append((name, f"{task.task}: its answer", told))
-        return said or [(self.readings[0].subject.name, "", "This model has no head that answers here.")]
+        nothing = [("", "This model has no head that answers here.")]
+        return [(reading.subject.name, asked, answer)
+                for reading in self.readings for asked, answer in _answers(reading) or nothing]  # fmt: skip
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`answers`."""
@@ -144,6 +146,27 @@ class TryView:
         self.drop.close()
         self.scratch.cleanup()
         self.readings, self.pictures = [], []
+
+
+def _answers(reading: Reading) -> list[tuple[str, str]]:
+    """What one model is asked, and its answer."""
+    picture, text, base, task = reading.picture, reading.text, reading.subject.base, reading.subject.task
+    if task is not None and task.task == "nlvr2":
+        return [("nlvr2", "No answer: it judges statements about two images, and here there is one.")]
+    if task is not None:
+        told = _listed(list(task.predict(picture.image, text).items())[:5])
+        return [(f"{task.task}: its answer", told)]
+    if base is None:
+        return []
+    share = examples.match_probability(base, picture, [text])[0]
+    said = [("is the sentence true of the image? (ITM)", f"{100 * share:.1f}%")]
+    if base.tokenizer.mask_token_id in base.words.ids(text):
+        said.append(("what stands at [MASK]? (MLM)", _listed(examples.fill_mask(base, picture, text))))
+    return said
+
+
+def _listed(shares: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f}%" for name, share in shares)
 
 
 def _unseen(readings: Sequence[Reading]) -> list[str]:
