@@ -174,7 +174,7 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     file = Path(file).expanduser()
     text = read_text(file)
     listed = text.splitlines()
-    if text.lstrip()[0] == "[":
+    if text.lstrip().startswith("["):
         listed = [checked(_ListedAnswer, raw, f"{file}: {place}").root for place, raw in read_list(file)]
     if not listed:
         raise DataError(f"{file}: no answer in it; write a json list of answers, or one a line")
