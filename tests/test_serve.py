@@ -58,7 +58,9 @@ def test_two_models_are_served_side_by_side(monkeypatch, capsys):
 
     monkeypatch.setattr("voila.app.Voila", Server)  # the real one runs until it is stopped
     other = str(shipped_run())
-    main(["explore", "--beside", other, "--no-browser"])
+    with pytest.raises(SystemExit) as stopped:
+        main(["explore", "--beside", other, "--no-browser"])
+    assert not stopped.value.code
     assert made["source"].endswith(f"explore(None, None, beside={other!r})")
     with pytest.raises(SystemExit) as stopped:
         main(["explore", "--beside", "nowhere", "--no-browser"])
