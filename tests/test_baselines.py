@@ -21,7 +21,7 @@ from vpworkbench.tasks import METRICS, TaskModel
 
 def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():
     settings = few(task="nlvr2")
-    found = baselines(prepare_task(settings), settings, "val")
+    found = baselines(prepare_task(settings), settings)["val"]
     assert set(found) == {"most frequent", "text only", "image only", "text x pooled features"}
     assert found["most frequent"].interval().mean == pytest.approx(0.5)
 
@@ -45,11 +45,11 @@ def test_a_product_answers_what_neither_words_nor_image_can_alone(coloured, mode
     splits = {"train": coloured[:160], "val": coloured[160:]}
     prepared = PreparedTask(splits, TaskModel(model, "vqa", ("no", "yes")))
     before = torch.get_rng_state()
-    found = {name: result.scores.mean() for name, result in baselines(prepared, settings, "val").items()}
+    found = {name: result.scores.mean() for name, result in baselines(prepared, settings)["val"].items()}
     assert found["text x pooled features"] > 0.95
     assert max(found["text only"], found["image only"], found["most frequent"]) < 0.7
     assert torch.equal(torch.get_rng_state(), before)
-    again = baselines(prepared, settings, "val")["text x pooled features"]
+    again = baselines(prepared, settings)["val"]["text x pooled features"]
     assert again.scores.mean() == found["text x pooled features"]
 
 

@@ -397,7 +397,7 @@ def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder
         finetune(task_run, ready, chosen)
         held_out = ready.splits["val"]
         result = evaluate_split(task_run, ready, chosen, "val")
-        assert set(baselines(ready, chosen, "val", folder=task_run.folder))
+        assert set(baselines(ready, chosen, folder=task_run.folder)["val"])
         reviewed = review(ready.model, held_out, result, count=4)
         assert all(one.attention[0].sum() > 0 for one in reviewed) and len(reviewed) > 1
     again = load_task(f"same-{arm}-vqa")

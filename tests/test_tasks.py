@@ -82,7 +82,7 @@ def test_what_is_not_told_is_not_scored(tmp_path, scenes, caplog):
         prepared = PreparedTask({"train": examples, "val": [], "test": examples}, model)
         result = evaluate_split(run, prepared, settings, "test")
         assert len(result.predicted) == 3 and result.summary(examples) == prepared.test_summary(result) == {}
-        assert not prepared.is_answered("test") and baselines(prepared, settings, "test") == {}
+        assert not prepared.is_answered("test") and baselines(prepared, settings)["test"] == {}
         file = next(run.folder.glob("predictions-test.*"))
         assert caplog.messages[-1] == f"the answers of test are withheld: no score; the predictions are in {file}"
         caplog.clear()

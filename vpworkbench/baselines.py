@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vpworkbench.config import FinetuneSettings
 from vpworkbench.data import nlvr1
 from vpworkbench.data.batches import stack_files
-from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.records import Example, ImageFile, Picture
 from vpworkbench.data.regions import input_of
 from vpworkbench.dual import dual_scores
 from vpworkbench.finetune import PreparedTask, pair_batches
@@ -46,33 +46,65 @@ NUMBERS |= {str(number): number for number in range(1, 8)}
 def baselines(
     prepared: PreparedTask,
     settings: FinetuneSettings,
-    split: str,
     *,
     most: int = 4_000,
     folder: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, TaskResult] | dict[str, RetrievalResult]:
+) -> dict[str, dict[str, TaskResult] | dict[str, RetrievalResult]]:
     """The most frequent label, the text alone, the image alone, the text times pooled features; of NLVR v1 MaxEnt too.
 
-    Of retrieval chance, and two dual encoders (`dual`). None where the answers of the split are withheld.
+    Of retrieval chance, and two dual encoders (`dual`). Each is trained once, for all splits.
 
     Parameters
     ----------
     most : int
         Training examples that each of them sees, at most.
     folder : Path or None
-        Keeps the dual encoders: they are trained once for all splits.
+        Keeps the dual encoders.
+
+    Returns
+    -------
+    dict
+        Of each split but training, by name what each scores; empty where the answers of the split are withheld.
     """
-    task, examples = settings.task, prepared.splits[split]
-    if not prepared.is_answered(split):
-        return {}
-    if task == "retrieval":
-        with tempfile.TemporaryDirectory() as scratch:
-            found = dual_scores(
-                pair_batches(prepared, settings), examples, settings, folder=folder or Path(scratch), progress=progress
-            )
-        duals = {name: retrieval_result(scores, examples) for name, scores in found.items()}
-        return {"chance": chance(examples)} | duals
+    held_out = [split for split in prepared.splits if split != "train"]
+    splits = {split: prepared.splits[split] if prepared.is_answered(split) else [] for split in held_out}
+    with tempfile.TemporaryDirectory() as scratch:
+        if settings.task == "retrieval":
+            place = folder or Path(scratch)
+            return {split: _duals(prepared, settings, pictures, place, progress) if pictures else {}
+                    for split, pictures in splits.items()}  # fmt: skip
+    asked = [example for examples in splits.values() for example in examples]
+    told = _told(prepared, settings, asked, most, progress) if asked else {}
+    found: dict[str, dict[str, TaskResult]] = {split: {} for split in splits}
+    for name, labels in told.items():
+        given = iter(labels)  # by place: two splits may share ids
+        for split, examples in splits.items():
+            predicted = {example.id: str(next(given)) for example in examples}
+            if examples:
+                found[split][name] = TaskResult(settings.task, score(settings.task, examples, predicted), predicted)
+    return found
+
+
+def _duals(
+    prepared: PreparedTask,
+    settings: FinetuneSettings,
+    pictures: Sequence[Picture],
+    folder: Path,
+    progress: Progress | None,
+) -> dict[str, RetrievalResult]:
+    found = dual_scores(pair_batches(prepared, settings), pictures, settings, folder=folder, progress=progress)
+    return {"chance": chance(pictures)} | {name: retrieval_result(one, pictures) for name, one in found.items()}
+
+
+def _told(
+    prepared: PreparedTask,
+    settings: FinetuneSettings,
+    examples: Sequence[Example],
+    most: int,
+    progress: Progress | None,
+) -> dict[str, Sequence[str]]:
+    """By baseline the label that it gives to each example."""
     rng = np.random.default_rng(settings.seed)
     training = prepared.splits["train"]
     frequent = Counter(map(_label, training)).most_common(1)[0][0]
@@ -96,11 +128,7 @@ def baselines(
     }  # fmt: skip
     if all(example.boxes for example in [*training, *examples]):
         told["MaxEnt on structure"] = list(maxent_on_structure(training, labels, examples))
-    found = {}
-    for name, predictions in told.items():
-        predicted = {example.id: str(label) for example, label in zip(examples, predictions, strict=True)}
-        found[name] = TaskResult(task, score(task, examples, predicted), predicted)
-    return found
+    return told
 
 
 def _label(example: Example) -> str:

@@ -484,15 +484,18 @@ def evaluate(
         hidden, labels = _hide_one(model, original, batch.noise[:, 0], scored_ids)
         visual = model.visual(batch.images.to(model.device))
         other = batch.image_index.roll(-int((batch.image_index == 0).sum()))
+        true = batch.matched.nonzero()[:, 0]  # words are asked for in these texts alone, as many of each image
+        original, hidden, tokens = (part.to(model.device) for part in (original, hidden[true], batch.word_tokens))
+        labels, asked = labels[true], labels[true] >= 0
         for image, itm, mlm in (
             (batch.image_index, "itm_accuracy", "mlm_with_image"),
             (other, "itm_other_image", "mlm_other_image"),
         ):
-            inputs = {"word_tokens": batch.word_tokens.to(model.device), "image_index": image.to(model.device)}
-            matches = model.itm(model.fuse(visual, original.to(model.device), **inputs).cls).argmax(dim=-1).cpu()
+            image = image.to(model.device)
+            matches = model.itm(model.fuse(visual, original, tokens, image_index=image).cls).argmax(dim=-1).cpu()
             right[itm].append((matches.bool() == batch.matched).float().view(size, -1).mean(dim=1))
-            words = model.word_logits(model.fuse(visual, hidden.to(model.device), **inputs).text).argmax(dim=-1).cpu()
-            asked = (labels >= 0) & batch.matched[:, None]
+            fused = model.fuse(visual, hidden, tokens[true], image_index=image[true])
+            words = model.word_logits(fused.text).argmax(dim=-1).cpu()
             hits = ((words == labels) & asked).sum(dim=1).view(size, -1).sum(dim=1)
             right[mlm].append(torch.stack([hits, asked.sum(dim=1).view(size, -1).sum(dim=1)], dim=1))
         if progress:

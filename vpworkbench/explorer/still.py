@@ -107,7 +107,7 @@ def mixing(view: FlowView, number: int) -> bytes:
     axes = figure.subplots()
     off = matrix[~np.eye(len(matrix), dtype=bool)]
     top = float(np.quantile(off, 0.995)) if len(off) else 1.0
-    _matrix(axes, matrix, view.maps[number].label, "query", "key", low=0, high=top)
+    _matrix(axes, matrix, view.maps[number].label, "query", "key", low=0, high=top, first=0)
     for split in splits:
         axes.axhline(split - 0.5, color="white", lw=1)
         axes.axvline(split - 0.5, color="white", lw=1)
@@ -178,13 +178,13 @@ def _curves(axes: Axes, values: np.ndarray, null: np.ndarray, title: str, colour
 
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, rows: str, columns: str, *, low: float | None = None,
-            high: float | None = None) -> None:  # fmt: skip
-    """Rows and columns are counted from one, as layers and heads are."""
+            high: float | None = None, first: int = 1) -> None:  # fmt: skip
+    """Rows and columns are counted from `first`: layers and heads from one, tokens from nought, as in the page."""
     axes.imshow(values, cmap=COLOURS.lower(), vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.set(title=title, ylabel=rows, xlabel=columns)
     for axis, count in zip((axes.yaxis, axes.xaxis), values.shape, strict=True):
         places = np.arange(0, count, max(1, math.ceil(count / 6)))
-        axis.set_ticks(places, places + 1)
+        axis.set_ticks(places, places + first)
 
 
 def _cut(text: str, letters: int) -> str:
