@@ -11,7 +11,7 @@ import torch
 from conftest import narrow_model
 from safetensors.torch import save_file
 
-from vpworkbench.config import SettingsError, pretrain_settings
+from vpworkbench.config import SettingsError, pretrain_settings, visual_init_settings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.scene_files import write_scenes
@@ -33,6 +33,7 @@ from vpworkbench.pretrain import (
 )
 from vpworkbench.runs import open_run
 from vpworkbench.visual import VisualTokens
+from vpworkbench.visual_init import train_visual
 
 FEW = {
     "data.scenes.images": 60,
@@ -188,3 +189,12 @@ def test_batch_norm_of_weights_that_were_taken_over_stays_frozen(tmp_path):
     for one in (model, saved, with_words_of(saved, ["a blue ring"])):
         assert not one.train().visual.network.bn1.training
     assert scratch.train().visual.network.bn1.training and not scratch.visual.settings.frozen_norm
+
+
+@pytest.mark.parametrize("make", [lambda given: prepare(pretrain_settings(init_visual="", **given)),
+                                  lambda given: train_visual(None, visual_init_settings(**given))])  # fmt: skip
+def test_a_wrong_backbone_is_told_before_scenes_are_drawn(tmp_path, monkeypatch, make):
+    monkeypatch.setenv("VPW_CACHE", str(tmp_path))
+    with pytest.raises(SettingsError, match="visual.backbone 'resnet5000'.*did you mean"):
+        make({"visual": "grid", "overrides": {"visual.backbone": "resnet5000"}})
+    assert not list(tmp_path.iterdir())

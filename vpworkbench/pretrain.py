@@ -41,7 +41,7 @@ from vpworkbench.processes import launch, launched
 from vpworkbench.region_features import check_regions
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
-from vpworkbench.visual import VisualTokens
+from vpworkbench.visual import VisualTokens, build_visual
 from vpworkbench.weights import KeyReport, bert_tokenizer, initialise_text, initialise_visual
 
 log = logging.getLogger(__name__)
@@ -292,6 +292,7 @@ def prepare(settings: PretrainSettings) -> Prepared:
     DataError, CheckpointError, SettingsError
         Each naming the file or the setting and the remedy.
     """
+    build_visual(settings.visual)  # a backbone that timm does not have is told before scenes are drawn
     splits = load_splits(settings.data)
     check_regions(input_of(settings.visual), [picture for part in splits.values() for picture in part])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]

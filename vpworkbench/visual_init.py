@@ -191,10 +191,9 @@ def train_visual(run: Run, settings: VisualInitSettings) -> tuple[TokenClassifie
 
     `checkpoint/visual.safetensors` is what `init_visual` takes.
     """
-    folder = write_scenes(scenes_folder(settings.scenes), settings.scenes)
-    pictures = read_pictures(folder)
+    model = TokenClassifier(settings)  # first: a backbone that timm does not have is told before scenes are drawn
+    pictures = read_pictures(write_scenes(scenes_folder(settings.scenes), settings.scenes))
     training = [picture for picture in pictures if picture.split == "train"]
-    model = TokenClassifier(settings)
     batches = LabelBatches(training, images=settings.train.images, image_px=settings.visual.image_px,
                            grid=settings.visual.grid, seed=settings.seed)  # fmt: skip
     fit(model, TokenLabelling(), batches, run, optim=settings.optim, train=settings.train, seed=settings.seed,
