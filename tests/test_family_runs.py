@@ -7,13 +7,23 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
 
 from vpworkbench import family_runs, figures
-from vpworkbench.config import SettingsError, family_runs_settings, finetune_settings
+from vpworkbench.config import (
+    RegionSettings,
+    SettingsError,
+    family_runs_settings,
+    finetune_settings,
+    visual_init_settings,
+)
 from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.probes.dataset import SPANS, Probed
-from vpworkbench.runs import Run, open_folder, runs_root, shipped_run
+from vpworkbench.region_features import RegionNetwork
+from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
+from vpworkbench.visual import build_visual
 
 
 def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
@@ -29,6 +39,11 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
         needs = [given.get(key) for key in ("checkpoint", "regions", "init_visual")]
         assert {need for need in needs if need} <= made
         made |= {name, str(runs_folder / "00_visual_init" / name / "checkpoint" / "visual.safetensors")}
+    taught = {name: value for (notebook, name), value in settings.items() if notebook == "00_visual_init"}
+    assert set(taught) == {f"families-{start}" for start in family_runs.STARTS}
+    assert all(
+        value.train.epochs == family_runs.STARTS[name.removeprefix("families-")][1] for name, value in taught.items()
+    )
     trained = {name: value for (notebook, name), value in settings.items() if notebook == "01_pretrain"}
     assert set(trained) == {f"families-{arm}-{seed}" for arm in family_runs.ARMS for seed in (0, 1)}
     for notebook in ("02_probe", "04_finetune"):
@@ -42,6 +57,26 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
     assert len(equal) == 1
     masks = [trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILY_ARMS]
     assert masks == ["random"] * 4 + ["code"] and trained["families-grid-code-0"].visual.dictionary == 2048
+
+
+def test_visual_sides_are_taught_by_equal_work():
+    """To a tenth, the multiply-adds of eight passes of Swin; or eight passes, which are less."""
+    shipped = visual_init_settings()
+    equal = family_runs.PASSES * work(build_visual(shipped.visual), torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    for start, (visual, passes, overrides) in family_runs.STARTS.items():
+        settings = visual_init_settings(visual=visual, overrides=overrides)
+        assert settings.scenes == shipped.scenes
+        done = passes * work(build_visual(settings.visual), torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+        assert done == pytest.approx(equal, rel=0.1) or (passes == family_runs.PASSES and done < equal), start
+    regions = RegionSettings()
+    crops = torch.zeros(4, 3, regions.crop_px, regions.crop_px, dtype=torch.uint8)  # the most that a scene has
+    assert family_runs.PASSES * work(RegionNetwork(regions), crops) < equal
+
+
+def work(module: torch.nn.Module, given: torch.Tensor) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module.eval()(given)
+    return counter.get_total_flops() // 2
 
 
 def test_intervals_over_seeds_and_images():
@@ -61,8 +96,11 @@ def test_intervals_over_seeds_and_images():
 
 
 def finished(name: str, flow: float, score: float, pictures: str = "abcdef", steps: int = 400) -> None:
-    """A run that is pre-trained, probed and fine-tuned: the shipped model, with numbers of ours."""
-    shutil.copytree(shipped_run(), runs_root() / "01_pretrain" / name)
+    """A run that is pre-trained, probed and fine-tuned, as its summaries say: no checkpoint is needed."""
+    trained = runs_root() / "01_pretrain" / name
+    trained.mkdir(parents=True)
+    shutil.copy(shipped_run() / "config.json", trained)
+    Run(trained, None).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392)
     rng = np.random.default_rng(0)
     spans = {span: np.full((6, 3, 3), np.nan) for span in SPANS}
     for span, values in spans.items():
@@ -72,7 +110,7 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     probed.save(runs_root() / "02_probe" / name / "probes.parquet")
     asked = finetune_settings(checkpoint=name, steps=steps)
     open_folder(runs_root() / "04_finetune" / name, "04_finetune", asked)
-    Run(runs_root() / "02_probe" / name, None).write_summary(images=6)
+    Run(runs_root() / "02_probe" / name, None).write_summary(images=6, visual_tokens=36.0, words=11.5)
     Run(runs_root() / "04_finetune" / name, None).write_summary(
         vqa_score=score, vqa_score_low=score - 0.02, vqa_score_high=score + 0.02
     )
@@ -99,7 +137,12 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert swin["flow"] == pytest.approx(flow) and swin["null"] == pytest.approx(0.305, abs=0.005)
     half = stats.t.ppf(0.975, 1) * np.sqrt(0.05**2 + (0.04 / 3.92) ** 2)
     assert [swin["vqa"], swin["vqa_high"], swin["seeds"]] == pytest.approx([0.55, 0.55 + half, 2])
-    assert found.costs.loc["Swin, random MFR", "visual_parameters"] > 1e6
+    costs = found.costs()
+    assert costs.index.tolist() == ["Swin, random MFR", "small CNN (R50's place)"]
+    taught = read_json(shipped_run().with_name("00_visual_init-tiny-swin") / "summary.json")
+    assert costs.loc["Swin, random MFR", ["tokens", "visual_parameters", "taught_shape"]].tolist() == [
+        36, 1_209_186, taught["shape_accuracy"]
+    ]  # fmt: skip
     figure = figures.score_against_flow(
         found.scores(), nulls=found.last_nulls, seeds=found.single_scores(), over=found.over, score="VQA"
     )

@@ -1,7 +1,7 @@
 """Visual families under equal conditions, and the arms of the paper's Table 5: which runs are compared, and by what.
 
-Equal are fusion, text, objectives, data, steps, and what each visual side was taught before: colours and shapes of the
-scenes, in as many epochs. What is left to differ is how an image becomes visual tokens.
+Equal are fusion, text, objectives, data, steps, and the work by which each visual side was taught before: colours and
+shapes of the same scenes. What is left to differ is how an image becomes visual tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from vpworkbench.budget import budget
+from vpworkbench.budget import Budget, budget
 from vpworkbench.compare import open_model, token_counts
 from vpworkbench.config import (
     FamilyRunsSettings,
@@ -30,13 +30,12 @@ from vpworkbench.config import (
 )
 from vpworkbench.config.families import FAMILIES
 from vpworkbench.data.scenes import SceneSettings
-from vpworkbench.data.splits import load_held_out
 from vpworkbench.finetune import finetune, prepare_task
 from vpworkbench.pretrain import prepare, pretrain, probe
 from vpworkbench.probes.dataset import Probed
 from vpworkbench.probes.intervals import Interval
 from vpworkbench.region_features import make_regions
-from vpworkbench.runs import Run, open_folder, read_json, runs_root
+from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
 from vpworkbench.tasks import evaluate_task
 
 PROBED = 128
@@ -69,8 +68,16 @@ class Arm:
 
 
 DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t, of the same kind: R101 beside R50
-STARTS = {"grid": ("grid", {}), "patch": ("patch", {}), "deep": ("grid", DEEPER)}
-"""Visual family and further settings of the runs of `00_visual_init`."""
+PASSES = 8
+"""Over the scenes, of the Swin that ships; of the CNN behind the regions too."""
+STARTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "grid": ("grid", 2, {}), "patch": ("patch", PASSES, {}), "deep": ("grid", 1, DEEPER),
+}  # fmt: skip
+"""Visual family, passes over the scenes and further settings of the runs of `00_visual_init`.
+
+Equal work, not equal passes: as many multiply-adds as Swin in its eight, which takes a quarter of a grid CNN's for an
+image; and eight passes where a quicker visual side had more (a linear projection has learnt by then what it can).
+"""
 ARMS = {
     "swin-random": Arm("Swin, random MFR", "swin", "random"),
     "grid-random": Arm("grid CNN", "grid", "random", "grid"),
@@ -99,6 +106,11 @@ class FamilyRun(NamedTuple):
         Of the scenes' VQA, over its questions.
     steps : tuple of int
         Of pre-training and of fine-tuning.
+    tokens : tuple of float
+        Visual tokens and words of an example, means.
+    costs : dict
+        `budget.Budget`, and how often the visual side told colours and shapes of held-out scenes right when it started,
+        at tokens of objects (of regions: in their boxes).
     """
 
     arm: str
@@ -107,6 +119,8 @@ class FamilyRun(NamedTuple):
     probed: Probed
     score: Interval
     steps: tuple[int, int]
+    tokens: tuple[float, float]
+    costs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -117,16 +131,10 @@ class Compared:
     ----------
     over : str
         What the intervals are over; of a demonstration that it is one.
-    tokens : dict
-        By arm, the means of visual tokens and of words in an example.
-    costs : DataFrame
-        One row for each arm: its tokens, `budget.Budget`.
     """
 
     runs: tuple[FamilyRun, ...]
     over: str
-    tokens: dict[str, tuple[float, float]]
-    costs: pd.DataFrame
 
     def of(self, arm: str) -> list[FamilyRun]:
         """Its seeds."""
@@ -134,7 +142,13 @@ class Compared:
 
     def names(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, str]:
         """Of the arms that have runs, the label with its number of tokens."""
-        return {arm: f"{ARMS[arm].label} ({self.tokens[arm][0]:.3g} tokens)" for arm in arms if self.of(arm)}
+        return {arm: f"{ARMS[arm].label} ({found[0].tokens[0]:.3g} tokens)" for arm in arms if (found := self.of(arm))}
+
+    def costs(self, arms: Sequence[str] = tuple(ARMS)) -> pd.DataFrame:
+        """One row for each arm: its visual tokens in the mean, and `FamilyRun.costs`."""
+        first = {ARMS[arm].label: self.of(arm)[0] for arm in arms if self.of(arm)}
+        rows = {label: {"tokens": run.tokens[0], **run.costs} for label, run in first.items()}
+        return pd.DataFrame.from_dict(rows, orient="index")
 
     def curves(self, quantity: str) -> dict[str, Interval]:
         """Of each family, by layer: `from_input`, `within_layer` or a null of theirs (Fig. 3, 4), `nmi` (Fig. 5)."""
@@ -179,9 +193,9 @@ class Compared:
         ):  # fmt: skip
             null = np.mean([run.probed.null_from_input[:, -1].mean() for run in self.of(arm)])
             rows.append(
-                {"arm": ARMS[arm].label, "visual parameters": self.costs.loc[ARMS[arm].label, "visual_parameters"],
-                 "visual multiply-adds": self.costs.loc[ARMS[arm].label, "visual_multiply_adds"],
-                 "tokens": self.tokens[arm][0], "flow": float(flow.mean), "flow_low": float(flow.low),
+                {"arm": ARMS[arm].label, "visual parameters": self.of(arm)[0].costs["visual_parameters"],
+                 "visual multiply-adds": self.of(arm)[0].costs["visual_multiply_adds"],
+                 "tokens": self.of(arm)[0].tokens[0], "flow": float(flow.mean), "flow_low": float(flow.low),
                  "flow_high": float(flow.high), "null": null, "vqa": float(score.mean), "vqa_low": float(score.low),
                  "vqa_high": float(score.high), "seeds": len(self.of(arm))}
             )  # fmt: skip
@@ -227,9 +241,9 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
     root, prefix = runs_root(), settings.prefix
     length = {"steps": settings.length, "checkpoint_every": 200}
     regions = root / "regions" / prefix
-    lines = [["vpw", "regions", "scenes", str(regions), "--epochs", "8"]]
-    for start, (visual, overrides) in STARTS.items():
-        lines.append(_call("00_visual_init", f"{prefix}-{start}", visual=visual, images=0, epochs=0,
+    lines = [["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)]]
+    for start, (visual, passes, overrides) in STARTS.items():
+        lines.append(_call("00_visual_init", f"{prefix}-{start}", visual=visual, images=0, epochs=passes,
                            checkpoint_every=200, overrides=overrides))  # fmt: skip
     for seed in range(settings.seeds):
         for key, arm in ARMS.items():
@@ -276,29 +290,38 @@ def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
     else:
         runs = demonstrate(settings, run.folder / "demonstration", progress=run.progress)
         over = f"{settings.images} images ({settings.steps} steps: a DEMONSTRATION)"
-    first = {one.arm: one.checkpoint for one in reversed(runs)}
-    tokens, costs = {}, {}
-    for arm in (arm for arm in ARMS if arm in first):
-        subject = open_model(first[arm])
-        tokens[arm] = token_counts(subject, [one for one in load_held_out(subject.data) if one.captions])
-        costs[ARMS[arm].label] = {"tokens": tokens[arm][0], **budget(subject.model)._asdict()}
-    return Compared(tuple(runs), over, tokens, pd.DataFrame.from_dict(costs, orient="index"))
+    return Compared(tuple(runs), over)
 
 
 def found_runs(prefix: str) -> list[FamilyRun]:
-    """Arms and seeds that are pre-trained, probed and fine-tuned to the end."""
+    """Arms and seeds that are pre-trained, probed and fine-tuned to the end; of summaries, no model is opened."""
     runs = []
     for arm in ARMS:
         for folder in sorted((runs_root() / "02_probe").glob(f"{prefix}-{arm}-*")):
             seed = re.fullmatch(rf"{re.escape(prefix)}-{arm}-(\d+)", folder.name)
-            task = runs_root() / "04_finetune" / folder.name / "summary.json"
-            if seed and (folder / "summary.json").exists() and task.exists():
-                found = read_json(task)
-                score = Interval(*(np.array(found[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
-                probed = Probed.load(folder / "probes.parquet")
-                steps = (_steps(folder_of(folder.name)), _steps(task.parent))
-                runs.append(FamilyRun(arm, int(seed[1]), folder.name, probed, score, steps))
+            places = [runs_root() / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
+            if seed and all((place / "summary.json").exists() for place in places):
+                trained, probed, tuned = (read_json(place / "summary.json") for place in places)
+                score = Interval(*(np.array(tuned[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
+                costs = {name: trained.get(name) for name in Budget._fields} | _taught(prefix, ARMS[arm])
+                runs.append(
+                    FamilyRun(arm, int(seed[1]), folder.name, Probed.load(folder / "probes.parquet"), score,
+                              (_steps(places[0]), _steps(places[2])), (probed["visual_tokens"], probed["words"]), costs)
+                )  # fmt: skip
     return runs
+
+
+def _taught(prefix: str, arm: Arm) -> dict[str, float]:
+    """What the run of `00_visual_init`, or of `vpw regions`, says that the visual side begins with."""
+    made = runs_root() / "00_visual_init" / f"{prefix}-{arm.start}"
+    if not arm.start:
+        made = shipped_run().with_name("00_visual_init-tiny-swin")
+    if not FAMILIES[arm.visual].pixels:
+        made = runs_root() / "regions" / prefix
+    if not (made / "summary.json").exists():
+        return {}
+    summary = read_json(made / "summary.json")
+    return {f"taught_{name}": summary[f"{name}_accuracy"] for name in ("colour", "shape")}
 
 
 def _steps(folder: Path) -> int:
@@ -340,7 +363,10 @@ def demonstrate(
         asked = prepare_task(task)
         finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", task), asked, task)
         score = evaluate_task(asked.model, asked.splits["val"]).interval()
-        runs.append(FamilyRun(arm, 0, str(run.folder), probed, score, (settings.steps, settings.steps)))
+        subject = open_model(str(run.folder))
+        tokens = token_counts(subject, [picture for picture in prepared.splits["val"] if picture.captions])
+        runs.append(FamilyRun(arm, 0, str(run.folder), probed, score, (settings.steps, settings.steps), tokens,
+                              budget(prepared.model)._asdict()))  # fmt: skip
         if progress:
             progress("demonstration", number + 1, len(FAMILY_ARMS))
     return runs
