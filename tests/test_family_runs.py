@@ -149,7 +149,15 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert sorted(figure.data[1].y) == [0.5, 0.6] and figure.data[2].y[0] == pytest.approx(0.55)
     curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over)
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over in curves.layout.title.text
-    assert family_runs.folder_of(found.checkpoints["grid-none"]).is_dir()
+    assert [folder.name for folder in found.folders] == ["families-grid-none-0", "families-swin-random-0"]
+    there = family_runs_settings(runs=str(runs_folder))
+    assert family_runs.compared(there, Run(runs_folder, there)).runs[0].folder == found.runs[0].folder
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    settings = family_runs_settings(runs=str(tmp_path))
+    with pytest.raises(SettingsError, match=rf"runs: {tmp_path} holds no finished runs called families-ARM-SEED"):
+        family_runs.compared(settings, Run(tmp_path, settings))
 
 
 def test_runs_on_different_pictures_are_refused(runs_folder):

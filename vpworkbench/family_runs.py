@@ -100,8 +100,8 @@ class FamilyRun(NamedTuple):
 
     Attributes
     ----------
-    checkpoint : str
-        What `load_run` takes.
+    folder : Path
+        Of its run of `01_pretrain`.
     score : Interval
         Of the scenes' VQA, over its questions.
     steps : tuple of int
@@ -115,7 +115,7 @@ class FamilyRun(NamedTuple):
 
     arm: str
     seed: int
-    checkpoint: str
+    folder: Path
     probed: Probed
     score: Interval
     steps: tuple[int, int]
@@ -167,9 +167,9 @@ class Compared:
         return {name: float(curve[-1]) for name, curve in self.nulls("null_from_input").items()}
 
     @property
-    def checkpoints(self) -> dict[str, str]:
-        """What `load_run` takes of one run of each arm."""
-        return {run.arm: run.checkpoint for run in reversed(self.runs)}
+    def folders(self) -> list[Path]:
+        """One run of `01_pretrain` of each arm."""
+        return list({run.arm: run.folder for run in reversed(self.runs)}.values())
 
     def scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, tuple[Interval, Interval]]:
         """Flow from the input to the last layer, and the score downstream."""
@@ -273,9 +273,16 @@ def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
     Raises
     ------
     SettingsError
-        For runs that were probed on different pictures, or trained for different lengths.
+        For runs that were probed on different pictures, or trained for different lengths; for a folder given that has
+        none.
     """
-    runs = found_runs(settings.prefix)
+    root = Path(settings.runs).expanduser() if settings.runs else runs_root()
+    runs = found_runs(settings.prefix, root)
+    if settings.runs and not runs:
+        raise SettingsError(
+            f"runs: {root} holds no finished runs called {settings.prefix}-ARM-SEED, in folders 01_pretrain, 02_probe "
+            "and 04_finetune; leave it empty for those of this workbench"
+        )
     if len({run.probed.examples for run in runs}) > 1:
         raise SettingsError(f"prefix {settings.prefix!r}: its runs of 02_probe read different pictures; see `calls`")
     if len(lengths := {run.steps for run in runs}) > 1:
@@ -293,31 +300,34 @@ def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
     return Compared(tuple(runs), over)
 
 
-def found_runs(prefix: str) -> list[FamilyRun]:
-    """Arms and seeds that are pre-trained, probed and fine-tuned to the end; of summaries, no model is opened."""
+def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
+    """Arms and seeds that are pre-trained, probed and fine-tuned to the end; of summaries, no model is opened.
+
+    `root` holds the folders of the notebooks.
+    """
     runs = []
     for arm in ARMS:
-        for folder in sorted((runs_root() / "02_probe").glob(f"{prefix}-{arm}-*")):
+        for folder in sorted((root / "02_probe").glob(f"{prefix}-{arm}-*")):
             seed = re.fullmatch(rf"{re.escape(prefix)}-{arm}-(\d+)", folder.name)
-            places = [runs_root() / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
+            places = [root / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
             if seed and all((place / "summary.json").exists() for place in places):
                 trained, probed, tuned = (read_json(place / "summary.json") for place in places)
                 score = Interval(*(np.array(tuned[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
-                costs = {name: trained.get(name) for name in Budget._fields} | _taught(prefix, ARMS[arm])
+                costs = {name: trained.get(name) for name in Budget._fields} | _taught(root, prefix, ARMS[arm])
                 runs.append(
-                    FamilyRun(arm, int(seed[1]), folder.name, Probed.load(folder / "probes.parquet"), score,
+                    FamilyRun(arm, int(seed[1]), places[0], Probed.load(folder / "probes.parquet"), score,
                               (_steps(places[0]), _steps(places[2])), (probed["visual_tokens"], probed["words"]), costs)
                 )  # fmt: skip
     return runs
 
 
-def _taught(prefix: str, arm: Arm) -> dict[str, float]:
+def _taught(root: Path, prefix: str, arm: Arm) -> dict[str, float]:
     """What the run of `00_visual_init`, or of `vpw regions`, says that the visual side begins with."""
-    made = runs_root() / "00_visual_init" / f"{prefix}-{arm.start}"
+    made = root / "00_visual_init" / f"{prefix}-{arm.start}"
     if not arm.start:
         made = shipped_run().with_name("00_visual_init-tiny-swin")
     if not FAMILIES[arm.visual].pixels:
-        made = runs_root() / "regions" / prefix
+        made = root / "regions" / prefix
     if not (made / "summary.json").exists():
         return {}
     summary = read_json(made / "summary.json")
@@ -326,11 +336,6 @@ def _taught(prefix: str, arm: Arm) -> dict[str, float]:
 
 def _steps(folder: Path) -> int:
     return int(read_json(folder / "config.json")["settings"]["train"]["steps"])
-
-
-def folder_of(checkpoint: str) -> Path:
-    """The run's folder, by its name or its own path."""
-    return Path(checkpoint) if Path(checkpoint).is_absolute() else runs_root() / "01_pretrain" / checkpoint
 
 
 def demonstrate(
@@ -365,7 +370,7 @@ def demonstrate(
         score = evaluate_task(asked.model, asked.splits["val"]).interval()
         subject = open_model(str(run.folder))
         tokens = token_counts(subject, [picture for picture in prepared.splits["val"] if picture.captions])
-        runs.append(FamilyRun(arm, 0, str(run.folder), probed, score, (settings.steps, settings.steps), tokens,
+        runs.append(FamilyRun(arm, 0, run.folder, probed, score, (settings.steps, settings.steps), tokens,
                               budget(prepared.model)._asdict()))  # fmt: skip
         if progress:
             progress("demonstration", number + 1, len(FAMILY_ARMS))

@@ -163,10 +163,10 @@ def runs_settings(
 
 
 def family_runs_settings(
-    *, prefix: str = "families", seeds: int = 3, length: int = 0, steps: int = 6, images: int = 16
+    *, prefix: str = "families", runs: str = "", seeds: int = 3, length: int = 0, steps: int = 6, images: int = 16
 ) -> FamilyRunsSettings:
     """Settings of a run from the parameters of `08_families.ipynb`."""
-    values = {"prefix": prefix, "seeds": seeds, "length": length, "steps": steps, "images": images}
+    values = {"prefix": prefix, "runs": runs, "seeds": seeds, "length": length, "steps": steps, "images": images}
     return checked(FamilyRunsSettings, values)
 
 

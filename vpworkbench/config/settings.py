@@ -450,6 +450,7 @@ class FamilyRunsSettings(Settings):
     """Which runs of the visual families are compared; and how small a demonstration is, where there are none."""
 
     prefix: str = Field("families", pattern=r"[\w][\w.-]*", description="of the runs' names")
+    runs: str = Field("", description="folder that holds them; empty: this workbench's")
     seeds: int = Field(3, ge=1, le=100, description="of each arm, in the list of calls")
     length: int = Field(
         0, ge=0, description="optimiser steps of each listed pre-training and fine-tuning; 0: the presets'"
