@@ -71,12 +71,15 @@ DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t
 PASSES = 8
 """Over the scenes, of the Swin that ships; of the CNN behind the regions too."""
 STARTS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "grid": ("grid", 2, {}), "patch": ("patch", PASSES, {}), "deep": ("grid", 1, DEEPER),
-}  # fmt: skip
+    "grid": ("grid", 2, {}),
+    "patch": ("patch", PASSES, {}),
+    "deep": ("grid", 2, DEEPER),
+}
 """Visual family, passes over the scenes and further settings of the runs of `00_visual_init`.
 
-Equal work, not equal passes: as many multiply-adds as Swin in its eight, which takes a quarter of a grid CNN's for an
-image; and eight passes where a quicker visual side had more (a linear projection has learnt by then what it can).
+Equal work, not equal passes: two of the small CNN have as many multiply-adds as eight of Swin, and teach it as much. A
+projection of patches has eight, though they are less work: it has learnt by then what it can. The deeper CNN has two,
+twice the work: after one it tells half of the shapes.
 """
 ARMS = {
     "swin-random": Arm("Swin, random MFR", "swin", "random"),
