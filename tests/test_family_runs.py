@@ -15,9 +15,9 @@ from vpworkbench import family_runs, figures
 from vpworkbench.config import (
     RegionSettings,
     SettingsError,
+    VisualSettings,
     family_runs_settings,
     finetune_settings,
-    visual_init_settings,
 )
 from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.probes.dataset import SPANS, Probed
@@ -40,10 +40,7 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
         assert {need for need in needs if need} <= made
         made |= {name, str(runs_folder / "00_visual_init" / name / "checkpoint" / "visual.safetensors")}
     taught = {name: value for (notebook, name), value in settings.items() if notebook == "00_visual_init"}
-    assert set(taught) == {f"families-{start}" for start in family_runs.STARTS}
-    assert all(
-        value.train.epochs == family_runs.STARTS[name.removeprefix("families-")][1] for name, value in taught.items()
-    )
+    assert set(taught) == {"families-deep"}
     trained = {name: value for (notebook, name), value in settings.items() if notebook == "01_pretrain"}
     assert set(trained) == {f"families-{arm}-{seed}" for arm in family_runs.ARMS for seed in (0, 1)}
     for notebook in ("02_probe", "04_finetune"):
@@ -60,18 +57,19 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
 
 
 def test_visual_sides_are_taught_by_equal_work():
-    """To a tenth, the multiply-adds of eight passes of Swin; or eight passes, which are less; the deeper CNN twice."""
-    shipped = visual_init_settings()
-    equal = family_runs.PASSES * work(build_visual(shipped.visual), torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
-    for start, (visual, passes, overrides) in family_runs.STARTS.items():
-        settings = visual_init_settings(visual=visual, overrides=overrides)
-        assert settings.scenes == shipped.scenes
-        done = passes * work(build_visual(settings.visual), torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
-        done /= 2 if start == "deep" else 1
-        assert done == pytest.approx(equal, rel=0.1) or (passes == family_runs.PASSES and done < equal), start
+    """To a tenth, the multiply-adds of the eight passes of the shipped Swin; or eight passes, where they are less."""
+    done, scenes = {}, []
+    for family in ("swin", "grid", "patch"):
+        made = read_json(shipped_run().with_name(f"00_visual_init-tiny-{family}") / "config.json")["settings"]
+        images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+        done[family] = made["train"]["epochs"] * work(build_visual(VisualSettings(**made["visual"])), images)
+        scenes.append({key: made["scenes"][key] for key in ("images", "seed", "difficulty", "image_px")})
+        assert family == "grid" or made["train"]["epochs"] == family_runs.PASSES
+    assert scenes[0] == scenes[1] == scenes[2]
+    assert done["patch"] < done["swin"] == pytest.approx(done["grid"], rel=0.1)
     regions = RegionSettings()
     crops = torch.zeros(4, 3, regions.crop_px, regions.crop_px, dtype=torch.uint8)  # the most that a scene has
-    assert family_runs.PASSES * work(RegionNetwork(regions), crops) < equal
+    assert family_runs.PASSES * work(RegionNetwork(regions), crops) < done["swin"]
 
 
 def work(module: torch.nn.Module, given: torch.Tensor) -> int:

@@ -207,8 +207,9 @@ def test_no_shipped_weights_for_that_preset(model):
         build_model(pretrain_settings(preset="small", init_visual="scenes"), model.tokenizer)
 
 
-def test_shipped_parser_fits_the_tiny_preset():
-    visual = build_visual(pretrain_settings().visual)
+@pytest.mark.parametrize("family", ["swin", "grid", "patch"])
+def test_shipped_visual_sides_fit_the_tiny_preset(family):
+    visual = build_visual(pretrain_settings(visual=family).visual)
     report = initialise_visual(visual, "scenes", preset="tiny")
     assert not (report.missing or report.unexpected or report.resized)
 

@@ -1,7 +1,7 @@
 """Visual families under equal conditions, and the arms of the paper's Table 5: which runs are compared, and by what.
 
 Equal are fusion, text, objectives, data, steps, and the work by which each visual side was taught before: colours and
-shapes of the same scenes. What is left to differ is how an image becomes visual tokens.
+shapes of the same scenes (`weights.shipped_visual`). What is left to differ is how an image becomes visual tokens.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Arm:
     visual, masking : str
         Parameters of `01_pretrain`.
     start : str
-        The run of `00_visual_init` that it begins with, a key of `STARTS`; "" where it needs none (the shipped Swin,
-        given features).
+        The run of `00_visual_init` that it begins with, PREFIX-START; "" where it needs none: its weights ship, or its
+        features are given.
     overrides : dict
         Further settings.
     """
@@ -69,25 +69,16 @@ class Arm:
 
 DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t, of the same kind: R101 beside R50
 PASSES = 8
-"""Over the scenes, of the Swin that ships; of the CNN behind the regions too."""
-STARTS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "grid": ("grid", 2, {}),
-    "patch": ("patch", PASSES, {}),
-    "deep": ("grid", 2, DEEPER),
-}
-"""Visual family, passes over the scenes and further settings of the runs of `00_visual_init`.
-
-Equal work, not equal passes: two of the small CNN have as many multiply-adds as eight of Swin, and teach it as much. A
-projection of patches has eight, though they are less work: it has learnt by then what it can. The deeper CNN has two,
-twice the work: after one it tells half of the shapes.
-"""
+"""Of the CNN behind the regions over the scenes, as of the Swin that ships."""
+DEEPER_PASSES = 2
+"""As the small CNN has, and so twice its work: after one pass the deeper tells half of the shapes."""
 ARMS = {
     "swin-random": Arm("Swin, random MFR", "swin", "random"),
-    "grid-random": Arm("grid CNN", "grid", "random", "grid"),
-    "patch-random": Arm("patches", "patch", "random", "patch"),
+    "grid-random": Arm("grid CNN", "grid", "random"),
+    "patch-random": Arm("patches", "patch", "random"),
     "regions-random": Arm("regions", "regions", "random"),
-    "grid-code": Arm("grid CNN, codes (SOHO)", "grid", "code", "grid", {"visual.dictionary": 2048}),
-    "grid-none": Arm("small CNN (R50's place)", "grid", "none", "grid"),
+    "grid-code": Arm("grid CNN, codes (SOHO)", "grid", "code", overrides={"visual.dictionary": 2048}),
+    "grid-none": Arm("small CNN (R50's place)", "grid", "none"),
     "deep-none": Arm("deeper CNN (R101's place)", "grid", "none", "deep", DEEPER),
     "swin-none": Arm("Swin, no MFR", "swin", "none"),
     "swin-attention": Arm("Swin, attention MFR", "swin", "attention"),
@@ -245,9 +236,8 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
     length = {"steps": settings.length, "checkpoint_every": 200}
     regions = root / "regions" / prefix
     lines = [["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)]]
-    for start, (visual, passes, overrides) in STARTS.items():
-        lines.append(_call("00_visual_init", f"{prefix}-{start}", visual=visual, images=0, epochs=passes,
-                           checkpoint_every=200, overrides=overrides))  # fmt: skip
+    lines.append(_call("00_visual_init", f"{prefix}-deep", visual="grid", images=0, epochs=DEEPER_PASSES,
+                       checkpoint_every=200, overrides=DEEPER))  # fmt: skip
     for seed in range(settings.seeds):
         for key, arm in ARMS.items():
             name = f"{prefix}-{key}-{seed}"
@@ -328,7 +318,7 @@ def _taught(root: Path, prefix: str, arm: Arm) -> dict[str, float]:
     """What the run of `00_visual_init`, or of `vpw regions`, says that the visual side begins with."""
     made = root / "00_visual_init" / f"{prefix}-{arm.start}"
     if not arm.start:
-        made = shipped_run().with_name("00_visual_init-tiny-swin")
+        made = shipped_run().with_name(f"00_visual_init-tiny-{arm.visual}")
     if not FAMILIES[arm.visual].pixels:
         made = root / "regions" / prefix
     if not (made / "summary.json").exists():
