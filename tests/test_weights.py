@@ -108,6 +108,13 @@ def test_weights_of_another_network_are_told(tmp_path, caplog):
         initialise_visual(visual, str(tmp_path / "cut.safetensors"), preset="tiny")
 
 
+@pytest.mark.parametrize("family, other", [("grid", {"visual.backbone": "resnet18"}), ("patch", {"visual.stride": 32})])
+def test_a_start_that_ships_for_other_sizes_is_refused(family, other):
+    visual = build_visual(pretrain_settings(visual=family, overrides=other).visual)
+    with pytest.raises(CheckpointError, match=rf"visual-tiny-{family}.safetensors: .*with init_visual=''"):
+        initialise_visual(visual, "scenes", preset="tiny")
+
+
 def test_the_swin_authors_layout_has_its_merging_behind_a_stage(tmp_path):
     donor = build_visual(SWIN).network
     theirs = {name.replace("layers.1.downsample", "layers.0.downsample"): t for name, t in donor.state_dict().items()}

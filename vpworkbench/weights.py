@@ -118,7 +118,7 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
     Raises
     ------
     CheckpointError, SettingsError
-        For weights that are not there, or fit less than half of the network; the remedy is named.
+        For weights that are not there, or fit half of the network or less; the remedy is named.
     """
     settings: VisualSettings = visual.settings
     if source == "scenes":
@@ -145,10 +145,11 @@ def _of_this_network(report: KeyReport) -> KeyReport:
     if missing:
         told = (
             f"{report.source}: {len(missing)} of {len(fitting) + len(missing)} tensors of the visual side are not "
-            f"there ({', '.join(missing[:3])}): weights of another network? Set visual.backbone to theirs (for a Swin "
-            "visual.width, visual.depths and visual.heads)"
+            f"there ({', '.join(missing[:3])}): weights of another network? Set visual.backbone to theirs (of Swin "
+            "visual.width, visual.depths and visual.heads, of patches visual.stride), or start from scratch with "
+            "init_visual=''"
         )
-        if len(missing) > len(fitting):
+        if len(missing) >= len(fitting):
             raise CheckpointError(told)
         log.warning("%s; those stay random", told)
     return report
