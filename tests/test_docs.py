@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from functools import cache, reduce
@@ -177,3 +178,13 @@ def test_the_readme_names_make_targets_that_are_there():
     code = re.findall(r"^```.*?^```", text, flags=re.MULTILINE | re.DOTALL) + re.findall(r"`[^`\n]+`", text)
     named_there = {target for part in code for target in re.findall(r"\bmake ([a-z][\w-]*)", part)}
     assert named_there <= targets
+
+
+def test_what_visual_sides_were_taught_is_what_their_runs_say():
+    rows = re.findall(r"^\| \[`(\w+)`\]\(\.\./(.+)/00_visual_init\.ipynb\) .* \| ([\d.]+)% \| ([\d.]+)% \|$",
+                      (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8"), flags=re.MULTILINE)  # fmt: skip
+    assert [row[0] for row in rows] == ["swin", "grid", "patch"]
+    for _, folder, colours, shapes in rows:
+        summary = json.loads((REPOSITORY / folder / "summary.json").read_text(encoding="utf-8"))
+        told = [f"{summary[f'{name}_accuracy']:.1%}" for name in ("colour", "shape")]
+        assert told == [f"{colours}%", f"{shapes}%"], folder
