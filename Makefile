@@ -34,7 +34,7 @@ demo: install
 	echo "Figures as pages:"; ls $$root/*/$(DEMO)/figures/*.html
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-all: install
 	$(BIN)/python -m pytest -q -m ""

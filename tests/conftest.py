@@ -26,7 +26,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory):
     """Runs and generated scenes go to a scratch folder: no finished run makes a test pass."""
     root = tmp_path_factory.mktemp("workbench")
     os.environ["VPW_RUNS"], os.environ["VPW_CACHE"] = str(root / "runs"), str(root / "cache")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     return root
 
 
