@@ -159,6 +159,13 @@ def test_a_folder_without_runs_is_refused(tmp_path):
         family_runs.compared(settings, Run(tmp_path, settings))
 
 
+def test_probes_of_an_earlier_version_are_refused(runs_folder):
+    finished("families-swin-random-0", 0.4, 0.5)
+    Run(runs_folder / "02_probe" / "families-swin-random-0", None).write_summary(images=6)
+    with pytest.raises(SettingsError, match="families-swin-random-0: of an earlier version.*probe again"):
+        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+
+
 def test_runs_on_different_pictures_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, pictures="ghijkl")

@@ -71,7 +71,7 @@ DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t
 PASSES = 8
 """Of the CNN behind the regions over the scenes, as of the Swin that ships."""
 DEEPER_PASSES = 2
-"""As the small CNN has, and so twice its work: after one pass the deeper tells half of the shapes."""
+"""As the small CNN has, and so twice its work: after one pass the deeper tells 44% of the shapes."""
 ARMS = {
     "swin-random": Arm("Swin, random MFR", "swin", "random"),
     "grid-random": Arm("grid CNN", "grid", "random"),
@@ -138,9 +138,9 @@ class Compared:
         """Of the arms that have runs, the label with its number of tokens."""
         return {arm: f"{ARMS[arm].label} ({found[0].tokens[0]:.3g} tokens)" for arm in arms if (found := self.of(arm))}
 
-    def costs(self, arms: Sequence[str] = tuple(ARMS)) -> pd.DataFrame:
+    def costs(self) -> pd.DataFrame:
         """One row for each arm: its visual tokens in the mean, and `FamilyRun.costs`."""
-        first = {ARMS[arm].label: self.of(arm)[0] for arm in arms if self.of(arm)}
+        first = {ARMS[arm].label: self.of(arm)[0] for arm in ARMS if self.of(arm)}
         rows = {label: {"tokens": run.tokens[0], **run.costs} for label, run in first.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -305,6 +305,8 @@ def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
             places = [root / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
             if seed and all((place / "summary.json").exists() for place in places):
                 trained, probed, tuned = (read_json(place / "summary.json") for place in places)
+                if "visual_tokens" not in probed:
+                    raise SettingsError(f"{folder}: of an earlier version, tells no tokens; remove it and probe again")
                 score = Interval(*(np.array(tuned[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
                 costs = {name: trained.get(name) for name in Budget._fields} | _taught(root, prefix, ARMS[arm])
                 runs.append(
