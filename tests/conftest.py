@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Two processes of tests share the cores: theirs and their kernels' threads would wait for each other, spinning. Read
+# when numpy and torch are loaded, so it stands before them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no run's is asked of the hub, for half a minute where none answers
+
 import pytest
 import torch
 from pydantic import Field
@@ -26,7 +32,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory):
     """Runs and generated scenes go to a scratch folder: no finished run makes a test pass."""
     root = tmp_path_factory.mktemp("workbench")
     os.environ["VPW_RUNS"], os.environ["VPW_CACHE"] = str(root / "runs"), str(root / "cache")
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     return root
 
 

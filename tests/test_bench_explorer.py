@@ -12,6 +12,7 @@ from vpworkbench import bench_explorer
 from vpworkbench.cli import main
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_one_command_measures_all(runs_folder: Path, monkeypatch, capsys) -> None:
     pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
