@@ -80,7 +80,7 @@ def work(module: torch.nn.Module, given: torch.Tensor) -> int:
 
 def test_intervals_over_seeds_and_images():
     rng = np.random.default_rng(0)
-    parts = [rng.normal(size=(50, 3)) + shift for shift in (0.0, 0.1, 0.3)]
+    parts = [rng.uniform(0.3, 0.6, size=(50, 3)) + shift for shift in (0.0, 0.01, 0.03)]
     parts[0][4, 1] = np.nan
     found = family_runs.over_seeds(parts)
     seeds = np.array([np.nanmean(part[:, 1]) for part in parts])
@@ -92,6 +92,8 @@ def test_intervals_over_seeds_and_images():
     one = family_runs.over_seeds(parts[1:2])
     half = 1.96 * parts[1][:, 0].std(ddof=1) / np.sqrt(50)
     assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
+    apart = family_runs.over_seeds([np.full((50, 1), share) for share in (0.2, 0.9)])  # half: 12.7 times 0.35
+    assert (apart.low, apart.high) == (0, 1)
 
 
 def finished(name: str, flow: float, score: float, pictures: str = "abcdef", steps: int = 400) -> None:
@@ -99,7 +101,8 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     trained = runs_root() / "01_pretrain" / name
     trained.mkdir(parents=True)
     shutil.copy(shipped_run() / "config.json", trained)
-    Run(trained, None).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392)
+    told = {"itm_accuracy": flow + 0.5, "mlm_with_image": 0.5, "mlm_other_image": 0.1}
+    Run(trained, None).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392, **told)
     rng = np.random.default_rng(0)
     spans = {span: np.full((6, 3, 3), np.nan) for span in SPANS}
     for span, values in spans.items():
@@ -111,12 +114,13 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     open_folder(runs_root() / "04_finetune" / name, "04_finetune", asked)
     Run(runs_root() / "02_probe" / name, None).write_summary(images=6, visual_tokens=36.0, words=11.5)
     Run(runs_root() / "04_finetune" / name, None).write_summary(
-        vqa_score=score, vqa_score_low=score - 0.02, vqa_score_high=score + 0.02
-    )
+        **{"vqa_score": score, "vqa_score_low": score - 0.02, "vqa_score_high": score + 0.02,
+           "baseline text only": {"vqa_score": score - 0.1}}
+    )  # fmt: skip
 
 
 def test_finished_runs_are_found_and_become_table_5(runs_folder):
-    for seed, score in enumerate((0.5, 0.6)):
+    for seed, score in enumerate((0.5, 0.52)):
         finished(f"families-swin-random-{seed}", 0.4, score)
     finished("families-grid-none-0", 0.35, 0.4)
     finished("families-swin-none-0", 0.35, 0.4)
@@ -134,18 +138,25 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     swin = table.loc["Swin, random MFR"]
     flow = np.mean([run.probed.from_input[:, -1].mean() for run in found.of("swin-random")])
     assert swin["flow"] == pytest.approx(flow) and swin["null"] == pytest.approx(0.305, abs=0.005)
-    half = stats.t.ppf(0.975, 1) * np.sqrt(0.05**2 + (0.04 / 3.92) ** 2)
-    assert [swin["vqa"], swin["vqa_high"], swin["seeds"]] == pytest.approx([0.55, 0.55 + half, 2])
+    half = stats.t.ppf(0.975, 1) * np.sqrt(0.01**2 + (0.04 / 3.92) ** 2)
+    assert [swin["vqa"], swin["vqa_high"], swin["seeds"]] == pytest.approx([0.51, 0.51 + half, 2])
     costs = found.costs()
     assert costs.index.tolist() == ["Swin, random MFR", "small CNN (R50's place)"]
     taught = read_json(shipped_run().with_name("00_visual_init-tiny-swin") / "summary.json")
     assert costs.loc["Swin, random MFR", ["tokens", "visual_parameters", "taught_shape"]].tolist() == [
         36, 1_209_186, taught["shape_accuracy"]
     ]  # fmt: skip
+    learnt = found.learnt()
+    second = learnt.loc[("Swin, random MFR", 1)]
+    assert second[["itm_accuracy", "vqa", "text_alone"]].tolist() == pytest.approx([0.9, 0.52, 0.42])
+    assert learnt.loc["small CNN (R50's place)", "flow"].tolist() == [found.runs[2].probed.from_input[:, -1].mean()]
+    assert found.text_alone == pytest.approx((0.4 + 0.42 + 0.3) / 3)
     figure = figures.score_against_flow(
-        found.scores(), nulls=found.last_nulls, seeds=found.single_scores(), over=found.over, score="VQA"
-    )
-    assert sorted(figure.data[1].y) == [0.5, 0.6] and figure.data[2].y[0] == pytest.approx(0.55)
+        found.scores(), nulls=found.last_nulls, seeds=found.single_scores(), over=found.over, score="VQA",
+        floor=found.text_alone,
+    )  # fmt: skip
+    assert figure.layout.shapes[0].y0 == found.text_alone and "text alone 37.3%" in figure.layout.meta["alt"]
+    assert sorted(figure.data[1].y) == [0.5, 0.52] and figure.data[2].y[0] == pytest.approx(0.51)
     curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over)
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over in curves.layout.title.text
     assert [folder.name for folder in found.folders] == ["families-grid-none-0", "families-swin-random-0"]

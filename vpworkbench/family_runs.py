@@ -40,6 +40,8 @@ from vpworkbench.tasks import evaluate_task
 
 PROBED = 128
 """Held-out pictures of each run."""
+LEARNT = ("itm_accuracy", "mlm_with_image", "mlm_other_image")  # in the summary of 01_pretrain
+TEXT_ALONE = "baseline text only"  # in that of 04_finetune
 FEW_SCENES = SceneSettings(images=64, val=32, test=4)  # of the demonstration
 
 
@@ -105,6 +107,10 @@ class FamilyRun(NamedTuple):
     costs : dict
         `budget.Budget`, and how often the visual side told colours and shapes of held-out scenes right when it started,
         at tokens of objects (of regions: in their boxes).
+    learnt : dict
+        Held-out accuracies behind pre-training: ITM (`itm_accuracy`, chance 0.5), masked colour and shape words with
+        their image (`mlm_with_image`) and with another (`mlm_other_image`); `text_alone`, the score of a model of the
+        questions alone, scikit-learn's. Empty in a demonstration.
     """
 
     arm: str
@@ -115,6 +121,7 @@ class FamilyRun(NamedTuple):
     steps: tuple[int, int]
     tokens: tuple[float, float]
     costs: dict[str, Any]
+    learnt: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,23 @@ class Compared:
         first = {ARMS[arm].label: self.of(arm)[0] for arm in ARMS if self.of(arm)}
         rows = {label: {"tokens": run.tokens[0], **run.costs} for label, run in first.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
+
+    def learnt(self) -> pd.DataFrame:
+        """One row for each run: `FamilyRun.learnt`, flow from the input to the last layer with its null, and VQA."""
+        rows = {
+            (ARMS[run.arm].label, run.seed): run.learnt
+            | {"flow": run.probed.from_input[:, -1].mean(), "null": run.probed.null_from_input[:, -1].mean()}
+            | {"vqa": float(run.score.mean)}
+            for run in self.runs
+        }
+        table = pd.DataFrame.from_dict(rows, orient="index")
+        return table.rename_axis(index=["arm", "seed"])
+
+    @property
+    def text_alone(self) -> float | None:
+        """What questions alone reach in VQA; None in a demonstration."""
+        told = [run.learnt["text_alone"] for run in self.runs if "text_alone" in run.learnt]
+        return float(np.mean(told)) if told else None
 
     def curves(self, quantity: str) -> dict[str, Interval]:
         """Of each family, by layer: `from_input`, `within_layer` or a null of theirs (Fig. 3, 4), `nmi` (Fig. 5)."""
@@ -199,12 +223,13 @@ class Compared:
 def over_seeds(parts: Sequence[np.ndarray]) -> Interval:
     """Mean over seeds and images, with a 95% interval for other seeds and other images.
 
-    The variances of both means add up; the quantile is Student's for the seeds. With one seed: of images alone.
+    The variances of both means add up; the quantile is Student's for the seeds. With one seed: of images alone. What is
+    compared are shares, so bounds end at 0 and 1.
 
     Parameters
     ----------
     parts : sequence of arrays, (image, ...)
-        One for each seed, of the same images; nan entries are left out.
+        In [0, 1]; one for each seed, of the same images; nan entries are left out.
     """
     seeds = np.stack([np.nanmean(part, axis=0) for part in parts])
     images = np.nanmean(np.stack(parts), axis=0)
@@ -224,7 +249,7 @@ def _interval(seeds: np.ndarray, variance: np.ndarray) -> Interval:
         variance = variance + seeds.var(axis=0, ddof=1) / len(seeds)
         quantile = stats.t.ppf(0.975, len(seeds) - 1)
     mean, half = seeds.mean(axis=0), quantile * np.sqrt(variance)
-    return Interval(mean, mean - half, mean + half, np.full(np.shape(mean), len(seeds)))
+    return Interval(mean, np.maximum(mean - half, 0), np.minimum(mean + half, 1), np.full(np.shape(mean), len(seeds)))
 
 
 # --------------------------------------------------------------------------------------------------------- runs
@@ -309,9 +334,11 @@ def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
                     raise SettingsError(f"{folder}: of an earlier version, tells no tokens; remove it and probe again")
                 score = Interval(*(np.array(tuned[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
                 costs = {name: trained.get(name) for name in Budget._fields} | _taught(root, prefix, ARMS[arm])
+                learnt = {name: trained[name] for name in LEARNT} | {"text_alone": tuned[TEXT_ALONE]["vqa_score"]}
                 runs.append(
                     FamilyRun(arm, int(seed[1]), places[0], Probed.load(folder / "probes.parquet"), score,
-                              (_steps(places[0]), _steps(places[2])), (probed["visual_tokens"], probed["words"]), costs)
+                              (_steps(places[0]), _steps(places[2])), (probed["visual_tokens"], probed["words"]), costs,
+                              learnt)
                 )  # fmt: skip
     return runs
 
@@ -366,7 +393,7 @@ def demonstrate(
         subject = open_model(str(run.folder))
         tokens = token_counts(subject, [picture for picture in prepared.splits["val"] if picture.captions])
         runs.append(FamilyRun(arm, 0, run.folder, probed, score, (settings.steps, settings.steps), tokens,
-                              budget(prepared.model)._asdict()))  # fmt: skip
+                              budget(prepared.model)._asdict(), {}))  # fmt: skip
         if progress:
             progress("demonstration", number + 1, len(FAMILY_ARMS))
     return runs

@@ -242,6 +242,7 @@ def score_against_flow(
     seeds: Mapping[str, Sequence[tuple[float, float]]],
     over: str,
     score: str,
+    floor: float | None = None,
 ) -> go.Figure:
     """What a model reaches downstream against the attention that crosses in it, one point each.
 
@@ -255,6 +256,8 @@ def score_against_flow(
         Of single runs, small.
     over, score : str
         What the intervals are over, and what the score is of.
+    floor : float, optional
+        What the text alone reaches, a line.
     """
     if not models:
         raise ValueError("score_against_flow needs at least one model")
@@ -279,6 +282,12 @@ def score_against_flow(
             error_y=bars[1] | {"color": colour}, hovertemplate="flow %{x:.1%}, score %{y:.1%}",
         )  # fmt: skip
         told.append(f"{name} {percent(height)} at {percent(flow.mean)}, null {percent(nulls[name])}")
+    if floor is not None:
+        figure.add_hline(
+            floor, line={"color": GREY, "dash": "dash", "width": 1.5}, annotation_text="text alone",
+            annotation_position="bottom right",
+        )  # fmt: skip
+        told.append(f"text alone {percent(floor)}")
     figure.update_xaxes(title_text="attention that crosses, input to last layer (open: uniform)", tickformat=".1~%")
     figure.update_yaxes(title_text=escaped(score), tickformat=".1~%")
     figure.update_layout(showlegend=True)
