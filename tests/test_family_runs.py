@@ -85,15 +85,29 @@ def test_intervals_over_seeds_and_images():
     found = family_runs.over_seeds(parts)
     seeds = np.array([np.nanmean(part[:, 1]) for part in parts])
     images = np.nanmean([part[:, 1] for part in parts], axis=0)
-    half = stats.t.ppf(0.975, 2) * np.sqrt(seeds.var(ddof=1) / 3 + images.var(ddof=1) / 50)
+    one, other = seeds.var(ddof=1) / 3, images.var(ddof=1) / 50
+    half = stats.t.ppf(0.975, (one + other) ** 2 / (one**2 / 2)) * np.sqrt(one + other)
     assert [float(part[1]) for part in found] == pytest.approx(
         [seeds.mean(), seeds.mean() - half, seeds.mean() + half, 3]
     )
     one = family_runs.over_seeds(parts[1:2])
     half = 1.96 * parts[1][:, 0].std(ddof=1) / np.sqrt(50)
-    assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
+    assert float(one.high[0] - one.mean[0]) == pytest.approx(half, rel=1e-4)
     apart = family_runs.over_seeds([np.full((50, 1), share) for share in (0.2, 0.9)])  # half: 12.7 times 0.35
     assert (apart.low, apart.high) == (0, 1)
+    same = family_runs.over_seeds([np.full((50, 1), 0.3)] * 3)
+    assert (same.low, same.high) == (pytest.approx(0.3), pytest.approx(0.3))
+
+
+@pytest.mark.parametrize("seed, image", [(0.02, 0.02), (0.02, 0.2), (0.002, 0.2)])
+def test_nineteen_of_twenty_intervals_hold_the_truth(seed, image):
+    """Of three seeds that differ by so much and 100 images that differ by so much."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(2_000):
+        of_seed, of_image = rng.normal(0, seed, size=(3, 1)), rng.normal(0, image, size=100)
+        found = family_runs.over_seeds(list(0.5 + of_seed + of_image))
+        held += bool(found.low <= 0.5 <= found.high)
+    assert 0.93 <= held / 2_000 <= 0.97
 
 
 def finished(name: str, flow: float, score: float, pictures: str = "abcdef", steps: int = 400) -> None:
@@ -138,7 +152,8 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     swin = table.loc["Swin, random MFR"]
     flow = np.mean([run.probed.from_input[:, -1].mean() for run in found.of("swin-random")])
     assert swin["flow"] == pytest.approx(flow) and swin["null"] == pytest.approx(0.305, abs=0.005)
-    half = stats.t.ppf(0.975, 1) * np.sqrt(0.01**2 + (0.04 / 3.92) ** 2)
+    between, questions = 0.01**2, (0.04 / 3.92) ** 2
+    half = stats.t.ppf(0.975, (1 + questions / between) ** 2) * np.sqrt(between + questions)
     assert [swin["vqa"], swin["vqa_high"], swin["seeds"]] == pytest.approx([0.51, 0.51 + half, 2])
     costs = found.costs()
     assert costs.index.tolist() == ["Swin, random MFR", "small CNN (R50's place)"]

@@ -223,8 +223,9 @@ class Compared:
 def over_seeds(parts: Sequence[np.ndarray]) -> Interval:
     """Mean over seeds and images, with a 95% interval for other seeds and other images.
 
-    The variances of both means add up; the quantile is Student's for the seeds. With one seed: of images alone. What is
-    compared are shares, so bounds end at 0 and 1.
+    The variances of both means add up; the quantile is Student's, its degrees of freedom Welch's and Satterthwaite's:
+    those of the seeds where seeds differ much more than images do, more where they do not. With one seed: of images
+    alone. What is compared are shares, so bounds end at 0 and 1.
 
     Parameters
     ----------
@@ -244,11 +245,13 @@ def _score(runs: Sequence[FamilyRun]) -> Interval:
 
 
 def _interval(seeds: np.ndarray, variance: np.ndarray) -> Interval:
-    quantile = 1.96
+    freedom = np.inf
     if len(seeds) > 1:
-        variance = variance + seeds.var(axis=0, ddof=1) / len(seeds)
-        quantile = stats.t.ppf(0.975, len(seeds) - 1)
-    mean, half = seeds.mean(axis=0), quantile * np.sqrt(variance)
+        between = seeds.var(axis=0, ddof=1) / len(seeds)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = np.where(between > 0, (len(seeds) - 1) * (1 + variance / between) ** 2, np.inf)
+        variance = variance + between
+    mean, half = seeds.mean(axis=0), stats.t.ppf(0.975, freedom) * np.sqrt(variance)
     return Interval(mean, np.maximum(mean - half, 0), np.minimum(mean + half, 1), np.full(np.shape(mean), len(seeds)))
 
 
