@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vpworkbench.config import (
 )
 from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.probes.dataset import SPANS, Probed
+from vpworkbench.probes.intervals import Interval
 from vpworkbench.region_features import RegionNetwork
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
 from vpworkbench.visual import build_visual
@@ -209,3 +211,26 @@ def test_runs_of_different_lengths_are_refused(runs_folder):
 def test_a_prefix_that_could_be_a_pattern_is_refused():
     with pytest.raises(SettingsError, match="prefix"):
         family_runs_settings(prefix="*")
+
+
+def test_the_readme_says_what_the_committed_runs_say():
+    """Each row of its table, of summaries and probes in the gallery."""
+    gallery = shipped_run().with_name("08_families-tiny")
+    settings = family_runs_settings(runs=str(gallery / "runs"))
+    found = family_runs.compared(settings, Run(gallery, None))
+    told = (Path(__file__).parents[1] / "README.md").read_text()
+    scores = found.scores(tuple(family_runs.ARMS)).values()
+    for arm, (flow, score) in zip((arm for arm in family_runs.ARMS if found.of(arm)), scores, strict=True):
+        runs = found.of(arm)
+        itm, words = (", ".join(f"{run.learnt[name]:.2f}" for run in runs) for name in family_runs.LEARNT[:2])
+        each = ", ".join(f"{run.score.mean:.3f}" for run in runs)
+        null = np.mean([run.probed.null_from_input[:, -1].mean() for run in runs])
+        assert "| ".join(
+            (f"{family_runs.ARMS[arm].label} ", f"{runs[0].tokens[0]:.3g} ", f"{itm} ", f"{words} ",
+             f"{each}: {with_bounds(score)} ", f"{with_bounds(flow)} ({null:.3f}) |")
+        ) in told  # fmt: skip
+    assert f"text alone {found.text_alone:.3f}" in told
+
+
+def with_bounds(found: Interval) -> str:
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
