@@ -31,7 +31,9 @@ SCENES = SceneSettings(images=60, val=20, test=10)
 def scratch(tmp_path_factory: pytest.TempPathFactory):
     """Runs and generated scenes go to a scratch folder: no finished run makes a test pass."""
     root = tmp_path_factory.mktemp("workbench")
-    os.environ["VPW_RUNS"], os.environ["VPW_CACHE"] = str(root / "runs"), str(root / "cache")
+    base = tmp_path_factory.getbasetemp()  # with two processes of tests, in a folder of both: they share the scenes
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["VPW_RUNS"], os.environ["VPW_CACHE"] = str(root / "runs"), str(shared / "cache")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     return root
 

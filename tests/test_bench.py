@@ -11,6 +11,7 @@ from vpworkbench.bench_retrieval import partial_run, retrieval_bench
 from vpworkbench.cli import main
 
 
+@pytest.mark.slow
 def test_bench_reports_every_route(tmp_path):
     shown = []
     result = probe_bench(lengths=[64], repeats=2, layers=1, longest=0, nmi=False, progress=lambda *s: shown.append(s))

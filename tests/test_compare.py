@@ -205,6 +205,7 @@ def test_checkpoints_of_others_are_probed_and_explored_by_the_same_commands(sour
     assert names["view"].code == view.code and repr(names["view"]) == repr(view)
 
 
+@pytest.mark.slow
 def test_all_of_them_side_by_side(vilt, visual_bert, lxmert, regions, runs_folder):
     parameters = {"models": ["", vilt, visual_bert, lxmert], "regions": regions, "images": 4}
     folder = run_notebook("03_compare_models", name="others", parameters=parameters).parent

@@ -574,6 +574,7 @@ _FAINT = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_the_same_notebook_in_notebook_7(
     browser: Any, jupyter: Jupyter, scenes_folder: Path, screenshots: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 import torch
 from PIL import Image
@@ -515,7 +516,7 @@ def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
         raise RuntimeError("Kaleido requires Google Chrome to be installed.")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(go.Figure, "write_image", no_chrome)
+    monkeypatch.setattr(pio, "write_images", no_chrome)
     with pytest.raises(figures.ExportError, match="apt install chromium.*own menu"):
         figures.to_image(go.Figure(), tmp_path / "figure.png")
 
@@ -528,7 +529,9 @@ def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
 def test_png_is_transparent_and_shows_the_picture(tmp_path):
     red = np.full((32, 32, 3), (200, 0, 0), dtype=np.uint8)
     figure = figures.tokens(red, 2)
-    png = Image.open(figures.to_image(figure, tmp_path / "figure.png", scale=1)).convert("RGBA")
+    figures.to_image(figure, tmp_path / "figure.png", tmp_path / "figure.svg", scale=1)
+    png = Image.open(tmp_path / "figure.png").convert("RGBA")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
     assert png.size == (figure.layout.width, figure.layout.height)
     assert png.getpixel((1, png.height - 1))[3] == 0
     red_pixels = (np.asarray(png)[..., :3] == (200, 0, 0)).all(axis=-1).mean()

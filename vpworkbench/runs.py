@@ -128,9 +128,9 @@ class Run:
         """As `show`, and as PNG and SVG beside the page where kaleido finds a browser; else say why not."""
         from vpworkbench.figures import ExportError, to_image
 
+        page = self.save_figure(name, figure)
         try:
-            for kind in ("png", "svg"):
-                to_image(figure, self.save_figure(name, figure).with_suffix(f".{kind}"))
+            to_image(figure, page.with_suffix(".png"), page.with_suffix(".svg"))
         except ExportError as error:
             logger.warning("%s: %s", name, error)
         return figure

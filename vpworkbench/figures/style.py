@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 from vpworkbench.probes.intervals import Interval
 
@@ -53,8 +54,10 @@ class ExportError(RuntimeError):
     """A picture of a figure that cannot be made here; the message says what is missing."""
 
 
-def to_image(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
-    """Save a figure as PNG or SVG, by the path's suffix, with a transparent background.
+def to_image(figure: go.Figure, *paths: Path, scale: float = 2) -> None:
+    """Save a figure as PNG or SVG, by the suffix of each path, with a transparent background.
+
+    A browser is started once for all paths.
 
     Raises
     ------
@@ -65,11 +68,11 @@ def to_image(figure: go.Figure, path: str | Path, *, scale: float = 2) -> Path:
     if importlib.util.find_spec("kaleido") is None:
         raise ExportError(f"PNG and SVG need kaleido and Chrome or Chromium: pip install kaleido, {own}")
     try:
-        figure.write_image(path, scale=scale)
+        size = {"width": figure.layout.width, "height": figure.layout.height}
+        pio.write_images([figure] * len(paths), list(paths), scale=scale, **size)
     except RuntimeError as error:
         remedy = "install one (apt install chromium, or plotly_get_chrome)"
         raise ExportError(f"PNG and SVG need a working Chrome or Chromium: {remedy}, {own}") from error
-    return Path(path)
 
 
 def finish(
