@@ -312,7 +312,9 @@ def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
             f"({', '.join(map(str, sorted(lengths)))}); see `calls`"
         )
     if runs:
-        counts = sorted({len([one for one in runs if one.arm == arm]) for arm in {one.arm for one in runs}})
+        arms = {one.arm for one in runs}
+        drawn = arms & set(FAMILY_ARMS) or arms  # in figures; Table 5 counts its own seeds
+        counts = sorted({len([one for one in runs if one.arm == arm]) for arm in drawn})
         seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         over = f"{seeds} seed{'s' * (counts[-1] > 1)} and {len(runs[0].probed.examples)} images"
     else:
