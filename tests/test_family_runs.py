@@ -93,8 +93,8 @@ def test_intervals_over_seeds_and_images():
         [seeds.mean(), seeds.mean() - half, seeds.mean() + half, 3]
     )
     one = family_runs.over_seeds(parts[1:2])
-    half = 1.96 * parts[1][:, 0].std(ddof=1) / np.sqrt(50)
-    assert float(one.high[0] - one.mean[0]) == pytest.approx(half, rel=1e-4)
+    half = stats.norm.ppf(0.975) * parts[1][:, 0].std(ddof=1) / np.sqrt(50)
+    assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
     apart = family_runs.over_seeds([np.full((50, 1), share) for share in (0.2, 0.9)])  # half: 12.7 times 0.35
     assert (apart.low, apart.high) == (0, 1)
     same = family_runs.over_seeds([np.full((50, 1), 0.3)] * 3)

@@ -155,12 +155,11 @@ class Compared:
         """One row for each run: `FamilyRun.learnt`, flow from the input to the last layer with its null, and VQA."""
         rows = {
             (ARMS[run.arm].label, run.seed): run.learnt
-            | {"flow": run.probed.from_input[:, -1].mean(), "null": run.probed.null_from_input[:, -1].mean()}
-            | {"vqa": float(run.score.mean)}
+            | {"flow": run.probed.from_input[:, -1].mean(), "null": run.probed.null_from_input[:, -1].mean(),
+               "vqa": float(run.score.mean)}
             for run in self.runs
-        }
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        return table.rename_axis(index=["arm", "seed"])
+        }  # fmt: skip
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index=["arm", "seed"])
 
     @property
     def text_alone(self) -> float | None:
