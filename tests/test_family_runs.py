@@ -146,7 +146,7 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     found = family_runs.compared(settings, Run(runs_folder, settings))
     assert [(run.arm, run.seed) for run in found.runs] == [("swin-random", 0), ("swin-random", 1), ("grid-none", 0)]
     assert {run.steps for run in found.runs} == {(3500, 400)}
-    assert found.over == "2 seeds and 6 images" and found.names() == {"swin-random": "Swin, random MFR (36 tokens)"}
+    assert found.over() == "2 seeds and 6 images" and found.names() == {"swin-random": "Swin, random MFR (36 tokens)"}
     table = found.table_5()
     assert table.index.tolist() == ["small CNN (R50's place)", "Swin, random MFR"]
     swin = table.loc["Swin, random MFR"]
@@ -155,6 +155,10 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     between, questions = 0.01**2, (0.04 / 3.92) ** 2
     half = stats.t.ppf(0.975, (1 + questions / between) ** 2) * np.sqrt(between + questions)
     assert [swin["vqa"], swin["vqa_high"], swin["seeds"]] == pytest.approx([0.51, 0.51 + half, 2])
+    assert found.over(family_runs.TABLE_5) == "1 to 2 seeds and 6 images"
+    arms = found.scores(family_runs.TABLE_5)
+    assert list(arms) == list(found.last_nulls(family_runs.TABLE_5)) == list(found.single_scores(family_runs.TABLE_5))
+    assert list(arms) == ["small CNN (R50's place) (36 tokens)", "Swin, random MFR (36 tokens)"]
     costs = found.costs()
     assert costs.index.tolist() == ["Swin, random MFR", "small CNN (R50's place)"]
     taught = read_json(shipped_run().with_name("00_visual_init-tiny-swin") / "summary.json")
@@ -167,13 +171,13 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert learnt.loc["small CNN (R50's place)", "flow"].tolist() == [found.runs[2].probed.from_input[:, -1].mean()]
     assert found.text_alone == pytest.approx((0.4 + 0.42 + 0.3) / 3)
     figure = figures.score_against_flow(
-        found.scores(), nulls=found.last_nulls, seeds=found.single_scores(), over=found.over, score="VQA",
+        found.scores(), nulls=found.last_nulls(), seeds=found.single_scores(), over=found.over(), score="VQA",
         floor=found.text_alone,
     )  # fmt: skip
     assert figure.layout.shapes[0].y0 == found.text_alone and "text alone 37.3%" in figure.layout.meta["alt"]
     assert sorted(figure.data[1].y) == [0.5, 0.52] and figure.data[2].y[0] == pytest.approx(0.51)
-    curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over)
-    assert curves.data[1].y[-1] == pytest.approx(flow) and found.over in curves.layout.title.text
+    curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over())
+    assert curves.data[1].y[-1] == pytest.approx(flow) and found.over() in curves.layout.title.text
     assert [folder.name for folder in found.folders] == ["families-grid-none-0", "families-swin-random-0"]
     there = family_runs_settings(runs=str(runs_folder))
     assert family_runs.compared(there, Run(runs_folder, there)).runs[0].folder == found.runs[0].folder
@@ -183,6 +187,12 @@ def test_a_folder_without_runs_is_refused(tmp_path):
     settings = family_runs_settings(runs=str(tmp_path))
     with pytest.raises(SettingsError, match=rf"runs: {tmp_path} holds no finished runs called families-ARM-SEED"):
         family_runs.compared(settings, Run(tmp_path, settings))
+
+
+def test_runs_of_table_5_alone_are_refused(runs_folder):
+    finished("families-grid-none-0", 0.4, 0.5)
+    with pytest.raises(SettingsError, match="Table 5's arms alone, none is of a family, as families-swin-random-0 "):
+        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
 
 
 def test_probes_of_an_earlier_version_are_refused(runs_folder):

@@ -130,12 +130,12 @@ class Compared:
 
     Attributes
     ----------
-    over : str
-        What the intervals are over; of a demonstration that it is one.
+    demonstration : bool
+        Runs of so few steps are no result; what the intervals are over says so.
     """
 
     runs: tuple[FamilyRun, ...]
-    over: str
+    demonstration: bool = False
 
     def of(self, arm: str) -> list[FamilyRun]:
         """Its seeds."""
@@ -144,6 +144,15 @@ class Compared:
     def names(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, str]:
         """Of the arms that have runs, the label with its number of tokens."""
         return {arm: f"{ARMS[arm].label} ({found[0].tokens[0]:.3g} tokens)" for arm in arms if (found := self.of(arm))}
+
+    def over(self, arms: Sequence[str] = FAMILY_ARMS) -> str:
+        """What the intervals of these arms are over."""
+        images = f"{len(self.runs[0].probed.examples)} images"
+        if self.demonstration:
+            return f"{images} ({self.runs[0].steps[0]} steps: a DEMONSTRATION)"
+        counts = sorted({len(found) for arm in arms if (found := self.of(arm))})
+        seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        return f"{seeds} seed{'s' * (counts[-1] > 1)} and {images}"
 
     def costs(self) -> pd.DataFrame:
         """One row for each arm: its visual tokens in the mean, and `FamilyRun.costs`."""
@@ -178,10 +187,12 @@ class Compared:
         """Means of `null_from_input` or `null_within_layer`, (layer,)."""
         return {name: curve.mean for name, curve in self.curves(quantity).items()}
 
-    @property
-    def last_nulls(self) -> dict[str, float]:
+    def last_nulls(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, float]:
         """Flow from the input to the last layer under uniform attention."""
-        return {name: float(curve[-1]) for name, curve in self.nulls("null_from_input").items()}
+        return {
+            name: float(np.mean([run.probed.null_from_input[:, -1].mean() for run in self.of(arm)]))
+            for arm, name in self.names(arms).items()
+        }
 
     @property
     def folders(self) -> list[Path]:
@@ -195,26 +206,25 @@ class Compared:
             for arm, name in self.names(arms).items()
         }
 
-    def single_scores(self) -> dict[str, list[tuple[float, float]]]:
+    def single_scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, list[tuple[float, float]]]:
         """The same of each seed."""
         return {
             name: [(run.probed.from_input[:, -1].mean(), float(run.score.mean)) for run in self.of(arm)]
-            for arm, name in self.names().items()
+            for arm, name in self.names(arms).items()
         }
 
     def table_5(self) -> pd.DataFrame:
         """The paper's Table 5 at this size: what an arm costs, F^{1,L} with its null, and VQA."""
         rows = []
-        for (arm, _), (flow, score) in zip(
-            self.names(TABLE_5).items(), self.scores(TABLE_5).values(), strict=True
-        ):  # fmt: skip
-            null = np.mean([run.probed.null_from_input[:, -1].mean() for run in self.of(arm)])
+        nulls, scores = self.last_nulls(TABLE_5), self.scores(TABLE_5)
+        for arm, name in self.names(TABLE_5).items():
+            flow, score = scores[name]
             rows.append(
                 {"arm": ARMS[arm].label, "visual parameters": self.of(arm)[0].costs["visual_parameters"],
                  "visual multiply-adds": self.of(arm)[0].costs["visual_multiply_adds"],
                  "tokens": self.of(arm)[0].tokens[0], "flow": float(flow.mean), "flow_low": float(flow.low),
-                 "flow_high": float(flow.high), "null": null, "vqa": float(score.mean), "vqa_low": float(score.low),
-                 "vqa_high": float(score.high), "seeds": len(self.of(arm))}
+                 "flow_high": float(flow.high), "null": nulls[name], "vqa": float(score.mean),
+                 "vqa_low": float(score.low), "vqa_high": float(score.high), "seeds": len(self.of(arm))}
             )  # fmt: skip
         return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
 
@@ -310,16 +320,14 @@ def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
             f"prefix {settings.prefix!r}: its runs were pre-trained and fine-tuned for different numbers of steps "
             f"({', '.join(map(str, sorted(lengths)))}); see `calls`"
         )
+    if runs and not {one.arm for one in runs} & set(FAMILY_ARMS):
+        raise SettingsError(
+            f"prefix {settings.prefix!r}: its finished runs are of Table 5's arms alone, none is of a family, as "
+            f"{settings.prefix}-{FAMILY_ARMS[0]}-0 would be; see `calls`"
+        )
     if runs:
-        arms = {one.arm for one in runs}
-        drawn = arms & set(FAMILY_ARMS) or arms  # in figures; Table 5 counts its own seeds
-        counts = sorted({len([one for one in runs if one.arm == arm]) for arm in drawn})
-        seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-        over = f"{seeds} seed{'s' * (counts[-1] > 1)} and {len(runs[0].probed.examples)} images"
-    else:
-        runs = demonstrate(settings, run.folder / "demonstration", progress=run.progress)
-        over = f"{settings.images} images ({settings.steps} steps: a DEMONSTRATION)"
-    return Compared(tuple(runs), over)
+        return Compared(tuple(runs))
+    return Compared(tuple(demonstrate(settings, run.folder / "demonstration", progress=run.progress)), True)
 
 
 def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
