@@ -181,8 +181,7 @@ def test_exclude_leaves_the_special_tokens_out(visual_bert, vilt, llava, regions
     pictures = [picture for picture in scenes if picture.captions][:2]
     texts = [picture.captions[0] for picture in pictures]
     wanted = [len(tokenizer.tokenize(text)) for text in texts]
-    for source in ("", visual_bert, vilt):
-        subject = compare.open_model(source, regions=regions)
+    for subject in compare.open_models(["", visual_bert, vilt], regions=regions):
         counted = subject.prepare(pictures, texts)
         excluded = subject.prepare(pictures, texts, special_tokens="exclude")
         assert excluded.language.sum(dim=1).tolist() == wanted

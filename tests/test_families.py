@@ -31,7 +31,7 @@ from vpworkbench.config import (
 )
 from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.records import DataError, ImageFile, Picture
-from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
+from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, input_of, read_npz, write_regions
 from vpworkbench.data.scenes import COLOURS
 from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
 from vpworkbench.fusion import Fusion, box_vector
@@ -59,7 +59,9 @@ def region_folder(scenes: list[Picture], tmp_path_factory: pytest.TempPathFactor
 
 
 def settings_of(family: str, masking: str, folder: Path, **overrides: object):
-    regions = {"visual.regions": 8, "visual.region_width": WIDTH, "visual.region_files": str(folder)}
+    regions = {"visual.regions": 8, "visual.region_width": WIDTH}
+    if not FAMILIES[family].pixels:
+        regions["visual.region_files"] = str(folder)
     few = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0,
            "train.images": 4, "train.log_every": 2, "fusion.width": 32, "fusion.heads": 2, "fusion.layers": 2,
            "fusion.feed_forward": 64, "visual.width": 12, "visual.heads": (1, 2)}  # fmt: skip
@@ -418,10 +420,11 @@ def test_a_task_can_bring_its_own_regions(region_folder, scenes, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- readers
 
 
-def tsv(file: Path, **changes: str) -> Path:
-    def coded(values):
-        return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
+def coded(values: object) -> str:
+    return base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
 
+
+def tsv(file: Path, **changes: str) -> Path:
     row = {"image_id": "391895", "image_w": "100", "image_h": "50", "num_boxes": "2",
            "boxes": coded([[0, 0, 50, 25], [10, 10, 100, 50]]), "features": coded(np.arange(2 * WIDTH))}  # fmt: skip
     file.write_text("\t".join((row | changes).values()) + "\n")
@@ -446,7 +449,10 @@ def test_a_tsv_of_butd_is_read(tmp_path):
      ({"num_boxes": "3"}, "391895: num_boxes is 3, but 2 boxes"), ({"num_boxes": "two"}, "391895: .* is no number"),
      ({"image_w": "60"}, r"391895: box 1 .* is outside the image of 60 x 50 px"),
      ({"image_h": "nan"}, r"391895: an image of size \[100.0, nan\]"), ({"image_h": "inf"}, "391895: an image of size"),
-     ({"image_id": "7"}, "391895.jpg: no features of this image")],
+     ({"image_id": "7"}, "391895.jpg: no features of this image"),
+     ({"num_boxes": "0", "boxes": "", "features": ""}, "391895: num_boxes is 0; an image needs a region"),
+     ({"boxes": coded([[50, 0, 10, 25], [10, 10, 100, 50]])}, r"391895: box 0 \[50.0, .* ends before it begins"),
+     ({"boxes": coded([[0, 0, 0.5, 0.5], [0.1, 0.2, 1, 1]])}, "391895: box 0 .* as shares of the image would")],
 )  # fmt: skip
 def test_a_broken_tsv_names_the_image(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
@@ -466,11 +472,59 @@ def test_a_number_is_an_image_of_coco_alone(tmp_path):
         files.check([ImageFile(Path("images"), "7.jpg"), *others])
 
 
+@pytest.mark.parametrize("written", ["391895", "000000391895", "COCO_val2014_000000391895.jpg", "\ufeff391895"])
+def test_a_name_is_found_however_it_is_written(tmp_path, written):
+    file = tsv(tmp_path / "a.tsv", image_id=written)
+    assert len(RegionFiles(file, most=3, width=WIDTH).regions(PHOTO).boxes) == 2
+    dog = tsv(tmp_path / "dog.tsv", image_id="dog.v2.jpg")
+    assert len(RegionFiles(dog, most=3, width=WIDTH).regions(ImageFile(Path("images"), "a/dog.v2.jpg")).boxes) == 2
+
+
+def test_field_names_and_blank_lines_are_no_images(tmp_path):
+    file = tsv(tmp_path / "a.tsv")
+    file.write_text("\t".join(TSV_FIELDS) + "\n" + file.read_text() + "\n")
+    files = RegionFiles(file, most=3, width=WIDTH)
+    files.check_width()
+    assert len(files.regions(PHOTO).boxes) == 2
+    with pytest.raises(DataError, match=r"no features of 1 of 1 images \(b.jpg\); .*; it has '391895' and so on"):
+        files.check([ImageFile(Path("images"), "b.jpg")])
+    (tmp_path / "none.tsv").write_text("\n")
+    with pytest.raises(DataError, match="none.tsv: holds no regions; a tsv has a line"):
+        RegionFiles(tmp_path / "none.tsv", most=3, width=WIDTH)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: holds no regions"):
+        RegionFiles(tmp_path / "empty", most=3, width=WIDTH).check_width()
+
+
 def test_an_image_twice_in_a_tsv_is_refused(tmp_path):
     file = tsv(tmp_path / "a.tsv")
     file.write_text(2 * file.read_text())
     with pytest.raises(DataError, match="a.tsv: line 2: image 391895 for the second time"):
         RegionFiles(file, most=3, width=WIDTH)
+
+
+def test_a_tsv_that_is_written_again_gives_no_other_images_features(tmp_path):
+    """Where lines begin is kept while a file is open."""
+    one = tsv(tmp_path / "a.tsv", image_id="1", features=coded(np.full(2 * WIDTH, 1))).read_text()
+    two = tsv(tmp_path / "a.tsv", image_id="2", features=coded(np.full(2 * WIDTH, 2))).read_text()
+    file, images = tmp_path / "a.tsv", [ImageFile(Path("images"), f"{number}.jpg") for number in (1, 2)]
+    visual = VisualSettings(family="regions", region_files=str(file), region_width=WIDTH)
+    file.write_text(one + two)
+    opened = input_of(visual)
+    assert [opened.regions(image).features[0, 0] for image in images] == [1, 2]
+    file.write_text(two + one + "\n")
+    with pytest.raises(DataError, match="a.tsv: no longer what it was when it was opened, at image 1; start again"):
+        opened.regions(images[0])
+    assert [input_of(visual).regions(image).features[0, 0] for image in images] == [1, 2]
+
+
+def test_two_images_that_would_share_a_file_are_refused(tmp_path):
+    write_regions(tmp_path / "1.npz", np.zeros((1, WIDTH)), np.array([[0, 0, 5, 5]]), (9, 9))
+    files = RegionFiles(tmp_path, most=3, width=WIDTH)
+    images = [ImageFile(Path("images"), name) for name in ("train/1.jpg", "val/1.jpg")]
+    files.check(images[:1])
+    with pytest.raises(DataError, match="train/1.jpg and val/1.jpg would share one image's regions"):
+        files.check(images)
 
 
 @pytest.mark.parametrize("change, message",
@@ -526,6 +580,23 @@ def test_broken_npz_name_the_image(tmp_path):
         read_npz(tmp_path / "b" / "7.npz")
 
 
+def test_what_regions_need_is_asked_before_any_work(tmp_path):
+    for regions in ("", str(tmp_path / "nowhere")):
+        with pytest.raises(SettingsError, match=r"^regions: visual 'regions' needs region files, and .* is not there"):
+            pretrain_settings(visual="regions", regions=regions)
+    with pytest.raises(SettingsError, match="^init_visual: the features of 'regions' are given"):
+        pretrain_settings(visual="regions", regions=str(tmp_path), init_visual="scenes")
+    with pytest.raises(SettingsError, match="^regions: visual 'swin' reads pixels"):
+        pretrain_settings(overrides={"visual.region_files": str(tmp_path)})
+    with pytest.raises(SettingsError, match="^visual_tokens 49 and visual.image_px: one decides the other"):
+        pretrain_settings(visual_tokens=49, overrides={"visual.image_px": 224})
+    (tmp_path / "config.json").write_text("[1]")  # of something else
+    assert pretrain_settings(visual="regions", regions=str(tmp_path)).visual.region_width == 2048
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"^regions: .*config.json is no json"):
+        pretrain_settings(visual="regions", regions=str(tmp_path))
+
+
 def test_regions_without_files_say_how_to_make_them():
     with pytest.raises(DataError, match="one npz for each image"):
         RegionFiles("", most=3, width=WIDTH)
@@ -534,21 +605,21 @@ def test_regions_without_files_say_how_to_make_them():
 # ------------------------------------------------------------------------------------------------------------- a fifth
 
 
-def test_the_fifth_family_of_the_docs(scenes, monkeypatch):
+def test_the_fifth_family_of_the_docs(scenes):
     page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
     assert len(example.strip().splitlines()) <= 15
-    with monkeypatch.context() as patch:
-        patch.setattr("vpworkbench.config.families.FAMILIES", FAMILIES)
-        before = set(FAMILIES)
-        exec(example, {})
-        (name,) = set(FAMILIES) - before
-        try:
-            settings = settings_of(name, "random", Path())
-            assert isinstance(build_visual(VisualSettings(family=name)), nn.Module)
-            assert pretrain(open_run("01_pretrain", settings), prepare(settings), settings) == 2
-        finally:
-            del FAMILIES[name]
+    before = set(FAMILIES)
+    exec(example, {})
+    (name,) = set(FAMILIES) - before
+    try:
+        settings = settings_of(name, "random", Path())
+        assert isinstance(build_visual(VisualSettings(family=name)), nn.Module)
+        run, prepared = open_run("01_pretrain", settings, name="fifth"), prepare(settings)
+        assert pretrain(run, prepared, settings) == 2 and budget(prepared.model).visual_tokens == 36
+        assert np.isfinite(probe(load_run("fifth")[0], scenes[-4:], images=4).from_input).all()
+    finally:
+        del FAMILIES[name]
 
 
 class Slots(nn.Module):

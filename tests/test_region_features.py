@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SCENES
+from miniatures import nlvr1
 from PIL import Image
 
+from vpworkbench import compare
 from vpworkbench.cli import main
 from vpworkbench.config import (
     PretrainSettings,
@@ -24,11 +26,12 @@ from vpworkbench.config import (
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at, read_boxes
 from vpworkbench.data.records import DataError, Picture
-from vpworkbench.data.regions import input_of, read_npz
+from vpworkbench.data.regions import check_regions, input_of, read_npz, write_regions
 from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.explorer import explore
 from vpworkbench.finetune import prepare_task
 from vpworkbench.pretrain import prepare, pretrain
-from vpworkbench.region_features import check_regions, crops, make_regions, true_boxes
+from vpworkbench.region_features import crops, make_regions, true_boxes
 from vpworkbench.runs import open_folder, open_run
 
 COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
@@ -90,8 +93,42 @@ def test_they_train_a_model_by_their_folder_alone(regions):
 def test_regions_of_other_scenes_are_refused(regions, tmp_path):
     other = read_pictures(write_scenes(tmp_path / "other", SCENES.model_copy(update={"seed": 5}), progress=False))
     files = input_of(pretrain_settings(visual="regions", regions=str(regions)).visual)
-    with pytest.raises(DataError, match="regions of other scenes"):
+    with pytest.raises(DataError, match=r"regions of other scenes \(seed 0, not 5\) than .*train-000000.png"):
         check_regions(files, other)
+    with pytest.raises(DataError, match="regions of other scenes"):
+        files.regions(other[0].image)
+    chosen, run = few_steps(regions), tmp_path / "run"
+    pretrain(open_folder(run, "01_pretrain", chosen), prepare(chosen), chosen)
+    few = {"scenes.images": 60, "scenes.val": 20, "scenes.test": 10, "scenes.seed": 5}
+    for task in ("vqa", "nlvr2", "retrieval"):
+        with pytest.raises(DataError, match="regions of other scenes"):
+            prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few))
+    with pytest.raises(DataError, match="regions of other scenes"):
+        compare.open_model(str(run)).prepare(other[:1], ["a ball"])
+    make_regions(tmp_path / "theirs", settings(scenes=SCENES.model_copy(update={"seed": 5})), progress=False)
+    subject = compare.open_model(str(run), regions=str(tmp_path / "theirs"))
+    assert subject.prepare(other[:1], ["a ball"]).vision.sum() == min(3, len(other[0].scene.things))
+
+
+def test_regions_are_for_models_that_read_them(regions, tmp_path, caplog):
+    chosen, run = few_steps(regions), tmp_path / "run"
+    pretrain(open_folder(run, "01_pretrain", chosen), prepare(chosen), chosen)
+    shutil.copytree(regions, tmp_path / "moved")
+    assert compare.open_model(str(run), regions=str(tmp_path / "moved")).model.settings.visual.region_files == str(
+        tmp_path / "moved"
+    )
+    for opened in (lambda: compare.open_model("", regions=str(regions)),
+                   lambda: compare.open_models(["", ""], regions=str(regions))):  # fmt: skip
+        with pytest.raises(SettingsError, match="^regions: .* pixels; leave it empty"):
+            opened()
+    write_regions(tmp_path / "wide" / "1.npz", np.zeros((1, 24)), np.array([[0, 0, 5, 5]]), (9, 9))
+    with pytest.raises(DataError, match="features of 24 channels where the model takes 16"):
+        compare.open_model(str(run), regions=str(tmp_path / "wide"))
+    ours = compare.open_models([str(run), ""], regions=str(tmp_path / "wide"))[0]
+    assert ours.model.settings.visual.region_files == str(regions) and "keeps its own regions" in caplog.text
+    view = explore(str(run), regions=str(tmp_path / "moved"), beside="", pictures=2)
+    assert [reading.regions for reading in view.readings] == [True, False]
+    view.close()
 
 
 def test_missing_regions_are_refused_before_training(regions, scenes, tmp_path):
@@ -120,6 +157,31 @@ def test_a_set_without_true_boxes_is_one_clear_error(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["regions", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--images", "8"])
     assert stopped.value.code == 2 and "no such file or folder" in capsys.readouterr().err
+
+
+def test_regions_of_nlvr1_come_from_its_folder(tmp_path):
+    """Each of the six orders has its own boxes; a drawing that is not as its record says is named."""
+    few = {"train": TrainSettings(epochs=1, images=60)}
+    place = nlvr1(tmp_path / "set").parent
+    with pytest.raises(DataError, match=r"dev-7-0-0.png: .* px, but something is drawn at .* restore it"):
+        make_regions(tmp_path / "small", settings(str(place), **few), progress=False)
+    for file in place.rglob("*.png"):
+        Image.new("RGB", (400, 100), "white").save(file)
+    made = make_regions(tmp_path / "made", settings(str(place), **few), progress=False)
+    assert made["images"] == 12 and made["regions"] == 1
+    for order, x in enumerate((10, 10, 160, 310, 160, 310)):  # where the first box stands
+        found = read_npz(tmp_path / "made" / "2" / f"dev-7-1-{order}.npz")
+        np.testing.assert_allclose(found.boxes * [400, 100, 400, 100], [[x, 10, x + 20, 30]], atol=1e-3)
+    nothing = nlvr1(tmp_path / "nothing", {"structured_rep": [[], [], []]}).parent
+    with pytest.raises(DataError, match="dev-7-1-0.png: nothing is drawn there"):
+        make_regions(tmp_path / "none", settings(str(nothing), **few), progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_feature_may_have_any_width(tmp_path):
+    made = settings(width=12, train=TrainSettings(epochs=1, images=60))
+    make_regions(tmp_path / "made", made, progress=False)
+    assert read_npz(next((tmp_path / "made").rglob("train-*.npz"))).features.shape[1] == 12
 
 
 def test_a_crop_shows_its_box_and_a_little_around_it(scenes):

@@ -10,16 +10,21 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from transformers import (
     BertConfig,
     BertForPreTraining,
     BertModel,
+    ElectraConfig,
+    ElectraModel,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
     SwinForImageClassification,
+    SwinModel,
+    Swinv2Config,
+    Swinv2Model,
 )
 
 from vpworkbench.config import FusionSettings, SettingsError, VisualSettings, pretrain_settings
@@ -28,7 +33,13 @@ from vpworkbench.fusion import Fusion
 from vpworkbench.model import CheckpointError
 from vpworkbench.pretrain import build_model
 from vpworkbench.visual import build_visual
-from vpworkbench.weights import efficientnet_lite0, initialise_text, initialise_visual, load_into
+from vpworkbench.weights import (
+    bert_tokenizer,
+    efficientnet_lite0,
+    initialise_text,
+    initialise_visual,
+    load_into,
+)
 
 needs_weights = pytest.mark.skipif(
     not (
@@ -75,6 +86,26 @@ def test_hugging_faces_swin_gives_its_tokens(tmp_path):
         tokens = visual(images(96)).features
     assert tokens.shape == (2, 36, 96)
     torch.testing.assert_close(tokens, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model, config", [(SwinModel, SwinConfig), (Swinv2Model, Swinv2Config)])
+def test_swins_of_other_heads_and_kinds_are_told(tmp_path, caplog, model, config):
+    """Tables of other heads cannot be resized, keys without a bias are no timm's qkv: the rest is taken."""
+    donor = model(config(image_size=96, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[4, 8], window_size=12))
+    donor.save_pretrained(tmp_path)
+    report = initialise_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
+    tables = [name for name in report.missing if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 4 and not report.resized and "visual.heads" in caplog.text
+    larger = model(config(image_size=96, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[4, 8], window_size=12))
+    larger.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no key fits this model"):
+        initialise_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
+
+
+@needs_weights
+def test_weights_of_a_cnn_do_not_start_patches():
+    with pytest.raises(CheckpointError, match="efficientnet-lite0: no key fits this model"):
+        initialise_visual(build_visual(VisualSettings(family="patch")), "efficientnet-lite0", preset="tiny")
 
 
 @pytest.mark.parametrize("backbone, kind, depths", [("resnet18", "basic", [2, 2, 2, 2]),
@@ -207,6 +238,50 @@ def test_bert_of_other_sizes_names_each(tmp_path):
         CheckpointError, match="fusion.width is 48, the BERT has 32.*fusion.layers is 6, the BERT has 4"
     ):
         initialise_text(fusion, str(tmp_path))
+
+
+def small_fusion(vocabulary: int = 40) -> Fusion:
+    settings = FusionSettings(layers=2, width=32, heads=2, feed_forward=64, positions=64)
+    return Fusion(settings, vocabulary=vocabulary, vision_width=8, grid=2)
+
+
+def test_a_bert_that_lacks_a_layer_is_refused(tmp_path):
+    """transformers draws what a file lacks at random: it must not count as matched."""
+    bert(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file({name: t for name, t in whole.items() if "layer.3." not in name}, file, metadata={"format": "pt"})
+    assert not initialise_text(small_fusion(), str(tmp_path)).missing  # the fusion has two
+    save_file({name: t for name, t in whole.items() if "layer.1." not in name}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"16 tensors are not there \(encoder.layer.1.attention"):
+        initialise_text(small_fusion(), str(tmp_path))
+    file.write_bytes(file.read_bytes()[:2_000])
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: no whole weights of a BERT"):
+        initialise_text(small_fusion(), str(tmp_path))
+
+
+def test_models_that_are_no_bert_are_refused(tmp_path):
+    config = ElectraConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                           intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+    ElectraModel(config).save_pretrained(tmp_path)
+    for read in (bert_tokenizer, lambda folder: initialise_text(small_fusion(), folder)):
+        with pytest.raises(CheckpointError, match="of kind 'electra', whose layers are not BERT's"):
+            read(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json: no configuration of a model .*cut off"):
+        bert_tokenizer(str(tmp_path))
+
+
+def test_a_table_of_words_is_cut_where_it_is_padded_and_refused_where_it_is_short(tmp_path):
+    donor, fusion = bert(tmp_path), small_fusion(38)
+    assert not initialise_text(fusion, str(tmp_path)).missing
+    words = donor.embeddings.word_embeddings.weight
+    torch.testing.assert_close(fusion.bert.embeddings.word_embeddings.weight, words[:38])
+    with pytest.raises(CheckpointError, match="its tokenizer has 42 entries, its table 40"):
+        initialise_text(small_fusion(42), str(tmp_path))
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer of a BERT \(no vocabulary\); save it there too"):
+        bert_tokenizer(str(tmp_path))
 
 
 def test_no_shipped_weights_for_that_preset(model):

@@ -61,7 +61,7 @@ def budget(model: VisualParsingModel) -> Budget:
 
 
 def budget_of(model: nn.Module, forward: Mapping[str, Any], vision: Tensor) -> Budget:
-    """Of any model with inputs of its own; a model of ours by its largest ones.
+    """Of any model with inputs of its own; a model of ours by its largest ones, to which it pads all others.
 
     Parameters
     ----------

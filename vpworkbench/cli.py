@@ -193,6 +193,7 @@ def predict(
     place: Annotated[
         list[str] | None, typer.Option(help="folder or zip of the table's images; repeatable; default: beside it")
     ] = None,
+    regions: Annotated[str, typer.Option(help="of a model that reads regions: those of these images")] = "",
 ) -> None:
     """What a fine-tuned model answers, with its probability; for a table, csv on standard output."""
     from vpworkbench.config import SettingsError
@@ -201,6 +202,8 @@ def predict(
     if (image or text) if table else (place or not image or not text):
         raise SettingsError("give --image and --text, or --table and, where its images are elsewhere, --place")
     model = load_task(checkpoint)
+    if regions:
+        model.base.take_regions(regions)
     if table is not None:
         print(predict_table(model, table, images=place or ()).to_csv(index=False), end="")
         return
@@ -213,7 +216,9 @@ def explore(
     checkpoint: Annotated[str, typer.Argument(help="a run or checkpoint, also fine-tuned; none: the shipped one")] = "",
     data: Annotated[str, typer.Option(help="a captioned set, its held-out pictures are shown; none: scenes")] = "",
     beside: Annotated[str, typer.Option(help="a second run or checkpoint on the same input, drawn under it")] = "",
-    regions: Annotated[str, typer.Option(help="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")] = "",
+    regions: Annotated[
+        str, typer.Option(help="of models that read regions: folder of npz or BUTD tsv; none: the run's")
+    ] = "",
     port: Annotated[int, typer.Option(help="of 127.0.0.1")] = 8866,
     browser: Annotated[bool, typer.Option(help="open the page")] = True,
 ) -> None:

@@ -7,6 +7,7 @@ latter two take regions, which a detector found before (`data.regions`).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,14 +18,16 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
-from vpworkbench.config import CompareSettings, DataSettings, ProbeSettings
+from vpworkbench.config import CompareSettings, DataSettings, ProbeSettings, SettingsError
 from vpworkbench.data.records import DataError, Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.data.splits import load_held_out
-from vpworkbench.model import CheckpointError
+from vpworkbench.model import CheckpointError, VisualParsingModel
 from vpworkbench.pretrain import load_run
 from vpworkbench.probes import modality_masks
 from vpworkbench.probes.dataset import Probed, probe_dataset
+
+log = logging.getLogger(__name__)
 
 LARGEST_BATCH = 16
 MOST_REGIONS = 36  # of an image: what VisualBERT and LXMERT were trained with
@@ -76,7 +79,7 @@ class Opened(NamedTuple):
     data: DataSettings = DataSettings()
 
 
-def open_model(source: str, *, regions: str = "") -> Opened:
+def open_model(source: str, *, regions: str = "", alone: bool = True) -> Opened:
     """A model by the name of a run or a checkpoint of ours, or by a path or name that transformers knows.
 
     Parameters
@@ -85,13 +88,33 @@ def open_model(source: str, *, regions: str = "") -> Opened:
         Empty: the tiny model that ships. A name of transformers is looked for in its local cache and, where there is a
         network, on the hub.
     regions : str
-        For VisualBERT and LXMERT: a folder of npz or a BUTD tsv, as of `visual.region_files`.
+        For models that read regions: a folder of npz or a BUTD tsv, as of `visual.region_files`; empty: of VisualBERT
+        and LXMERT none, of ours those that it was trained with.
+    alone : bool
+        False where `regions` may be for another of several: a model that reads pixels lets it be, and one of ours that
+        takes features of another width keeps its own.
 
     Raises
     ------
     CheckpointError
         If it is neither, or takes regions and `regions` has none.
+    DataError, SettingsError
+        Where `regions` has features of another width; where they are given to a model that reads pixels.
     """
+    subject = _opened(source, regions, alone)
+    if alone and regions and not reads_regions(subject):
+        raise SettingsError(f"regions: {subject.name} reads pixels; leave it empty")
+    return subject
+
+
+def reads_regions(subject: Opened) -> bool:
+    """Whether a model is given the features of `data.regions`, and no pixels."""
+    if isinstance(subject.model, VisualParsingModel):
+        return not subject.model.settings.visual.kind.pixels
+    return isinstance(subject.prepare, _WithRegions)
+
+
+def _opened(source: str, regions: str, alone: bool) -> Opened:
     if _is_transformers(source):
         return _of_transformers(source, regions)
     try:
@@ -102,18 +125,28 @@ def open_model(source: str, *, regions: str = "") -> Opened:
         except CheckpointError as theirs:
             raise CheckpointError(f"{ours}; and transformers: {theirs}") from None
     name = source or "shipped"
-    return Opened(Path(name).name if "/" in name else name, model, model.prepare, LARGEST_BATCH, settings.data)
+    name = Path(name).name if "/" in name else name
+    if regions and not settings.visual.kind.pixels:
+        try:
+            model.take_regions(regions)
+        except DataError as other:
+            if alone:
+                raise
+            log.warning("%s keeps its own regions: %s", name, other)
+    return Opened(name, model, model.prepare, LARGEST_BATCH, settings.data)
 
 
 def open_models(sources: Sequence[str], *, regions: str = "") -> list[Opened]:
-    """All models, each under a name of its own, before any is probed."""
+    """All models, each under a name of its own, before any is probed; errors as of `open_model`."""
     subjects: list[Opened] = []
     for source in sources:
-        subject = open_model(source, regions=regions)
+        subject = open_model(source, regions=regions, alone=len(sources) == 1)
         taken = [other.name for other in subjects]
         if subject.name in taken:
             subject = subject._replace(name=f"{subject.name} ({len(taken) + 1})")
         subjects.append(subject)
+    if regions and not any(map(reads_regions, subjects)):
+        raise SettingsError("regions: all of these models read pixels; leave it empty")
     return subjects
 
 

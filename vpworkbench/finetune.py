@@ -13,13 +13,12 @@ import torch
 from vpworkbench.config import FinetuneSettings
 from vpworkbench.data.files import image_index, open_as, unique
 from vpworkbench.data.records import DataError, Example, ImageFile, Picture
-from vpworkbench.data.regions import input_of
+from vpworkbench.data.regions import check_regions, input_of
 from vpworkbench.data.splits import load_examples
 from vpworkbench.data.tables import Row, read_unsplit_rows
 from vpworkbench.dual import near_captions
 from vpworkbench.pretrain import build_model, load_run, with_words_of
 from vpworkbench.processes import launch, launched
-from vpworkbench.region_features import check_regions
 from vpworkbench.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 from vpworkbench.runs import Run
 from vpworkbench.tasks import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels

@@ -202,13 +202,15 @@ class VisualParsingModel(nn.Module):
 
         Raises
         ------
-        SettingsError
-            For a visual side that reads pixels.
+        DataError, SettingsError
+            For a visual side that reads pixels; for a place without regions, or with features of another width.
         """
         visual = self.settings.visual
         if visual.kind.pixels:
             raise SettingsError(f"regions {files}: visual family {visual.family!r} reads pixels; leave it empty")
-        self.settings = self.settings.with_overrides({"visual.region_files": files})
+        settings = self.settings.with_overrides({"visual.region_files": files})
+        input_of(settings.visual).check_width()
+        self.settings = settings
         self.visual.settings = self.settings.visual
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

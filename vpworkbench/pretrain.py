@@ -21,7 +21,7 @@ from vpworkbench.data.batches import Batch, GroupBatches
 from vpworkbench.data.cache import PixelCache
 from vpworkbench.data.language import ATTRIBUTE_WORDS
 from vpworkbench.data.records import DataError, Picture
-from vpworkbench.data.regions import input_of
+from vpworkbench.data.regions import check_regions, input_of
 from vpworkbench.data.splits import cache_root, load_splits
 from vpworkbench.model import CheckpointError, Joint, VisualParsingModel
 from vpworkbench.objectives import (
@@ -38,7 +38,6 @@ from vpworkbench.objectives import (
 from vpworkbench.probes.dataset import Probed, probe_dataset
 from vpworkbench.probes.intervals import Interval
 from vpworkbench.processes import launch, launched
-from vpworkbench.region_features import check_regions
 from vpworkbench.runs import Run, runs_root, shipped_run
 from vpworkbench.train import fit
 from vpworkbench.visual import VisualTokens, build_visual
@@ -293,8 +292,9 @@ def prepare(settings: PretrainSettings) -> Prepared:
         Each naming the file or the setting and the remedy.
     """
     build_visual(settings.visual)  # a backbone that timm does not have is told before scenes are drawn
+    regions = input_of(settings.visual)  # and a folder that is not there
     splits = load_splits(settings.data)
-    check_regions(input_of(settings.visual), [picture for part in splits.values() for picture in part])
+    check_regions(regions, [picture for part in splits.values() for picture in part])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)

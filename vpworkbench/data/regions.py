@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import json
 import os
 import re
 import struct
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vpworkbench.config import VisualSettings
-from vpworkbench.data.records import DataError, ImageFile
+from vpworkbench.data.records import DataError, Example, ImageFile, Picture
 
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 OUTSIDE_PX = 1.0
@@ -30,6 +31,10 @@ OUTSIDE_PX = 1.0
 NUMBERS = "fiu"  # kinds of numpy: no truth values, complex numbers, texts
 OF_COCO = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 """A name of COCO's, and the number that detectors know the image by."""
+IMAGES = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE)
+SCENES = "scenes.json"
+"""Beside the regions of generated scenes: the settings of these, as images have the same names whatever their seed."""
+DRAWN_BY = ("seed", "image_px", "difficulty", "generator")
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
               zlib.error, struct.error)  # fmt: skip
 """What numpy raises at an npz that is cut, has flipped bytes, or is none."""
@@ -73,13 +78,19 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Any, *, sourc
     if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
         raise DataError(f"{source}: numbers that are not finite in float32; extract this image again")
     limits = np.array([*size, *size], dtype=np.float64)
-    wrong = (boxes < -OUTSIDE_PX).any(1) | (boxes > limits + OUTSIDE_PX).any(1) | (boxes[:, :2] > boxes[:, 2:]).any(1)
-    if wrong.any():
-        place = int(wrong.argmax())
-        raise DataError(
-            f"{source}: box {place} {np.round(boxes[place], 1).tolist()} is outside the image of "
-            f"{size[0]:g} x {size[1]:g} px; boxes are x0 y0 x1 y1 in pixels of that size"
-        )
+    outside = (boxes < -OUTSIDE_PX).any(1) | (boxes > limits + OUTSIDE_PX).any(1)
+    shares = np.full(len(boxes), boxes.max() <= 1 and limits.min() > 2)
+    for wrong, what in (
+        (outside, f"is outside the image of {size[0]:g} x {size[1]:g} px"),
+        ((boxes[:, :2] > boxes[:, 2:]).any(1), "ends before it begins"),
+        (shares, f"and all others lie in the first pixel of {size[0]:g} x {size[1]:g}, as shares of the image would"),
+    ):
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise DataError(
+                f"{source}: box {place} {np.round(boxes[place], 1).tolist()} {what}; boxes are x0 y0 x1 y1 in pixels "
+                "of the image's size"
+            )
     return Regions(features, (boxes.clip(0, limits) / limits).astype(np.float32))
 
 
@@ -115,10 +126,12 @@ def read_tsv_row(row: dict[str, str | None], file: Path) -> Regions:
             f"{source}: image_w, image_h or num_boxes is no number ({error}); fetch the file again"
         ) from None
     boxes, features = (_decoded(row[name] or "", name, source) for name in ("boxes", "features"))
-    if count < 1 or boxes.size != 4 * count or features.size % count:
+    if count < 1:
+        raise DataError(f"{source}: num_boxes is {count}; an image needs a region at least; drop its line")
+    if boxes.size != 4 * count or features.size % count:
         raise DataError(
-            f"{source}: num_boxes is {count}, but {boxes.size / 4:g} boxes and {features.size} numbers of features are "
-            "there; fetch the file again"
+            f"{source}: num_boxes is {count}, but {boxes.size / 4:g} boxes and {features.size} numbers of features "
+            "are there, read as float32; fetch the file again"
         )
     return checked_regions(features.reshape(count, -1), boxes.reshape(count, 4), size, source=source)
 
@@ -149,35 +162,54 @@ class RegionFiles:
                 "one npz for each image, as docs/families.md describes; of scenes and NLVR v1 `vpw regions` makes them"
             )
         self._lines = {} if self.source.is_dir() else _index(self.source)
+        self._drawn = _drawn_by(self.source / SCENES)
+        self._alike = {self.source}  # folders and zips of images that are known to be of these scenes
 
     def check(self, images: Iterable[ImageFile]) -> None:
-        """`DataError` where some images have no regions; nothing is read."""
+        """`DataError` where some images have no regions, or two names the same file; no regions are read."""
         known = dict.fromkeys(images)
         missing = [image.name for image in known if self._place(image) is None]
         if missing:
+            there = f"; it has {next(iter(self._lines))!r} and so on" if self._lines else ""
             raise DataError(
                 f"{self.source}: no features of {len(missing)} of {len(known)} images ({', '.join(missing[:3])}"
-                f"{', ...' if missing[3:] else ''}); extract them or drop their records"
+                f"{', ...' if missing[3:] else ''}); extract them or drop their records{there}"
             )
+        names: dict[Path | int, str] = {}
+        for image in known:
+            other = names.setdefault(self._place(image), image.name)
+            if other != image.name:
+                raise DataError(
+                    f"{self.source}: {other} and {image.name} would share one image's regions; lay them in folders "
+                    "as the images lie, or give the images names of their own"
+                )
+        for image in known:
+            self._check_scenes(image)
 
     def check_width(self) -> None:
-        """`DataError` where the first image that comes has features of another width."""
+        """`DataError` where the first image that comes has features of another width, or none is there."""
         if self.source.is_dir():
             names = (file.relative_to(self.source).as_posix() for file in self.source.rglob("[!.]*.npz"))
         else:
             names = (f"{name}.jpg" for name in self._lines)
-        for name in names:
-            self.regions(ImageFile(self.source, name))
-            return
+        first = next(iter(names), None)
+        if first is None:
+            raise DataError(f"{self.source}: holds no regions; give BUTD's tsv or a folder with one npz for each image")
+        self.regions(ImageFile(self.source, first))
 
-    def regions(self, image: ImageFile) -> Regions:
-        """Of one image; `DataError` where there are none, or of another width."""
+    def read(self, image: ImageFile) -> Regions:
+        """All of one image; `DataError` where there are none, where they are broken, or of another image."""
         place = self._place(image)
         if place is None:
             raise RegionsMissing(
                 f"{image}: no features of this image in {self.source}; extract them or drop its record"
             )
-        found = read_npz(place) if isinstance(place, Path) else self._line(place)
+        self._check_scenes(image)
+        return read_npz(place) if isinstance(place, Path) else self._line(place, _known_as(image.name))
+
+    def regions(self, image: ImageFile) -> Regions:
+        """The first ones of an image; `DataError` as of `read`, and where they are of another width."""
+        found = self.read(image)
         if found.features.shape[1] != self.width:
             raise DataError(
                 f"{self.source}: image {image.name}: features of {found.features.shape[1]} channels where the model "
@@ -201,23 +233,76 @@ class RegionFiles:
         if self.source.is_dir():
             name = Path(image.name).with_suffix(".npz")
             return next((file for file in (self.source / name, self.source / name.name) if file.exists()), None)
-        stem = Path(image.name).stem
-        number = OF_COCO.fullmatch(stem)
-        return self._lines.get(stem, self._lines.get(str(int(number[1]))) if number else None)
+        return self._lines.get(_known_as(image.name))
 
-    def _line(self, place: int) -> Regions:
+    def _line(self, place: int, name: str) -> Regions:
         with self.source.open("rb") as file:
             file.seek(place)
-            values = file.readline().decode(errors="replace").rstrip("\r\n").split("\t")
+            values = _text(file.readline()).rstrip("\r\n").split("\t")
+        if len(values) != len(TSV_FIELDS) or _known_as(values[0]) != name:
+            raise DataError(f"{self.source}: no longer what it was when it was opened, at image {name}; start again")
         return read_tsv_row(dict(zip(TSV_FIELDS, values, strict=True)), self.source)
+
+    def _check_scenes(self, image: ImageFile) -> None:
+        """`DataError` where image and regions are of different scenes, which have the same names."""
+        if self._drawn is None or image.folder in self._alike:
+            return
+        around = (image.folder, *image.folder.parents[:2])  # images.zip, nlvr2/images.zip
+        theirs = next((found for place in around if (found := _drawn_by(place / "settings.json"))), None)
+        if theirs not in (None, self._drawn):
+            other = ", ".join(f"{key} {self._drawn[key]}, not {theirs[key]}" for key in DRAWN_BY
+                              if self._drawn[key] != theirs[key])  # fmt: skip
+            raise DataError(
+                f"{self.source}: regions of other scenes ({other}) than {image}; make those of this set by `vpw "
+                "regions`, with the same preset, or its folder"
+            )
+        self._alike.add(image.folder)
+
+
+def check_regions(files: int | RegionFiles, records: Sequence[Picture | Example]) -> None:
+    """Refuse files without regions of some image, of other scenes, or of another width, by the first image's.
+
+    Parameters
+    ----------
+    files : what `input_of` gives
+        Pixels need no check.
+    """
+    if not isinstance(files, RegionFiles) or not records:
+        return
+    images = [image for one in records for image in (one.images if isinstance(one, Example) else (one.image,))]
+    files.check(images)
+    files.regions(images[0])
+
+
+def _known_as(name: str) -> str:
+    """An image by the name that a tsv has: no folder, no ending; of COCO's the number."""
+    stem = IMAGES.sub("", Path(name).name)
+    number = OF_COCO.fullmatch(stem)
+    return str(int(number[1])) if number else stem
+
+
+def _drawn_by(file: Path) -> dict[str, Any] | None:
+    """What generated scenes depend on, image by image; None where a folder holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {key: found[key] for key in DRAWN_BY}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").removeprefix("\ufeff")
 
 
 def _index(file: Path) -> dict[str, int]:
-    """Where the line of each image begins, in bytes."""
+    """Where the line of each image begins, in bytes; a line of field names and blank ones are passed over."""
     places, place = {}, 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            name = line.split(b"\t", 1)[0].decode(errors="replace")
+            begin, place = place, place + len(line)
+            name = _known_as(_text(line).split("\t", 1)[0])
+            if not line.strip() or name == TSV_FIELDS[0]:
+                continue
             if line.count(b"\t") != len(TSV_FIELDS) - 1:
                 raise DataError(
                     f"{file}: line {number} (image {name.strip():.40}) has {line.count(b'	') + 1} fields; BUTD's are "
@@ -225,13 +310,15 @@ def _index(file: Path) -> dict[str, int]:
                 )
             if name in places:
                 raise DataError(f"{file}: line {number}: image {name} for the second time; drop one of its lines")
-            places[name] = place
-            place += len(line)
+            places[name] = begin
+    if not places:
+        raise DataError(f"{file}: holds no regions; a tsv has a line of {', '.join(TSV_FIELDS)} for each image")
     return places
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(source: str, most: int, width: int) -> RegionFiles:
+def _opened(source: str, most: int, width: int, stamp: tuple[int, int]) -> RegionFiles:
+    """`stamp` is its time and size: a tsv that was written again is opened again."""
     return RegionFiles(source, most=most, width=width)
 
 
@@ -239,7 +326,9 @@ def input_of(visual: VisualSettings) -> int | RegionFiles:
     """What a visual side reads of an image: its pixels, squeezed to this side, or its regions."""
     if visual.kind.pixels:
         return visual.image_px
-    return _opened(visual.region_files, visual.regions, visual.region_width)
+    place = Path(visual.region_files).expanduser()
+    stamp = (place.stat().st_mtime_ns, place.stat().st_size) if place.is_file() else (0, 0)
+    return _opened(visual.region_files, visual.regions, visual.region_width, stamp)
 
 
 def real_tokens(images: Tensor, visual: VisualSettings) -> Tensor:

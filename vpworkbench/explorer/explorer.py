@@ -59,7 +59,7 @@ def explore(
     beside
         A second model, drawn under the first: before and after pre-training, masks by attention and at random.
     regions : str
-        Regions for a VisualBERT or LXMERT, as of `compare.open_model`.
+        Regions for models that read some, as of `compare.open_model`.
     pictures : int
         At most so many to choose from.
     views
@@ -76,7 +76,8 @@ def explore(
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join(ALL)}")
     names = ("model", "beside") if beside is not None else ("model",)
     given = (model, beside) if beside is not None else (model,)
-    subjects = [subject(one, name=name, regions=regions) for one, name in zip(given, names, strict=True)]
+    subjects = [subject(one, name=name, regions=regions, alone=len(given) == 1)
+                for one, name in zip(given, names, strict=True)]  # fmt: skip
     if len(subjects) == 2 and subjects[0].name == subjects[1].name:
         subjects = [Subject(f"{one.name} ({number})", one.opened, one.base, one.task)
                     for number, one in enumerate(subjects, start=1)]  # fmt: skip

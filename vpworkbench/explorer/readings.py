@@ -48,9 +48,15 @@ class Subject:
 
 
 def subject(
-    model: Subject | Opened | TaskModel | nn.Module | str | None, *, name: str = "model", regions: str = ""
+    model: Subject | Opened | TaskModel | nn.Module | str | None,
+    *,
+    name: str = "model",
+    regions: str = "",
+    alone: bool = True,
 ) -> Subject:
     """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
+
+    `regions` and `alone` as of `compare.open_model`; of models that are open already they stay as they are.
 
     Raises
     ------
@@ -67,7 +73,11 @@ def subject(
     if isinstance(model, VisualParsingModel):
         return Subject(name, Opened(name, model.eval(), model.prepare, 1), model)
     if isinstance(model, str) or model is None:
-        found = _fine_tuned(model or "") or open_model(model or "", regions=regions)
+        found: TaskModel | Opened | None = _fine_tuned(model or "")
+        if found is None:
+            found = open_model(model or "", regions=regions, alone=alone)
+        elif regions and (alone or not found.base.settings.visual.kind.pixels):
+            found.base.take_regions(regions)
         return subject(found, name=model or "shipped")
     if isinstance(model, Opened):
         return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
