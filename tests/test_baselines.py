@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():
     found = baselines(prepare_task(settings), settings)["val"]
     assert set(found) == {"most frequent", "text only", "image only", "text x pooled features"}
     assert found["most frequent"].interval().mean == pytest.approx(0.5)
+    assert found["text only"].interval().mean == pytest.approx(0.5)  # each statement is true of one pair, false of one
+    assert abs(found["image only"].interval().mean - 0.5) < 0.2
 
 
 @pytest.fixture
@@ -38,6 +41,18 @@ def coloured(tmp_path) -> list[Example]:
             examples.append(Example(f"{number}-{asked}", (ImageFile(image.parent, image.name),), f"is it {asked}?",
                                     "train", answers=("yes" if asked == name else "no",) * 10))  # fmt: skip
     return examples
+
+
+@pytest.mark.parametrize("alone, other", [("text only", "image only"), ("image only", "text only")])
+def test_words_and_image_alone_answer_what_they_can(coloured, model, alone, other):
+    """Whether red is asked for, or whether red is shown."""
+    shown = [coloured[number - number % 2].text for number in range(len(coloured))]
+    texts = [example.text for example in coloured] if alone == "text only" else shown
+    told = [replace(example, answers=("yes" if "red" in text else "no",) * 10)
+            for example, text in zip(coloured, texts, strict=True)]  # fmt: skip
+    prepared = PreparedTask({"train": told[:160], "val": told[160:]}, TaskModel(model, "vqa", ("no", "yes")))
+    found = {name: result.scores.mean() for name, result in baselines(prepared, few(task="vqa"))["val"].items()}
+    assert found[alone] > 0.95 and found[other] < 0.85
 
 
 def test_a_product_answers_what_neither_words_nor_image_can_alone(coloured, model):

@@ -33,6 +33,8 @@ from vpworkbench.config.families import FAMILIES, Family
 from vpworkbench.data.records import DataError, ImageFile, Picture
 from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, input_of, read_npz, write_regions
 from vpworkbench.data.scenes import COLOURS
+from vpworkbench.data.splits import scenes_folder
+from vpworkbench.explorer import explore
 from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
 from vpworkbench.fusion import Fusion, box_vector
 from vpworkbench.objectives import visual_mask
@@ -114,8 +116,9 @@ def test_nothing_else_branches_on_the_name_of_a_family():
     package = Path(__file__).parents[1] / "vpworkbench"
     name = """["'](?:swin|grid|patch|regions)["']"""  # (a sweep has a place of the name `grid`)
     named = re.compile(rf"""(?<!for )family\s*(?:[!=]=|in\b)\s*[("'\[{{]|{name}\s*[!=]=|(?<!place )[!=]=\s*{name}""")
-    found = [file.name for file in package.rglob("*.py") if named.search(file.read_text(encoding="utf-8"))]
-    assert found == []
+    files = [*package.rglob("*.py"), *(package.parent / "notebooks").glob("*.ipynb")]
+    texts = {file.name: file.read_text(encoding="utf-8").replace('\\"', '"') for file in files}
+    assert [name for name, text in texts.items() if named.search(text)] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ regions
@@ -364,8 +367,8 @@ def test_regions_have_boxes_in_the_place_of_positions():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder, scenes, tmp_path):
-    """By what the notebooks call: 01, 02, 00_tour, 03, and 04 with questions and with retrieval."""
+def test_every_family_is_saved_probed_explored_fine_tuned_and_reviewed(arm, region_folder, scenes, tmp_path):
+    """By what the notebooks call: 01, 02, 03, 05, 00_tour, and 04 with questions and with retrieval."""
     family, extra = ARMS[arm]
     settings = settings_of(family, "random", region_folder, **extra)
     run, prepared = open_run("01_pretrain", settings, name=f"same-{arm}"), prepare(settings)
@@ -376,6 +379,14 @@ def test_every_family_is_saved_probed_fine_tuned_and_reviewed(arm, region_folder
     pictures = [picture for picture in scenes if picture.split == "val"][:6]
     assert np.isfinite(probe(model, pictures, images=6).from_input).all()
     assert compare.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
+
+    view = explore(f"same-{arm}", pictures)
+    reading = view.readings[0]
+    assert reading.on_grid == FAMILIES[family].on_grid and len(reading.boxes) == len(reading.vision)
+    np.testing.assert_allclose(reading.attention.sum(dim=-1), 1, atol=1e-5)
+    view.pick(1, k=2)
+    assert view.masks.values
+    view.close()
 
     example = examples.take_apart(model, pictures[0], trained)
     assert (
@@ -582,8 +593,10 @@ def test_broken_npz_name_the_image(tmp_path):
 
 def test_what_regions_need_is_asked_before_any_work(tmp_path):
     for regions in ("", str(tmp_path / "nowhere")):
-        with pytest.raises(SettingsError, match=r"^regions: visual 'regions' needs region files, and .* is not there"):
-            pretrain_settings(visual="regions", regions=regions)
+        settings = pretrain_settings(visual="regions", regions=regions, overrides={"data.scenes.seed": 77})
+        with pytest.raises(DataError, match=r"^visual.region_files '.*': no such folder or tsv; give"):
+            prepare(settings)
+        assert not scenes_folder(settings.data.scenes).exists()
     with pytest.raises(SettingsError, match="^init_visual: the features of 'regions' are given"):
         pretrain_settings(visual="regions", regions=str(tmp_path), init_visual="scenes")
     with pytest.raises(SettingsError, match="^regions: visual 'swin' reads pixels"):

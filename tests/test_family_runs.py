@@ -197,8 +197,16 @@ def test_runs_of_table_5_alone_are_refused(runs_folder):
 
 def test_probes_of_an_earlier_version_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
-    Run(runs_folder / "02_probe" / "families-swin-random-0", None).write_summary(images=6)
-    with pytest.raises(SettingsError, match="families-swin-random-0: of an earlier version.*probe again"):
+    run = Run(runs_folder / "02_probe" / "families-swin-random-0", None)
+    whole = run.summary()
+    run.write_summary(images=6)
+    with pytest.raises(
+        SettingsError, match=r"02_probe.families-swin-random-0: of an earlier version, without .visual_tokens"
+    ):
+        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+    run.write_summary(**whole)
+    Run(runs_folder / "01_pretrain" / "families-swin-random-0", None).write_summary(visual_parameters=1)
+    with pytest.raises(SettingsError, match=r"01_pretrain.families-swin-random-0: of an earlier .*itm_accuracy"):
         family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
 
 
@@ -217,8 +225,9 @@ def test_runs_of_different_lengths_are_refused(runs_folder):
 
 
 def test_a_prefix_that_could_be_a_pattern_is_refused():
-    with pytest.raises(SettingsError, match="prefix"):
-        family_runs_settings(prefix="*")
+    for prefix in ("*", "fam*", "a/b", "../x", "x y", ""):
+        with pytest.raises(SettingsError, match="prefix"):
+            family_runs_settings(prefix=prefix)
 
 
 def test_the_readme_says_what_the_committed_runs_say():

@@ -23,6 +23,7 @@ from vpworkbench.config import (
     finetune_settings,
     pretrain_settings,
 )
+from vpworkbench.data.doctor import diagnose
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at, read_boxes
 from vpworkbench.data.records import DataError, Picture
@@ -144,6 +145,20 @@ def test_missing_regions_are_refused_before_training(regions, scenes, tmp_path):
         with pytest.raises(DataError, match=r"some: no features of \d of \d+ images"):
             prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few | {"regions": str(some)}))
         prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few))
+
+
+def test_the_doctor_reads_all_regions(regions, scenes, scenes_folder, tmp_path, capsys):
+    assert diagnose(scenes_folder, images=False, regions=str(regions)).is_sound
+    some = shutil.copytree(regions, tmp_path / "some")
+    lost, cut, wide = ((some / scenes[row].image.name).with_suffix(".npz") for row in (0, 7, 65))
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-30])
+    write_regions(wide, np.zeros((1, 24)), np.array([[0, 0, 5, 5]]), (9, 9))
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", str(scenes_folder), "--regions", str(some), "--no-images"])
+    told = capsys.readouterr().out
+    assert stopped.value.code == 1 and "3 errors" in told and "features of different widths, 16 of" in told
+    assert f"{cut}: no whole npz" in told and f"{scenes[0].image.name}: no features of this image" in told
 
 
 def test_a_set_without_true_boxes_is_one_clear_error(tmp_path, capsys):

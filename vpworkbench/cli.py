@@ -162,6 +162,7 @@ def doctor(
         str, typer.Option(help="minilm, a BERT's or a checkpoint's folder; default: built from the training texts")
     ] = "",
     answer_count: Annotated[int, typer.Option(help="VQA: questions that an answer stands for to be known")] = 9,
+    regions: Annotated[str, typer.Option(help="region files of the images, all of them read: npz or BUTD tsv")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 where it has errors."""
@@ -175,7 +176,7 @@ def doctor(
         raise SettingsError(f"--task {task}: no such task{nearest(task, LABELS)} (known: {', '.join(LABELS)})")
     found = diagnose(
         path, images=images, places=place or (), task=task,
-        text_tokens=text_tokens, tokenizer=tokenizer, answer_count=answer_count,
+        text_tokens=text_tokens, tokenizer=tokenizer, answer_count=answer_count, regions=regions,
     )  # fmt: skip
     print(json.dumps(found.to_json(), indent=2) if as_json else found)
     if not found.is_sound:

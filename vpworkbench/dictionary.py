@@ -1,7 +1,7 @@
 """SOHO's visual dictionary: a visual token becomes the nearest of so many codes, which follow what they stand for.
 
-Huang et al., *Seeing Out of tHe bOx* (CVPR 2021), Sec. 3.2. Codes are no parameters: after every optimiser step each
-moves to the mean of the tokens that took it, by a moving average.
+Huang et al., *Seeing Out of tHe bOx* (CVPR 2021), Sec. 3.2. Codes are no parameters: in every step, behind
+the backward pass, each moves to the mean of the tokens that took it, by a moving average.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class DualEncoder(nn.Module):
         self.projection = Projection(visual.width, text.config.hidden_size)
 
     def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
-        """Cosines, (image, text); uint8 images (image, 3, height, width), `words` and `word_tokens` (text, word)."""
+        """Cosines, (image, text); images as of `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
         return self.projection(self.pooled_images(images), self.pooled_texts(words, word_tokens))
 
     def pooled_images(self, images: Tensor) -> Tensor:

@@ -341,9 +341,9 @@ def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
             seed = re.fullmatch(rf"{re.escape(prefix)}-{arm}-(\d+)", folder.name)
             places = [root / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
             if seed and all((place / "summary.json").exists() for place in places):
-                trained, probed, tuned = (read_json(place / "summary.json") for place in places)
-                if "visual_tokens" not in probed:
-                    raise SettingsError(f"{folder}: of an earlier version, tells no tokens; remove it and probe again")
+                trained = _summary(places[0], *LEARNT)
+                probed = _summary(places[1], "visual_tokens", "words")
+                tuned = _summary(places[2], TEXT_ALONE)
                 score = Interval(*(np.array(tuned[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
                 costs = {name: trained.get(name) for name in Budget._fields} | _taught(root, prefix, ARMS[arm])
                 learnt = {name: trained[name] for name in LEARNT} | {"text_alone": tuned[TEXT_ALONE]["vqa_score"]}
@@ -353,6 +353,16 @@ def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
                               learnt)
                 )  # fmt: skip
     return runs
+
+
+def _summary(place: Path, *names: str) -> dict[str, Any]:
+    """What a run has told of itself; these names of all."""
+    summary = read_json(place / "summary.json")
+    if missing := [name for name in names if name not in summary]:
+        raise SettingsError(
+            f"{place}: of an earlier version, without {missing[0]!r} in its summary.json; remove it and run it again"
+        )
+    return summary
 
 
 def _taught(root: Path, prefix: str, arm: Arm) -> dict[str, float]:

@@ -130,7 +130,7 @@ class VisualParsingModel(nn.Module):
 
         Parameters
         ----------
-        images : uint8 Tensor, (image, 3, height, width)
+        images : uint8 Tensor, (image, 3, height, width), or packed regions
         words : int64 Tensor, (text, word)
         word_tokens : bool Tensor, (text, word)
         image_index : int64 Tensor or None, (text,)

@@ -26,7 +26,7 @@ class VisualTokens(NamedTuple):
     Attributes
     ----------
     features : Tensor, (image, vision, channel)
-        V of paper Eq. 1; token i = row * grid + column.
+        V of paper Eq. 1; on a whole grid token i = row * grid + column.
     parsing : Tensor or None, (image, head, vision, vision)
         Attention of the parser's last block, rows summing to 1; None for families without one.
     tokens : bool Tensor or None, (image, vision)

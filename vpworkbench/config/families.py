@@ -18,8 +18,9 @@ class Family:
     Attributes
     ----------
     network : class or str
-        Called with the `VisualSettings`, gives a module that maps a batch of images to `VisualTokens`; as
-        `module:class` it is imported where a model is built, not where settings are read.
+        Called with the `VisualSettings`, gives a module that maps a batch of images to `VisualTokens`, with these as
+        `settings` and `width`, the channels of a token; as `module:class` it is imported where a model is built, not
+        where settings are read.
     step : callable or None
         Pixels from one token to the next, by the settings; None for tokens on no grid: they are `visual.regions` at
         most, and come with boxes, which the fusion embeds and the explorer draws (0 0 1 1 for one without a place).

@@ -84,13 +84,6 @@ def pretrain_settings(
         sizes = base.with_overrides(values | plain).visual.sized(visual_tokens)
         overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
     settings = base.with_overrides(values | overrides)
-    files = settings.visual.region_files
-    if not kind.pixels and not (files and Path(files).expanduser().exists()):
-        raise SettingsError(
-            f"regions: visual {visual!r} needs region files, and {files!r} is not there; give a folder "
-            "with one npz for each image or BUTD's tsv (docs/families.md); of scenes and NLVR v1 `vpw regions` "
-            "makes them"
-        )
     if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
         return settings
     return settings.with_overrides({"data.scenes.images": _scenes_seen(settings.data.scenes, settings.train)})

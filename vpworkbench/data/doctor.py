@@ -94,6 +94,7 @@ def diagnose(
     text_tokens: int = 40,
     tokenizer: str = "",
     answer_count: int = 9,
+    regions: str = "",
 ) -> Diagnosis:
     """Examine a set: every record, every image, the splits against each other.
 
@@ -114,6 +115,8 @@ def diagnose(
         without `init_text` builds it.
     answer_count : int
         VQA: of how many questions of training and validation an answer must be the one to be in the vocabulary.
+    regions : str
+        Region files of these images, a folder of npz or a BUTD tsv: every image's are read.
 
     Raises
     ------
@@ -126,6 +129,8 @@ def diagnose(
         unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
         raise DataError(f"{path}: no set of a known format there; name an annotation file{unread}")
     files = dict.fromkeys(image for records in kinds.values() for record in records for image in images_of(record))
+    if regions:
+        _read_regions(list(files), regions, found)
     readable = _readable(list(files), images, found)
     content = {image: image for image in files} | image_contents(readable)
     for kind, records in kinds.items():
@@ -210,6 +215,26 @@ def _readable(files: Sequence[ImageFile], decode: bool, found: Diagnosis) -> lis
                     good.append(image)
                 bar.update()
     return good
+
+
+def _read_regions(images: Sequence[ImageFile], place: str, found: Diagnosis) -> None:
+    """Images without regions, those that are broken, and features of several widths are errors."""
+    from vpworkbench.data.regions import RegionFiles  # torch comes with it
+
+    try:
+        files = RegionFiles(place)
+    except DataError as error:
+        found.errors.append(str(error))
+        return
+    widths: dict[int, ImageFile] = {}
+    for image in tqdm(images, "reading regions", unit=" images", delay=2):
+        try:
+            widths.setdefault(files.read(image).features.shape[1], image)
+        except DataError as error:
+            found.errors.append(str(error))
+    if len(widths) > 1:
+        told = ", ".join(f"{width} of {image.name}" for width, image in widths.items())
+        found.errors.append(f"{place}: features of different widths, {told}; a model takes one")
 
 
 def _decode(image: ImageFile) -> str:

@@ -151,10 +151,10 @@ class RegionFiles:
     source : str or Path
         A folder of npz, `<name of the image>.npz`, or a tsv, whose `image_id` is that name; of COCO's, its number.
     most, width : int
-        Regions of an image, the first ones of its file; channels of a feature.
+        Regions of an image, the first ones of its file; channels of a feature. Only `read` does without.
     """
 
-    def __init__(self, source: str | Path, *, most: int, width: int) -> None:
+    def __init__(self, source: str | Path, *, most: int = 0, width: int = 0) -> None:
         self.source, self.most, self.width = Path(source).expanduser(), most, width
         if not str(source) or not self.source.exists():
             raise DataError(
