@@ -134,6 +134,8 @@ def test_the_same_model_twice_keeps_two_names():
 def test_what_is_no_model_is_refused_before_any_is_probed(tmp_path):
     with pytest.raises(CheckpointError, match="no finished pre-training run at /nowhere.*transformers"):
         compare.open_models(["", "/nowhere"])
+    with pytest.raises(CheckpointError, match=r"no finished .* at tiny-atention .*not in its local cache .*OWNER/NAME"):
+        compare.open_model("tiny-atention")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "lxmert", "architectures": ["LxmertModel"]}))
     wanted = "lxmert takes regions, not pixels, and none are given: give `regions`.*2048 channels"
     with pytest.raises(CheckpointError, match=wanted):

@@ -86,7 +86,7 @@ def open_model(source: str, *, regions: str = "", alone: bool = True) -> Opened:
     ----------
     source : str
         Empty: the tiny model that ships. A name of transformers is looked for in its local cache and, where there is a
-        network, on the hub.
+        network and the name is OWNER/NAME, on the hub.
     regions : str
         For models that read regions: a folder of npz or a BUTD tsv, as of `visual.region_files`; empty: of VisualBERT
         and LXMERT none, of ours those that it was trained with.
@@ -252,25 +252,29 @@ def _is_transformers(source: str) -> bool:
 
 def _of_transformers(source: str, regions: str) -> Opened:
     place = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
+    where = {"local_files_only": "/" not in place}  # a mistyped run is not asked of the hub
     try:
-        config = transformers.AutoConfig.from_pretrained(place)
+        config = transformers.AutoConfig.from_pretrained(place, **where)
         kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
         if config.model_type in ENCODERS:
             kind = transformers.AutoModel
         if config.model_type in TAKES_REGIONS:
             files = _regions_for(source, config, regions)
-            processor = transformers.AutoTokenizer.from_pretrained(place)
+            processor = transformers.AutoTokenizer.from_pretrained(place, **where)
         else:
-            processor = transformers.AutoProcessor.from_pretrained(place)
+            processor = transformers.AutoProcessor.from_pretrained(place, **where)
         tokenizer = getattr(processor, "tokenizer", processor)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of no words where none is saved
             raise OSError("no vocabulary is saved there")
-        model = kind.from_pretrained(place, dtype="auto").eval()
+        model = kind.from_pretrained(place, dtype="auto", **where).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, CheckpointError | DataError):
             raise
+        reason = str(error).splitlines()[0][:200]
+        if where["local_files_only"] and isinstance(error, OSError):
+            reason = "not in its local cache (names of the hub are OWNER/NAME)"
         raise CheckpointError(
-            f"{source}: {str(error).splitlines()[0][:200]}; a folder of transformers holds the model and its processor "
+            f"{source}: {reason}; a folder of transformers holds the model and its processor "
             "or tokenizer, each saved there by save_pretrained"
         ) from None
     name = Path(source).name
