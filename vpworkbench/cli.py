@@ -130,7 +130,7 @@ def regions(
     source: Annotated[str, typer.Argument(help="'scenes', the folder of generated scenes, or of NLVR v1")],
     folder: Annotated[Path, typer.Argument(help="made; what visual.region_files names. The same call goes on")],
     preset: Annotated[str, typer.Option(help="whose scenes: those that 01_pretrain generates")] = "tiny",
-    epochs: Annotated[float, typer.Option(help="passes over the scenes: as many as a parser was given; 1 for a look")] = 8,
+    epochs: Annotated[float, typer.Option(help="passes over the scenes: as a parser was given; 1 for a look")] = 8,
     images: Annotated[int, typer.Option(help="scenes; 0: the preset's, of tiny 12,000")] = 0,
     width: Annotated[int, typer.Option(help="channels of a feature")] = 128,
     seed: Annotated[int, typer.Option(help="of weights, order and mirroring")] = 0,
