@@ -532,10 +532,16 @@ def test_a_tsv_that_is_written_again_gives_no_other_images_features(tmp_path):
 def test_two_images_that_would_share_a_file_are_refused(tmp_path):
     write_regions(tmp_path / "1.npz", np.zeros((1, WIDTH)), np.array([[0, 0, 5, 5]]), (9, 9))
     files = RegionFiles(tmp_path, most=3, width=WIDTH)
-    images = [ImageFile(Path("images"), name) for name in ("train/1.jpg", "val/1.jpg")]
-    files.check(images[:1])
-    with pytest.raises(DataError, match="train/1.jpg and val/1.jpg would share one image's regions"):
+    images = [ImageFile(tmp_path / "images", name) for name in ("train/1.jpg", "val/1.jpg")]
+    for image in images:
+        (image.folder / image.name).parent.mkdir(parents=True)
+        (image.folder / image.name).write_bytes(b"one")
+    files.check(images)  # two sets that have the same image
+    (image.folder / image.name).write_bytes(b"another")
+    with pytest.raises(DataError, match="train/1.jpg and .*val/1.jpg would share one image's regions"):
         files.check(images)
+    coco = RegionFiles(tsv(tmp_path / "a.tsv"), most=3, width=WIDTH)
+    coco.check([PHOTO, ImageFile(Path("images"), f"val2014/{PHOTO.name}")])
 
 
 @pytest.mark.parametrize("change, message",

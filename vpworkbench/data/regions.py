@@ -167,21 +167,21 @@ class RegionFiles:
 
     def check(self, images: Iterable[ImageFile]) -> None:
         """`DataError` where some images have no regions, or two names the same file; no regions are read."""
-        known = dict.fromkeys(images)
-        missing = [image.name for image in known if self._place(image) is None]
+        known = {image: self._place(image) for image in dict.fromkeys(images)}
+        missing = [image.name for image, place in known.items() if place is None]
         if missing:
             there = f"; it has {next(iter(self._lines))!r} and so on" if self._lines else ""
             raise DataError(
                 f"{self.source}: no features of {len(missing)} of {len(known)} images ({', '.join(missing[:3])}"
                 f"{', ...' if missing[3:] else ''}); extract them or drop their records{there}"
             )
-        names: dict[Path | int, str] = {}
-        for image in known:
-            other = names.setdefault(self._place(image), image.name)
-            if other != image.name:
+        sharing: dict[Path | int | None, ImageFile] = {}
+        for image, place in known.items():
+            other = sharing.setdefault(place, image)
+            if other.name != image.name and not _are_same(other, image):
                 raise DataError(
-                    f"{self.source}: {other} and {image.name} would share one image's regions; lay them in folders "
-                    "as the images lie, or give the images names of their own"
+                    f"{self.source}: {other} and {image} would share one image's regions; lay them in folders as the "
+                    "images lie, or give the images names of their own"
                 )
         for image in known:
             self._check_scenes(image)
@@ -279,6 +279,16 @@ def _known_as(name: str) -> str:
     stem = IMAGES.sub("", Path(name).name)
     number = OF_COCO.fullmatch(stem)
     return str(int(number[1])) if number else stem
+
+
+def _are_same(one: ImageFile, other: ImageFile) -> bool:
+    """Whether two sets have the same image in different folders: by its number in COCO, else by its content."""
+    if OF_COCO.fullmatch(Path(one.name).stem):
+        return True
+    try:
+        return one.glimpse() == other.glimpse()
+    except (DataError, KeyError):
+        return True  # without pixels nobody can tell
 
 
 def _drawn_by(file: Path) -> dict[str, Any] | None:
