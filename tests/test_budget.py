@@ -6,7 +6,7 @@ import pytest
 from conftest import narrow_model
 
 from vpworkbench import compare
-from vpworkbench.budget import budget, budgets
+from vpworkbench.budget import budget, budgets, short
 from vpworkbench.config import ModelSettings, preset
 from vpworkbench.model import VisualParsingModel
 
@@ -22,6 +22,12 @@ def test_products_of_the_fusion_and_of_patches_by_hand(scenes):
     assert found.multiply_adds == found.visual_multiply_adds + m * c * d + 2 * layer
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert (found.visual_tokens, found.words) == (36, n) and "36 visual tokens" in str(found)
+
+
+def test_numbers_are_short():
+    assert [short(number) for number in (0, 36, 3.3125, 0.35379, 147_648, 1_209_186, 4.5e9)] == [
+        "0", "36", "3.31", "0.354", "148 k", "1.21 M", "4.5 G"
+    ]  # fmt: skip
 
 
 def test_regions_cost_nothing_but_their_embedding(scenes):

@@ -39,11 +39,11 @@ class Budget(NamedTuple):
     words: int
 
     def __str__(self) -> str:
-        side = "" if self.visual_parameters is None else f"{_short(self.visual_parameters)} of them visual"
-        work = "" if self.visual_multiply_adds is None else f"{_short(self.visual_multiply_adds)} of them visual"
+        side = "" if self.visual_parameters is None else f"{short(self.visual_parameters)} of them visual"
+        work = "" if self.visual_multiply_adds is None else f"{short(self.visual_multiply_adds)} of them visual"
         tokens = f"{self.words} words" + (f" and {self.visual_tokens} visual tokens" if self.visual_tokens else "")
         return (
-            f"{_short(self.parameters)} parameters{f' ({side})' * bool(side)}, {_short(self.multiply_adds)} "
+            f"{short(self.parameters)} parameters{f' ({side})' * bool(side)}, {short(self.multiply_adds)} "
             f"multiply-adds{f' ({work})' * bool(work)} for {tokens}"
         )
 
@@ -113,8 +113,9 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _short(number: int) -> str:
+def short(number: float) -> str:
+    """Three digits, and a letter for thousands, millions or milliards: 1209186 is `1.21 M`."""
     for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
-    return str(number)
+    return f"{number:.3g}"
