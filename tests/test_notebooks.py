@@ -31,7 +31,16 @@ LEFT = {
     "04_finetune": {"summary.json", "predictions-test.json", "scores.html", "scores-test.html", "answers.html"},
     "05_explore_masks": {"summary.json", "explorer.html", "masks.csv"},
     "06_runs": {"runs.csv", "curves.html"},
-    "08_families": {"calls.sh", "runs.csv", "budgets.csv", "table-5.csv", "flow.html", "nmi.html", "score.html"},
+    "08_families": {
+        "calls.sh",
+        "runs.csv",
+        "budgets.csv",
+        "table-5.csv",
+        "flow.html",
+        "nmi.html",
+        "score.html",
+        "table-5.html",
+    },
 }
 """What each notebook leaves in its run's folder."""
 FEW = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}

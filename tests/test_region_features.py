@@ -106,6 +106,11 @@ def test_regions_of_other_scenes_are_refused(regions, tmp_path):
             prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few))
     with pytest.raises(DataError, match="regions of other scenes"):
         compare.open_model(str(run)).prepare(other[:1], ["a ball"])
+    earlier = shutil.copytree(regions, tmp_path / "earlier")
+    (earlier / "scenes.json").unlink()  # as earlier versions left it
+    for place in (earlier, regions):
+        with pytest.raises(DataError, match="regions of other scenes"):
+            compare.open_model(str(run), regions=str(place)).prepare(other[:1], ["a ball"])
     make_regions(tmp_path / "theirs", settings(scenes=SCENES.model_copy(update={"seed": 5})), progress=False)
     subject = compare.open_model(str(run), regions=str(tmp_path / "theirs"))
     assert subject.prepare(other[:1], ["a ball"]).vision.sum() == min(3, len(other[0].scene.things))

@@ -114,7 +114,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def short(number: float) -> str:
-    """Three digits, and a letter for thousands, millions or milliards: 1209186 is `1.21 M`."""
+    """Three digits, and a letter for thousands, millions or billions: 1209186 is `1.21 M`."""
     for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

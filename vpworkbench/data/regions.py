@@ -162,7 +162,7 @@ class RegionFiles:
                 "one npz for each image, as docs/families.md describes; of scenes and NLVR v1 `vpw regions` makes them"
             )
         self._lines = {} if self.source.is_dir() else _index(self.source)
-        self._drawn = _drawn_by(self.source / SCENES)
+        self._drawn = _drawn_by(_read_json(self.source / SCENES)) or _drawn_in(_read_json(self.source / "config.json"))
         self._alike = {self.source}  # folders and zips of images that are known to be of these scenes
 
     def check(self, images: Iterable[ImageFile]) -> None:
@@ -248,7 +248,8 @@ class RegionFiles:
         if self._drawn is None or image.folder in self._alike:
             return
         around = (image.folder, *image.folder.parents[:2])  # images.zip, nlvr2/images.zip
-        theirs = next((found for place in around if (found := _drawn_by(place / "settings.json"))), None)
+        told = (_drawn_by(_read_json(place / "settings.json")) for place in around)
+        theirs = next(filter(None, told), None)
         if theirs not in (None, self._drawn):
             other = ", ".join(f"{key} {self._drawn[key]}, not {theirs[key]}" for key in DRAWN_BY
                               if self._drawn[key] != theirs[key])  # fmt: skip
@@ -291,12 +292,26 @@ def _are_same(one: ImageFile, other: ImageFile) -> bool:
         return True  # without pixels nobody can tell
 
 
-def _drawn_by(file: Path) -> dict[str, Any] | None:
-    """What generated scenes depend on, image by image; None where a folder holds none."""
+def _drawn_by(settings: Any) -> dict[str, Any] | None:
+    """What generated scenes depend on, image by image, of their settings; None where these are of something else."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return {key: found[key] for key in DRAWN_BY}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {key: settings[key] for key in DRAWN_BY}
+    except (KeyError, TypeError):
+        return None
+
+
+def _drawn_in(config: Any) -> dict[str, Any] | None:
+    """The same of a run of `vpw regions` before it wrote `SCENES`: where it made the regions of its own scenes."""
+    try:
+        return _drawn_by(config["settings"]["scenes"]) if config["settings"]["source"] == "scenes" else None
+    except (KeyError, TypeError):
+        return None
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
