@@ -28,7 +28,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 1280, "height": 800}
 WAIT_MS = 120_000  # patience where other work runs beside
 SETTINGS = {  # no news from outside, nothing that covers the page
-    "notification": {"fetchNews": "false", "checkForUpdates": False},
+    "notification": {"fetchNews": "false", "checkForUpdates": False}
 }
 
 

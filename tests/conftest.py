@@ -15,14 +15,14 @@ import pytest
 import torch
 from pydantic import Field
 
-from vpworkbench.config import DataSettings, FusionSettings, ModelSettings, Settings, VisualSettings
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.records import Picture
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.scenes import SceneSettings
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.words import build_tokenizer
 from vpworkbench.runs import Run, open_run
+from vpworkbench.scenes.scene import SceneSettings
+from vpworkbench.scenes.write import write_scenes
+from vpworkbench.settings import DataSettings, FusionSettings, ModelSettings, Settings, VisualSettings
 
 SCENES = SceneSettings(images=60, val=20, test=10)
 

@@ -12,12 +12,12 @@ from miniatures import picture
 from scipy import stats
 from test_tasks import few
 
-from vpworkbench.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
 from vpworkbench.data.nlvr1 import Item
 from vpworkbench.data.records import Example, ImageFile
-from vpworkbench.finetune import PreparedTask, prepare_task
 from vpworkbench.runs import open_run
-from vpworkbench.tasks import METRICS, TaskModel
+from vpworkbench.studies.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
+from vpworkbench.tasks.model import METRICS, TaskModel
+from vpworkbench.train.finetune import PreparedTask, prepare_task
 
 
 def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():

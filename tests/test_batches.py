@@ -9,11 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from torch.utils.data import DataLoader
 
-from vpworkbench.config import DataSettings, PretrainSettings
 from vpworkbench.data.batches import IGNORE, GroupBatches, mask_words
-from vpworkbench.data.records import DataError, Picture
-from vpworkbench.pretrain import Pretraining, group_batches
-from vpworkbench.visual import VisualTokens
+from vpworkbench.data.records import Picture
+from vpworkbench.errors import DataError
+from vpworkbench.model.visual import VisualTokens
+from vpworkbench.settings import DataSettings, PretrainSettings
+from vpworkbench.train.pretrain import Pretraining, group_batches
 
 
 def groups(model, scenes, **settings):

@@ -8,8 +8,9 @@ import pytest
 from miniatures import SNLI_VE, coco, karpathy, nlvr1, nlvr2, snli_ve, table, visual_genome, vqa
 
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError, collected_findings
+from vpworkbench.data.records import collected_findings
 from vpworkbench.data.task_formats import answers_beside, read_nlvr1, read_nlvr2, read_snli_ve, read_table, read_vqa
+from vpworkbench.errors import DataError
 
 
 def read_questions(path):

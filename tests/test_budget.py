@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from conftest import narrow_model
 
-from vpworkbench import compare
-from vpworkbench.budget import budget, budgets, short
-from vpworkbench.config import ModelSettings, preset
-from vpworkbench.model import VisualParsingModel
+from vpworkbench.model.budget import budget, budgets, short
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.settings import ModelSettings, preset
+from vpworkbench.studies import compare
 
 
 def test_products_of_the_fusion_and_of_patches_by_hand(scenes):

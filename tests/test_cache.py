@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.config import DataSettings
 from vpworkbench.data.batches import stack_files
 from vpworkbench.data.cache import PixelCache
-from vpworkbench.data.records import DataError, ImageFile
-from vpworkbench.pretrain import group_batches
+from vpworkbench.data.records import ImageFile
+from vpworkbench.errors import DataError
+from vpworkbench.settings import DataSettings
+from vpworkbench.train.pretrain import group_batches
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ import pytest
 import torch
 import transformers as hf
 
-from vpworkbench import compare
-from vpworkbench.config import SettingsError, compare_settings
-from vpworkbench.data.records import DataError, ImageFile
+from vpworkbench.data.records import ImageFile
 from vpworkbench.data.regions import write_regions
-from vpworkbench.execution import run_notebook
+from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.explorer import explore
-from vpworkbench.model import CheckpointError
-from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.jobs.notebooks import run_notebook
+from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import check
 from vpworkbench.probes.dataset import Probed
+from vpworkbench.settings import compare_settings
+from vpworkbench.studies import compare
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.5)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from vpworkbench.config import (
+from vpworkbench.errors import SettingsError
+from vpworkbench.settings import (
     PRESETS,
     PretrainSettings,
-    SettingsError,
     finetune_settings,
     pretrain_settings,
     probe_settings,

@@ -10,13 +10,14 @@ import torch
 from conftest import narrow_model
 from torch.nn import functional
 
-from vpworkbench.config import SettingsError, VisualSettings, checked, pretrain_settings
-from vpworkbench.dictionary import DECAY, Dictionary
-from vpworkbench.objectives import code_mask, masked_visual_modeling
-from vpworkbench.pretrain import Pretraining, group_batches, prepare, pretrain
-from vpworkbench.processes import Processes
+from vpworkbench.errors import SettingsError
+from vpworkbench.losses import code_mask, masked_visual_modeling
+from vpworkbench.model.dictionary import DECAY, Dictionary
 from vpworkbench.runs import open_run
-from vpworkbench.train import accumulate_gradients
+from vpworkbench.settings import VisualSettings, checked, pretrain_settings
+from vpworkbench.train.engine import accumulate_gradients
+from vpworkbench.train.pretrain import Pretraining, group_batches, prepare, pretrain
+from vpworkbench.train.processes import Processes
 
 ALONE = Processes(torch.device("cpu"))
 

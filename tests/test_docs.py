@@ -16,14 +16,8 @@ import typer
 from pydantic import BaseModel
 
 from vpworkbench.cli import app
-from vpworkbench.config import (
-    CompareSettings,
-    PretrainSettings,
-    ProbeSettings,
-    VisualInitSettings,
-    finetune_settings,
-)
-from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench.jobs.notebooks import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings, finetune_settings
 
 REPOSITORY = Path(__file__).parents[1]
 STATUSES = {"stated", "inferred", "ours", "not yet"}

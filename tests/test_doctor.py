@@ -11,7 +11,7 @@ from test_broken_records import PAIRS, QUESTIONS, RELATIONS
 
 from vpworkbench.cli import main
 from vpworkbench.data.doctor import diagnose
-from vpworkbench.data.records import DataError
+from vpworkbench.errors import DataError
 
 
 def test_generated_scenes_are_sound(scenes_folder):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.config import finetune_settings
 from vpworkbench.data.records import Picture
-from vpworkbench.dual import (
+from vpworkbench.runs import open_run
+from vpworkbench.settings import finetune_settings
+from vpworkbench.train.dual import (
     DualBatches,
     DualEncoder,
     Projection,
@@ -20,9 +21,8 @@ from vpworkbench.dual import (
     max_of_hinges,
     symmetric_contrastive,
 )
-from vpworkbench.finetune import finetune, prepare_task
-from vpworkbench.retrieval import RetrievalBatches, captions_of, owners_of
-from vpworkbench.runs import open_run
+from vpworkbench.train.finetune import finetune, prepare_task
+from vpworkbench.train.retrieval import RetrievalBatches, captions_of, owners_of
 
 
 def batches(model, pictures, images=6, **options):

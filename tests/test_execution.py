@@ -8,10 +8,10 @@ import papermill
 import pytest
 from conftest import SmallSettings
 
-from vpworkbench import execution
-from vpworkbench.config import Settings, SettingsError
-from vpworkbench.execution import check_parameters, parse_parameters, run_notebook
-from vpworkbench.runs import RunError
+from vpworkbench.errors import RunError, SettingsError
+from vpworkbench.jobs import notebooks as execution
+from vpworkbench.jobs.notebooks import check_parameters, parse_parameters, run_notebook
+from vpworkbench.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 
@@ -122,7 +122,7 @@ stumble: str = ""  # while this file exists, the last cell fails
 """
 OPEN = """
 from pathlib import Path
-from vpworkbench.config import Settings
+from vpworkbench.settings import Settings
 from vpworkbench.runs import open_run
 class Small(Settings):
     seed: int = 0

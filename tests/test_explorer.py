@@ -27,15 +27,16 @@ from PIL import Image
 from plotly.callbacks import Points
 from test_explorer_readings import llava, vilt, wide_model
 
-from vpworkbench.compare import Opened
-from vpworkbench.config import pretrain_settings
-from vpworkbench.data.records import DataError, ImageFile, Picture
+from vpworkbench.data.records import ImageFile, Picture
 from vpworkbench.data.regions import write_regions
-from vpworkbench.examples import fill_mask, mask_errors, match_probability, pick_objects, token_objects
+from vpworkbench.errors import DataError
 from vpworkbench.explorer import Explorer, explore, still
 from vpworkbench.explorer.widgets import Panels, Save
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.tasks import TaskModel
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.settings import pretrain_settings
+from vpworkbench.studies.compare import Opened
+from vpworkbench.studies.examples import fill_mask, mask_errors, match_probability, pick_objects, token_objects
+from vpworkbench.tasks.model import TaskModel
 
 EVIL = '<img src=x onerror="hacked()">'
 

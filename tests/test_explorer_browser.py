@@ -28,8 +28,8 @@ from browser import (  # fixtures are found by name in the module
 from PIL import Image
 
 from vpworkbench.data.records import Picture
-from vpworkbench.examples import parsing_attention
-from vpworkbench.pretrain import load_run
+from vpworkbench.studies.examples import parsing_attention
+from vpworkbench.train.pretrain import load_run
 
 pytestmark = pytest.mark.browser
 __all__ = ["browser", "jupyter", "screenshots"]
@@ -593,7 +593,7 @@ import copy
 import torch
 
 from vpworkbench.explorer import explore
-from vpworkbench.pretrain import load_run
+from vpworkbench.train.pretrain import load_run
 
 model, _ = load_run()
 other = copy.deepcopy(model)

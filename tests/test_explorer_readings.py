@@ -12,16 +12,16 @@ from conftest import narrow_model
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
-from vpworkbench.compare import Opened, Prepared
-from vpworkbench.config import FusionSettings, ModelSettings, VisualSettings
 from vpworkbench.data.records import Picture
 from vpworkbench.explorer import readings as module
 from vpworkbench.explorer.readings import Reading, Subject, read, same_boxes, subject
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_masks
 from vpworkbench.probes.geometry import grid_boxes
-from vpworkbench.tasks import TaskModel
+from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
+from vpworkbench.studies.compare import Opened, Prepared
+from vpworkbench.tasks.model import TaskModel
 
 IMAGE = 90  # id of an image place
 ENCODER = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

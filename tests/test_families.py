@@ -16,34 +16,35 @@ from conftest import narrow_model
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
-from vpworkbench import compare, examples, figures
-from vpworkbench.baselines import baselines
-from vpworkbench.budget import budget
-from vpworkbench.config import (
+from vpworkbench import figures
+from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, input_of, read_npz, write_regions
+from vpworkbench.data.splits import scenes_folder
+from vpworkbench.errors import DataError, SettingsError
+from vpworkbench.explorer import explore
+from vpworkbench.losses import visual_mask
+from vpworkbench.model.budget import budget
+from vpworkbench.model.fusion import Fusion, box_vector
+from vpworkbench.model.visual import VisualTokens, build_visual
+from vpworkbench.probes.geometry import modality_masks
+from vpworkbench.runs import open_run
+from vpworkbench.scenes.scene import COLOURS
+from vpworkbench.settings import (
     PRESETS,
     FusionSettings,
-    SettingsError,
     VisualSettings,
     checked,
     finetune_settings,
     pretrain_settings,
     visual_init_settings,
 )
-from vpworkbench.config.families import FAMILIES, Family
-from vpworkbench.data.records import DataError, ImageFile, Picture
-from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, input_of, read_npz, write_regions
-from vpworkbench.data.scenes import COLOURS
-from vpworkbench.data.splits import scenes_folder
-from vpworkbench.explorer import explore
-from vpworkbench.finetune import evaluate_split, finetune, load_task, prepare_task
-from vpworkbench.fusion import Fusion, box_vector
-from vpworkbench.objectives import visual_mask
-from vpworkbench.pretrain import Pretraining, group_batches, load_run, prepare, pretrain, probe
-from vpworkbench.probes.geometry import modality_masks
-from vpworkbench.review import review
-from vpworkbench.runs import open_run
-from vpworkbench.visual import VisualTokens, build_visual
-from vpworkbench.visual_init import token_labels
+from vpworkbench.settings.families import FAMILIES, Family
+from vpworkbench.studies import compare, examples
+from vpworkbench.studies.baselines import baselines
+from vpworkbench.studies.review import review
+from vpworkbench.train.finetune import evaluate_split, finetune, load_task, prepare_task
+from vpworkbench.train.pretrain import Pretraining, group_batches, load_run, prepare, pretrain, probe
+from vpworkbench.train.scene_labels import token_labels
 
 WIDTH = 12
 

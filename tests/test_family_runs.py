@@ -12,20 +12,16 @@ import torch
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpworkbench import family_runs, figures
-from vpworkbench.config import (
-    RegionSettings,
-    SettingsError,
-    VisualSettings,
-    family_runs_settings,
-    finetune_settings,
-)
-from vpworkbench.execution import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench import figures
+from vpworkbench.errors import SettingsError
+from vpworkbench.jobs.notebooks import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench.model.visual import build_visual
 from vpworkbench.probes.dataset import SPANS, Probed
-from vpworkbench.probes.intervals import Interval
-from vpworkbench.region_features import RegionNetwork
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
-from vpworkbench.visual import build_visual
+from vpworkbench.settings import RegionSettings, VisualSettings, family_runs_settings, finetune_settings
+from vpworkbench.stats import Interval
+from vpworkbench.studies import families as family_runs
+from vpworkbench.train.region_features import RegionNetwork
 
 
 def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):

@@ -16,9 +16,9 @@ from PIL import Image
 
 from vpworkbench import figures
 from vpworkbench.figures import style, training
-from vpworkbench.probes.intervals import Interval, bootstrap_interval
-from vpworkbench.retrieval import RetrievalResult
-from vpworkbench.review import Reviewed
+from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.studies.review import Reviewed
+from vpworkbench.train.retrieval import RetrievalResult
 
 GRID = 4
 HOSTILE = '<img src=x onerror="alert(1)"> & $x^2$'
@@ -194,11 +194,7 @@ def test_pictures_embeds_the_pixels_and_places_them_side_by_side():
 
 def test_pictures_shows_captions_as_text():
     figure = figures.pictures([image()], [[HOSTILE, "a & b"]])
-    assert [part.strip() for part in texts(figure).replace("<br>", " ").split("•")] == [
-        "",
-        SHOWN,
-        "a &amp; b",
-    ]
+    assert [part.strip() for part in texts(figure).replace("<br>", " ").split("•")] == ["", SHOWN, "a &amp; b"]
 
 
 def test_a_wrapped_caption_keeps_its_entities_whole():
@@ -311,7 +307,7 @@ def test_held_out_draws_means_intervals_and_chance():
 
 
 def test_held_out_has_the_fields_of_pretrain():
-    from vpworkbench import pretrain
+    from vpworkbench.train import pretrain
 
     assert pretrain.HeldOut._fields == HeldOut._fields
     assert pretrain.Interval is Interval
@@ -475,10 +471,7 @@ def test_word_attention_keeps_equal_words_apart_and_escapes_them():
         (lambda: figures.losses(pd.DataFrame({"mlm": [1.0]})), r"column `step` .* not \['mlm'\]"),
         (lambda: figures.accuracy_bars({"a": 89.0}), "'a' is 89; shares"),
         (lambda: figures.accuracy_bars({"a": 0.5}, chance={"b": 0.5}), r"\['b'\], .* values \['a'\]"),
-        (
-            lambda: figures.flow_curves(samples(), samples(layers=4)),
-            r"from_input is \(12, 3\), within_layer \(12, 4\)",
-        ),
+        (lambda: figures.flow_curves(samples(), samples(layers=4)), r"from_input is \(12, 3\), within_layer \(12, 4\)"),
         (
             lambda: figures.flow_curves({"a": samples()}, {"b": samples()}),
             r"from_input has the models \['a'\], within_layer \['b'\]",

@@ -11,8 +11,9 @@ from miniatures import NLVR2, coco, karpathy, nlvr2, picture, snli_ve, table, vi
 
 from vpworkbench.data.files import ImageIndex, annotation_files, image_index, open_annotations, origins, split_named
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError, ImageFile
+from vpworkbench.data.records import ImageFile
 from vpworkbench.data.task_formats import read_nlvr2
+from vpworkbench.errors import DataError
 
 # ------------------------------------------------------------------------------------------------- formats
 

@@ -9,7 +9,8 @@ import pytest
 from miniatures import coco, karpathy, nlvr1, picture, table, visual_genome, written, zipped
 
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError, collected_findings
+from vpworkbench.data.records import collected_findings
+from vpworkbench.errors import DataError
 
 
 def told(pictures):

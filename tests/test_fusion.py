@@ -7,8 +7,8 @@ import math
 import torch
 from transformers import BertConfig, BertModel
 
-from vpworkbench.config import FusionSettings
-from vpworkbench.fusion import Fusion, sine_position
+from vpworkbench.model.fusion import Fusion, sine_position
+from vpworkbench.settings import FusionSettings
 
 SETTINGS = FusionSettings(layers=3, width=48, heads=4, feed_forward=96, positions=64)
 

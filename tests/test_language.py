@@ -7,9 +7,9 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from vpworkbench.data.language import decide, decide_pair
-from vpworkbench.data.sampling import scene_of
-from vpworkbench.data.scenes import COLOURS, COVERED, SHAPES, Scene, SceneSettings, Thing
+from vpworkbench.scenes.language import decide, decide_pair
+from vpworkbench.scenes.layout import scene_of
+from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, SceneSettings, Thing
 
 
 def rng_of(seed: int) -> np.random.Generator:
@@ -93,8 +93,7 @@ def test_direction_has_a_margin(shift: float, truth: bool | None):
 
 
 @pytest.mark.parametrize(
-    "x, y, truth",
-    [(50, 50, True), (50, 60, True), (50, 70, None), (50, 90, False), (14, 50, False)],
+    "x, y, truth", [(50, 50, True), (50, 60, True), (50, 70, None), (50, 90, False), (14, 50, False)]
 )
 def test_between_is_the_middle_of_the_line(x: float, y: float, truth: bool | None):
     ends = (thing("small matte red star", 10, 50), thing("small matte blue ball", 90, 50))
@@ -162,10 +161,7 @@ def test_decide_equals_a_naive_evaluation(difficulty: str):
         names.append((str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))))
         for (c, s), (d, t) in permutations(names, 2):
             relation = ("left of", "right of", "above", "below")[rng.integers(4)]
-            for text in (
-                f"a {c} {s} is {relation} a {d} {t}",
-                f"there is a {c} {s} and a {d} {t}",
-            ):
+            for text in (f"a {c} {s} is {relation} a {d} {t}", f"there is a {c} {s} and a {d} {t}"):
                 assert decide(text, scene) is naive(text, scene), (text, scene)
                 verdicts[decide(text, scene)] += 1
     assert min(verdicts[truth] for truth in (True, False, None)) > 20

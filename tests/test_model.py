@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from vpworkbench.config import PRESETS, ModelSettings
-from vpworkbench.model import CheckpointError, VisualParsingModel
+from vpworkbench.errors import CheckpointError
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.settings import PRESETS, ModelSettings
 
 
 def pairs(model, scenes, count: int = 3):

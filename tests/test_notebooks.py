@@ -16,7 +16,7 @@ import papermill
 import pytest
 from miniatures import lines, picture
 
-from vpworkbench.execution import CHECKS, _imported, find_notebook, notebook_parameters, run_notebook
+from vpworkbench.jobs.notebooks import CHECKS, _imported, find_notebook, notebook_parameters, run_notebook
 from vpworkbench.runs import run_folder
 
 REPOSITORY = Path(__file__).parents[1]

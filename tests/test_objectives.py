@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vpworkbench.objectives import (
+from vpworkbench.losses import (
     cosine_cost,
     hide_pixels,
     image_text_matching,

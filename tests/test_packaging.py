@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vpworkbench.imports import collector_off
+from vpworkbench.system import collector_off
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -11,17 +11,20 @@ import torch
 from conftest import narrow_model
 from safetensors.torch import save_file
 
-from vpworkbench.config import SettingsError, pretrain_settings, visual_init_settings
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.language import ATTRIBUTE_WORDS
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.data.splits import scenes_folder
-from vpworkbench.model import CheckpointError, VisualParsingModel
-from vpworkbench.pretrain import (
+from vpworkbench.errors import CheckpointError, SettingsError
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.visual import VisualTokens
+from vpworkbench.model.words import build_tokenizer
+from vpworkbench.runs import open_run
+from vpworkbench.scenes.language import ATTRIBUTE_WORDS
+from vpworkbench.scenes.scene import SceneSettings
+from vpworkbench.scenes.write import write_scenes
+from vpworkbench.settings import pretrain_settings, visual_init_settings
+from vpworkbench.train.pretrain import (
     Pretraining,
     build_model,
-    build_tokenizer,
     effective_rank,
     evaluate,
     group_batches,
@@ -31,9 +34,7 @@ from vpworkbench.pretrain import (
     probe,
     with_words_of,
 )
-from vpworkbench.runs import open_run
-from vpworkbench.visual import VisualTokens
-from vpworkbench.visual_init import train_visual
+from vpworkbench.train.scene_labels import train_visual
 
 FEW = {
     "data.scenes.images": 60,
@@ -122,7 +123,7 @@ def test_run_is_found_by_name_and_by_folder():
 def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
     script = (
         "import sys; from vpworkbench.data.formats import read_pictures;"
-        "from vpworkbench.pretrain import build_tokenizer;"
+        "from vpworkbench.train.pretrain import build_tokenizer;"
         "t = build_tokenizer([x for p in read_pictures(sys.argv[1]) for x in p.captions]);"
         "print(sorted(t.get_vocab().items()))"
     )
@@ -137,7 +138,7 @@ def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
 
 def test_held_out_words_are_colours_and_shapes(model, scenes):
     """One word of each text is hidden, and it is asked for."""
-    from vpworkbench.pretrain import _hide_one
+    from vpworkbench.train.pretrain import _hide_one
 
     words, _ = model.words.tensors([picture.captions[0] for picture in scenes[:20]])
     scored = torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(ATTRIBUTE_WORDS)))

@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vpworkbench.probes import (
-    bootstrap_interval,
-    compare_masks,
-    mask_on_object,
-    object_tokens,
-    random_on_object,
-)
+from vpworkbench.probes import bootstrap_interval, compare_masks, mask_on_object, object_tokens, random_on_object
 
 
 def naive_object_tokens(object_map, rows, columns):

@@ -9,8 +9,8 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 
-from vpworkbench.pretrain import load_run
 from vpworkbench.probes import cluster_tokens, hidden_states, modality_nmi, modality_pca
+from vpworkbench.train.pretrain import load_run
 
 LAYERS, EXAMPLES, LENGTH, CHANNELS = 3, 4, 40, 24
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.config import pretrain_settings
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.pretrain import Pretraining, group_batches
-from vpworkbench.processes import join
 from vpworkbench.runs import Run, open_run
-from vpworkbench.train import accumulate_gradients, fit
+from vpworkbench.settings import pretrain_settings
+from vpworkbench.train.engine import accumulate_gradients, fit
+from vpworkbench.train.pretrain import Pretraining, group_batches
+from vpworkbench.train.processes import join
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from vpworkbench.data import records
-from vpworkbench.data.records import DataError, ImageFile, inner_name
+from vpworkbench.data.records import ImageFile, inner_name
+from vpworkbench.errors import DataError
 
 
 def stored(tmp_path, image: Image.Image, kind: str, **options) -> ImageFile:

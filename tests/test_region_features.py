@@ -13,27 +13,21 @@ from conftest import SCENES
 from miniatures import nlvr1
 from PIL import Image
 
-from vpworkbench import compare
 from vpworkbench.cli import main
-from vpworkbench.config import (
-    PretrainSettings,
-    RegionSettings,
-    SettingsError,
-    TrainSettings,
-    finetune_settings,
-    pretrain_settings,
-)
 from vpworkbench.data.doctor import diagnose
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at, read_boxes
-from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import check_regions, input_of, read_npz, write_regions
-from vpworkbench.data.scene_files import write_scenes
+from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.explorer import explore
-from vpworkbench.finetune import prepare_task
-from vpworkbench.pretrain import prepare, pretrain
-from vpworkbench.region_features import crops, make_regions, true_boxes
 from vpworkbench.runs import open_folder, open_run
+from vpworkbench.scenes.write import write_scenes
+from vpworkbench.settings import PretrainSettings, RegionSettings, TrainSettings, finetune_settings, pretrain_settings
+from vpworkbench.studies import compare
+from vpworkbench.train.finetune import prepare_task
+from vpworkbench.train.pretrain import prepare, pretrain
+from vpworkbench.train.region_features import crops, make_regions, true_boxes
 
 COLOURS = {"yellow": (255, 255, 0), "black": (0, 0, 0), "blue": (0, 153, 255)}
 

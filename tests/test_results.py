@@ -3,8 +3,9 @@
 import pytest
 from conftest import SmallMask, SmallSettings
 
-from vpworkbench import figures, results
-from vpworkbench.config import SettingsError
+from vpworkbench import figures
+from vpworkbench.errors import SettingsError
+from vpworkbench.jobs import results
 from vpworkbench.runs import open_run, shipped_run
 
 

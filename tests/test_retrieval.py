@@ -13,11 +13,15 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.config import finetune_settings
-from vpworkbench.data.records import DataError, Picture
-from vpworkbench.finetune import evaluate_split, finetune, load_examples, load_task, prepare_task
+from vpworkbench.data.records import Picture
+from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
-from vpworkbench.retrieval import (
+from vpworkbench.runs import Run, open_run
+from vpworkbench.settings import finetune_settings
+from vpworkbench.studies.review import review
+from vpworkbench.tasks.model import LABELS, TaskModel
+from vpworkbench.train.finetune import evaluate_split, finetune, load_examples, load_task, prepare_task
+from vpworkbench.train.retrieval import (
     CUTOFFS,
     Matching,
     RetrievalBatches,
@@ -27,9 +31,6 @@ from vpworkbench.retrieval import (
     retrieval_result,
     score_matrix,
 )
-from vpworkbench.review import review
-from vpworkbench.runs import Run, open_run
-from vpworkbench.tasks import LABELS, TaskModel
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vpworkbench import figures
 from vpworkbench.data.records import Example, ImageFile
-from vpworkbench.review import PREVIEW_PX, Reviewed, review
-from vpworkbench.tasks import TaskModel, TaskResult
+from vpworkbench.studies.review import PREVIEW_PX, Reviewed, review
+from vpworkbench.tasks.model import TaskModel, TaskResult
 
 HOSTILE = '<img src=x onerror=alert(1)> & "it\'s"'
 

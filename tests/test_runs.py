@@ -12,8 +12,8 @@ import torch
 from conftest import SmallMask, SmallSettings
 
 from vpworkbench import runs
-from vpworkbench.config import SettingsError
-from vpworkbench.runs import RunError, list_runs, open_run
+from vpworkbench.errors import RunError, SettingsError
+from vpworkbench.runs import list_runs, open_run
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 

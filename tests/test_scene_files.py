@@ -16,10 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from vpworkbench.data import scene_files
-from vpworkbench.data.language import decide, decide_pair
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.scenes import Scene, SceneSettings
+from vpworkbench.scenes import write as scene_files
+from vpworkbench.scenes.language import decide, decide_pair
+from vpworkbench.scenes.scene import Scene, SceneSettings
+from vpworkbench.scenes.write import write_scenes
 
 SMALL = SceneSettings(images=70, val=9, test=8, image_px=48, seed=5)
 
@@ -64,10 +64,7 @@ def test_karpathy_file_and_images(folder: Path):
     entries = images_of(folder)
     assert Counter(entry["split"] for entry in entries) == {"train": 70, "val": 9, "test": 8}
     assert len({entry["imgid"] for entry in entries}) == len(entries)
-    with (
-        zipfile.ZipFile(folder / "images.zip") as pictures,
-        zipfile.ZipFile(folder / "object_maps.zip") as maps,
-    ):
+    with zipfile.ZipFile(folder / "images.zip") as pictures, zipfile.ZipFile(folder / "object_maps.zip") as maps:
         assert {info.compress_type for info in pictures.infolist()} == {zipfile.ZIP_STORED}
         for entry in entries:
             image = Image.open(io.BytesIO(pictures.read(f"images/{entry['filename']}")))
@@ -204,8 +201,8 @@ def test_five_hundred_images_a_second(tmp_path: Path):
 def test_workers_end_with_their_parent(tmp_path):
     """Also where it is killed, so that it can stop nobody."""
     code = (
-        "from pathlib import Path; from vpworkbench.data.scene_files import write_scenes; "
-        "from vpworkbench.data.scenes import SceneSettings; "
+        "from pathlib import Path; from vpworkbench.scenes.write import write_scenes; "
+        "from vpworkbench.scenes.scene import SceneSettings; "
         f"write_scenes(Path({str(tmp_path / 'made')!r}), SceneSettings(images=20_000), processes=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from vpworkbench.data.captions import captions
-from vpworkbench.data.rendering import render
-from vpworkbench.data.sampling import LEVELS, sample_scene, scene_of
-from vpworkbench.data.scenes import COLOURS, COVERED, MATERIALS, SHAPES, SIZES, Scene, SceneSettings, Thing
-from vpworkbench.data.shapes import gap
+from vpworkbench.scenes.captions import captions
+from vpworkbench.scenes.drawing import render
+from vpworkbench.scenes.layout import LEVELS, sample_scene, scene_of
+from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES, SIZES, Scene, SceneSettings, Thing
+from vpworkbench.scenes.shapes import gap
 
 LEVEL_NAMES = ("easy", "medium", "hard")
 

@@ -18,9 +18,9 @@ import nbformat
 import pytest
 from browser import SIZE, WAIT_MS, browser, screenshots  # fixtures are found by name in the module
 
-from vpworkbench import serve
 from vpworkbench.cli import main
-from vpworkbench.pretrain import shipped_run
+from vpworkbench.explorer import serve
+from vpworkbench.train.pretrain import shipped_run
 
 __all__ = ["browser", "screenshots"]
 

@@ -12,10 +12,11 @@ from conftest import narrow_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpworkbench.bench_train import train_bench, write_report
-from vpworkbench.config import SettingsError, pretrain_settings
-from vpworkbench.pretrain import Prepared, Pretraining, group_batches, held_out_probe
+from vpworkbench.errors import SettingsError
 from vpworkbench.runs import open_run
-from vpworkbench.train import _as_asked, accumulate_gradients, fit
+from vpworkbench.settings import pretrain_settings
+from vpworkbench.train.engine import _as_asked, accumulate_gradients, fit
+from vpworkbench.train.pretrain import Prepared, Pretraining, group_batches, held_out_probe
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 

@@ -8,12 +8,12 @@ import zlib
 import pytest
 from miniatures import coco, karpathy, lines, picture, snli_ve, table, visual_genome, vqa, written
 
-from vpworkbench.config import DataSettings, finetune_settings
 from vpworkbench.data.batches import stack_images
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError
-from vpworkbench.data.scenes import SceneSettings
 from vpworkbench.data.splits import evaluation_records, load_examples, load_held_out, load_splits, split_pictures
+from vpworkbench.errors import DataError
+from vpworkbench.scenes.scene import SceneSettings
+from vpworkbench.settings import DataSettings, finetune_settings
 
 
 def ids(pictures):

@@ -16,15 +16,17 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.config import pretrain_settings
 from vpworkbench.data.batches import GroupBatches
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.pretrain import Pretraining, group_batches
-from vpworkbench.runs import RunError, held, open_run
-from vpworkbench.train import Stopped, TrainingError, accumulate_gradients, build_optimiser, fit
+from vpworkbench.errors import RunError, TrainingError
+from vpworkbench.runs import open_run
+from vpworkbench.settings import pretrain_settings
+from vpworkbench.system import held
+from vpworkbench.train.engine import Stopped, accumulate_gradients, build_optimiser, fit
+from vpworkbench.train.pretrain import Pretraining, group_batches
 
 FRESH = multiprocessing.get_context("forkserver")  # torch is imported once, and no thread of ours is copied
-FRESH.set_forkserver_preload(["vpworkbench.pretrain", "vpworkbench.train"])
+FRESH.set_forkserver_preload(["vpworkbench.train.pretrain", "vpworkbench.train.engine"])
 
 
 def settings(steps: int = 8, **changes):

@@ -12,9 +12,9 @@ import pytest
 from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench import cli, runs
-from vpworkbench.config import SettingsError
-from vpworkbench.execution import run_notebook
-from vpworkbench.sweep import Job, make_jobs, read_jobs, sweep
+from vpworkbench.errors import SettingsError
+from vpworkbench.jobs.notebooks import run_notebook
+from vpworkbench.jobs.sweep import Job, make_jobs, read_jobs, sweep
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 

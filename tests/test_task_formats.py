@@ -10,7 +10,6 @@ from miniatures import SNLI_VE, lines, nlvr2, picture, snli_ve, table, vqa, writ
 from test_broken_records import PAIRS, QUESTIONS, RELATIONS
 
 from vpworkbench.data.files import open_annotations
-from vpworkbench.data.records import DataError
 from vpworkbench.data.task_formats import (
     answers_beside,
     read_easy_vqa,
@@ -21,6 +20,7 @@ from vpworkbench.data.task_formats import (
     read_table,
     read_vqa,
 )
+from vpworkbench.errors import DataError
 from vpworkbench.metrics import vqa_score
 
 

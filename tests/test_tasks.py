@@ -13,15 +13,13 @@ from conftest import narrow_model
 from miniatures import written
 
 from vpworkbench import cli
-from vpworkbench.baselines import baselines
-from vpworkbench.config import SettingsError, finetune_settings
-from vpworkbench.data.records import DataError, Example
+from vpworkbench.data.records import Example
 from vpworkbench.data.splits import load_examples
-from vpworkbench.finetune import PreparedTask, evaluate_split, finetune, load_task, predict_table, prepare_task
-from vpworkbench.model import CheckpointError
-from vpworkbench.pretrain import with_words_of
+from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.runs import open_run
-from vpworkbench.tasks import (
+from vpworkbench.settings import finetune_settings
+from vpworkbench.studies.baselines import baselines
+from vpworkbench.tasks.model import (
     Classification,
     PairAttention,
     TaskBatches,
@@ -31,7 +29,9 @@ from vpworkbench.tasks import (
     score,
     task_labels,
 )
-from vpworkbench.train import build_optimiser
+from vpworkbench.train.engine import build_optimiser
+from vpworkbench.train.finetune import PreparedTask, evaluate_split, finetune, load_task, predict_table, prepare_task
+from vpworkbench.train.pretrain import with_words_of
 
 FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0,
        "answer_count": 2}  # fmt: skip

@@ -8,13 +8,13 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from vpworkbench.data.captions import LONGEST, captions, mislabelled_share
-from vpworkbench.data.hypotheses import LABELS, hypotheses
-from vpworkbench.data.language import ATTRIBUTE_WORDS, RELATIONS, VOCABULARY, decide, parse
-from vpworkbench.data.questions import questions, ten_answers
-from vpworkbench.data.sampling import scene_of
-from vpworkbench.data.scenes import COLOURS, COVERED, SHAPES, Scene, SceneSettings, Thing
-from vpworkbench.data.statements import pair_statements
+from vpworkbench.scenes.captions import LONGEST, captions, mislabelled_share
+from vpworkbench.scenes.hypotheses import LABELS, hypotheses
+from vpworkbench.scenes.language import ATTRIBUTE_WORDS, RELATIONS, VOCABULARY, decide, parse
+from vpworkbench.scenes.layout import scene_of
+from vpworkbench.scenes.questions import questions, ten_answers
+from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, SceneSettings, Thing
+from vpworkbench.scenes.statements import pair_statements
 
 
 def rng_of(seed: int) -> np.random.Generator:

@@ -11,20 +11,13 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.config import OptimSettings, SettingsError, TrainSettings, pretrain_settings
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import DataError
-from vpworkbench.pretrain import Pretraining, group_batches
-from vpworkbench.runs import RunError, open_run
-from vpworkbench.train import (
-    TrainingError,
-    accumulate_gradients,
-    build_optimiser,
-    fit,
-    learning_rate_factor,
-    pick_device,
-)
-from vpworkbench.visual import VisualTokens
+from vpworkbench.errors import DataError, RunError, SettingsError, TrainingError
+from vpworkbench.model.visual import VisualTokens
+from vpworkbench.runs import open_run
+from vpworkbench.settings import OptimSettings, TrainSettings, pretrain_settings
+from vpworkbench.train.engine import accumulate_gradients, build_optimiser, fit, learning_rate_factor, pick_device
+from vpworkbench.train.pretrain import Pretraining, group_batches
 
 
 def settings(**train):

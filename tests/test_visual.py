@@ -8,8 +8,9 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpworkbench.config import PRESETS, SettingsError, VisualSettings
-from vpworkbench.visual import build_visual, scatter_windows
+from vpworkbench.errors import SettingsError
+from vpworkbench.model.visual import build_visual, scatter_windows
+from vpworkbench.settings import PRESETS, VisualSettings
 
 SWIN_T = {"patch_px": 4, "width": 48, "depths": (2, 2, 2, 2), "heads": (3, 6, 12, 24)}
 CASES = [(224, 7), (384, 12), (384, 7), (288, 7)]

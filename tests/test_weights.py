@@ -27,19 +27,14 @@ from transformers import (
     Swinv2Model,
 )
 
-from vpworkbench.config import FusionSettings, SettingsError, VisualSettings, pretrain_settings
 from vpworkbench.data.formats import read_pictures
-from vpworkbench.fusion import Fusion
-from vpworkbench.model import CheckpointError
-from vpworkbench.pretrain import build_model
-from vpworkbench.visual import build_visual
-from vpworkbench.weights import (
-    bert_tokenizer,
-    efficientnet_lite0,
-    initialise_text,
-    initialise_visual,
-    load_into,
-)
+from vpworkbench.errors import CheckpointError, SettingsError
+from vpworkbench.model.fusion import Fusion
+from vpworkbench.model.visual import build_visual
+from vpworkbench.model.weights import efficientnet_lite0, initialise_text, initialise_visual, load_into
+from vpworkbench.model.words import bert_tokenizer
+from vpworkbench.settings import FusionSettings, VisualSettings, pretrain_settings
+from vpworkbench.train.pretrain import build_model
 
 needs_weights = pytest.mark.skipif(
     not (
@@ -298,7 +293,7 @@ def test_shipped_visual_sides_fit_the_tiny_preset(family):
 
 @needs_weights
 def test_minilm_starts_the_small_preset():
-    from vpworkbench.weights import bert_tokenizer
+    from vpworkbench.model.words import bert_tokenizer
 
     settings = pretrain_settings(preset="small", init_text="minilm", init_visual="")
     model, (report,) = build_model(settings, bert_tokenizer("minilm"))

@@ -30,12 +30,13 @@ import plotly.graph_objects as go
 import torch
 from PIL import Image
 
-from vpworkbench.config import ModelSettings, SettingsError, preset
 from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.errors import SettingsError
 from vpworkbench.explorer import Explorer, explore
 from vpworkbench.figures.style import PALETTE, finish
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_tokenizer
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.words import build_tokenizer
+from vpworkbench.settings import ModelSettings, preset
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORDS = [f"word{number}" for number in range(500)]

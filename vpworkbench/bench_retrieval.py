@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from vpworkbench.bench import _in_turns, _synchronise
-from vpworkbench.config import ModelSettings, preset
 from vpworkbench.data.batches import stack_images
 from vpworkbench.data.records import ImageFile, Picture
 from vpworkbench.figures.style import PALETTE, finish
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import build_tokenizer
-from vpworkbench.retrieval import score_matrix
-from vpworkbench.tasks import LABELS, TaskModel
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.words import build_tokenizer
+from vpworkbench.settings import ModelSettings, preset
+from vpworkbench.tasks.model import LABELS, TaskModel
+from vpworkbench.train.retrieval import score_matrix
 
 ROUTES = {
     "naive": "the whole model on every pair",

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from vpworkbench.bench import _in_turns, _status, _synchronise
-from vpworkbench.config import PretrainSettings, preset
 from vpworkbench.data.batches import Batch
 from vpworkbench.figures.style import PALETTE, finish
-from vpworkbench.model import VisualParsingModel
-from vpworkbench.pretrain import Pretraining, group_batches, prepare
-from vpworkbench.train import accumulate_gradients, build_optimiser
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.settings import PretrainSettings, preset
+from vpworkbench.train.engine import accumulate_gradients, build_optimiser
+from vpworkbench.train.pretrain import Pretraining, group_batches, prepare
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16, by the maker; of another device the best rate of a large product, measured."""

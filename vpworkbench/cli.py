@@ -49,7 +49,7 @@ def run(
 
     Ctrl-C and SIGTERM are passed on: training writes a checkpoint before it stops.
     """
-    from vpworkbench import execution
+    from vpworkbench.jobs import notebooks as execution
 
     with _told():
         execution.run_notebook(notebook, name=name, parameters=_parameters(notebook, parameter or []))
@@ -65,7 +65,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a run without its notebook, for torchrun and accelerate launch; `vpw run` goes on behind it."""
-    from vpworkbench import execution
+    from vpworkbench.jobs import notebooks as execution
 
     with _told():
         print(execution.train_run(notebook, name=name, parameters=_parameters(notebook, parameter or [])))
@@ -78,7 +78,7 @@ def sweep(
     scheduler: Annotated[str, typer.Option(help="address of a Dask scheduler, such as tcp://host:8786")] = "",
 ) -> None:
     """Run a grid or a list of notebook jobs; complete ones are skipped, failed ones reported at the end."""
-    from vpworkbench import sweep
+    from vpworkbench.jobs import sweep
 
     with _told():
         table = sweep.sweep(sweep.read_jobs(grid), workers=workers, scheduler=scheduler)
@@ -113,9 +113,9 @@ def scenes(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Generate scenes with exact ground truth, in the published formats."""
-    from vpworkbench.config import checked
-    from vpworkbench.data.scene_files import write_scenes
-    from vpworkbench.data.scenes import SceneSettings
+    from vpworkbench.scenes.scene import SceneSettings
+    from vpworkbench.scenes.write import write_scenes
+    from vpworkbench.settings import checked
 
     given = {
         "images": images, "val": val, "test": test,
@@ -136,9 +136,9 @@ def regions(
     seed: Annotated[int, typer.Option(help="of weights, order and mirroring")] = 0,
 ) -> None:
     """Region features of true boxes, by a small CNN trained on scene labels: one npz for each image."""
-    from vpworkbench.config import RegionSettings, checked
-    from vpworkbench.config import preset as named
-    from vpworkbench.region_features import make_regions
+    from vpworkbench.settings import RegionSettings, checked
+    from vpworkbench.settings import preset as named
+    from vpworkbench.train.region_features import make_regions
 
     scenes = named(preset).data.scenes.model_dump() | ({"images": images} if images else {})
     given = {"source": source if source == "scenes" else str(Path(source).expanduser().absolute())}
@@ -168,9 +168,10 @@ def doctor(
     """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 where it has errors."""
     import json
 
-    from vpworkbench.config import SettingsError, nearest
     from vpworkbench.data.doctor import diagnose
     from vpworkbench.data.task_formats import LABELS
+    from vpworkbench.errors import SettingsError
+    from vpworkbench.settings import nearest
 
     if task and task not in LABELS:
         raise SettingsError(f"--task {task}: no such task{nearest(task, LABELS)} (known: {', '.join(LABELS)})")
@@ -197,8 +198,8 @@ def predict(
     regions: Annotated[str, typer.Option(help="of a model that reads regions: those of these images")] = "",
 ) -> None:
     """What a fine-tuned model answers, with its probability; for a table, csv on standard output."""
-    from vpworkbench.config import SettingsError
-    from vpworkbench.finetune import load_task, predict_table
+    from vpworkbench.errors import SettingsError
+    from vpworkbench.train.finetune import load_task, predict_table
 
     if (image or text) if table else (place or not image or not text):
         raise SettingsError("give --image and --text, or --table and, where its images are elsewhere, --place")
@@ -224,7 +225,7 @@ def explore(
     browser: Annotated[bool, typer.Option(help="open the page")] = True,
 ) -> None:
     """Serve the explorer as a page without code, by Voila, with Jupyter's token."""
-    from vpworkbench.serve import serve
+    from vpworkbench.explorer.serve import serve
 
     serve(checkpoint, data, beside=beside, regions=regions, port=port, browser=browser)
 
@@ -239,9 +240,9 @@ def bench_probes(
 ) -> None:
     """Flow and NMI against the plain forward, attention maps and scikit-learn: JSON and a figure."""
     from vpworkbench.bench import probe_bench, write_report
-    from vpworkbench.config import SettingsError
+    from vpworkbench.errors import SettingsError
     from vpworkbench.runs import run_folder
-    from vpworkbench.train import pick_device
+    from vpworkbench.train.engine import pick_device
 
     try:
         lengths = [int(length) for length in tokens.split(",")]
@@ -275,7 +276,7 @@ def bench_train(
     """Pairs a second, where a step's time goes, model FLOPs utilisation, memory: JSON and a figure."""
     from vpworkbench.bench_train import train_bench, write_report
     from vpworkbench.runs import run_folder
-    from vpworkbench.train import pick_device
+    from vpworkbench.train.engine import pick_device
 
     result = train_bench(
         presets.split(","), images=images, repeats=repeats, device=pick_device(device).type, workers=workers,
@@ -292,7 +293,7 @@ def bench_train(
 
 
 def _parameters(notebook: str, pairs: list[str]) -> dict[str, object]:
-    from vpworkbench import execution
+    from vpworkbench.jobs import notebooks as execution
 
     defaults = execution.notebook_parameters(execution.find_notebook(notebook))
     return execution.parse_parameters(_split(pairs), defaults)
@@ -325,7 +326,7 @@ def bench_retrieval(
     """Scoring all pairs against the plain loop over pairs: JSON and a figure. On a GPU also Flickr30k's test time."""
     from vpworkbench.bench_retrieval import retrieval_bench, write_report
     from vpworkbench.runs import run_folder
-    from vpworkbench.train import pick_device
+    from vpworkbench.train.engine import pick_device
 
     kind = pick_device(device).type
     result = retrieval_bench(
@@ -407,7 +408,7 @@ def _paired(arguments: list[str]) -> list[str]:
 
 
 def _split(pairs: list[str]) -> dict[str, str]:
-    from vpworkbench.config import SettingsError
+    from vpworkbench.errors import SettingsError
 
     if lonely := [pair for pair in pairs if "=" not in pair]:
         raise SettingsError(f"-p {lonely[0]}: a parameter needs a value (-p KEY VALUE)")
@@ -416,10 +417,7 @@ def _split(pairs: list[str]) -> dict[str, str]:
 
 def _exit_code(error: Exception) -> int | None:
     """2: wrong parameters; 1: failed on the way; None: a bug of ours, whose traceback is wanted."""
-    from vpworkbench.config import SettingsError
-    from vpworkbench.data.records import DataError
-    from vpworkbench.model import CheckpointError
-    from vpworkbench.runs import RunError
+    from vpworkbench.errors import CheckpointError, DataError, RunError, SettingsError
 
     if isinstance(error, (SettingsError, DataError, CheckpointError, FileNotFoundError, FileExistsError)):
         return 2

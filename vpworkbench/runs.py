@@ -7,7 +7,6 @@ written beside its place and renamed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import importlib.metadata
@@ -16,20 +15,20 @@ import logging
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from vpworkbench.config import Settings, SettingsError
+from vpworkbench.errors import RunError, SettingsError
+from vpworkbench.settings import Settings
+from vpworkbench.system import held, write_atomically
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -38,10 +37,6 @@ logger = logging.getLogger(__name__)
 
 GALLERY = "gallery"  # committed examples lie beside the runs, under a name no notebook may have
 PACKAGES = ("vpworkbench", "torch", "torchvision", "timm", "transformers", "tokenizers", "numpy")
-
-
-class RunError(RuntimeError):
-    """A run that failed, or a run folder that cannot be used."""
 
 
 class Run:
@@ -240,57 +235,13 @@ def sweep(notebook: str, *, workers: int = 0, scheduler: str = "", **jobs: Any) 
     Parameters
     ----------
     workers, scheduler
-        Where the jobs run: see `vpworkbench.sweep.sweep`, which also says what comes back.
+        Where the jobs run: see `vpworkbench.jobs.sweep.sweep`, which also says what comes back.
     **jobs
-        `grid` or `jobs`, `name`, `parameters`: see `vpworkbench.sweep.make_jobs`.
+        `grid` or `jobs`, `name`, `parameters`: see `vpworkbench.jobs.sweep.make_jobs`.
     """
-    from vpworkbench import sweep as sweeps  # late: it builds on this module
+    from vpworkbench.jobs import sweep as sweeps  # late: it builds on this module
 
     return sweeps.sweep(sweeps.make_jobs(notebook, **jobs), workers=workers, scheduler=scheduler)
-
-
-@contextmanager
-def held(lock: Path, *, patience_s: float) -> Iterator[None]:
-    """Hold a lock, which the system releases when its process ends in whatever way; the file tells who has it.
-
-    Raises
-    ------
-    RunError
-        If another process still holds it after `patience_s`.
-    """
-    with open(lock, "a+", encoding="utf-8") as file:
-        end = time.monotonic() + patience_s
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    file.seek(0)
-                    raise RunError(
-                        f"{lock.parent}: process {file.read().strip() or '?'} works on this run; wait for it, or end it"
-                    ) from None
-                time.sleep(0.1)
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write a file as a whole or not at all; `durable` also waits until the disk has it."""
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.chmod(draft, 0o644)  # mkstemp made it private
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
 
 
 def repositories() -> Iterator[Path]:

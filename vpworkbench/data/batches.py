@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import BertTokenizerFast
 
-from vpworkbench.config import DataSettings
 from vpworkbench.data.cache import PixelCache
-from vpworkbench.data.records import DataError, ImageFile, Picture
+from vpworkbench.data.records import ImageFile, Picture
 from vpworkbench.data.regions import RegionFiles
+from vpworkbench.errors import DataError
+from vpworkbench.model.words import Words
+from vpworkbench.settings import DataSettings
 
 log = logging.getLogger(__name__)
 
 IGNORE = -100
 """Label of a word that no loss looks at, as in PyTorch's cross entropy."""
 
-LARGEST_UNKNOWN_SHARE = 0.01
 DRAWS = 500
 
 
@@ -130,59 +130,6 @@ def mask_words(
     masked = np.where(hidden & (kind < 0.8), mask_id, words)
     masked = np.where(hidden & (kind >= 0.9), rng.integers(0, vocabulary, words.shape), masked)
     return MaskedWords(masked, labels)
-
-
-class Words:
-    """Texts to token ids: a BERT tokenizer with a fixed longest length, remembering what it has seen."""
-
-    def __init__(self, tokenizer: BertTokenizerFast, longest: int) -> None:
-        self.tokenizer, self.longest = tokenizer, longest
-        self._special = set(tokenizer.all_special_ids)
-        self._known: dict[str, list[int]] = {}
-
-    def ids(self, text: str) -> list[int]:
-        """`[CLS] words [SEP]`, cut at the longest length."""
-        if text not in self._known:
-            self._known[text] = self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
-        return self._known[text]
-
-    def pad(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 (text, word), padded to the longest text of the list."""
-        rows = [self.ids(text) for text in texts]
-        words = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, dtype=np.int64)
-        for row, ids in zip(words, rows, strict=True):
-            row[: len(ids)] = ids
-        return words
-
-    def maskable(self, words: np.ndarray) -> np.ndarray:
-        """bool (text, word): no special token, no pad."""
-        return ~np.isin(words, list(self._special - {self.tokenizer.unk_token_id}))
-
-    def tensors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`words` int64 (text, word) and `word_tokens` bool (text, word), unmasked."""
-        words = torch.from_numpy(self.pad(texts))
-        return words, words != self.tokenizer.pad_token_id
-
-    def check(self, texts: Sequence[str], *, source: str) -> None:
-        """Stop where more than 1% of the tokens are unknown; log how many texts are cut.
-
-        Raises
-        ------
-        DataError
-            Naming the share, an unknown word and the remedy.
-        """
-        encoded = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        total = sum(len(ids) - 2 for ids in encoded)
-        unknown = [number for number, ids in enumerate(encoded) if self.tokenizer.unk_token_id in ids]
-        share = sum(ids.count(self.tokenizer.unk_token_id) for ids in encoded) / max(total, 1)
-        if share > LARGEST_UNKNOWN_SHARE:
-            raise DataError(
-                f"{source}: {share:.1%} of the words are not in the vocabulary, e.g. in {texts[unknown[0]]!r:.80}; "
-                "leave `init_text` empty, so that the vocabulary is built from these texts, or name a "
-                "BERT that knows them"
-            )
-        if cut := sum(len(ids) > self.longest for ids in encoded):
-            log.warning("%s: %d of %d texts are cut at %d tokens", source, cut, len(texts), self.longest)
 
 
 class GroupBatches(Dataset):

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpworkbench.data.records import DataError, ImageFile
-from vpworkbench.runs import held
+from vpworkbench.data.records import ImageFile
+from vpworkbench.errors import DataError
+from vpworkbench.system import held
 
 
 class PixelCache:

@@ -16,15 +16,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vpworkbench.data.files import (
-    Annotations,
-    Places,
-    UnknownFormatError,
-    annotation_files,
-    open_annotations,
-)
+from vpworkbench.data.files import Annotations, Places, UnknownFormatError, annotation_files, open_annotations
 from vpworkbench.data.formats import read_captioned
-from vpworkbench.data.records import DataError, ImageFile, Picture, collected_findings
+from vpworkbench.data.records import ImageFile, Picture, collected_findings
 from vpworkbench.data.splits import Record, image_contents, images_of, photographs
 from vpworkbench.data.tables import TRUE_FALSE
 from vpworkbench.data.task_formats import (
@@ -36,6 +30,7 @@ from vpworkbench.data.task_formats import (
     read_examples,
     read_table,
 )
+from vpworkbench.errors import DataError
 from vpworkbench.metrics import normalised_answer
 
 SPLIT_NAMES = ("train", "val", "test")
@@ -286,7 +281,7 @@ def _count_longer(
     found: Diagnosis,
 ) -> None:
     """Texts that will be cut."""
-    from vpworkbench.pretrain import build_tokenizer  # torch comes with it
+    from vpworkbench.model.words import build_tokenizer  # torch comes with it
 
     training = [text for record in _of(records, "train") or records for text in _texts(record)]
     encode = build_tokenizer(training, tokenizer)._tokenizer

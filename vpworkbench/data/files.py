@@ -17,7 +17,8 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, StringConstraints, ValidationError
 
-from vpworkbench.data.records import DataError, ImageFile, archive, inner_name, one_record
+from vpworkbench.data.records import ImageFile, archive, inner_name, one_record
+from vpworkbench.errors import DataError
 
 FORMATS = {
     "karpathy": "Karpathy's json (dataset_*.json)",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
-from vpworkbench.data import language, nlvr1
+from vpworkbench.data import nlvr1
 from vpworkbench.data.files import (
     FORMATS,
     SPLITS,
@@ -31,9 +31,11 @@ from vpworkbench.data.files import (
     split_named,
     unique,
 )
-from vpworkbench.data.records import DataError, ImageFile, Picture, one_record, remark
-from vpworkbench.data.scenes import Scene
+from vpworkbench.data.records import ImageFile, Picture, one_record, remark
 from vpworkbench.data.tables import read_rows, true_or_false
+from vpworkbench.errors import DataError
+from vpworkbench.scenes import language
+from vpworkbench.scenes.scene import Scene
 
 NLVR1_VAL_DIRECTORY = "5"
 """NLVR v1's `dev` is split by `directory`, as its README advises: this one validates, the others train."""

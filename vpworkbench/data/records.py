@@ -19,15 +19,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpworkbench.data.nlvr1 import Box
-from vpworkbench.data.scenes import Scene
+from vpworkbench.errors import DataError
+from vpworkbench.scenes.scene import Scene
 
 log = logging.getLogger(__name__)
 
 LARGEST_MEGAPIXELS = 100
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the record and the remedy."""
 
 
 @dataclass

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpworkbench.config import VisualSettings
-from vpworkbench.data.records import DataError, Example, ImageFile, Picture
+from vpworkbench.data.records import Example, ImageFile, Picture
+from vpworkbench.errors import DataError, RegionsMissing
+from vpworkbench.settings import VisualSettings
 
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 OUTSIDE_PX = 1.0
@@ -38,10 +39,6 @@ DRAWN_BY = ("seed", "image_px", "difficulty", "generator")
 UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
               zlib.error, struct.error)  # fmt: skip
 """What numpy raises at an npz that is cut, has flipped bytes, or is none."""
-
-
-class RegionsMissing(DataError):
-    """An image without features; everything else about it may be right."""
 
 
 class Regions(NamedTuple):

@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
-from vpworkbench.config import DataSettings, FinetuneSettings
 from vpworkbench.data.files import (
     SPLITS,
     Places,
@@ -24,10 +23,12 @@ from vpworkbench.data.files import (
     unique,
 )
 from vpworkbench.data.formats import NLVR1_FILES, TABLE_FILES, read_pictures
-from vpworkbench.data.records import DataError, Example, ImageFile, Picture
-from vpworkbench.data.scene_files import write_scenes
-from vpworkbench.data.scenes import SceneSettings
+from vpworkbench.data.records import Example, ImageFile, Picture
 from vpworkbench.data.task_formats import read_any, read_easy_vqa, read_examples
+from vpworkbench.errors import DataError
+from vpworkbench.scenes.scene import SceneSettings
+from vpworkbench.scenes.write import write_scenes
+from vpworkbench.settings import DataSettings, FinetuneSettings
 
 log = logging.getLogger(__name__)
 

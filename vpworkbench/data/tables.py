@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from vpworkbench.data.files import SPLITS, Annotations, ImageIndex, checked, split_named
-from vpworkbench.data.records import DataError, ImageFile, one_record, remark
+from vpworkbench.data.records import ImageFile, one_record, remark
+from vpworkbench.errors import DataError
 
 HELD_OUT_SHARE = 0.1
 TRUE_FALSE = {"true": "True", "false": "False", "1": "True", "0": "False"}

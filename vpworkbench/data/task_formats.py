@@ -31,8 +31,9 @@ from vpworkbench.data.files import (
     unique,
 )
 from vpworkbench.data.formats import READERS, read_captioned, read_pictures
-from vpworkbench.data.records import DataError, Example, Picture, one_record
+from vpworkbench.data.records import Example, Picture, one_record
 from vpworkbench.data.tables import Row, read_rows, true_or_false
+from vpworkbench.errors import DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, most_given, normalised_answer
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")

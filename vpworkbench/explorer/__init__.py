@@ -3,7 +3,7 @@
 The tensors stay in the kernel; a click sends one slice to the page, hover sends nothing.
 """
 
-from vpworkbench.imports import collector_off
+from vpworkbench.system import collector_off
 
 with collector_off():
     from vpworkbench.explorer.explorer import Explorer, explore

@@ -12,10 +12,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from torch import nn
 
-from vpworkbench.compare import Opened
-from vpworkbench.config import DataSettings
-from vpworkbench.data.records import DataError, Picture
+from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out, load_splits
+from vpworkbench.errors import DataError
 from vpworkbench.explorer import still
 from vpworkbench.explorer.flow import FlowView
 from vpworkbench.explorer.masks import MasksView, Select
@@ -25,6 +24,8 @@ from vpworkbench.explorer.readings import Reading, Subject, chosen_text, read, s
 from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
+from vpworkbench.settings import DataSettings
+from vpworkbench.studies.compare import Opened
 
 Model = Subject | Opened | nn.Module | str | None
 PICTURES = 24

@@ -18,7 +18,7 @@ from vpworkbench.explorer.parts import WIDTH, Note, column, row, unheard
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Chart, Maps
 from vpworkbench.figures.style import COLOURS, GREY, LANGUAGE, PALETTE, VISION, escaped, finish
-from vpworkbench.imports import collector_off
+from vpworkbench.system import collector_off
 
 HEIGHT = 560
 MODELS = PALETTE[2:]

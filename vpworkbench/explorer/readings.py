@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vpworkbench.compare import Opened, open_model
 from vpworkbench.data.records import Picture
-from vpworkbench.model import VisualParsingModel
+from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
 from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model
 from vpworkbench.probes.geometry import patches_recorded
 from vpworkbench.probes.layers import LayerChoice, streams_of
-from vpworkbench.tasks import TaskModel
+from vpworkbench.studies.compare import Opened, open_model
+from vpworkbench.tasks.model import TaskModel
 
 HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
 PRODUCTS_BYTES = 2**28  # of all spans of a reading, beyond which few of them are kept
@@ -85,8 +85,8 @@ def subject(
 
 
 def _fine_tuned(name: str) -> TaskModel | None:
-    from vpworkbench.finetune import load_task
-    from vpworkbench.model import CheckpointError
+    from vpworkbench.errors import CheckpointError
+    from vpworkbench.train.finetune import load_task
 
     try:
         return load_task(name) if name else None

@@ -11,12 +11,12 @@ import ipywidgets
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
-from vpworkbench import examples
-from vpworkbench.data.records import DataError, ImageFile, Picture
-from vpworkbench.data.regions import RegionsMissing
+from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Drop, Table
+from vpworkbench.studies import examples
 
 MOST_WORDS = 512
 LARGEST_PX = 20_000_000  # pixels of an upload

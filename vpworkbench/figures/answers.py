@@ -16,7 +16,7 @@ from vpworkbench.figures.pictures import pictures
 from vpworkbench.figures.style import finish
 
 if TYPE_CHECKING:
-    from vpworkbench.review import Reviewed
+    from vpworkbench.studies.review import Reviewed
 
 _STYLE = """
 :root { color-scheme: light dark; font: 14px/1.35 system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; }

@@ -173,11 +173,7 @@ def masks(
 
 
 def attention_on_image(
-    image: np.ndarray,
-    weights: ArrayLike,
-    grid: int | tuple[int, int],
-    *,
-    title: str = "Attention on the image",
+    image: np.ndarray, weights: ArrayLike, grid: int | tuple[int, int], *, title: str = "Attention on the image"
 ) -> go.Figure:
     """The image beside a copy that is bright where the weights are large.
 

@@ -24,7 +24,7 @@ from vpworkbench.figures.style import (
     percent,
     translucent,
 )
-from vpworkbench.probes.intervals import Interval, bootstrap_interval
+from vpworkbench.stats import Interval, bootstrap_interval
 
 Samples = ArrayLike | Mapping[str, ArrayLike | Interval]
 """(example, layer), or the name of each model -> (example, layer), or an interval of its own for each layer."""

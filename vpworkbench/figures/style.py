@@ -15,7 +15,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from vpworkbench.probes.intervals import Interval
+from vpworkbench.stats import Interval
 
 # Okabe and Ito (2008), for all eyes. Black and yellow are left out and blue is a little lighter: all colours
 # must be seen on white and on #111111.

@@ -27,12 +27,12 @@ from vpworkbench.figures.style import (
     percent,
     wrapped,
 )
-from vpworkbench.probes.intervals import Interval
+from vpworkbench.stats import Interval
 
 if TYPE_CHECKING:
-    from vpworkbench.pretrain import HeldOut
-    from vpworkbench.retrieval import RetrievalResult
-    from vpworkbench.tasks import TaskResult
+    from vpworkbench.tasks.model import TaskResult
+    from vpworkbench.train.pretrain import HeldOut
+    from vpworkbench.train.retrieval import RetrievalResult
 
 _OBJECTIVES = {
     "mlm": "masked words (MLM), nats",
@@ -234,12 +234,7 @@ def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "
 
 
 def _add_bars(
-    figure: go.Figure,
-    values: Mapping[str, float | Interval],
-    colours: Sequence[str],
-    *,
-    letters: int,
-    **place: int,
+    figure: go.Figure, values: Mapping[str, float | Interval], colours: Sequence[str], *, letters: int, **place: int
 ) -> list[float]:
     """Bars of shares with their intervals; each number stands with its name under the bar. The means."""
     bounds = [_bounds(value) for value in values.values()]

@@ -5,16 +5,10 @@ from vpworkbench.probes.formula import crossing_share, flow_from_attention, max_
 from vpworkbench.probes.geometry import ModalityMasks, modality_masks
 from vpworkbench.probes.gradient import gradient_weighted_flow
 from vpworkbench.probes.hidden import hidden_states
-from vpworkbench.probes.intervals import Interval, bootstrap_interval
-from vpworkbench.probes.masks import (
-    MaskComparison,
-    compare_masks,
-    mask_on_object,
-    object_tokens,
-    random_on_object,
-)
+from vpworkbench.probes.masks import MaskComparison, compare_masks, mask_on_object, object_tokens, random_on_object
 from vpworkbench.probes.modality import shuffle_modality
 from vpworkbench.probes.nmi import Clusters, Picture, cluster_tokens, modality_nmi, modality_pca
+from vpworkbench.stats import Interval, bootstrap_interval
 
 __all__ = [
     "Check",

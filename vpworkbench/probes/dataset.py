@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.hidden import hidden_states
-from vpworkbench.probes.intervals import bootstrap_interval
 from vpworkbench.probes.layers import LayerNames
 from vpworkbench.probes.nmi import modality_nmi
+from vpworkbench.stats import bootstrap_interval
 
 SPANS = ("flow", "null", "text_to_vision", "vision_to_text")
 _CONFIG = b"vpworkbench"  # key of the config in a file's schema

@@ -14,11 +14,7 @@ from vpworkbench.probes.layers import LayerNames, is_named, streams_of
 
 
 def hidden_states(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    *,
-    tokens: Tensor | None = None,
-    layers: LayerNames | None = None,
+    model: nn.Module, inputs: Mapping[str, Any], *, tokens: Tensor | None = None, layers: LayerNames | None = None
 ) -> tuple[Tensor, ...]:
     """Features at the input of the first layer and at the output of every layer.
 

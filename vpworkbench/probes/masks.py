@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpworkbench.probes.intervals import Interval, bootstrap_interval
+from vpworkbench.stats import Interval, bootstrap_interval
 
 
 def object_tokens(object_map: Tensor, grid: tuple[int, int]) -> Tensor:

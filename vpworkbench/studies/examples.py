@@ -1,0 +1,217 @@
+"""One image and its sentence taken apart: tokens, parsing attention, masks, where a word looks, answers.
+
+What the tour shows and the explorer touches; figures draw it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vpworkbench.data.records import Picture
+from vpworkbench.losses import visual_mask
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.probes.flow import inter_modality_flow
+from vpworkbench.probes.geometry import REGIONS_SIDE, modality_masks, painted
+from vpworkbench.probes.masks import compare_masks, object_tokens
+from vpworkbench.settings import MaskSettings, PretrainSettings
+from vpworkbench.stats import Interval, bootstrap_interval
+
+
+class Example(NamedTuple):
+    """One image and one sentence, as arrays.
+
+    Attributes
+    ----------
+    image : uint8 array, (height, width, 3)
+    boxes : float array, (vision, 4)
+        x0 y0 x1 y1 of each token, as shares of the image.
+    grid : int
+        Places on a side: tokens, or, of regions, places that their boxes are drawn over.
+    parsing : float array, (vision, vision), or None
+        Parsing attention, averaged over heads, rows sum to 1; None in families without one.
+    pick : int
+        The place of the token that all masks hide first.
+    masks : dict of bool array, (place,)
+        `attention` where there is a parsing attention, and `random`; of the same budget.
+    words : list of str
+    word_attention : float array, (word, place)
+        Attention of each word to the visual tokens in the last layer, averaged over heads.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    grid: int
+    parsing: np.ndarray | None
+    pick: int
+    masks: dict[str, np.ndarray]
+    words: list[str]
+    word_attention: np.ndarray
+
+
+@torch.no_grad()
+def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSettings, *, seed: int = 0) -> Example:
+    """Look at every step of the model on one picture and its first sentence."""
+    visual = model.settings.visual
+    inputs = model.prepare([picture], [picture.captions[0]])
+    seen = model.visual(inputs.forward["images"])
+    parsing = None if seen.parsing is None else seen.parsing.mean(dim=1).cpu()
+    real = seen.real().cpu()
+    objects = token_objects([picture], visual.grid) if visual.kind.on_grid else real.long()
+    noise = pick_objects(objects, seed=seed)
+    words = inputs.forward["words"][0]
+    flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, rows=list(range(len(words))))
+    boxes = modality_masks(model, inputs.forward).boxes[0, len(words) :].cpu().masked_fill(~real[0, :, None], torch.nan)
+    side = visual.grid if visual.kind.on_grid else REGIONS_SIDE
+
+    def drawn(values: torch.Tensor) -> torch.Tensor:
+        return painted(values, boxes.expand(*values.shape, 4), side).flatten(-2)
+
+    def masked(ranked: torch.Tensor | None) -> np.ndarray:
+        budget = settings.mask.tokens_of(settings.visual)
+        hidden = visual_mask(
+            noise, budget, parsing=ranked, select=settings.mask.select, seen=None if visual.kind.on_grid else real
+        )
+        return drawn(hidden[0].float()).numpy() > 0
+
+    return Example(
+        image=picture.image.pixels(visual.image_px if visual.kind.pixels else None),
+        boxes=boxes[real[0]].numpy(),
+        grid=side,
+        parsing=None if parsing is None else parsing[0].numpy(),
+        pick=_place(boxes[int(noise[0].argmax())], side),
+        masks=({} if parsing is None else {"attention": masked(parsing)}) | {"random": masked(None)},
+        words=model.tokenizer.convert_ids_to_tokens(words.tolist()),
+        word_attention=drawn(flow.rows[0, -1].mean(dim=0)[:, len(words) :].cpu()).numpy(),
+    )
+
+
+def _place(box: torch.Tensor, side: int) -> int:
+    """Where the middle of a box lies, row by row."""
+    column, row = ((box[:2] + box[2:]) / 2 * side).long().clamp(max=side - 1).tolist()
+    return row * side + column
+
+
+@torch.no_grad()
+def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) -> torch.Tensor:
+    """Parsing attention averaged over heads; (image, vision, vision) on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the model's visual family has none.
+    """
+    images = model.prepare(list(pictures), [""] * len(pictures)).forward["images"]
+    parsing = model.visual(images).parsing
+    if parsing is None:
+        raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention")
+    return parsing.mean(dim=1).cpu()
+
+
+def token_objects(pictures: Sequence[Picture], grid: int) -> torch.Tensor:
+    """The object that most of each token's pixels show; int64 (image, vision), 0 at background and in photographs."""
+    rows = [torch.from_numpy(picture.object_map()) if picture.scene else torch.zeros(grid, grid, dtype=torch.uint8)
+            for picture in pictures]  # fmt: skip
+    return torch.stack([object_tokens(row, (grid, grid)) for row in rows])
+
+
+def pick_objects(objects: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
+    """Uniform numbers whose largest lies on an object where the image has one; (image, vision)."""
+    noise = torch.rand(objects.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where((objects > 0) | ~(objects > 0).any(dim=1, keepdim=True), noise + 1, noise) / 2
+
+
+def mask_shares(
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
+) -> dict[str, Interval]:
+    """The mask probe on generated scenes: share of masked tokens on the picked object, attention against random.
+
+    Empty for families without a parsing attention.
+    """
+    if not model.settings.visual.kind.parsing:
+        return {}
+    objects = token_objects(pictures, model.settings.visual.grid)
+    noise = pick_objects(objects, seed=seed)
+    mask: MaskSettings = settings.mask
+    parsing = torch.cat(
+        [parsing_attention(model, pictures[start : start + 32]) for start in range(0, len(pictures), 32)]
+    )
+    masked = visual_mask(noise, mask.tokens_of(settings.visual), parsing=parsing, select=mask.select)
+    compared = compare_masks(masked, noise.argmax(dim=1), objects, seed=seed)
+    return {"attention": compared.share, "random": compared.random}
+
+
+@torch.no_grad()
+def mask_errors(
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
+) -> dict[str, Interval]:
+    """What is left to guess: squared error of MFR (paper Eq. 9) at the hidden tokens, mean over them and channels.
+
+    Returns
+    -------
+    dict
+        `attention` and `random`, by what hides them around the same picks, with each picture's first caption; and
+        `difference`, attention less random by picture. Empty for families without a parsing attention.
+    """
+    if not model.settings.visual.kind.parsing:
+        return {}
+    noise = pick_objects(token_objects(pictures, model.settings.visual.grid), seed=seed)
+    budget, found = settings.mask.tokens_of(settings.visual), []
+    for rows in torch.arange(len(pictures)).split(32):
+        some = [pictures[row] for row in rows.tolist()]
+        forward = model.prepare(some, [picture.captions[0] for picture in some]).forward
+        visual = model.visual(forward["images"])
+        words = {name: forward[name] for name in ("words", "word_tokens")}
+        means = []
+        for parsing in (visual.parsing.mean(dim=1), None):
+            picked = noise[rows].to(model.device)
+            hidden = visual_mask(picked, budget, parsing=parsing, select=settings.mask.select)
+            guessed = model.mfr(model.fuse(visual, **words, masked=hidden).vision)
+            errors = (guessed - visual.features).square().mean(dim=-1)
+            means.append((errors * hidden).sum(dim=1) / hidden.sum(dim=1))
+        found.append(torch.stack(means).cpu())
+    attention, random = torch.cat(found, dim=1).double().numpy()
+    each = {"attention": attention, "random": random, "difference": attention - random}
+    return {name: bootstrap_interval(values, seed) for name, values in each.items()}
+
+
+@torch.no_grad()
+def match_probability(model: VisualParsingModel, picture: Picture, texts: Sequence[str]) -> np.ndarray:
+    """ITM: probability that each text is true of the image; (text,)."""
+    inputs = model.prepare([picture] * len(texts), list(texts))
+    return torch.softmax(model.itm(model(**inputs.forward).cls), dim=-1)[:, 1].cpu().numpy()
+
+
+@torch.no_grad()
+def fill_mask(model: VisualParsingModel, picture: Picture, text: str, *, top: int = 5) -> list[tuple[str, float]]:
+    """MLM: the likeliest words at the first [MASK] of a text, with their probabilities.
+
+    Raises
+    ------
+    ValueError
+        If the text has no [MASK].
+    """
+    inputs = model.prepare([picture], [text])
+    places = (inputs.forward["words"][0] == model.tokenizer.mask_token_id).nonzero()
+    if not len(places):
+        raise ValueError(f"{text!r:.80}: no [MASK] to fill")
+    logits = model.word_logits(model(**inputs.forward).text[0, places[0, 0]])
+    found = torch.softmax(logits, dim=-1).topk(top)
+    words = model.tokenizer.convert_ids_to_tokens(found.indices.tolist())
+    return list(zip(words, found.values.tolist(), strict=True))
+
+
+def answers(model: VisualParsingModel, picture: Picture, others: Sequence[Picture]) -> pd.DataFrame:
+    """What the model says of one image: each text, whether it is true, the probability that it gives."""
+    texts = (
+        list(picture.captions[:3]) + [text for other in others for text in other.captions if picture.denies(text)][:3]
+    )
+    return pd.DataFrame({
+        "text": texts,
+        "true": [text in picture.captions for text in texts],
+        "match": match_probability(model, picture, texts).round(3),
+    })  # fmt: skip

@@ -1,0 +1,1 @@
+"""Training: one engine, pre-training, fine-tuning, retrieval, scene labels."""
