@@ -20,9 +20,9 @@ from vpworkbench.data.records import Picture
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.runs import Run, open_run
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import DataSettings, FusionSettings, ModelSettings, Settings, VisualSettings
+from vpworkbench.settings.scenes import SceneSettings
 
 SCENES = SceneSettings(images=60, val=20, test=10)
 

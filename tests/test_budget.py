@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from conftest import narrow_model
 
-from vpworkbench.model.budget import budget, budgets, short
+from vpworkbench import subjects
+from vpworkbench.model.budget import budget, short
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import ModelSettings, preset
-from vpworkbench.studies import compare
+from vpworkbench.studies.compare import budgets
 
 
 def test_products_of_the_fusion_and_of_patches_by_hand(scenes):
@@ -47,5 +48,5 @@ def test_the_backbones_of_table_5(scenes, family, parameters, multiply_adds):
 
 
 def test_every_model_under_comparison_has_a_row(scenes):
-    table = budgets(compare.open_models([""]), [picture for picture in scenes if picture.captions])
+    table = budgets(subjects.open_models([""]), [picture for picture in scenes if picture.captions])
     assert table.loc["shipped", "visual_tokens"] == 36 and table.loc["shipped", "multiply_adds"] > 1e6

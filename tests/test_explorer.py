@@ -27,6 +27,8 @@ from PIL import Image
 from plotly.callbacks import Points
 from test_explorer_readings import llava, vilt, wide_model
 
+from vpworkbench.data.inputs import prepare
+from vpworkbench.data.objects import pick_objects, token_objects
 from vpworkbench.data.records import ImageFile, Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import DataError
@@ -34,8 +36,8 @@ from vpworkbench.explorer import Explorer, explore, still
 from vpworkbench.explorer.widgets import Panels, Save
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import pretrain_settings
-from vpworkbench.studies.compare import Opened
-from vpworkbench.studies.examples import fill_mask, mask_errors, match_probability, pick_objects, token_objects
+from vpworkbench.studies.examples import fill_mask, mask_errors, match_probability
+from vpworkbench.subjects import Opened
 from vpworkbench.tasks.model import TaskModel
 
 EVIL = '<img src=x onerror="hacked()">'
@@ -85,7 +87,7 @@ def test_masks_are_the_top_of_the_parsing_attention(
     view: Explorer, model: VisualParsingModel, scenes: list[Picture], select: str
 ) -> None:
     view.pick(14, k=6, select=select, head=1)
-    parsing = model.visual(model.prepare(scenes[:1], ["a"]).forward["images"]).parsing[0, 1].detach().numpy()
+    parsing = model.visual(prepare(model, scenes[:1], ["a"]).forward["images"]).parsing[0, 1].detach().numpy()
     ranked = {"row": parsing[14], "column": parsing[:, 14], "symmetric": parsing[14] + parsing[:, 14]}[select]
     others = [token for token in np.argsort(-ranked) if token != 14][:5]
     _, shade, mask, drawn = arrays(view.masks.panels[0])

@@ -29,7 +29,7 @@ from PIL import Image
 
 from vpworkbench.data.records import Picture
 from vpworkbench.studies.examples import parsing_attention
-from vpworkbench.train.pretrain import load_run
+from vpworkbench.subjects import load_run
 
 pytestmark = pytest.mark.browser
 __all__ = ["browser", "jupyter", "screenshots"]

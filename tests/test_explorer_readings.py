@@ -12,6 +12,7 @@ from conftest import narrow_model
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.explorer import readings as module
 from vpworkbench.explorer.readings import Reading, Subject, read, same_boxes, subject
@@ -20,7 +21,8 @@ from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_masks
 from vpworkbench.probes.geometry import grid_boxes
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
-from vpworkbench.studies.compare import Opened, Prepared
+from vpworkbench.studies.compare import Prepared
+from vpworkbench.subjects import Opened
 from vpworkbench.tasks.model import TaskModel
 
 IMAGE = 90  # id of an image place
@@ -88,7 +90,7 @@ def test_flow_is_that_of_the_maps_and_of_the_probe(reading: Reading, model: Visu
     language, vision = (torch.from_numpy(part) for part in reading.counted)
     printed = flow_from_attention(reading.attention.double(), vision, language=language)
     np.testing.assert_allclose(reading.flow, printed, atol=1e-6)
-    inputs = model.prepare([reading.picture], [reading.text])
+    inputs = prepare(model, [reading.picture], [reading.text])
     probed = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens)
     np.testing.assert_allclose(reading.null, probed.null[0], atol=1e-6)
 
@@ -175,7 +177,7 @@ def test_places_in_neither_modality_have_words_but_no_part_in_the_flow(
     model: VisualParsingModel, scenes: list[Picture], specials: str
 ) -> None:
     def prepare(pictures: list[Picture], texts: list[str]) -> object:
-        return model.prepare(pictures, texts, special_tokens=specials)
+        return prepare(model, pictures, texts, special_tokens=specials)
 
     reading = read(Subject("model", Opened("model", model, prepare, 1), model), scenes[0], "a red ball")
     assert reading.words[0] == "[CLS]" and reading.counted[0, 0] == (specials == "language")
@@ -227,7 +229,7 @@ def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:
         read(subject(model), scenes[0], "  ")
 
     def blind(pictures: list[Picture], texts: list[str]) -> Prepared:
-        inputs = model.prepare(pictures, texts)
+        inputs = prepare(model, pictures, texts)
         return Prepared(inputs.forward, torch.zeros_like(inputs.vision), inputs.tokens, inputs.language)
 
     with pytest.raises(ValueError, match="no visual token"):

@@ -16,9 +16,11 @@ from conftest import narrow_model
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
-from vpworkbench import figures
+from vpworkbench import figures, subjects
+from vpworkbench.data.inputs import use_regions
+from vpworkbench.data.inputs import visual_input as input_of
 from vpworkbench.data.records import ImageFile, Picture
-from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, input_of, read_npz, write_regions
+from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, read_npz, write_regions
 from vpworkbench.data.splits import scenes_folder
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.explorer import explore
@@ -27,6 +29,7 @@ from vpworkbench.model.budget import budget
 from vpworkbench.model.fusion import Fusion, box_vector
 from vpworkbench.model.visual import VisualTokens, build_visual
 from vpworkbench.probes.geometry import modality_masks
+from vpworkbench.probing import probe
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.scene import COLOURS
 from vpworkbench.settings import (
@@ -39,11 +42,12 @@ from vpworkbench.settings import (
     visual_init_settings,
 )
 from vpworkbench.settings.families import FAMILIES, Family
-from vpworkbench.studies import compare, examples
+from vpworkbench.studies import examples
 from vpworkbench.studies.baselines import baselines
 from vpworkbench.studies.review import review
-from vpworkbench.train.finetune import evaluate_split, finetune, load_task, prepare_task
-from vpworkbench.train.pretrain import Pretraining, group_batches, load_run, prepare, pretrain, probe
+from vpworkbench.subjects import load_run, load_task
+from vpworkbench.train.finetune import evaluate_split, finetune, prepare_task
+from vpworkbench.train.pretrain import Pretraining, group_batches, prepare, pretrain
 from vpworkbench.train.scene_labels import token_labels
 
 WIDTH = 12
@@ -160,7 +164,7 @@ def test_padding_changes_nothing(scenes, region_folder):
     many.load_state_dict(few.state_dict())
     pictures = scenes[:6]
     texts = [picture.captions[0] for picture in pictures]
-    short, long = few.prepare(pictures, texts), many.prepare(pictures, texts)
+    short, long = prepare(few, pictures, texts), prepare(many, pictures, texts)
     assert not (long.vision & ~long.tokens)[:, : short.forward["words"].shape[1]].any()
     torch.testing.assert_close(few(**short.forward).cls, many(**long.forward).cls, rtol=0, atol=1e-5)
     counts = torch.tensor([len(picture.scene.things) for picture in pictures])
@@ -194,7 +198,7 @@ def test_masks_hide_a_share_of_the_real_regions():
 @torch.no_grad()
 def test_the_geometry_of_regions_is_their_boxes(scenes, region_folder):
     model = region_model(scenes, region_folder)
-    inputs = model.prepare(scenes[:2], [picture.captions[0] for picture in scenes[:2]])
+    inputs = prepare(model, scenes[:2], [picture.captions[0] for picture in scenes[:2]])
     found = modality_masks(model, inputs.forward)
     assert torch.equal(found.vision & found.tokens, inputs.vision & inputs.tokens)
     boxes = found.boxes[0][found.vision[0] & found.tokens[0]]
@@ -222,7 +226,7 @@ def test_forty_nine_tokens_are_seven_by_seven(scenes, region_folder):
         pixels = torch.zeros(1, 3, visual.image_px, visual.image_px, dtype=torch.uint8)
         network = build_visual(visual).eval()
         assert network(pixels).features.shape == (1, 49, network.width)
-    many = region_model(scenes, region_folder, 49).prepare(scenes[:1], ["a ball"])
+    many = prepare(region_model(scenes, region_folder, 49), scenes[:1], ["a ball"])
     assert many.vision.sum() <= 49 == many.forward["images"].shape[1]
 
 
@@ -265,7 +269,7 @@ def test_limits_by_the_number_of_tokens_wait_for_it():
 
 
 def test_sampled_tokens_keep_their_features_and_places(model, scenes):
-    pixels = model.prepare(scenes[:2], ["a ball"] * 2).forward["images"]
+    pixels = prepare(model, scenes[:2], ["a ball"] * 2).forward["images"]
     whole = model.visual(pixels)
     places = torch.tensor([[0, 7, 35], [3, 4, 11]])
     some = whole.at(places)
@@ -379,7 +383,7 @@ def test_every_family_is_saved_probed_explored_fine_tuned_and_reviewed(arm, regi
         assert torch.equal(model.state_dict()[name], value), name
     pictures = [picture for picture in scenes if picture.split == "val"][:6]
     assert np.isfinite(probe(model, pictures, images=6).from_input).all()
-    assert compare.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
+    assert subjects.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
 
     view = explore(f"same-{arm}", pictures)
     reading = view.readings[0]
@@ -421,12 +425,12 @@ def test_every_family_is_saved_probed_explored_fine_tuned_and_reviewed(arm, regi
 def test_a_task_can_bring_its_own_regions(region_folder, scenes, tmp_path):
     shutil.copytree(region_folder, tmp_path / "moved")
     model = region_model(scenes, region_folder)
-    model.take_regions(str(tmp_path / "moved"))
+    use_regions(model, str(tmp_path / "moved"))
     model.save_pretrained(tmp_path / "model")
     again = type(model).from_pretrained(tmp_path / "model")
     assert again.settings.visual.region_files == again.visual.settings.region_files == str(tmp_path / "moved")
     with pytest.raises(SettingsError, match="'grid' reads pixels"):
-        narrow_model(scenes, family="grid").take_regions(str(tmp_path))
+        use_regions(narrow_model(scenes, family="grid"), str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -16,7 +16,7 @@ from vpworkbench import figures
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.notebooks import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.model.visual import build_visual
-from vpworkbench.probes.dataset import SPANS, Probed
+from vpworkbench.probing import SPANS, Probed
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
 from vpworkbench.settings import RegionSettings, VisualSettings, family_runs_settings, finetune_settings
 from vpworkbench.stats import Interval

@@ -9,7 +9,8 @@ import pytest
 
 from vpworkbench.scenes.language import decide, decide_pair
 from vpworkbench.scenes.layout import scene_of
-from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, SceneSettings, Thing
+from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, Thing
+from vpworkbench.settings.scenes import SceneSettings
 
 
 def rng_of(seed: int) -> np.random.Generator:

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.errors import CheckpointError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import PRESETS, ModelSettings
 
 
 def pairs(model, scenes, count: int = 3):
-    return model.prepare(scenes[:count], [picture.captions[0] for picture in scenes[:count]])
+    return prepare(model, scenes[:count], [picture.captions[0] for picture in scenes[:count]])
 
 
 def test_every_preset_builds(model):
@@ -45,8 +46,8 @@ def test_saved_and_loaded_again(model, scenes, tmp_path):
 def test_result_does_not_depend_on_batch_mates(model, scenes):
     texts = ["a red square", scenes[1].captions[0], "a blue ball is left of a red heart and a green ring"]
     with torch.no_grad():
-        together = model(**model.prepare(scenes[:3], texts).forward)
-        alone = model(**model.prepare(scenes[:1], texts[:1]).forward)
+        together = model(**prepare(model, scenes[:3], texts).forward)
+        alone = model(**prepare(model, scenes[:1], texts[:1]).forward)
     torch.testing.assert_close(together.cls[:1], alone.cls, rtol=0, atol=1e-5)
     torch.testing.assert_close(together.vision[:1], alone.vision, rtol=0, atol=1e-5)
 
@@ -57,7 +58,7 @@ def test_prepared_sets_are_words_and_visual_tokens(model, scenes):
     assert inputs.vision[:, words:].all() and not inputs.vision[:, :words].any()
     assert (inputs.tokens[:, :words] == (inputs.forward["words"] != 0)).all()
     assert (inputs.language == inputs.tokens & ~inputs.vision).all()
-    without = model.prepare(scenes[:1], [scenes[0].captions[0]], special_tokens="exclude")
+    without = prepare(model, scenes[:1], [scenes[0].captions[0]], special_tokens="exclude")
     left_out = without.tokens & ~without.vision & ~without.language
     ids = without.forward["words"][0][left_out[0, : without.forward["words"].shape[1]]]
     assert model.tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "[SEP]"]
@@ -73,7 +74,7 @@ def test_word_head_is_the_transposed_embedding_and_itm_reads_the_raw_cls(model, 
 
 def test_as_many_texts_as_images(model, scenes):
     with pytest.raises(ValueError, match="2 images and 1 texts"):
-        model.prepare(scenes[:2], ["a red square"])
+        prepare(model, scenes[:2], ["a red square"])
 
 
 def damaged(folder, damage: str):

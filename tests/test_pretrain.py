@@ -17,21 +17,21 @@ from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.model.words import build_tokenizer
+from vpworkbench.probing import probe
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import pretrain_settings, visual_init_settings
+from vpworkbench.settings.scenes import SceneSettings
+from vpworkbench.subjects import load_run
 from vpworkbench.train.pretrain import (
     Pretraining,
     build_model,
     effective_rank,
     evaluate,
     group_batches,
-    load_run,
     prepare,
     pretrain,
-    probe,
     with_words_of,
 )
 from vpworkbench.train.scene_labels import train_visual

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.probes import bootstrap_interval, inter_modality_flow, modality_nmi
-from vpworkbench.probes.dataset import Probed, probe_dataset
+from vpworkbench.probing import Probed, probe_dataset
 
 
 def batches(model, scenes, count: int = 3, *, stop_before: int | None = None):
@@ -19,7 +20,7 @@ def batches(model, scenes, count: int = 3, *, stop_before: int | None = None):
         if number == stop_before:
             raise KeyboardInterrupt
         pictures = scenes[4 * number : 4 * number + 4]
-        yield model.prepare(pictures, [picture.captions[0] for picture in pictures], special_tokens="exclude")
+        yield prepare(model, pictures, [picture.captions[0] for picture in pictures], special_tokens="exclude")
 
 
 def same(one: Probed, other: Probed) -> bool:
@@ -30,7 +31,7 @@ def same(one: Probed, other: Probed) -> bool:
 def test_every_example_as_if_probed_alone(model, scenes):
     probed = probe_dataset(model, batches(model, scenes), total=3)
     assert probed.flow.shape == (12, 2, 2) and probed.nmi.shape == (12, 3) and len(probed.examples) == 12
-    alone = model.prepare(scenes[5:6], [scenes[5].captions[0]], special_tokens="exclude")
+    alone = prepare(model, scenes[5:6], [scenes[5].captions[0]], special_tokens="exclude")
     flow = inter_modality_flow(model, alone.forward, alone.vision, alone.tokens, language=alone.language)
     np.testing.assert_allclose(probed.flow[5], flow.flow[0].double(), atol=1e-6)
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.probes import check, hidden_states, inter_modality_flow, modality_masks, modality_nmi
 from vpworkbench.probes.geometry import FAMILIES as LAYOUTS
 from vpworkbench.probes.geometry import grid_boxes
@@ -395,7 +396,7 @@ def test_every_known_family_is_tested_and_documented():
 
 
 def test_our_model_has_its_grid(model, scenes):
-    inputs = model.prepare(scenes[:2], [picture.captions[0] for picture in scenes[:2]])
+    inputs = prepare(model, scenes[:2], [picture.captions[0] for picture in scenes[:2]])
     masks = modality_masks(model, inputs.forward)
     assert torch.equal(masks.vision, inputs.vision) and torch.equal(masks.tokens, inputs.tokens)
     torch.testing.assert_close(masks.boxes[1][masks.vision[1]], grid_boxes(6, 6))

@@ -9,8 +9,9 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import normalized_mutual_info_score
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.probes import cluster_tokens, hidden_states, modality_nmi, modality_pca
-from vpworkbench.train.pretrain import load_run
+from vpworkbench.subjects import load_run
 
 LAYERS, EXAMPLES, LENGTH, CHANNELS = 3, 4, 40, 24
 
@@ -98,7 +99,7 @@ def test_own_starts_on_real_features(scenes):
     Near-noise features have many optima: of one seed either may be 0.1% better than the other.
     """
     model, _ = load_run()
-    inputs = model.prepare(scenes[:60], [picture.captions[0] for picture in scenes[:60]])
+    inputs = prepare(model, scenes[:60], [picture.captions[0] for picture in scenes[:60]])
     hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
     seeds = range(3)
     inertia = [cluster_tokens(state, inputs.tokens, seed=seed).inertia.mean() for seed in seeds for state in hidden]

@@ -13,14 +13,16 @@ import pytest
 import torch
 from conftest import narrow_model
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
 from vpworkbench.runs import Run, open_run
 from vpworkbench.settings import finetune_settings
 from vpworkbench.studies.review import review
+from vpworkbench.subjects import load_task
 from vpworkbench.tasks.model import LABELS, TaskModel
-from vpworkbench.train.finetune import evaluate_split, finetune, load_examples, load_task, prepare_task
+from vpworkbench.train.finetune import evaluate_split, finetune, load_examples, prepare_task
 from vpworkbench.train.retrieval import (
     CUTOFFS,
     Matching,
@@ -78,7 +80,7 @@ def test_scores_are_those_of_the_whole_model_pair_by_pair(model, scenes):
     scores = score_matrix(model, pictures, captions, pairs=7)
     assert seen == [5] and scores.shape == (5, 25)
     for row in (0, 3):
-        inputs = model.base.prepare([pictures[row]] * 25, captions)
+        inputs = prepare(model.base, [pictures[row]] * 25, captions)
         with torch.no_grad():
             logits = model.base.itm(model.base(**inputs.forward).cls)
         np.testing.assert_allclose(scores[row], (logits[:, 1] - logits[:, 0]).numpy(), atol=1e-5)

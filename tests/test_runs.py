@@ -149,7 +149,7 @@ def test_progress_is_written_once_a_second_and_at_the_end(run, monkeypatch):
 
 def test_figures_share_one_script_and_need_no_network(run):
     figure = plotly.graph_objects.Figure(plotly.graph_objects.Scatter(y=[1, 2]))
-    pages = [run.save_figure(name, figure) for name in ("loss", "flow")]
+    pages = [run.show(name, figure) and run.page(name) for name in ("loss", "flow")]
     assert sorted(path.name for path in (run.folder / "figures").iterdir()) == [
         "flow.html", "loss.html", "plotly.min.js",
     ]  # fmt: skip
@@ -157,7 +157,7 @@ def test_figures_share_one_script_and_need_no_network(run):
         text = page.read_text(encoding="utf-8")
         assert re.findall('<script[^>]*src="([^"]+)"', text) == ["plotly.min.js"]
     with pytest.raises(SettingsError):
-        run.save_figure("../loss", figure)
+        run.show("../loss", figure)
 
 
 def test_list_runs_reads_summaries_and_skips_the_gallery(run, runs_folder):

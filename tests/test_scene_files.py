@@ -18,8 +18,9 @@ from PIL import Image
 
 from vpworkbench.scenes import write as scene_files
 from vpworkbench.scenes.language import decide, decide_pair
-from vpworkbench.scenes.scene import Scene, SceneSettings
+from vpworkbench.scenes.scene import Scene
 from vpworkbench.scenes.write import write_scenes
+from vpworkbench.settings.scenes import SceneSettings
 
 SMALL = SceneSettings(images=70, val=9, test=8, image_px=48, seed=5)
 

@@ -12,8 +12,8 @@ from vpworkbench.data.batches import stack_images
 from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.splits import evaluation_records, load_examples, load_held_out, load_splits, split_pictures
 from vpworkbench.errors import DataError
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.settings import DataSettings, finetune_settings
+from vpworkbench.settings.scenes import SceneSettings
 
 
 def ids(pictures):

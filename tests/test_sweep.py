@@ -11,10 +11,10 @@ import time
 import pytest
 from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
-from vpworkbench import cli, runs
+from vpworkbench import cli
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.notebooks import run_notebook
-from vpworkbench.jobs.sweep import Job, make_jobs, read_jobs, sweep
+from vpworkbench.jobs.sweep import Job, make_jobs, read_jobs, sweep, sweep_notebook
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 
@@ -102,7 +102,7 @@ def test_done_is_skipped_failed_is_told_and_the_rest_goes_on(notebook, runs_fold
 
 
 def test_a_sweep_is_one_call_in_python(notebook, runs_folder):
-    table = runs.sweep(str(notebook), name="p", grid={"seed": [1, 2]}, workers=2)
+    table = sweep_notebook(str(notebook), name="p", grid={"seed": [1, 2]}, workers=2)
     assert table["name"].tolist() == ["p-seed=1", "p-seed=2"] and table["state"].tolist() == ["done", "done"]
     assert all((runs_folder / "trial" / name / "summary.json").exists() for name in table["name"])
 

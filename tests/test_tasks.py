@@ -19,6 +19,7 @@ from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.runs import open_run
 from vpworkbench.settings import finetune_settings
 from vpworkbench.studies.baselines import baselines
+from vpworkbench.subjects import load_task
 from vpworkbench.tasks.model import (
     Classification,
     PairAttention,
@@ -30,7 +31,7 @@ from vpworkbench.tasks.model import (
     task_labels,
 )
 from vpworkbench.train.engine import build_optimiser
-from vpworkbench.train.finetune import PreparedTask, evaluate_split, finetune, load_task, predict_table, prepare_task
+from vpworkbench.train.finetune import PreparedTask, evaluate_split, finetune, predict_table, prepare_task
 from vpworkbench.train.pretrain import with_words_of
 
 FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "train.log_every": 1, "workers": 0,

@@ -13,8 +13,9 @@ from vpworkbench.scenes.hypotheses import LABELS, hypotheses
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS, RELATIONS, VOCABULARY, decide, parse
 from vpworkbench.scenes.layout import scene_of
 from vpworkbench.scenes.questions import questions, ten_answers
-from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, SceneSettings, Thing
+from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, Thing
 from vpworkbench.scenes.statements import pair_statements
+from vpworkbench.settings.scenes import SceneSettings
 
 
 def rng_of(seed: int) -> np.random.Generator:

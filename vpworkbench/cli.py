@@ -113,9 +113,9 @@ def scenes(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Generate scenes with exact ground truth, in the published formats."""
-    from vpworkbench.scenes.scene import SceneSettings
     from vpworkbench.scenes.write import write_scenes
     from vpworkbench.settings import checked
+    from vpworkbench.settings.scenes import SceneSettings
 
     given = {
         "images": images, "val": val, "test": test,
@@ -199,13 +199,16 @@ def predict(
 ) -> None:
     """What a fine-tuned model answers, with its probability; for a table, csv on standard output."""
     from vpworkbench.errors import SettingsError
-    from vpworkbench.train.finetune import load_task, predict_table
+    from vpworkbench.subjects import load_task
+    from vpworkbench.train.finetune import predict_table
 
     if (image or text) if table else (place or not image or not text):
         raise SettingsError("give --image and --text, or --table and, where its images are elsewhere, --place")
     model = load_task(checkpoint)
     if regions:
-        model.base.take_regions(regions)
+        from vpworkbench.data.inputs import use_regions
+
+        use_regions(model.base, regions)
     if table is not None:
         print(predict_table(model, table, images=place or ()).to_csv(index=False), end="")
         return

@@ -22,16 +22,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from vpworkbench.errors import RunError, SettingsError
 from vpworkbench.settings import Settings
 from vpworkbench.system import held, write_atomically
-
-if TYPE_CHECKING:
-    import plotly.graph_objects
 
 logger = logging.getLogger(__name__)
 
@@ -114,35 +111,24 @@ class Run:
             raise RunError(f"{self.folder}: not complete (no summary.json); call the run again, it resumes")
         return read_json(self.folder / "summary.json")
 
-    def show(self, name: str, figure: plotly.graph_objects.Figure) -> plotly.graph_objects.Figure:
-        """Save a figure as a page of the run, and give it back for the notebook to draw."""
-        self.save_figure(name, figure)
+    def show(self, name: str, figure: Any) -> Any:
+        """Save a plotly figure as `figures/<name>.html`, and return it for the notebook to draw.
+
+        The pages share plotly.min.js and need no network.
+        """
+        figure.write_html(self.page(name), include_plotlyjs="directory")
         return figure
 
-    def export(self, name: str, figure: plotly.graph_objects.Figure) -> plotly.graph_objects.Figure:
-        """As `show`, and as PNG and SVG beside the page where kaleido finds a browser; else say why not."""
-        from vpworkbench.figures import ExportError, to_image
-
-        page = self.save_figure(name, figure)
-        try:
-            to_image(figure, page.with_suffix(".png"), page.with_suffix(".svg"))
-        except ExportError as error:
-            logger.warning("%s: %s", name, error)
-        return figure
-
-    def save_figure(self, name: str, figure: plotly.graph_objects.Figure) -> Path:
-        """Save a plotly figure as `figures/<name>.html`; the pages share plotly.min.js, no network needed."""
+    def page(self, name: str) -> Path:
+        """Where the page of a figure is saved; the folder is made."""
         path = self.folder / "figures" / f"{_safe_name(name)}.html"
         path.parent.mkdir(exist_ok=True)
-        figure.write_html(path, include_plotlyjs="directory")
         return path
 
     def save_page(self, name: str, page: str) -> Path:
         """Save an HTML page as `figures/<name>.html`."""
-        path = self.folder / "figures" / f"{_safe_name(name)}.html"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, page)
-        return path
+        write_atomically(self.page(name), page)
+        return self.page(name)
 
 
 def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
@@ -227,21 +213,6 @@ def list_runs(root: Path | None = None) -> pd.DataFrame:
     folders = [config.parent for config in sorted(root.glob("*/*/config.json"))]
     rows = [summary_row(folder) for folder in folders if folder.parent.name != GALLERY]
     return pd.DataFrame(rows, columns=None if rows else ["notebook", "name", "complete", "seed"])
-
-
-def sweep(notebook: str, *, workers: int = 0, scheduler: str = "", **jobs: Any) -> pd.DataFrame:
-    """Run a grid or a list of jobs of a notebook, each in a run folder: what `vpw sweep` does, from Python.
-
-    Parameters
-    ----------
-    workers, scheduler
-        Where the jobs run: see `vpworkbench.jobs.sweep.sweep`, which also says what comes back.
-    **jobs
-        `grid` or `jobs`, `name`, `parameters`: see `vpworkbench.jobs.sweep.make_jobs`.
-    """
-    from vpworkbench.jobs import sweep as sweeps  # late: it builds on this module
-
-    return sweeps.sweep(sweeps.make_jobs(notebook, **jobs), workers=workers, scheduler=scheduler)
 
 
 def repositories() -> Iterator[Path]:

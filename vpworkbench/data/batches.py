@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vpworkbench.data.cache import PixelCache
-from vpworkbench.data.records import ImageFile, Picture
-from vpworkbench.data.regions import RegionFiles
+from vpworkbench.data.inputs import VisualInput
+from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError
 from vpworkbench.model.words import Words
 from vpworkbench.settings import DataSettings
@@ -143,8 +141,8 @@ class GroupBatches(Dataset):
         Images in a batch.
     vision : int
         m, the number of visual tokens.
-    cache
-        Where the pixels lie ready; None: each file is decoded each time.
+    inputs
+        How images become tensors; see `data.inputs.visual_input` and `data.cache.PixelCache`.
 
     Raises
     ------
@@ -159,10 +157,9 @@ class GroupBatches(Dataset):
         settings: DataSettings,
         *,
         images: int,
-        image_px: int | RegionFiles,
+        inputs: VisualInput,
         vision: int,
         seed: int,
-        cache: PixelCache | None = None,
     ) -> None:
         if len(pictures) < 2:
             raise DataError(f"{len(pictures)} pictures: unmatched texts need at least two")
@@ -171,8 +168,7 @@ class GroupBatches(Dataset):
         if dropped := len(pictures) - len(self.pictures):
             log.warning("%d of %d pictures left out: no text is known to be true of them", dropped, len(pictures))
         self.words, self.settings = words, settings
-        self.images, self.image_px, self.vision, self.seed = images, image_px, vision, seed
-        self.cache = cache
+        self.images, self.inputs, self.vision, self.seed = images, inputs, vision, seed
 
     @property
     def steps_per_epoch(self) -> float:
@@ -220,7 +216,7 @@ class GroupBatches(Dataset):
 
     def _pixels(self, pictures: Sequence[Picture], rng: np.random.Generator, mine: range) -> Tensor:
         chosen = [pictures[row].image for row in mine]
-        images = self.cache.stack(chosen) if self.cache else stack_files(chosen, self.image_px)
+        images = self.inputs.stack(chosen)
         if self.settings.flip:
             mirrored = torch.from_numpy(rng.random(len(pictures))[mine.start : mine.stop] < 0.5)
             images[mirrored] = images[mirrored].flip(-1)
@@ -279,26 +275,6 @@ def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
         if not picture.captions and id(picture.truth) not in by_truth:
             by_truth[id(picture.truth)] = tuple(text for text in texts if picture.affirms(text))
     return {str(picture.image): by_truth[id(picture.truth)] for picture in pictures if not picture.captions}
-
-
-def stack_images(pictures: Sequence[Picture], image_px: int | RegionFiles) -> Tensor:
-    """Decode and squeeze to square, uint8 (image, 3, image_px, image_px); or what `RegionFiles` stacks."""
-    return stack_files([picture.image for picture in pictures], image_px)
-
-
-def stack_files(images: Sequence[ImageFile | Image.Image | np.ndarray], image_px: int | RegionFiles) -> Tensor:
-    """As `stack_images`, of files, PIL images or uint8 arrays (height, width, 3); the packed regions of files."""
-    if isinstance(image_px, RegionFiles):
-        return image_px.stack(images)
-    pixels = np.stack([_square(image, image_px) for image in images])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _square(image: ImageFile | Image.Image | np.ndarray, side: int) -> np.ndarray:
-    if isinstance(image, ImageFile):
-        return image.pixels(side)
-    drawn = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return np.asarray(drawn.convert("RGB").resize((side, side), Image.Resampling.BICUBIC))
 
 
 def contact_sheet(pictures: Sequence[Picture], count: int, *, image_px: int = 128) -> tuple[np.ndarray, list[str]]:

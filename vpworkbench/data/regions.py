@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from vpworkbench.data.records import Example, ImageFile, Picture
 from vpworkbench.errors import DataError, RegionsMissing
-from vpworkbench.settings import VisualSettings
 
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 OUTSIDE_PX = 1.0
@@ -162,7 +160,14 @@ class RegionFiles:
         self._drawn = _drawn_by(_read_json(self.source / SCENES)) or _drawn_in(_read_json(self.source / "config.json"))
         self._alike = {self.source}  # folders and zips of images that are known to be of these scenes
 
-    def check(self, images: Iterable[ImageFile]) -> None:
+    def check(self, records: Sequence[Picture | Example]) -> None:
+        """`DataError` where an image has no regions or shares another's, or where the first one's width is wrong."""
+        images = [image for one in records for image in (one.images if isinstance(one, Example) else (one.image,))]
+        self.check_images(images)
+        if images:
+            self.regions(images[0])
+
+    def check_images(self, images: Iterable[ImageFile]) -> None:
         """`DataError` where some images have no regions, or two names the same file; no regions are read."""
         known = {image: self._place(image) for image in dict.fromkeys(images)}
         missing = [image.name for image, place in known.items() if place is None]
@@ -218,7 +223,8 @@ class RegionFiles:
     def stack(self, images: Sequence[Any]) -> Tensor:
         """float32 (image, region, width + 5): features, relative box, 1; rows of 0 are padding."""
         packed = torch.zeros(len(images), self.most, self.width + 5)
-        for row, image in zip(packed, images, strict=True):
+        for row, one in zip(packed, images, strict=True):
+            image = one.image if isinstance(one, Picture) else one
             if not isinstance(image, ImageFile):
                 raise DataError("regions are found by an image's file; give its path, not its pixels")
             features, boxes = (torch.from_numpy(part) for part in self.regions(image))
@@ -255,21 +261,6 @@ class RegionFiles:
                 "regions`, with the same preset, or its folder"
             )
         self._alike.add(image.folder)
-
-
-def check_regions(files: int | RegionFiles, records: Sequence[Picture | Example]) -> None:
-    """Refuse files without regions of some image, of other scenes, or of another width, by the first image's.
-
-    Parameters
-    ----------
-    files : what `input_of` gives
-        Pixels need no check.
-    """
-    if not isinstance(files, RegionFiles) or not records:
-        return
-    images = [image for one in records for image in (one.images if isinstance(one, Example) else (one.image,))]
-    files.check(images)
-    files.regions(images[0])
 
 
 def _known_as(name: str) -> str:
@@ -336,25 +327,3 @@ def _index(file: Path) -> dict[str, int]:
     if not places:
         raise DataError(f"{file}: holds no regions; a tsv has a line of {', '.join(TSV_FIELDS)} for each image")
     return places
-
-
-@functools.lru_cache(maxsize=8)
-def _opened(source: str, most: int, width: int, stamp: tuple[int, int]) -> RegionFiles:
-    """`stamp` is its time and size: a tsv that was written again is opened again."""
-    return RegionFiles(source, most=most, width=width)
-
-
-def input_of(visual: VisualSettings) -> int | RegionFiles:
-    """What a visual side reads of an image: its pixels, squeezed to this side, or its regions."""
-    if visual.kind.pixels:
-        return visual.image_px
-    place = Path(visual.region_files).expanduser()
-    stamp = (place.stat().st_mtime_ns, place.stat().st_size) if place.is_file() else (0, 0)
-    return _opened(visual.region_files, visual.regions, visual.region_width, stamp)
-
-
-def real_tokens(images: Tensor, visual: VisualSettings) -> Tensor:
-    """bool (image, vision) of a batch: the visual tokens that are no padding."""
-    if visual.kind.pixels:
-        return torch.ones(len(images), visual.tokens, dtype=torch.bool)
-    return images[..., -1] > 0

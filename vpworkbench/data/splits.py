@@ -26,9 +26,9 @@ from vpworkbench.data.formats import NLVR1_FILES, TABLE_FILES, read_pictures
 from vpworkbench.data.records import Example, ImageFile, Picture
 from vpworkbench.data.task_formats import read_any, read_easy_vqa, read_examples
 from vpworkbench.errors import DataError
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import DataSettings, FinetuneSettings
+from vpworkbench.settings.scenes import SceneSettings
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
 from vpworkbench.settings import DataSettings
-from vpworkbench.studies.compare import Opened
+from vpworkbench.subjects import Opened
 
 Model = Subject | Opened | nn.Module | str | None
 PICTURES = 24
@@ -52,7 +52,7 @@ def explore(
     Parameters
     ----------
     model
-        A `VisualParsingModel`, a `TaskModel`, a model that `compare.open_model` opened, or the name or folder of a run;
+        A `VisualParsingModel`, a `TaskModel`, a model of `subjects.open_model`, or the name or folder of a run;
         None: the tiny model that ships.
     data
         Pictures, a captioned set that `load_splits` reads ("scenes", a folder, a file), or None: generated scenes. Of a
@@ -60,7 +60,7 @@ def explore(
     beside
         A second model, drawn under the first: before and after pre-training, masks by attention and at random.
     regions : str
-        Regions for models that read some, as of `compare.open_model`.
+        Regions for models that read some, as of `subjects.open_model`.
     pictures : int
         At most so many to choose from.
     views

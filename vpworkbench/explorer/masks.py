@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vpworkbench.data.objects import token_objects
 from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, unheard
 from vpworkbench.explorer.readings import Reading, same_boxes
 from vpworkbench.explorer.widgets import Panels, Table
 from vpworkbench.losses import visual_mask
 from vpworkbench.probes import mask_on_object, random_on_object
-from vpworkbench.studies.examples import token_objects
 
 Select = Literal["row", "column", "symmetric"]
 KINDS = ["plain", "shade", "mask", "mask"]

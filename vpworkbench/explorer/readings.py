@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vpworkbench.data.inputs import prepare, use_regions
 from vpworkbench.data.records import Picture
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
 from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model
 from vpworkbench.probes.geometry import patches_recorded
 from vpworkbench.probes.layers import LayerChoice, streams_of
-from vpworkbench.studies.compare import Opened, open_model
+from vpworkbench.subjects import Opened, load_task, open_model
 from vpworkbench.tasks.model import TaskModel
 
 HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
@@ -56,37 +57,36 @@ def subject(
 ) -> Subject:
     """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
 
-    `regions` and `alone` as of `compare.open_model`; of models that are open already they stay as they are.
+    `regions` and `alone` as of `subjects.open_model`; of models that are open already they stay as they are.
 
     Raises
     ------
     CheckpointError
         If no model is found under that name.
     TypeError
-        For a module that is not ours: `compare.open_model` knows how transformers models take pictures.
+        For a module that is not ours: `subjects.open_model` knows how transformers models take pictures.
     """
     if isinstance(model, Subject):
         return model
     if isinstance(model, TaskModel):
         base = model.base.eval()
-        return Subject(f"{name}, {model.task}", Opened(name, base, base.prepare, 1), base, model.eval())
+        return Subject(f"{name}, {model.task}", Opened(name, base, partial(prepare, base), 1), base, model.eval())
     if isinstance(model, VisualParsingModel):
-        return Subject(name, Opened(name, model.eval(), model.prepare, 1), model)
+        return Subject(name, Opened(name, model.eval(), partial(prepare, model), 1), model)
     if isinstance(model, str) or model is None:
         found: TaskModel | Opened | None = _fine_tuned(model or "")
         if found is None:
             found = open_model(model or "", regions=regions, alone=alone)
         elif regions and (alone or not found.base.settings.visual.kind.pixels):
-            found.base.take_regions(regions)
+            use_regions(found.base, regions)
         return subject(found, name=model or "shipped")
     if isinstance(model, Opened):
         return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
-    raise TypeError(f"{type(model).__name__} is no model that is known here; open it by compare.open_model(path)")
+    raise TypeError(f"{type(model).__name__} is no model that is known here; open it by subjects.open_model(path)")
 
 
 def _fine_tuned(name: str) -> TaskModel | None:
     from vpworkbench.errors import CheckpointError
-    from vpworkbench.train.finetune import load_task
 
     try:
         return load_task(name) if name else None

@@ -11,12 +11,13 @@ import ipywidgets
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
+from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import ImageFile, Picture
 from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Drop, Table
-from vpworkbench.studies import examples
+from vpworkbench.model.readouts import fill_mask, match_probability
 
 MOST_WORDS = 512
 LARGEST_PX = 20_000_000  # pixels of an upload
@@ -158,10 +159,10 @@ def _answers(reading: Reading) -> list[tuple[str, str]]:
         return [(f"{task.task}: its answer", told)]
     if base is None:
         return []
-    share = examples.match_probability(base, picture, [text])[0]
+    share = match_probability(base, prepare(base, [picture], [text]))[0]
     said = [("is the sentence true of the image? (ITM)", f"{100 * share:.1f}%")]
     if base.tokenizer.mask_token_id in base.words.ids(text):
-        said.append(("what stands at [MASK]? (MLM)", _listed(examples.fill_mask(base, picture, text))))
+        said.append(("what stands at [MASK]? (MLM)", _listed(fill_mask(base, prepare(base, [picture], [text])))))
     return said
 
 

@@ -16,7 +16,7 @@ from vpworkbench.figures.probes import (
     score_against_flow,
     word_attention,
 )
-from vpworkbench.figures.style import ExportError, to_image
+from vpworkbench.figures.style import ExportError, export, to_image
 from vpworkbench.figures.training import accuracy_bars, held_out, losses, recall_bars, run_curves, task_scores
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "run_curves",
     "score_against_flow",
     "task_scores",
+    "export",
     "to_image",
     "tokens",
     "word_attention",

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,9 +14,6 @@ from PIL import Image
 
 from vpworkbench.figures.pictures import pictures
 from vpworkbench.figures.style import finish
-
-if TYPE_CHECKING:
-    from vpworkbench.studies.review import Reviewed
 
 _STYLE = """
 :root { color-scheme: light dark; font: 14px/1.35 system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; }
@@ -30,7 +27,7 @@ body:has(#right:checked) .wrong, body:has(#wrong:checked) .right { display: none
 """
 
 
-def answers(reviewed: Sequence[Reviewed], *, count: int = 8) -> go.Figure:
+def answers(reviewed: Sequence[Any], *, count: int = 8) -> go.Figure:
     """A contact sheet: the first right and the first wrong answers, their images dark where the model did not look.
 
     Parameters
@@ -49,7 +46,7 @@ def answers(reviewed: Sequence[Reviewed], *, count: int = 8) -> go.Figure:
     return finish(figure, title="Right and wrong answers, and where the model looked (bright)", alt=alt)
 
 
-def answers_page(reviewed: Sequence[Reviewed], *, title: str) -> str:
+def answers_page(reviewed: Sequence[Any], *, title: str) -> str:
     """All of them as one HTML page without scripts that opens offline; buttons choose right or wrong ones."""
     right = sum(one.right for one in reviewed)
     counts = {"all": len(reviewed), "right": right, "wrong": len(reviewed) - right}
@@ -67,7 +64,7 @@ def answers_page(reviewed: Sequence[Reviewed], *, title: str) -> str:
     )
 
 
-def _card(one: Reviewed) -> str:
+def _card(one: Any) -> str:
     shown = "".join(
         f'<img src="{_source(image)}" alt="the image"> '
         f'<img src="{_source(_looked(image, attention))}" alt="the image, bright where the model looked">'
@@ -77,12 +74,12 @@ def _card(one: Reviewed) -> str:
     return f'<article class="{"right" if one.right else "wrong"}">{shown}{lines}</article>'
 
 
-def _told(one: Reviewed) -> list[str]:
+def _told(one: Any) -> list[str]:
     wanted = "the answer is withheld" if np.isnan(one.score) else f"wanted: {one.wanted}"
     return [one.text, f"{'✓' if one.right else '✗'} {one.predicted}", *([] if one.right else [wanted])]
 
 
-def _side_by_side(one: Reviewed) -> np.ndarray:
+def _side_by_side(one: Any) -> np.ndarray:
     """The images of an example in a row, as the model looked at them."""
     looked = [_looked(image, attention) for image, attention in zip(one.images, one.attention, strict=True)]
     height = max(image.shape[0] for image in looked)

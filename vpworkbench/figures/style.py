@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from vpworkbench.stats import Interval
+
+log = logging.getLogger(__name__)
 
 # Okabe and Ito (2008), for all eyes. Black and yellow are left out and blue is a little lighter: all colours
 # must be seen on white and on #111111.
@@ -73,6 +76,16 @@ def to_image(figure: go.Figure, *paths: Path, scale: float = 2) -> None:
     except RuntimeError as error:
         remedy = "install one (apt install chromium, or plotly_get_chrome)"
         raise ExportError(f"PNG and SVG need a working Chrome or Chromium: {remedy}, {own}") from error
+
+
+def export(figure: go.Figure, page: Path) -> go.Figure:
+    """Save a figure as a page, and as PNG and SVG beside it where kaleido finds a browser; else log why not."""
+    figure.write_html(page, include_plotlyjs="directory")
+    try:
+        to_image(figure, page.with_suffix(".png"), page.with_suffix(".svg"))
+    except ExportError as error:
+        log.warning("%s: %s", page.stem, error)
+    return figure
 
 
 def finish(

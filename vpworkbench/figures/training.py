@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,11 +28,6 @@ from vpworkbench.figures.style import (
     wrapped,
 )
 from vpworkbench.stats import Interval
-
-if TYPE_CHECKING:
-    from vpworkbench.tasks.model import TaskResult
-    from vpworkbench.train.pretrain import HeldOut
-    from vpworkbench.train.retrieval import RetrievalResult
 
 _OBJECTIVES = {
     "mlm": "masked words (MLM), nats",
@@ -129,7 +124,7 @@ def _small_multiples(count: int) -> tuple[int, int]:
     return math.ceil(count / columns), columns
 
 
-def held_out(held_out: HeldOut) -> go.Figure:
+def held_out(held_out: Any) -> go.Figure:
     """Held-out match decisions and masked words, with each text's image and with another one.
 
     Parameters
@@ -200,7 +195,7 @@ def accuracy_bars(
     return finish(figure, title=escaped(title), alt=alt, width=width)
 
 
-def task_scores(results: Mapping[str, TaskResult | RetrievalResult], *, title: str) -> go.Figure:
+def task_scores(results: Mapping[str, Any], *, title: str) -> go.Figure:
     """Held-out scores by name with their intervals: one bar each, or for retrieval all recalls of both directions."""
     if any(hasattr(result, "intervals") for result in results.values()):
         return recall_bars({name: result.intervals() for name, result in results.items()}, title=title)

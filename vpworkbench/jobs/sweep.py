@@ -257,3 +257,16 @@ def _with_overrides(shared: Mapping[str, Any], change: Mapping[str, Any]) -> dic
     plain = {key: value for key, value in given.items() if "." not in key}
     dotted = {key: value for key, value in given.items() if "." in key}
     return plain | ({"overrides": {**plain.get("overrides", {}), **dotted}} if dotted else {})
+
+
+def sweep_notebook(notebook: str, *, workers: int = 0, scheduler: str = "", **jobs: Any) -> pd.DataFrame:
+    """Run a grid or a list of jobs of a notebook, each in a run folder: what `vpw sweep` does, from Python.
+
+    Parameters
+    ----------
+    workers, scheduler
+        Where the jobs run: see `vpworkbench.jobs.sweep.sweep`, which also says what comes back.
+    **jobs
+        `grid` or `jobs`, `name`, `parameters`: see `vpworkbench.jobs.sweep.make_jobs`.
+    """
+    return sweep(make_jobs(notebook, **jobs), workers=workers, scheduler=scheduler)

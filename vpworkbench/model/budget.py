@@ -5,10 +5,9 @@ A comparison of models says little without it: it stands beside each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -73,15 +72,6 @@ def budget_of(model: nn.Module, forward: Mapping[str, Any], vision: Tensor) -> B
     if isinstance(model, VisualParsingModel):
         return budget(model)
     return _measured(model, forward, None, int(vision.sum()), int((~vision).sum()))
-
-
-def budgets(subjects: Sequence[Any], pictures: Sequence[Any]) -> pd.DataFrame:
-    """One row for each model under comparison (`compare.Opened`), by its name."""
-    rows = {}
-    for subject in subjects:
-        inputs = subject.prepare(pictures[:1], [pictures[0].captions[0]])
-        rows[subject.name] = budget_of(subject.model, inputs.forward, inputs.vision)._asdict()
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
 @torch.no_grad()

@@ -6,10 +6,21 @@ the backward pass, each moves to the mean of the tokens that took it, by a movin
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.train.processes import Processes
+
+class Group(Protocol):
+    """The processes that share a training step; see `train.processes.Processes`."""
+
+    index: int
+    count: int
+
+    def add(self, tensor: Tensor) -> None:
+        """Add a tensor up over all processes, in place."""
+
 
 DECAY = 0.99
 IDLE_STEPS = 100
@@ -57,7 +68,7 @@ class Dictionary(nn.Module):
         return (self.idle >= IDLE_STEPS).sum()
 
     @torch.no_grad()
-    def follow(self, processes: Processes) -> None:
+    def follow(self, processes: Group) -> None:
         """Move the codes after an optimiser step, by the tokens of all processes."""
         if not self._seen:
             return
@@ -78,7 +89,7 @@ class Dictionary(nn.Module):
         if dead.any():
             self.codes.copy_(torch.where(dead[:, None], self._drawn(tokens, processes), self.codes))
 
-    def _drawn(self, tokens: Tensor, processes: Processes) -> Tensor:
+    def _drawn(self, tokens: Tensor, processes: Group) -> Tensor:
         """A token of the step for each code, drawn from those of all processes; the same in each."""
         each = torch.zeros(processes.count, dtype=torch.int64, device=tokens.device)
         each[processes.index] = len(tokens)

@@ -13,10 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertTokenizerFast
 
-from vpworkbench.data.batches import stack_images
-from vpworkbench.data.records import Picture
-from vpworkbench.data.regions import input_of, real_tokens
-from vpworkbench.errors import CheckpointError, SettingsError
+from vpworkbench.errors import CheckpointError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import VisualTokens, build_visual
 from vpworkbench.model.words import Words
@@ -157,17 +154,13 @@ class VisualParsingModel(nn.Module):
         return nn.functional.linear(states, self.fusion.bert.embeddings.word_embeddings.weight, self.mlm_bias)
 
     def prepare(
-        self,
-        images: Tensor | list[Picture],
-        texts: list[str],
-        *,
-        special_tokens: Literal["language", "exclude"] = "language",
+        self, images: Tensor, texts: list[str], *, special_tokens: Literal["language", "exclude"] = "language"
     ) -> Inputs:
         """Pair image i with text i.
 
         Parameters
         ----------
-        images : uint8 Tensor (image, 3, height, width), packed regions, or pictures to read
+        images : uint8 Tensor (image, 3, height, width), or packed regions
         special_tokens
             [CLS] and [SEP] count as language (the default of Eq. 5), or in neither modality.
 
@@ -178,10 +171,8 @@ class VisualParsingModel(nn.Module):
         """
         if len(images) != len(texts) or not texts:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
-        if not isinstance(images, Tensor):
-            images = stack_images(images, input_of(self.settings.visual))
         words, word_tokens = self.words.tensors(texts)
-        seen = real_tokens(images, self.settings.visual).cpu()
+        seen = self.visual.real_tokens(images).cpu()
         specials = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]
         counted = word_tokens
         if special_tokens == "exclude":
@@ -194,22 +185,6 @@ class VisualParsingModel(nn.Module):
         )
         forward = {name: tensor.to(self.device) for name, tensor in inputs.forward.items()}
         return Inputs(forward, *(mask.to(self.device) for mask in inputs[1:]))
-
-    def take_regions(self, files: str) -> None:
-        """Read the regions of images there from now on, and where it is saved.
-
-        Raises
-        ------
-        DataError, SettingsError
-            For a visual side that reads pixels; for a place without regions, or with features of another width.
-        """
-        visual = self.settings.visual
-        if visual.kind.pixels:
-            raise SettingsError(f"regions {files}: visual family {visual.family!r} reads pixels; leave it empty")
-        settings = self.settings.with_overrides({"visual.region_files": files})
-        input_of(settings.visual).check_width()
-        self.settings = settings
-        self.visual.settings = self.settings.visual
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes.

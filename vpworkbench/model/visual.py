@@ -96,6 +96,10 @@ class _Visual(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
+    def real_tokens(self, images: Tensor) -> Tensor:
+        """bool (image, vision): the visual tokens of these images that are no padding; all of them."""
+        return torch.ones(len(images), self.settings.tokens, dtype=torch.bool, device=images.device)
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (image, 3, height, width) -> float, by the mean and std that the weights were trained with."""
         side = self.settings.image_px
@@ -267,6 +271,10 @@ class RegionFeatures(nn.Module):
     def __init__(self, settings: VisualSettings) -> None:
         super().__init__()
         self.settings, self.width = settings, settings.region_width
+
+    def real_tokens(self, images: Tensor) -> Tensor:
+        """bool (image, vision): the regions of these images that are no padding."""
+        return images[..., -1] > 0
 
     def forward(self, images: Tensor) -> VisualTokens:
         """Packed regions (image, region, c + 5): features, box, whether it is real -> tokens (image, m, c)."""

@@ -11,6 +11,7 @@ import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -297,3 +298,10 @@ def new_visual(settings: VisualSettings, source: str, *, preset: str) -> nn.Modu
     if source:
         initialise_visual(visual, source, preset=preset)
     return visual
+
+
+def keep_statistics(model: Any) -> None:
+    """Freeze batch norm, where there is one: its weights were taken over. What is saved of the model says so."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.visual.modules()):
+        model.settings = model.settings.with_overrides({"visual.frozen_norm": True})
+        model.visual.settings = model.settings.visual

@@ -12,19 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vpworkbench.scenes.scene import (
-    COLOURS,
-    COVERED,
-    MATERIALS,
-    SHAPES,
-    SIZES,
-    SPLITS,
-    Difficulty,
-    Scene,
-    SceneSettings,
-    Thing,
-)
+from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES, SIZES, SPLITS, Scene, Thing
 from vpworkbench.scenes.shapes import gap, look_up, sculpt, window_of
+from vpworkbench.settings.scenes import Difficulty, SceneSettings
 
 
 class Level(NamedTuple):

@@ -13,9 +13,7 @@ texts; `scene_files.py` writes it all in the formats of the real data sets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 SHAPES = ("ball", "square", "triangle", "star", "heart", "cross", "ring", "moon")
 COLOURS = {
@@ -32,7 +30,6 @@ SIZES = ("small", "medium", "large")
 MATERIALS = ("matte", "shiny")
 COVERED = "cloth"  # the shape that is drawn for a covered thing; no word of the language
 
-Difficulty = Literal["easy", "medium", "hard"]
 SPLITS = ("train", "val", "test")
 
 
@@ -76,17 +73,3 @@ class Scene:
         """Inverse of `to_json`; also reads an image entry of `dataset_scenes.json`."""
         things = tuple(Thing(**thing | {"box": tuple(thing["box"])}) for thing in entry["things"])
         return cls(things, entry["image_px"])
-
-
-class SceneSettings(BaseModel):
-    """How many scenes of which kind; equal settings give equal files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: int = Field(4000, ge=1, description="training images")
-    val: int = Field(400, ge=0, description="validation images")
-    test: int = Field(400, ge=0, description="test images")
-    image_px: int = Field(96, ge=32, le=1024, description="side of the square images")
-    difficulty: Difficulty = Field("easy", description="2-4, 3-6 or 4-8 things an image")
-    seed: int = Field(0, ge=0)
-    generator: Literal[1] = Field(1, description="version of the generator")

@@ -32,8 +32,9 @@ from vpworkbench.scenes.drawing import render
 from vpworkbench.scenes.hypotheses import hypotheses
 from vpworkbench.scenes.layout import scene_of, scene_rng
 from vpworkbench.scenes.questions import questions, ten_answers
-from vpworkbench.scenes.scene import SPLITS, Scene, SceneSettings
+from vpworkbench.scenes.scene import SPLITS, Scene
 from vpworkbench.scenes.statements import pair_statements
+from vpworkbench.settings.scenes import SceneSettings
 
 
 def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None = None, progress: bool = True) -> Path:

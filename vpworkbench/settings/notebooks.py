@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.settings.base import checked, nearest
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.presets import TASK_PRESETS
 from vpworkbench.settings.presets import preset as named_preset
+from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.settings import (
     CompareSettings,
     ExploreSettings,

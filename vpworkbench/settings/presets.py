@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.settings.base import Settings, nearest
+from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.settings import (
     DataSettings,
     FusionSettings,

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.settings.base import Location, Place, Settings, nearest, one_or_many
 from vpworkbench.settings.families import FAMILIES, Family
+from vpworkbench.settings.scenes import SceneSettings
 
 SMALLEST_PX, LARGEST_PX = 8, 4096
 

@@ -23,9 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from vpworkbench.data import nlvr1
-from vpworkbench.data.batches import stack_files
+from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, ImageFile, Picture
-from vpworkbench.data.regions import input_of
 from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root
@@ -240,7 +239,7 @@ def image_features(
     pooled: dict[ImageFile, np.ndarray] = {}
     for start in range(0, len(files), 64):
         part = files[start : start + 64]
-        pixels = stack_files(part, input_of(model.settings.visual)).to(model.device)
+        pixels = visual_input(model.settings.visual).stack(part).to(model.device)
         visual = model.eval().visual(pixels)
         both = torch.cat([visual.mean(), visual.largest()], dim=1).cpu().numpy()
         pooled |= dict(zip(part, both, strict=True))

@@ -12,12 +12,15 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vpworkbench.data.inputs import prepare
+from vpworkbench.data.objects import pick_objects, token_objects
 from vpworkbench.data.records import Picture
 from vpworkbench.losses import visual_mask
 from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.readouts import match_probability
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.geometry import REGIONS_SIDE, modality_masks, painted
-from vpworkbench.probes.masks import compare_masks, object_tokens
+from vpworkbench.probes.masks import compare_masks
 from vpworkbench.settings import MaskSettings, PretrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval
 
@@ -57,7 +60,7 @@ class Example(NamedTuple):
 def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSettings, *, seed: int = 0) -> Example:
     """Look at every step of the model on one picture and its first sentence."""
     visual = model.settings.visual
-    inputs = model.prepare([picture], [picture.captions[0]])
+    inputs = prepare(model, [picture], [picture.captions[0]])
     seen = model.visual(inputs.forward["images"])
     parsing = None if seen.parsing is None else seen.parsing.mean(dim=1).cpu()
     real = seen.real().cpu()
@@ -105,24 +108,11 @@ def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) ->
     ValueError
         If the model's visual family has none.
     """
-    images = model.prepare(list(pictures), [""] * len(pictures)).forward["images"]
+    images = prepare(model, pictures, [""] * len(pictures)).forward["images"]
     parsing = model.visual(images).parsing
     if parsing is None:
         raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention")
     return parsing.mean(dim=1).cpu()
-
-
-def token_objects(pictures: Sequence[Picture], grid: int) -> torch.Tensor:
-    """The object that most of each token's pixels show; int64 (image, vision), 0 at background and in photographs."""
-    rows = [torch.from_numpy(picture.object_map()) if picture.scene else torch.zeros(grid, grid, dtype=torch.uint8)
-            for picture in pictures]  # fmt: skip
-    return torch.stack([object_tokens(row, (grid, grid)) for row in rows])
-
-
-def pick_objects(objects: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
-    """Uniform numbers whose largest lies on an object where the image has one; (image, vision)."""
-    noise = torch.rand(objects.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.where((objects > 0) | ~(objects > 0).any(dim=1, keepdim=True), noise + 1, noise) / 2
 
 
 def mask_shares(
@@ -163,7 +153,7 @@ def mask_errors(
     budget, found = settings.mask.tokens_of(settings.visual), []
     for rows in torch.arange(len(pictures)).split(32):
         some = [pictures[row] for row in rows.tolist()]
-        forward = model.prepare(some, [picture.captions[0] for picture in some]).forward
+        forward = prepare(model, some, [picture.captions[0] for picture in some]).forward
         visual = model.visual(forward["images"])
         words = {name: forward[name] for name in ("words", "word_tokens")}
         means = []
@@ -179,32 +169,6 @@ def mask_errors(
     return {name: bootstrap_interval(values, seed) for name, values in each.items()}
 
 
-@torch.no_grad()
-def match_probability(model: VisualParsingModel, picture: Picture, texts: Sequence[str]) -> np.ndarray:
-    """ITM: probability that each text is true of the image; (text,)."""
-    inputs = model.prepare([picture] * len(texts), list(texts))
-    return torch.softmax(model.itm(model(**inputs.forward).cls), dim=-1)[:, 1].cpu().numpy()
-
-
-@torch.no_grad()
-def fill_mask(model: VisualParsingModel, picture: Picture, text: str, *, top: int = 5) -> list[tuple[str, float]]:
-    """MLM: the likeliest words at the first [MASK] of a text, with their probabilities.
-
-    Raises
-    ------
-    ValueError
-        If the text has no [MASK].
-    """
-    inputs = model.prepare([picture], [text])
-    places = (inputs.forward["words"][0] == model.tokenizer.mask_token_id).nonzero()
-    if not len(places):
-        raise ValueError(f"{text!r:.80}: no [MASK] to fill")
-    logits = model.word_logits(model(**inputs.forward).text[0, places[0, 0]])
-    found = torch.softmax(logits, dim=-1).topk(top)
-    words = model.tokenizer.convert_ids_to_tokens(found.indices.tolist())
-    return list(zip(words, found.values.tolist(), strict=True))
-
-
 def answers(model: VisualParsingModel, picture: Picture, others: Sequence[Picture]) -> pd.DataFrame:
     """What the model says of one image: each text, whether it is true, the probability that it gives."""
     texts = (
@@ -213,5 +177,5 @@ def answers(model: VisualParsingModel, picture: Picture, others: Sequence[Pictur
     return pd.DataFrame({
         "text": texts,
         "true": [text in picture.captions for text in texts],
-        "match": match_probability(model, picture, texts).round(3),
+        "match": match_probability(model, prepare(model, [picture] * len(texts), texts)).numpy().round(3),
     })  # fmt: skip

@@ -20,16 +20,16 @@ from scipy import stats
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.model.budget import Budget, budget
-from vpworkbench.probes.dataset import Probed
+from vpworkbench.probing import Probed, probe
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
-from vpworkbench.scenes.scene import SceneSettings
 from vpworkbench.settings import FamilyRunsSettings, RegionSettings, TrainSettings, finetune_settings, pretrain_settings
 from vpworkbench.settings.families import FAMILIES
+from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.stats import Interval
-from vpworkbench.studies.compare import open_model, token_counts
+from vpworkbench.subjects import open_model, token_counts
 from vpworkbench.tasks.model import evaluate_task
 from vpworkbench.train.finetune import finetune, prepare_task
-from vpworkbench.train.pretrain import prepare, pretrain, probe
+from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.region_features import make_regions
 
 PROBED = 128

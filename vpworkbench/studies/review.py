@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vpworkbench.data.batches import stack_files
+from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, ImageFile, Picture
-from vpworkbench.data.regions import input_of
 from vpworkbench.metrics import most_given
 from vpworkbench.probes import inter_modality_flow, modality_masks
 from vpworkbench.probes.geometry import REGIONS_SIDE, painted
@@ -108,7 +107,7 @@ def _looked_at(model: TaskModel, examples: Sequence[Example], side: int) -> np.n
     side_tokens = visual.grid if visual.kind.on_grid else REGIONS_SIDE
     for start in range(0, len(examples), 16):
         part = examples[start : start + 16]
-        pixels = stack_files([example.images[side] for example in part], input_of(visual))
+        pixels = visual_input(visual).stack([example.images[side] for example in part])
         inputs = model.base.eval().prepare(pixels, [example.text for example in part])
         flow = inter_modality_flow(model.base, inputs.forward, inputs.vision, inputs.tokens, rows=[0], starts=[0])
         masks = modality_masks(model.base, inputs.forward)

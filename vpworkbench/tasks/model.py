@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from vpworkbench.data.batches import stack_files
+from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, ImageFile
-from vpworkbench.data.regions import input_of
 from vpworkbench.data.task_formats import answer_vocabulary, read_answer_list
 from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
@@ -249,7 +248,7 @@ class TaskModel(nn.Module):
                 key: one for row, group in zip(keys, part, strict=True) for key, one in zip(row, group, strict=True)
             }
             places = {key: place for place, key in enumerate(once)}
-            pixels = stack_files(list(once.values()), input_of(self.base.settings.visual))
+            pixels = visual_input(self.base.settings.visual).stack(list(once.values()))
             index = torch.tensor([[places[key] for key in row] for row in keys])
             inputs = (pixels, index, *self.words.tensors(texts[start : start + EVALUATED_AT_ONCE]))
             logits = self.eval()(*(tensor.to(self.device) for tensor in inputs))
@@ -302,7 +301,7 @@ class TaskBatches(Dataset):
 
     def __init__(self, examples: Sequence[Example], model: TaskModel, *, size: int, seed: int) -> None:
         self.examples, self.size, self.seed = examples, size, seed
-        self.words, self.image_px = model.words, input_of(model.base.settings.visual)
+        self.words, self.inputs = model.words, visual_input(model.base.settings.visual)
         self.task, self.labels = model.task, model.labels
         self.steps_per_epoch = len(examples) / size
         self._numbers = {label: number for number, label in enumerate(self.labels)}
@@ -325,7 +324,7 @@ class TaskBatches(Dataset):
         rows = {image: row for row, image in enumerate(files)}
         words, word_tokens = self.words.tensors([example.text for example in examples])
         return TaskBatch(
-            images=stack_files(files, self.image_px),
+            images=self.inputs.stack(files),
             image_index=torch.tensor([[rows[image] for image in example.images] for example in examples]),
             words=words,
             word_tokens=word_tokens,

@@ -18,16 +18,15 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import BertModel
 
-from vpworkbench.data.batches import stack_images
+from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.data.regions import input_of
 from vpworkbench.model.weights import new_visual
 from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
+from vpworkbench.subjects import load_run
 from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
-from vpworkbench.train.pretrain import load_run
 from vpworkbench.train.retrieval import RetrievalBatches, captions_of, owners_of
 
 Progress = Callable[[str, int, int], None]
@@ -186,7 +185,7 @@ class DualEncoder(nn.Module):
         device, captions = self.projection.log_scale.device, captions_of(pictures)
         images = []
         for start in range(0, len(pictures), 64):
-            pixels = stack_images(pictures[start : start + 64], input_of(self.visual.settings))
+            pixels = visual_input(self.visual.settings).stack(pictures[start : start + 64])
             images.append(self.pooled_images(pixels.to(device)).cpu())
             if progress:
                 progress(f"reading {len(pictures)} images", min(start + 64, len(pictures)), len(pictures))

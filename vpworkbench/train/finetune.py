@@ -11,17 +11,18 @@ import pandas as pd
 import torch
 
 from vpworkbench.data.files import image_index, open_as, unique
+from vpworkbench.data.inputs import use_regions, visual_input
 from vpworkbench.data.records import Example, ImageFile, Picture
-from vpworkbench.data.regions import check_regions, input_of
 from vpworkbench.data.splits import load_examples
 from vpworkbench.data.tables import Row, read_unsplit_rows
 from vpworkbench.errors import DataError
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings
+from vpworkbench.subjects import load_run
 from vpworkbench.tasks.model import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
 from vpworkbench.train.dual import near_captions
 from vpworkbench.train.engine import fit
-from vpworkbench.train.pretrain import build_model, load_run, with_words_of
+from vpworkbench.train.pretrain import build_model, with_words_of
 from vpworkbench.train.processes import launch, launched
 from vpworkbench.train.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 
@@ -76,8 +77,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     if not settings.pretrained:
         base, _ = build_model(trained.model_copy(update={"seed": settings.seed}), base.tokenizer)
     if settings.regions:
-        base.take_regions(settings.regions)
-    check_regions(input_of(base.settings.visual), [example for part in splits.values() for example in part])
+        use_regions(base, settings.regions)
+    visual_input(base.settings.visual).check([example for part in splits.values() for example in part])
     torch.manual_seed(settings.seed)
     training = splits["train"]
     texts = captions_of(training) if settings.task == "retrieval" else [example.text for example in training]
@@ -114,7 +115,7 @@ def pair_batches(prepared: PreparedTask, settings: FinetuneSettings) -> Retrieva
     """The training pairs of retrieval."""
     return RetrievalBatches(
         prepared.splits["train"], prepared.model.words, images=settings.train.images, seed=settings.seed,
-        image_px=input_of(prepared.model.base.settings.visual), negatives=settings.retrieval.negatives,
+        inputs=visual_input(prepared.model.base.settings.visual), negatives=settings.retrieval.negatives,
         flip=settings.retrieval.flip,
     )  # fmt: skip
 
@@ -138,23 +139,6 @@ def evaluate_split(
         if not prepared.is_answered(split):
             log.warning("the answers of %s are withheld: no score; the predictions are in %s", split, file)
     return result
-
-
-def load_task(checkpoint: str | Path) -> TaskModel:
-    """A fine-tuned model by the folder of its run or of its checkpoint, or the name of a run of `04_finetune`.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none.
-    """
-    from vpworkbench.runs import runs_root
-
-    place = Path(checkpoint).expanduser()
-    for folder in (place, place / "checkpoint", runs_root() / "04_finetune" / str(checkpoint) / "checkpoint"):
-        if (folder / "task.json").exists():
-            return TaskModel.from_pretrained(folder)
-    return TaskModel.from_pretrained(place)
 
 
 def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str | Path] = ()) -> pd.DataFrame:

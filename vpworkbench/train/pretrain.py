@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertTokenizerFast
 
 from vpworkbench.data.batches import Batch, GroupBatches
 from vpworkbench.data.cache import PixelCache
+from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.data.regions import check_regions, input_of
 from vpworkbench.data.splits import cache_root, load_splits
-from vpworkbench.errors import CheckpointError, DataError
+from vpworkbench.errors import DataError
 from vpworkbench.losses import (
     code_mask,
     hide_pixels,
@@ -33,12 +31,12 @@ from vpworkbench.losses import (
 )
 from vpworkbench.model.model import Joint, VisualParsingModel
 from vpworkbench.model.visual import VisualTokens, build_visual
-from vpworkbench.model.weights import KeyReport, initialise_text, initialise_visual
+from vpworkbench.model.weights import KeyReport, initialise_text, initialise_visual, keep_statistics
 from vpworkbench.model.words import build_tokenizer, build_vocabulary, tokenizer_of
-from vpworkbench.probes.dataset import Probed, probe_dataset
-from vpworkbench.runs import Run, runs_root, shipped_run
+from vpworkbench.probing import probe
+from vpworkbench.runs import Run
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
-from vpworkbench.settings import DataSettings, ModelSettings, PretrainSettings, checked
+from vpworkbench.settings import DataSettings, ModelSettings, PretrainSettings
 from vpworkbench.stats import Interval
 from vpworkbench.train.engine import fit
 from vpworkbench.train.processes import launch, launched
@@ -82,43 +80,10 @@ def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tup
     reports = []
     if settings.init_visual:
         reports.append(initialise_visual(model.visual, settings.init_visual, preset=settings.preset))
-        _keep_statistics(model)
+        keep_statistics(model)
     if settings.init_text:
         reports.append(initialise_text(model.fusion, settings.init_text))
     return model, reports
-
-
-def _keep_statistics(model: VisualParsingModel) -> None:
-    """Freeze batch norm, where there is one: its weights were taken over. What is saved of the model says so."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.visual.modules()):
-        model.settings = model.settings.with_overrides({"visual.frozen_norm": True})
-        model.visual.settings = model.settings.visual
-
-
-def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings]:
-    """A pre-trained model and the settings that made it.
-
-    Parameters
-    ----------
-    checkpoint : str
-        A run's folder or its `checkpoint/`, or the name of a run of `01_pretrain`; empty: the tiny model that ships.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no finished run; the places looked at are named.
-    """
-    places = [Path(checkpoint).expanduser()] if checkpoint else []
-    places += [runs_root() / "01_pretrain" / checkpoint] if checkpoint else [shipped_run()]
-    for place in places:
-        folder = place.parent if place.name == "checkpoint" else place
-        if (folder / "config.json").exists() and (folder / "checkpoint" / "model.safetensors").exists():
-            settings = checked(PretrainSettings, json.loads((folder / "config.json").read_text())["settings"])
-            model = VisualParsingModel.from_pretrained(folder / "checkpoint")
-            if settings.init_visual:
-                _keep_statistics(model)
-            return model, settings
-    raise CheckpointError(f"no finished pre-training run at {' nor at '.join(map(str, places))}; `vpw runs` lists them")
 
 
 class Pretraining:
@@ -259,9 +224,9 @@ def prepare(settings: PretrainSettings) -> Prepared:
         Each naming the file or the setting and the remedy.
     """
     build_visual(settings.visual)  # a backbone that timm does not have is told before scenes are drawn
-    regions = input_of(settings.visual)  # and a folder that is not there
+    inputs = visual_input(settings.visual)  # and a folder that is not there
     splits = load_splits(settings.data)
-    check_regions(regions, [picture for part in splits.values() for picture in part])
+    inputs.check([picture for part in splits.values() for picture in part])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)
@@ -283,13 +248,13 @@ def group_batches(
     *,
     images: int,
     seed: int,
-    cache: PixelCache | None = None,
+    inputs: VisualInput | None = None,
 ) -> GroupBatches:
     """Batches of groups that suit a model."""
     visual = model.settings.visual
     return GroupBatches(
         pictures, model.words, data,
-        images=images, image_px=input_of(visual), vision=visual.tokens, seed=seed, cache=cache,
+        images=images, inputs=inputs or visual_input(visual), vision=visual.tokens, seed=seed,
     )  # fmt: skip
 
 
@@ -299,14 +264,14 @@ def pretrain(run: Run, prepared: Prepared, settings: PretrainSettings) -> int:
     With `train.processes` it starts so many, which share each step, and loads what they trained.
     """
     train, training = settings.train, prepared.splits["train"]
-    cache = None
+    inputs = visual_input(settings.visual)
     if settings.data.cache:
         images = [picture.image for picture in training]
-        cache = PixelCache(cache_root(), images, settings.visual.image_px, progress=run.progress)
+        inputs = PixelCache(cache_root(), images, settings.visual.image_px, progress=run.progress)
     if train.processes > 1 and not launched():
         launch(train.processes, run.folder.parent.name, run.folder.name)
     batches = group_batches(
-        training, prepared.model, settings.data, images=train.images, seed=settings.seed, cache=cache
+        training, prepared.model, settings.data, images=train.images, seed=settings.seed, inputs=inputs
     )
     return fit(
         prepared.model, Pretraining(settings), batches, run,
@@ -346,47 +311,6 @@ def held_out_probe(
         }
 
     return measure
-
-
-def probe(
-    model: nn.Module,
-    pictures: Sequence[Picture],
-    *,
-    prepare: Callable[..., Any] | None = None,
-    batch: int = 16,
-    images: int = 64,
-    special_tokens: Literal["language", "exclude"] = "language",
-    seed: int = 0,
-    folder: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Probed:
-    """Inter-Modality Flow and NMI of held-out pictures, each with the first text that is true of it.
-
-    Parameters
-    ----------
-    model
-        One of ours; another with its `prepare` and its `batch`, as `compare.open_model` gives them.
-    special_tokens
-        [CLS] and [SEP] count as language, or in neither modality.
-    folder : Path or None
-        Keeps `probes.parquet`, and what is done of it while it is not complete.
-    """
-    chosen = [picture for picture in pictures if picture.captions][:images]
-    parts = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-    prepare = prepare or model.prepare
-    batches = (
-        prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
-    )
-    return probe_dataset(
-        model.eval(),
-        batches,
-        total=len(parts),
-        folder=folder,
-        config={"images": len(chosen), "special_tokens": special_tokens},
-        examples=[f"{number}/{picture.id}" for number, picture in enumerate(chosen)],
-        seed=seed,
-        progress=progress,
-    )
 
 
 class HeldOut(NamedTuple):

@@ -23,9 +23,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vpworkbench.data.batches import stack_images
+from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.data.regions import RegionFiles, input_of
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
 from vpworkbench.model.words import Words
@@ -96,7 +95,7 @@ class RetrievalBatches(Dataset):
         words: Words,
         *,
         images: int,
-        image_px: int | RegionFiles,
+        inputs: VisualInput,
         negatives: int,
         seed: int,
         flip: bool = False,
@@ -106,7 +105,7 @@ class RetrievalBatches(Dataset):
             raise DataError(
                 f"{len(self.pictures)} captioned images: a batch of {images} needs as many, and at least two"
             )
-        self.words, self.images, self.image_px = words, images, image_px
+        self.words, self.images, self.inputs = words, images, inputs
         self.negatives, self.seed, self.flip = negatives, seed, flip
         self.near: np.ndarray | None = None
         self._captions = captions_of(self.pictures)
@@ -114,7 +113,7 @@ class RetrievalBatches(Dataset):
 
     def of(self, images: int) -> RetrievalBatches:
         """The same pairs in batches of another size."""
-        return RetrievalBatches(self.pictures, self.words, images=images, image_px=self.image_px,
+        return RetrievalBatches(self.pictures, self.words, images=images, inputs=self.inputs,
                                 negatives=self.negatives, seed=self.seed, flip=self.flip)  # fmt: skip
 
     def records(self, step: int) -> list[str]:
@@ -156,7 +155,7 @@ class RetrievalBatches(Dataset):
 
     def pixels(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
         """uint8 (image, 3, height, width), half of them mirrored where that is asked for."""
-        images = stack_images(pictures, self.image_px)
+        images = self.inputs.stack(pictures)
         if self.flip:
             mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
             images[mirrored] = images[mirrored].flip(-1)
@@ -228,7 +227,7 @@ def score_matrix(
                         smoothing=0) as bar:  # fmt: skip
         for start in range(0, len(todo), IMAGES_AT_ONCE):
             rows = todo[start : start + IMAGES_AT_ONCE]
-            pixels = stack_images([pictures[row] for row in rows], input_of(model.base.settings.visual))
+            pixels = visual_input(model.base.settings.visual).stack([pictures[row] for row in rows])
             visual = model.base.visual(pixels.to(model.device))
             vision, seen = model.base.fusion.embed_vision(visual), visual.real()
             block = vision.new_empty(len(rows), len(captions), dtype=torch.float32)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from vpworkbench.data.batches import stack_images
 from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import scenes_folder
 from vpworkbench.model.visual import build_visual
@@ -118,7 +118,7 @@ class LabelBatches(PicturesByStep):
 
     def __getitem__(self, step: int) -> LabelledImages:
         chosen = self.chosen(step)
-        images, labels = stack_images(chosen, self.image_px), token_labels(chosen, self.grid)
+        images, labels = Pixels(self.image_px).stack(chosen), token_labels(chosen, self.grid)
         mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(chosen)) < 0.5)
         images[mirrored] = images[mirrored].flip(-1)
         for label in labels:
@@ -178,7 +178,7 @@ def token_accuracy(
         some = pictures[start : start + 100]
         labels = token_labels(some, visual.grid)
         for index, (scores, label) in enumerate(
-            zip(model(stack_images(some, visual.image_px).to(device)), labels, strict=True)
+            zip(model(Pixels(visual.image_px).stack(some).to(device)), labels, strict=True)
         ):
             asked = label != BACKGROUND
             hits[index] += (scores.argmax(-1).cpu()[asked] == label[asked]).sum().item()

@@ -1,0 +1,32 @@
+"""What the heads say of prepared inputs: does a text match its image, which word is hidden."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vpworkbench.model.model import Inputs, VisualParsingModel
+
+
+@torch.no_grad()
+def match_probability(model: VisualParsingModel, inputs: Inputs) -> Tensor:
+    """ITM: probability that each text is true of its image; (text,) on the CPU."""
+    return torch.softmax(model.itm(model(**inputs.forward).cls), dim=-1)[:, 1].cpu()
+
+
+@torch.no_grad()
+def fill_mask(model: VisualParsingModel, inputs: Inputs, *, top: int = 5) -> list[tuple[str, float]]:
+    """MLM: the likeliest words at the first [MASK] of the first text, with their probabilities.
+
+    Raises
+    ------
+    ValueError
+        If the text has no [MASK].
+    """
+    places = (inputs.forward["words"][0] == model.tokenizer.mask_token_id).nonzero()
+    if not len(places):
+        raise ValueError("the text has no [MASK] to fill; put one in place of a word")
+    logits = model.word_logits(model(**inputs.forward).text[0, places[0, 0]])
+    found = torch.softmax(logits, dim=-1).topk(top)
+    words = model.tokenizer.convert_ids_to_tokens(found.indices.tolist())
+    return list(zip(words, found.values.tolist(), strict=True))

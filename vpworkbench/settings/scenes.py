@@ -1,0 +1,23 @@
+"""Settings of generated scenes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Difficulty = Literal["easy", "medium", "hard"]
+
+
+class SceneSettings(BaseModel):
+    """How many scenes of which kind; equal settings give equal files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(4000, ge=1, description="training images")
+    val: int = Field(400, ge=0, description="validation images")
+    test: int = Field(400, ge=0, description="test images")
+    image_px: int = Field(96, ge=32, le=1024, description="side of the square images")
+    difficulty: Difficulty = Field("easy", description="2-4, 3-6 or 4-8 things an image")
+    seed: int = Field(0, ge=0)
+    generator: Literal[1] = Field(1, description="version of the generator")
