@@ -10,6 +10,7 @@ from sklearn.model_selection import cross_val_score
 from torch.utils.data import DataLoader
 
 from vpworkbench.data.batches import IGNORE, GroupBatches, mask_words
+from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError
 from vpworkbench.model.visual import VisualTokens
@@ -101,7 +102,7 @@ def test_a_batch_is_a_function_of_seed_and_step(model, scenes):
 
 
 def test_an_epoch_shows_each_image_once(model, scenes):
-    batches = GroupBatches(scenes, model.words, DataSettings(), images=9, image_px=96, vision=36, seed=0)
+    batches = GroupBatches(scenes, model.words, DataSettings(), images=9, inputs=Pixels(96), vision=36, seed=0)
     seen = [number for step in range(10) for number in batches.order(step)]
     assert sorted(seen) == list(range(90))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.data.batches import stack_files
 from vpworkbench.data.cache import PixelCache
+from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import ImageFile
 from vpworkbench.errors import DataError
 from vpworkbench.settings import DataSettings
@@ -31,7 +31,7 @@ def test_the_pixels_are_those_of_the_files(images, tmp_path):
     cache = PixelCache(tmp_path / "cache", images, 48, progress=lambda *state: told.append(state))
     assert told[-1] == ("decoding images", 6, 6)
     some = [images[4], images[1], images[4]]
-    assert torch.equal(cache.stack(some), stack_files(some, 48))
+    assert torch.equal(cache.stack(some), Pixels(48).stack(some))
     assert isinstance(cache.pixels, np.memmap)
 
 
@@ -77,7 +77,7 @@ def test_batches_from_it_are_the_same(scenes, tmp_path):
     model = narrow_model(scenes)
     data = DataSettings(flip=True)
     cache = PixelCache(tmp_path / "cache", [picture.image for picture in scenes], 96)
-    plain, cached = (group_batches(scenes, model, data, images=4, seed=0, cache=each)[3] for each in (None, cache))
+    plain, cached = (group_batches(scenes, model, data, images=4, seed=0, inputs=each)[3] for each in (None, cache))
     assert torch.equal(plain.images, cached.images) and torch.equal(plain.words, cached.words)
 
 

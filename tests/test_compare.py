@@ -1,7 +1,6 @@
 """Models side by side: ours, and tiny ones of transformers saved with their processors."""
 
 from __future__ import annotations
-from vpworkbench import probing
 
 import json
 import shutil
@@ -14,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 
-from vpworkbench import subjects
+from vpworkbench import probing, subjects
 from vpworkbench.data.records import ImageFile
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import CheckpointError, DataError, SettingsError

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import narrow_model
 
+from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.runs import open_run
 from vpworkbench.settings import finetune_settings
@@ -26,7 +27,7 @@ from vpworkbench.train.retrieval import RetrievalBatches, captions_of, owners_of
 
 
 def batches(model, pictures, images=6, **options):
-    return RetrievalBatches(pictures, model.words, images=images, image_px=96, negatives=2, seed=1, **options)
+    return RetrievalBatches(pictures, model.words, images=images, inputs=Pixels(96), negatives=2, seed=1, **options)
 
 
 @pytest.fixture

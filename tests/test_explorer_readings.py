@@ -21,8 +21,7 @@ from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_masks
 from vpworkbench.probes.geometry import grid_boxes
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
-from vpworkbench.studies.compare import Prepared
-from vpworkbench.subjects import Opened
+from vpworkbench.subjects import Opened, Prepared
 from vpworkbench.tasks.model import TaskModel
 
 IMAGE = 90  # id of an image place

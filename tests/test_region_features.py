@@ -20,7 +20,7 @@ from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.inputs import visual_input as input_of
 from vpworkbench.data.nlvr1 import drawn_at, read_boxes
 from vpworkbench.data.records import Picture
-from vpworkbench.data.regions import check_regions, read_npz, write_regions
+from vpworkbench.data.regions import read_npz, write_regions
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.explorer import explore
 from vpworkbench.runs import open_folder, open_run
@@ -90,7 +90,7 @@ def test_regions_of_other_scenes_are_refused(regions, tmp_path):
     other = read_pictures(write_scenes(tmp_path / "other", SCENES.model_copy(update={"seed": 5}), progress=False))
     files = input_of(pretrain_settings(visual="regions", regions=str(regions)).visual)
     with pytest.raises(DataError, match=r"regions of other scenes \(seed 0, not 5\) than .*train-000000.png"):
-        check_regions(files, other)
+        files.check(other)
     with pytest.raises(DataError, match="regions of other scenes"):
         files.regions(other[0].image)
     chosen, run = few_steps(regions), tmp_path / "run"

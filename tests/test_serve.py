@@ -20,7 +20,7 @@ from browser import SIZE, WAIT_MS, browser, screenshots  # fixtures are found by
 
 from vpworkbench.cli import main
 from vpworkbench.explorer import serve
-from vpworkbench.train.pretrain import shipped_run
+from vpworkbench.runs import shipped_run
 
 __all__ = ["browser", "screenshots"]
 

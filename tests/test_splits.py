@@ -8,8 +8,8 @@ import zlib
 import pytest
 from miniatures import coco, karpathy, lines, picture, snli_ve, table, visual_genome, vqa, written
 
-from vpworkbench.data.batches import stack_images
 from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.splits import evaluation_records, load_examples, load_held_out, load_splits, split_pictures
 from vpworkbench.errors import DataError
 from vpworkbench.settings import DataSettings, finetune_settings
@@ -36,7 +36,7 @@ def test_held_out_scenes_do_not_depend_on_those_of_training(scratch):
     ours, theirs = load_held_out(settings), load_splits(settings)["val"]
     assert ids(ours) == ids(theirs) and len(ours) == 12
     assert [one.captions for one in ours] == [one.captions for one in theirs]
-    assert stack_images(ours, 96).equal(stack_images(theirs, 96))
+    assert Pixels(96).stack(ours).equal(Pixels(96).stack(theirs))
 
 
 def test_training_images_of_an_evaluation_split_are_dropped(tmp_path, caplog):

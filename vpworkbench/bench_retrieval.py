@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vpworkbench.bench import _in_turns, _synchronise
-from vpworkbench.data.batches import stack_images
+from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import ImageFile, Picture
 from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
@@ -122,7 +122,7 @@ def _routes(
 ) -> tuple[dict[str, Callable[[], None]], dict[str, int], dict[str, np.ndarray]]:
     """What is timed, the pairs in a turn of each, and where each leaves its scores."""
     device, longest = model.device, model.base.settings.text_tokens
-    pixels = stack_images(pictures, model.base.settings.visual.image_px).to(device)  # decoded before the clock starts
+    pixels = Pixels(model.base.settings.visual.image_px).stack(pictures).to(device)  # decoded before the clock starts
     words = torch.from_numpy(_padded(model, texts, longest)).to(device)
     tokens = words != model.base.tokenizer.pad_token_id
     places = [divmod(number, len(texts)) for number in range(min(naive_pairs, len(pictures) * len(texts)))]

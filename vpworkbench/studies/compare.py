@@ -5,9 +5,9 @@ latter two take regions, which a detector found before (`data.regions`).
 """
 
 from __future__ import annotations
-from collections.abc import Sequence
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
