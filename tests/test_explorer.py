@@ -35,8 +35,9 @@ from vpworkbench.errors import DataError
 from vpworkbench.explorer import Explorer, explore, still
 from vpworkbench.explorer.widgets import Panels, Save
 from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.settings import pretrain_settings
-from vpworkbench.studies.examples import fill_mask, mask_errors, match_probability
+from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Opened
 from vpworkbench.tasks.model import TaskModel
 
@@ -255,9 +256,9 @@ def test_tables(view: Explorer, tmp_path: Path) -> None:
 def test_answers(view: Explorer, model: VisualParsingModel, scenes: list[Picture]) -> None:
     view.say("a [MASK] ball")
     told = view.tables()["answers"].set_index("asked").answer
-    match = match_probability(model, scenes[0], ["a [MASK] ball"])[0]
+    match = match_probability(model, prepare(model, scenes[:1], ["a [MASK] ball"]))[0]
     assert told.iloc[0] == f"{100 * match:.1f}%"
-    for word, share in fill_mask(model, scenes[0], "a [MASK] ball"):
+    for word, share in fill_mask(model, prepare(model, scenes[:1], ["a [MASK] ball"])):
         assert f"{word} {100 * share:.0f}%" in told.iloc[1]
     assert view.trial.unasked.text == ""
 
