@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError
 from vpworkbench.model.visual import VisualTokens
+from vpworkbench.scenes.language import decide
 from vpworkbench.settings import DataSettings, PretrainSettings
 from vpworkbench.train.pretrain import Pretraining, group_batches
 
@@ -36,7 +39,7 @@ def test_two_matched_and_two_false_of_the_image(model, scenes):
         for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
             picture = pictures[row]
             assert (text in picture.captions) == bool(match)
-            assert picture.truth(text) is bool(match)
+            assert decide(text, picture.scene) is bool(match)
 
 
 def test_without_ground_truth_the_plain_rule_holds(model, scenes):
@@ -62,19 +65,47 @@ def test_ungrouped_replaces_half_of_the_images(model, scenes):
     assert abs(matched.float().mean() - 0.5) < 0.1
 
 
-def test_statement_pictures_get_their_other_half_from_the_truth(model, scenes):
-    """One statement an image: a true one is matched, a false one unmatched; the rest is decided by the truth."""
-    true = [Picture(p.id, p.image, p.split, p.captions[:1], truth=p.truth) for p in scenes[:40]]
-    false = [Picture(f"f{p.id}", p.image, p.split, (), (scenes[70].captions[0],), p.truth) for p in scenes[:40]]
-    batches = groups(model, true + false, matched_per_image=1, unmatched_per_image=1)
-    assert len(batches.pictures) == 80
-    foils = 0
+def statements(scenes, count: int = 40) -> list[Picture]:
+    """As in NLVR v1: one statement for each image, true of the first images and false of the others."""
+    true = [Picture(p.id, p.image, p.split, p.captions[:1]) for p in scenes[:count]]
+    false = [
+        Picture(f"f{p.id}", p.image, p.split, (), q.captions[:1])
+        for p, q in zip(scenes[count : 2 * count], true, strict=True)
+    ]
+    return true + false
+
+
+def test_own_false_statements_come_before_those_of_other_pictures(model, scenes):
+    pictures = [replace(p, captions=p.captions[:1], foils=("a red square", "a blue moon")) for p in scenes[:20]]
+    batch = groups(model, pictures)[0]
+    found = {text for text, match in zip(texts(model, batch), batch.matched, strict=True) if not match}
+    assert found == {"a red square", "a blue moon"}
+
+
+def test_pictures_with_only_a_false_statement_start_no_group(model, scenes, caplog):
+    batches = groups(model, statements(scenes), matched_per_image=1, unmatched_per_image=1)
+    assert [picture.id for picture in batches.pictures] == [picture.id for picture in scenes[:40]]
+    assert "40 of 80 pictures have no true text" in caplog.text
     for step in range(6):
         batch, pictures = batches[step], [batches.pictures[number] for number in batches.order(step)]
-        foils += sum(not picture.captions for picture in pictures)
+        assert batch.matched.view(8, 2).tolist() == [[True, False]] * 8
         for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
-            assert pictures[row].truth(text) is bool(match)
-    assert foils > 3
+            assert (text in pictures[row].captions) == bool(match)
+
+
+def test_ungrouped_statements_replace_their_image_by_one_they_are_false_of(model, scenes):
+    batches = groups(model, statements(scenes), grouped=False)
+    pixels = {picture.id: picture.image.pixels(96) for picture in statements(scenes)}
+    shown = 0
+    for step in range(6):
+        batch = batches[step]
+        for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
+            if not match:
+                stated = [picture for picture in statements(scenes) if text in picture.foils]
+                image = batch.images[row].permute(1, 2, 0).numpy()
+                assert any(np.array_equal(image, pixels[picture.id]) for picture in stated)
+                shown += 1
+    assert shown > 10
 
 
 def test_counts_and_places_of_masks_do_not_tell_matched_from_unmatched(model, scenes):
@@ -160,8 +191,6 @@ def test_set_without_false_texts_is_refused(model, scenes):
         groups(model, same)[0]
 
 
-def test_picture_that_nothing_is_true_of_is_left_out(model, scenes, caplog):
-    lonely = Picture("lonely", scenes[0].image, "train", (), ("a red square",), truth=lambda text: False)
-    batches = groups(model, [*scenes[:9], lonely])
-    assert [picture.id for picture in batches.pictures] == [picture.id for picture in scenes[:9]]
-    assert "1 of 10 pictures left out" in caplog.text
+def test_set_without_true_texts_is_refused(model, scenes):
+    with pytest.raises(DataError, match="1 pictures with a true text"):
+        groups(model, statements(scenes)[39:])

@@ -12,6 +12,7 @@ from conftest import narrow_model
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.runs import open_run
+from vpworkbench.scenes.language import decide
 from vpworkbench.settings import finetune_settings
 from vpworkbench.train.dual import (
     DualBatches,
@@ -140,7 +141,7 @@ def test_hard_negatives_come_from_the_nearest_captions(model, scenes):
             picture = some.pictures[rows[image]]
             near = [captions[place] for place in some.near[rows[image]]]
             assert texts[text] in (picture.captions if matched else near)
-            assert picture.truth(texts[text]) is bool(matched)
+            assert decide(texts[text], picture.scene) is bool(matched)
         assert (~batch.matched).sum() > 6
 
 

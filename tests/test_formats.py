@@ -9,8 +9,10 @@ import pytest
 from miniatures import coco, karpathy, nlvr1, picture, table, visual_genome, written, zipped
 
 from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.nlvr1 import Item
 from vpworkbench.data.records import collected_findings
 from vpworkbench.errors import DataError
+from vpworkbench.scenes.language import decide
 
 
 def told(pictures):
@@ -24,7 +26,7 @@ def test_karpathy(tmp_path):
         "100.jpg": ("train", ("A dog runs 0 .",)), "101.jpg": ("val", ("A dog runs 1 .",)),
         "102.jpg": ("train", ("A dog runs 2 .",)),
     }  # fmt: skip
-    assert pictures[2].image.pixels().shape == (4, 6, 3) and pictures[0].truth is None
+    assert pictures[2].image.pixels().shape == (4, 6, 3) and pictures[0].scene is None
     assert pictures[0].origins == {"flickr:100"}
     assert told(read_pictures(tmp_path)) == told(pictures)
 
@@ -105,8 +107,8 @@ def test_nlvr1(tmp_path):
     assert len(pictures) == 12 and {picture.split for picture in pictures} == {"train"}
     assert pictures[0].captions == ("There is a black circle",) and not pictures[0].foils
     assert pictures[6].foils == ("There is a black circle",) and not pictures[6].captions
-    assert pictures[0].truth("There is a black circle") is True
-    assert pictures[0].denies("There is a yellow circle")
+    assert pictures[0].boxes == ((Item("circle", "black", 10, 10, 20),), (), ())
+    assert pictures[6].denies("There is a black circle") and not pictures[0].denies("There is a black circle")
 
 
 def test_nlvr1s_hidden_set_tests(tmp_path):
@@ -214,7 +216,7 @@ def test_scenes_as_visual_genome(tmp_path, scenes):
 def test_scenes_are_read_with_their_truth(scenes):
     assert Counter(picture.split for picture in scenes) == {"train": 60, "val": 20, "test": 10}
     assert all(len(picture.captions) == 5 for picture in scenes)
-    assert all(picture.truth(text) is True for picture in scenes for text in picture.captions)
+    assert all(decide(text, picture.scene) is True for picture in scenes for text in picture.captions)
     objects = scenes[0].object_map()
     assert objects.shape == (96, 96) and objects.max() == len(scenes[0].scene.things)
 

@@ -219,7 +219,7 @@ def test_boxes_of_nlvr1_hold_the_drawn_things(real_data):
     right = []
     for picture in pictures:
         pixels, order = picture.image.pixels(), int(picture.image.name[-5])
-        shown = list(permutations(picture.truth.keywords["boxes"]))[order]
+        shown = list(permutations(picture.boxes))[order]
         colours = [item.colour for box in shown for item in box]
         for (x0, y0, x1, y1), colour in zip(true_boxes(picture), colours, strict=True):
             seen = pixels[int(y0 + y1) // 2, int(x0 + x1) // 2].astype(int)

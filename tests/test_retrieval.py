@@ -18,6 +18,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
 from vpworkbench.runs import Run, open_run
+from vpworkbench.scenes.language import decide
 from vpworkbench.settings import finetune_settings
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_task
@@ -60,7 +61,7 @@ def test_negatives_are_false_of_their_image(model, scenes):
                  for pixels in batch.images]  # fmt: skip
         for image, text, matched in zip(batch.image_index, batch.text_index, batch.matched, strict=True):
             assert (texts[text] in shown[image].captions) == bool(matched)
-            assert shown[image].truth(texts[text]) is bool(matched)
+            assert decide(texts[text], shown[image].scene) is bool(matched)
         assert batch.matched.sum() == 6 and len(batch.matched) <= 18
     again = batches(model, scenes[:40])[3]
     assert torch.equal(again.words, some[3].words) and torch.equal(again.image_index, some[3].image_index)
@@ -186,8 +187,9 @@ def test_chance_is_what_random_orders_give(photographs):
 
 def test_a_caption_that_is_true_of_another_scene_is_right_by_truth(scenes):
     said = "there is a red square"
-    true = [replace(picture, captions=(said,)) for picture in scenes if picture.truth(said)][:2]
-    false = next(replace(picture, captions=picture.captions[:1]) for picture in scenes if picture.truth(said) is False)
+    true = [replace(picture, captions=(said,)) for picture in scenes if decide(said, picture.scene)][:2]
+    untrue = next(picture for picture in scenes if decide(said, picture.scene) is False)
+    false = replace(untrue, captions=untrue.captions[:1])
     swapped = np.array([[0, 9, 8], [9, 0, 8], [1, 1, 0]])
     result = retrieval_result(swapped, [*true, false])
     assert result.text[1].tolist() == [0, 0, 0] and result.by_truth.text[1].tolist() == [1, 1, 0]

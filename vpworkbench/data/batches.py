@@ -7,6 +7,7 @@ on exactly where it stopped.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -136,7 +137,8 @@ class GroupBatches(Dataset):
     Parameters
     ----------
     pictures
-        One split. Images come in the order of a permutation for each epoch.
+        One split. Images come in the order of a permutation for each epoch. A picture that has only false statements
+        starts no group; without `grouped` it may still replace the image of one of these statements.
     images : int
         Images in a batch.
     vision : int
@@ -161,12 +163,15 @@ class GroupBatches(Dataset):
         vision: int,
         seed: int,
     ) -> None:
-        if len(pictures) < 2:
-            raise DataError(f"{len(pictures)} pictures: unmatched texts need at least two")
-        self.affirmed = _affirmed(pictures)
-        self.pictures = [picture for picture in pictures if picture.captions or self.affirmed[str(picture.image)]]
+        self.pictures = [picture for picture in pictures if picture.captions]
+        if len(self.pictures) < 2:
+            raise DataError(f"{len(self.pictures)} pictures with a true text: unmatched texts need at least two")
+        self.stated_false = defaultdict(list)  # text -> the pictures that it is stated to be false of
+        for picture in pictures:
+            for text in picture.foils:
+                self.stated_false[text].append(picture)
         if dropped := len(pictures) - len(self.pictures):
-            log.warning("%d of %d pictures left out: no text is known to be true of them", dropped, len(pictures))
+            log.warning("%d of %d pictures have no true text, so they start no group", dropped, len(pictures))
         self.words, self.settings = words, settings
         self.images, self.inputs, self.vision, self.seed = images, inputs, vision, seed
 
@@ -231,15 +236,18 @@ class GroupBatches(Dataset):
             ]
         text = self._matched(picture, rng, 1)[0]
         if rng.random() < 0.5:  # paper Sec. 3.3: replace the image
-            return self._find(rng, lambda other: other.denies(text), f"image that {text!r} is false of"), [
-                (text, False)
-            ]
+            return self._replacement(text, rng), [(text, False)]
         return picture, [(text, True)]
 
     def _matched(self, picture: Picture, rng: np.random.Generator, count: int) -> list[str]:
-        """Its captions; for an image with a false statement alone, others' statements that are true of it."""
-        texts = picture.captions or self.affirmed[str(picture.image)]
+        texts = picture.captions
         return [texts[i] for i in rng.choice(len(texts), count, replace=len(texts) < count)]
+
+    def _replacement(self, text: str, rng: np.random.Generator) -> Picture:
+        """A picture that `text` is stated to be false of; where there is none, any that it does not belong to."""
+        if stated := self.stated_false.get(text):
+            return stated[int(rng.integers(len(stated)))]
+        return self._find(rng, lambda other: other.denies(text), f"image that {text!r} is false of")
 
     def _unmatched(self, picture: Picture, rng: np.random.Generator) -> str:
         if picture.foils:
@@ -261,20 +269,6 @@ class GroupBatches(Dataset):
             if found := test(other):
                 return other if found is True else found
         raise DataError(f"no {what} in {DRAWS} draws: the set needs more varied texts")
-
-
-def _affirmed(pictures: Sequence[Picture]) -> dict[str, tuple[str, ...]]:
-    """For pictures without a caption of their own: all texts of the set that are true of them, by image file.
-
-    With them a statement that is labelled false of its image still finds a matched partner; else the statements that
-    the ground truth cannot decide would only ever be seen matched, and the words alone would give the label away.
-    """
-    texts = sorted({text for picture in pictures for text in picture.captions + picture.foils})
-    by_truth: dict[int, tuple[str, ...]] = {}  # the pictures of one record share their truth
-    for picture in pictures:
-        if not picture.captions and id(picture.truth) not in by_truth:
-            by_truth[id(picture.truth)] = tuple(text for text in texts if picture.affirms(text))
-    return {str(picture.image): by_truth[id(picture.truth)] for picture in pictures if not picture.captions}
 
 
 def contact_sheet(pictures: Sequence[Picture], count: int, *, image_px: int = 128) -> tuple[np.ndarray, list[str]]:

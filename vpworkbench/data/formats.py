@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +33,6 @@ from vpworkbench.data.files import (
 from vpworkbench.data.records import ImageFile, Picture, one_record, remark
 from vpworkbench.data.tables import read_rows, true_or_false
 from vpworkbench.errors import DataError
-from vpworkbench.scenes import language
 from vpworkbench.scenes.scene import Scene
 
 NLVR1_VAL_DIRECTORY = "5"
@@ -130,14 +128,12 @@ def _karpathy(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]
                 captions = list(dict.fromkeys(captions))
             names = (f"{record.filepath}/{record.filename}", record.filename) if record.filepath else (record.filename,)
             image = images.find(*names, where=where)
-            scene = Scene.from_json(raw) if record.things is not None else None
             yield Picture(
                 id=record.filename,
                 image=image,
                 split=split,
                 captions=tuple(captions),
-                truth=partial(language.decide, scene=scene) if scene else None,
-                scene=scene,
+                scene=Scene.from_json(raw) if record.things is not None else None,
                 origins=origins(image, coco=record.cocoid, flickr=record.filename if from_flickr else None),
             )
 
@@ -300,7 +296,6 @@ def _nlvr1(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
                 boxes = nlvr1.read_boxes(record.structured_rep)
             except ValueError as error:
                 raise DataError(f"{where}: {error}") from None
-            truth = partial(nlvr1.decide, boxes=boxes)  # one for all six: no statement asks for the order of the boxes
             for order in range(6 if split == "train" else 1):
                 name = f"{record.directory}/{file.stem}-{record.identifier}-{order}.png"
                 yield Picture(
@@ -309,7 +304,7 @@ def _nlvr1(annotations: Annotations, images: ImageIndex) -> Iterator[Picture]:
                     split=split,
                     captions=(sentence,) if record.label == "true" else (),
                     foils=(sentence,) if record.label == "false" else (),
-                    truth=truth,
+                    boxes=boxes,
                 )
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vpworkbench.data.nlvr1 import Box
 from vpworkbench.errors import DataError
+from vpworkbench.scenes.language import decide
 from vpworkbench.scenes.scene import Scene
 
 log = logging.getLogger(__name__)
@@ -188,10 +189,10 @@ class Picture:
         `train`, `val` or `test`.
     captions, foils : tuple of str
         Texts stated as true, and as false, of the image.
-    truth : callable or None
-        Decides any text by the image's ground truth (True, False, None: unknown); None for photographs.
     scene : Scene or None
-        What a generated image shows.
+        The ground truth of a generated image; None elsewhere.
+    boxes : tuple of Box
+        The ground truth of an NLVR v1 image, its structured representation; empty elsewhere.
     origins : frozenset of str
         The photograph's ids in the collections that sets draw from: `coco:391895`, `flickr:8119368305`.
     """
@@ -201,8 +202,8 @@ class Picture:
     split: str
     captions: tuple[str, ...]
     foils: tuple[str, ...] = ()
-    truth: Callable[[str], bool | None] | None = None
     scene: Scene | None = None
+    boxes: tuple[Box, ...] = ()
     origins: frozenset[str] = frozenset()
 
     def object_map(self) -> np.ndarray:
@@ -215,17 +216,18 @@ class Picture:
     def denies(self, text: str) -> bool:
         """Whether `text` may serve as an unmatched text of this image.
 
-        By ground truth where there is one; else by the field's plain rule, any text that is not this image's own.
+        In generated scenes the text must be false. Elsewhere any text will do that is not one of the image's captions,
+        as is usual in the field.
         """
         if _is_among(text, self.captions):
             return False
         if _is_among(text, self.foils):
             return True
-        return self.truth is None or self.truth(text) is False
+        return self.scene is None or decide(text, self.scene) is False
 
     def affirms(self, text: str) -> bool:
         """Whether `text` is known to be true of this image."""
-        return _is_among(text, self.captions) or (self.truth is not None and self.truth(text) is True)
+        return _is_among(text, self.captions) or (self.scene is not None and decide(text, self.scene) is True)
 
 
 @dataclass(frozen=True, slots=True)

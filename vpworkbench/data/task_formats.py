@@ -10,7 +10,6 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -249,7 +248,7 @@ def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
             text=text,
             split=picture.split,
             label=str(bool(picture.captions)),
-            boxes=picture.truth.keywords["boxes"] if isinstance(picture.truth, partial) else (),
+            boxes=picture.boxes,
         )
         for picture in pictures
         for text in picture.captions + picture.foils

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +46,9 @@ def true_boxes(picture: Picture) -> list[tuple[float, float, float, float]]:
     boxes = None
     if picture.scene:
         boxes = [thing.box for thing in picture.scene.things]
-    elif isinstance(picture.truth, partial) and "boxes" in picture.truth.keywords:
+    elif picture.boxes:
         order = re.search(r"-(\d)\.png$", picture.image.name)
-        boxes = drawn_at(picture.truth.keywords["boxes"], int(order[1])) if order else None
+        boxes = drawn_at(picture.boxes, int(order[1])) if order else None
     if boxes:
         return boxes
     if boxes is not None:

@@ -396,7 +396,7 @@ def retrieval_result(
         return RetrievalResult(recall_at(scores, right, cutoffs), recall_at(scores.T, right.T, cutoffs))
 
     by_truth = None
-    if any(picture.truth is not None for picture in pictures):
+    if any(picture.scene is not None for picture in pictures):
         captions = captions_of(pictures)
         by_truth = recall(own | np.array([[picture.affirms(text) for text in captions] for picture in pictures]))
     return recall(own)._replace(by_truth=by_truth, scores=np.asarray(scores), pictures=tuple(pictures))
