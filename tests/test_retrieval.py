@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.data.inputs import prepare
+from vpworkbench.data.inputs import Pixels, prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
@@ -48,7 +48,7 @@ def photographs(scenes) -> list[Picture]:
 
 
 def batches(model, pictures, **options):
-    given = {"images": 6, "image_px": 96, "negatives": 2, "seed": 1} | options
+    given = {"images": 6, "inputs": Pixels(96), "negatives": 2, "seed": 1} | options
     return RetrievalBatches(pictures, model.words, **given)
 
 
