@@ -39,7 +39,7 @@ from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Opened
-from vpworkbench.tasks.model import TaskModel
+from vpworkbench.tasks.task import TaskModel
 
 EVIL = '<img src=x onerror="hacked()">'
 

@@ -22,7 +22,7 @@ from vpworkbench.probes import flow_from_attention, inter_modality_flow, modalit
 from vpworkbench.probes.geometry import grid_boxes
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
 from vpworkbench.subjects import Opened, Prepared
-from vpworkbench.tasks.model import TaskModel
+from vpworkbench.tasks.task import TaskModel
 
 IMAGE = 90  # id of an image place
 ENCODER = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -18,7 +18,7 @@ from vpworkbench import figures
 from vpworkbench.figures import style, training
 from vpworkbench.stats import Interval, bootstrap_interval
 from vpworkbench.studies.review import Reviewed
-from vpworkbench.train.retrieval import RetrievalResult
+from vpworkbench.tasks.retrieval import RetrievalResult
 
 GRID = 4
 HOSTILE = '<img src=x onerror="alert(1)"> & $x^2$'

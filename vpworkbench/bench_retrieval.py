@@ -26,8 +26,8 @@ from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import ModelSettings, preset
-from vpworkbench.tasks.model import LABELS, TaskModel
-from vpworkbench.train.retrieval import score_matrix
+from vpworkbench.tasks.retrieval import score_matrix
+from vpworkbench.tasks.task import LABELS, TaskModel
 
 ROUTES = {
     "naive": "the whole model on every pair",

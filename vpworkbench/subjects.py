@@ -28,7 +28,7 @@ from vpworkbench.model.weights import keep_statistics
 from vpworkbench.probes import modality_masks
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
-from vpworkbench.tasks.model import TaskModel
+from vpworkbench.tasks.task import TaskModel
 
 log = logging.getLogger(__name__)
 

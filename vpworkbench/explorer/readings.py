@@ -20,7 +20,7 @@ from vpworkbench.probes.capture import AttentionCall, attention_handled, run_mod
 from vpworkbench.probes.geometry import patches_recorded
 from vpworkbench.probes.layers import LayerChoice, streams_of
 from vpworkbench.subjects import Opened, load_task, open_model
-from vpworkbench.tasks.model import TaskModel
+from vpworkbench.tasks.task import TaskModel
 
 HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
 PRODUCTS_BYTES = 2**28  # of all spans of a reading, beyond which few of them are kept

@@ -30,10 +30,10 @@ from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root
 from vpworkbench.settings import FinetuneSettings
 from vpworkbench.stats import Interval
-from vpworkbench.tasks.model import METRICS, TaskResult, score
+from vpworkbench.tasks.retrieval import RetrievalResult, chance, retrieval_result
+from vpworkbench.tasks.task import METRICS, TaskResult, score
 from vpworkbench.train.dual import dual_scores
 from vpworkbench.train.finetune import PreparedTask, pair_batches
-from vpworkbench.train.retrieval import RetrievalResult, chance, retrieval_result
 
 Progress = Callable[[str, int, int], None]
 WORDS = r"(?u)\b\w+\b"

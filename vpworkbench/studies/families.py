@@ -27,7 +27,7 @@ from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.stats import Interval
 from vpworkbench.subjects import open_model, token_counts
-from vpworkbench.tasks.model import evaluate_task
+from vpworkbench.tasks.task import evaluate_task
 from vpworkbench.train.finetune import finetune, prepare_task
 from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.region_features import make_regions

@@ -14,8 +14,8 @@ from vpworkbench.data.records import Example, ImageFile, Picture
 from vpworkbench.metrics import most_given
 from vpworkbench.probes import inter_modality_flow, modality_masks
 from vpworkbench.probes.geometry import REGIONS_SIDE, painted
-from vpworkbench.tasks.model import TaskModel, TaskResult
-from vpworkbench.train.retrieval import RetrievalResult, captions_of, owners_of
+from vpworkbench.tasks.retrieval import RetrievalResult, captions_of, owners_of
+from vpworkbench.tasks.task import TaskModel, TaskResult
 
 PREVIEW_PX = 160
 

@@ -25,9 +25,9 @@ from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.subjects import load_run
+from vpworkbench.tasks.retrieval import RetrievalBatches, captions_of, owners_of
 from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
-from vpworkbench.train.retrieval import RetrievalBatches, captions_of, owners_of
 
 Progress = Callable[[str, int, int], None]
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)

@@ -19,12 +19,12 @@ from vpworkbench.errors import DataError
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings
 from vpworkbench.subjects import load_run
-from vpworkbench.tasks.model import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
+from vpworkbench.tasks.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
+from vpworkbench.tasks.task import Classification, TaskBatches, TaskModel, TaskResult, evaluate_task, task_labels
 from vpworkbench.train.dual import near_captions
 from vpworkbench.train.engine import fit
 from vpworkbench.train.pretrain import build_model, with_words_of
 from vpworkbench.train.processes import launch, launched
-from vpworkbench.train.retrieval import Matching, RetrievalBatches, RetrievalResult, captions_of, evaluate_retrieval
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from vpworkbench.metrics import recall_at
 from vpworkbench.model.words import Words
 from vpworkbench.stats import Interval, bootstrap_interval
 from vpworkbench.system import write_atomically
-from vpworkbench.tasks.model import TaskModel
+from vpworkbench.tasks.task import TaskModel
 
 CUTOFFS = (1, 5, 10)
 IMAGES_AT_ONCE = 32

@@ -10,13 +10,13 @@ import pytest
 import torch
 from miniatures import picture
 from scipy import stats
-from test_tasks import few
+from tasks.test_task import few
 
 from vpworkbench.data.nlvr1 import Item
 from vpworkbench.data.records import Example, ImageFile
 from vpworkbench.runs import open_run
 from vpworkbench.studies.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
-from vpworkbench.tasks.model import METRICS, TaskModel
+from vpworkbench.tasks.task import METRICS, TaskModel
 from vpworkbench.train.finetune import PreparedTask, prepare_task
 
 

@@ -14,6 +14,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.language import decide
 from vpworkbench.settings import finetune_settings
+from vpworkbench.tasks.retrieval import RetrievalBatches, captions_of, owners_of
 from vpworkbench.train.dual import (
     DualBatches,
     DualEncoder,
@@ -24,7 +25,6 @@ from vpworkbench.train.dual import (
     symmetric_contrastive,
 )
 from vpworkbench.train.finetune import finetune, prepare_task
-from vpworkbench.train.retrieval import RetrievalBatches, captions_of, owners_of
 
 
 def batches(model, pictures, images=6, **options):

@@ -22,9 +22,7 @@ from vpworkbench.scenes.language import decide
 from vpworkbench.settings import finetune_settings
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_task
-from vpworkbench.tasks.model import LABELS, TaskModel
-from vpworkbench.train.finetune import evaluate_split, finetune, load_examples, prepare_task
-from vpworkbench.train.retrieval import (
+from vpworkbench.tasks.retrieval import (
     CUTOFFS,
     Matching,
     RetrievalBatches,
@@ -34,6 +32,8 @@ from vpworkbench.train.retrieval import (
     retrieval_result,
     score_matrix,
 )
+from vpworkbench.tasks.task import LABELS, TaskModel
+from vpworkbench.train.finetune import evaluate_split, finetune, load_examples, prepare_task
 
 
 @pytest.fixture

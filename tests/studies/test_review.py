@@ -13,7 +13,7 @@ from PIL import Image
 from vpworkbench import figures
 from vpworkbench.data.records import Example, ImageFile
 from vpworkbench.studies.review import PREVIEW_PX, Reviewed, review
-from vpworkbench.tasks.model import TaskModel, TaskResult
+from vpworkbench.tasks.task import TaskModel, TaskResult
 
 HOSTILE = '<img src=x onerror=alert(1)> & "it\'s"'
 

@@ -20,7 +20,7 @@ from vpworkbench.runs import open_run
 from vpworkbench.settings import finetune_settings
 from vpworkbench.studies.baselines import baselines
 from vpworkbench.subjects import load_task
-from vpworkbench.tasks.model import (
+from vpworkbench.tasks.task import (
     Classification,
     PairAttention,
     TaskBatches,
