@@ -33,7 +33,7 @@ def texts(model, batch) -> list[str]:
 def test_two_matched_and_two_false_of_the_image(model, scenes):
     batches = groups(model, scenes)
     for step in range(6):
-        batch, pictures = batches[step], [scenes[number] for number in batches.order(step)]
+        batch, pictures = batches[step], batches.sampler[step]
         assert batch.image_index.tolist() == [row for row in range(8) for _ in range(4)]
         assert batch.matched.view(8, 4).tolist() == [[True, True, False, False]] * 8
         for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
@@ -48,7 +48,7 @@ def test_without_ground_truth_the_plain_rule_holds(model, scenes):
     plain[1] = Picture("twin", plain[1].image, "train", plain[0].captions)
     batches = groups(model, plain)
     for step in range(20):
-        batch, pictures = batches[step], [plain[number] for number in batches.order(step)]
+        batch, pictures = batches[step], batches.sampler[step]
         for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
             assert (text in pictures[row].captions) == bool(match)
 
@@ -87,7 +87,7 @@ def test_pictures_with_only_a_false_statement_start_no_group(model, scenes, capl
     assert [picture.id for picture in batches.pictures] == [picture.id for picture in scenes[:40]]
     assert "40 of 80 pictures have no true text" in caplog.text
     for step in range(6):
-        batch, pictures = batches[step], [batches.pictures[number] for number in batches.order(step)]
+        batch, pictures = batches[step], batches.sampler[step]
         assert batch.matched.view(8, 2).tolist() == [[True, False]] * 8
         for row, text, match in zip(batch.image_index, texts(model, batch), batch.matched, strict=True):
             assert (text in pictures[row].captions) == bool(match)
@@ -134,7 +134,7 @@ def test_a_batch_is_a_function_of_seed_and_step(model, scenes):
 
 def test_an_epoch_shows_each_image_once(model, scenes):
     batches = GroupBatches(scenes, model.words, DataSettings(), images=9, inputs=Pixels(96), vision=36, seed=0)
-    seen = [number for step in range(10) for number in batches.order(step)]
+    seen = [number for step in range(10) for number in batches.sampler.rows(step)]
     assert sorted(seen) == list(range(90))
 
 

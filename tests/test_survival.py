@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_records_and_spoils_no_checkp
     with pytest.raises(TrainingError, match=r"not finite at step 4 \(seen at 6\).*bad_batch.json"):
         fit(model, Infinite(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
     bad = json.loads((run.folder / "bad_batch.json").read_text())
-    shown = [scenes[number].id for number in batches.order(4)]
+    shown = batches.sampler.ids(4)
     assert bad["step"] == 4 and bad["records"] == shown and len(shown) == 4
     assert [path.name for path in (run.folder / "checkpoint").iterdir()] == ["step-000004"]
 

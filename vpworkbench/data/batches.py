@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from vpworkbench.data.inputs import VisualInput
 from vpworkbench.data.records import Picture
+from vpworkbench.data.steps import ImageBatch, Sampler
 from vpworkbench.errors import DataError
 from vpworkbench.model.words import Words
 from vpworkbench.settings import DataSettings
@@ -33,14 +34,11 @@ DRAWS = 500
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Groups of one image and its texts, in image order.
+class Batch(ImageBatch):
+    """Groups of one image and its texts, in image order; each text is a row.
 
     Attributes
     ----------
-    images : uint8 Tensor, (image, 3, height, width)
-    image_index : int64 Tensor, (text,)
-        Row of `images` that each text is paired with.
     words : int64 Tensor, (text, word)
         Token ids after masking: `[CLS] words [SEP] pads`.
     word_tokens : bool Tensor, (text, word)
@@ -52,8 +50,6 @@ class Batch:
         Uniform numbers that decide the visual mask: the largest marks the pick.
     """
 
-    images: Tensor
-    image_index: Tensor
     words: Tensor
     word_tokens: Tensor
     labels: Tensor
@@ -71,33 +67,11 @@ class Batch:
         return self.matched.nonzero()[:, 0]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device; without waiting, where it comes from pinned memory.
-
-        What needs counting is counted before: on a GPU the host would have to wait for it.
-        """
-        moved = Batch(**{field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)})
-        rows, words = self.scored
-        moved.__dict__.update(
-            scored=(rows.to(device, non_blocking=True), words.to(device, non_blocking=True)),
-            matched_rows=self.matched_rows.to(device, non_blocking=True),
-        )
+        """The same batch on a device; words and pairs are counted before, as a GPU would make the host wait."""
+        moved = super().to(device)
+        rows, places = (part.to(device, non_blocking=True) for part in self.scored)
+        moved.__dict__.update(scored=(rows, places), matched_rows=self.matched_rows.to(device, non_blocking=True))
         return moved
-
-    def pin_memory(self) -> Batch:
-        """The same batch in memory that a GPU copies from while the host goes on."""
-        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
-
-    def micro_batches(self, count: int) -> list[Batch]:
-        """Split by images into `count` batches of equal numbers of images."""
-        rows = torch.arange(len(self.images)).chunk(count)
-        return [self.of_images(range(int(part[0]), int(part[-1]) + 1)) for part in rows]
-
-    def of_images(self, rows: range, *, decoded: bool = False) -> Batch:
-        """The texts of some images, and these; `decoded`: `images` holds those rows alone."""
-        texts = (self.image_index >= rows.start) & (self.image_index < rows.stop)
-        cut = {field.name: getattr(self, field.name)[texts] for field in fields(self) if field.name != "images"}
-        images = self.images if decoded else self.images[rows.start : rows.stop]
-        return replace(Batch(images=images, **cut), image_index=cut["image_index"] - rows.start)
 
 
 @dataclass(frozen=True)
@@ -173,23 +147,8 @@ class GroupBatches(Dataset):
         if dropped := len(pictures) - len(self.pictures):
             log.warning("%d of %d pictures have no true text, so they start no group", dropped, len(pictures))
         self.words, self.settings = words, settings
-        self.images, self.inputs, self.vision, self.seed = images, inputs, vision, seed
-
-    @property
-    def steps_per_epoch(self) -> float:
-        return len(self.pictures) / self.images
-
-    def order(self, step: int) -> list[int]:
-        """Which pictures step `step` holds: consecutive places of one permutation after another."""
-        total = len(self.pictures)
-        places = range(step * self.images, (step + 1) * self.images)
-        epochs = {place // total for place in places}
-        orders = {epoch: np.random.default_rng((self.seed, 1, epoch)).permutation(total) for epoch in epochs}
-        return [int(orders[place // total][place % total]) for place in places]
-
-    def records(self, step: int) -> list[str]:
-        """Ids of the pictures of a step."""
-        return [self.pictures[number].id for number in self.order(step)]
+        self.sampler = Sampler(self.pictures, images, seed=(seed, 1), distinct=False)
+        self.inputs, self.vision, self.seed = inputs, vision, seed
 
     def __getitem__(self, step: int) -> Batch:
         return self.share(step, 0, 1)
@@ -197,27 +156,30 @@ class GroupBatches(Dataset):
     def share(self, step: int, index: int, count: int) -> Batch:
         """One of `count` equal parts of a step; the images of the others are not decoded."""
         rng = np.random.default_rng((self.seed, 0, step))
-        groups = [self._group(self.pictures[number], rng) for number in self.order(step)]
+        groups = [self._group(picture, rng) for picture in self.sampler[step]]
         pictures = [picture for picture, _ in groups]
         pairs = [(row, text, match) for row, (_, texts) in enumerate(groups) for text, match in texts]
         words = self.words.pad([text for _, text, _ in pairs])
         tokenizer = self.words.tokenizer
-        # All four texts are masked: a [MASK] in the matched ones alone would give the ITM label away.
+        # All four texts are masked: a [MASK] in the matched ones only would give the ITM label away.
         masked = mask_words(
             words, self.words.maskable(words), rng,
             share=self.settings.word_share, mask_id=tokenizer.mask_token_id, vocabulary=len(tokenizer),
         )  # fmt: skip
         mine = range(len(pictures) * index // count, len(pictures) * (index + 1) // count)
-        whole = Batch(
-            images=self._pixels(pictures, rng, mine),
-            image_index=torch.tensor([row for row, _, _ in pairs]),
-            words=torch.from_numpy(masked.words),
-            word_tokens=torch.from_numpy(words != tokenizer.pad_token_id),
-            labels=torch.from_numpy(masked.labels),
-            matched=torch.tensor([match for _, _, match in pairs]),
-            noise=torch.from_numpy(rng.random((len(pairs), self.vision), dtype=np.float32)),
+        images = self._pixels(pictures, rng, mine)
+        noise = rng.random((len(pairs), self.vision), dtype=np.float32)
+        image_index = torch.tensor([row for row, _, _ in pairs])
+        rows = (image_index >= mine.start) & (image_index < mine.stop)
+        return Batch(
+            images=images,
+            image_index=image_index[rows] - mine.start,
+            words=torch.from_numpy(masked.words)[rows],
+            word_tokens=torch.from_numpy(words != tokenizer.pad_token_id)[rows],
+            labels=torch.from_numpy(masked.labels)[rows],
+            matched=torch.tensor([match for _, _, match in pairs])[rows],
+            noise=torch.from_numpy(noise)[rows],
         )
-        return whole if count == 1 else whole.of_images(mine, decoded=True)
 
     def _pixels(self, pictures: Sequence[Picture], rng: np.random.Generator, mine: range) -> Tensor:
         chosen = [pictures[row].image for row in mine]

@@ -11,7 +11,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
+from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
 from vpworkbench.model.words import Words
@@ -38,7 +39,7 @@ FEWEST_TEXTS = 16
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class PairBatch(TensorBatch):
     """Images, texts, and which pairs of them are scored, in the order of the images.
 
     Attributes
@@ -55,10 +56,6 @@ class PairBatch:
     image_index: Tensor
     text_index: Tensor
     matched: Tensor
-
-    def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch on a device."""
-        return PairBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def micro_batches(self, count: int) -> list[PairBatch]:
         """Split by images, each with its pairs: no image is encoded twice."""
@@ -105,27 +102,21 @@ class RetrievalBatches(Dataset):
             raise DataError(
                 f"{len(self.pictures)} captioned images: a batch of {images} needs as many, and at least two"
             )
-        self.words, self.images, self.inputs = words, images, inputs
+        self.sampler = Sampler(self.pictures, images, seed=(seed, 0))
+        self.words, self.inputs = words, inputs
         self.negatives, self.seed, self.flip = negatives, seed, flip
         self.near: np.ndarray | None = None
         self._captions = captions_of(self.pictures)
-        self.steps_per_epoch = len(self.pictures) / images
 
     def of(self, images: int) -> RetrievalBatches:
         """The same pairs in batches of another size."""
         return RetrievalBatches(self.pictures, self.words, images=images, inputs=self.inputs,
                                 negatives=self.negatives, seed=self.seed, flip=self.flip)  # fmt: skip
 
-    def records(self, step: int) -> list[str]:
-        """Ids of the pictures of a step."""
-        return [self.pictures[row].id for row in self.chosen(step)[0]]
-
     def chosen(self, step: int) -> tuple[list[int], list[str], np.random.Generator]:
         """Rows of the pictures of a step, a caption of each, and what further draws are made from."""
         rng = np.random.default_rng((self.seed, 1, step))
-        epoch, start = divmod(step * self.images, len(self.pictures))
-        order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.pictures))
-        rows = order.take(range(start, start + self.images), mode="wrap").tolist()
+        rows = self.sampler.rows(step)
         captions = [self.pictures[row].captions for row in rows]
         return rows, [texts[int(rng.integers(len(texts)))] for texts in captions], rng
 

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.steps import ImageBatch, Sampler
 from vpworkbench.data.task_formats import answer_vocabulary, read_answer_list
 from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
@@ -267,11 +268,9 @@ def _as_file(image: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class TaskBatch:
+class TaskBatch(ImageBatch):
     """Examples as tensors; `targets` (example, label) of VQA scores in [0, 1], else (example,) of labels."""
 
-    images: Tensor
-    image_index: Tensor
     words: Tensor
     word_tokens: Tensor
     targets: Tensor
@@ -280,10 +279,6 @@ class TaskBatch:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `TaskModel` takes."""
         return self.images, self.image_index, self.words, self.word_tokens
-
-    def to(self, device: torch.device | str) -> TaskBatch:
-        """The same batch on a device."""
-        return TaskBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def micro_batches(self, count: int) -> list[TaskBatch]:
         """Split by examples; images that no example of a part shows are left out of it."""
@@ -300,23 +295,13 @@ class TaskBatches(Dataset):
     """Batches of examples by step, in the order of one permutation for each epoch; a pure function of seed and step."""
 
     def __init__(self, examples: Sequence[Example], model: TaskModel, *, size: int, seed: int) -> None:
-        self.examples, self.size, self.seed = examples, size, seed
+        self.sampler = Sampler(examples, size, seed=(seed,))
         self.words, self.inputs = model.words, visual_input(model.base.settings.visual)
         self.task, self.labels = model.task, model.labels
-        self.steps_per_epoch = len(examples) / size
         self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     def __getitem__(self, step: int) -> TaskBatch:
-        return self.batch(self._chosen(step))
-
-    def records(self, step: int) -> list[str]:
-        """Ids of the examples of a step."""
-        return [example.id for example in self._chosen(step)]
-
-    def _chosen(self, step: int) -> list[Example]:
-        epoch, start = divmod(step * self.size, len(self.examples))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.examples))
-        return [self.examples[number] for number in order.take(range(start, start + self.size), mode="wrap")]
+        return self.batch(self.sampler[step])
 
     def batch(self, examples: Sequence[Example]) -> TaskBatch:
         """These examples."""

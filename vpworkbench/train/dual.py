@@ -20,6 +20,7 @@ from transformers import BertModel
 
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
+from vpworkbench.data.steps import TensorBatch
 from vpworkbench.model.weights import new_visual
 from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
@@ -291,7 +292,7 @@ class HardestNegative(Contrastive):
 
 
 @dataclass(frozen=True)
-class DualBatch:
+class DualBatch(TensorBatch):
     """As many images as texts, pair i in row i of both, and which text may count against which image.
 
     Attributes
@@ -305,10 +306,6 @@ class DualBatch:
     inputs: tuple[Tensor, ...]
     negative: Tensor
 
-    def to(self, device: torch.device | str) -> DualBatch:
-        """The same batch on a device."""
-        return DualBatch(tuple(part.to(device) for part in self.inputs), self.negative.to(device))
-
     def micro_batches(self, count: int) -> list[DualBatch]:
         """The batch as a whole: every pair is held against all others."""
         return [self]
@@ -319,12 +316,8 @@ class DualBatches(Dataset):
 
     def __init__(self, batches: RetrievalBatches, features: Features | None = None) -> None:
         self.batches, self.features = batches, features
-        self.steps_per_epoch = batches.steps_per_epoch
+        self.sampler = batches.sampler
         self._first = np.cumsum([0, *(len(picture.captions) for picture in batches.pictures)])  # caption of a picture
-
-    def records(self, step: int) -> list[str]:
-        """Ids of the pictures of a step."""
-        return self.batches.records(step)
 
     def __getitem__(self, step: int) -> DualBatch:
         rows, texts, rng = self.batches.chosen(step)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.errors import DataError, SettingsError, TrainingError
 from vpworkbench.runs import Run
 from vpworkbench.settings import PRESETS, OptimSettings, TrainSettings
@@ -65,12 +66,9 @@ class Objective(Protocol):
 class Steps(Protocol):
     """Batches by step."""
 
-    steps_per_epoch: float
+    sampler: Sampler
 
-    def __getitem__(self, step: int) -> Any: ...
-
-    def records(self, step: int) -> list[str]:
-        """Ids of what the batch of a step holds."""
+    def __getitem__(self, step: int) -> TensorBatch: ...
 
 
 def pick_device(name: str) -> torch.device:
@@ -181,7 +179,7 @@ def fit(
     processes = join(pick_device(train.device))
     if train.images % processes.count:
         raise SettingsError(f"train.images {train.images} must be a multiple of the {processes.count} processes")
-    total = total_steps(train, batches.steps_per_epoch)
+    total = total_steps(train, batches.sampler.steps_per_epoch)
     model.to(processes.device).train()
     optimiser = build_optimiser(model, optim)
     checkpoints = Checkpoints(run.folder / "checkpoint", train.keep_last)
@@ -291,7 +289,7 @@ class Guard:
                 self.worst.fill_(-torch.inf)
             return
         step, path = int(self.step), self.run.folder / "bad_batch.json"
-        state = {"step": step, "losses": means, "records": self.batches.records(step)}
+        state = {"step": step, "losses": means, "records": self.batches.sampler.ids(step)}
         write_atomically(path, json.dumps(state, indent=2, default=str) + "\n")
         bad = ", ".join(name for name, value in (means or {}).items() if value != value or abs(value) == torch.inf)
         what = f"{bad or 'loss'} not finite"

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from vpworkbench.data.formats import read_pictures
@@ -26,6 +27,7 @@ from vpworkbench.data.nlvr1 import drawn_at
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import SCENES, write_regions
 from vpworkbench.data.splits import scenes_folder
+from vpworkbench.data.steps import Sampler
 from vpworkbench.errors import DataError
 from vpworkbench.runs import Run, open_folder
 from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES
@@ -33,7 +35,6 @@ from vpworkbench.scenes.write import pair_sources, write_scenes
 from vpworkbench.settings import RegionSettings
 from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
-from vpworkbench.train.scene_labels import PicturesByStep
 
 AROUND = 0.1
 """A crop shows so much of the box's sides around it: an outline needs what lies outside."""
@@ -110,15 +111,15 @@ def _as_images(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-class CropBatches(PicturesByStep):
+class CropBatches(Dataset):
     """The things of some scenes by step; mirrored at random."""
 
     def __init__(self, pictures: Sequence[Picture], *, images: int, crop_px: int, seed: int) -> None:
-        super().__init__(pictures, images=images, seed=seed)
-        self.crop_px = crop_px
+        self.sampler = Sampler(pictures, images, seed=(seed,))
+        self.crop_px, self.seed = crop_px, seed
 
     def __getitem__(self, step: int) -> LabelledCrops:
-        batch = labelled_crops(self.chosen(step), self.crop_px)
+        batch = labelled_crops(self.sampler[step], self.crop_px)
         mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(batch.images)) < 0.5)
         batch.images[mirrored] = batch.images[mirrored].flip(-1)
         return batch

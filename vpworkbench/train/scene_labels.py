@@ -23,6 +23,7 @@ from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import scenes_folder
+from vpworkbench.data.steps import Sampler
 from vpworkbench.model.visual import build_visual
 from vpworkbench.runs import Run
 from vpworkbench.scenes.scene import COLOURS, SHAPES
@@ -90,34 +91,15 @@ def token_labels(pictures: Sequence[Picture], grid: int) -> TokenLabels:
     return TokenLabels(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
-class PicturesByStep(Dataset):
-    """Which pictures a step holds: those of one permutation for each epoch."""
-
-    def __init__(self, pictures: Sequence[Picture], *, images: int, seed: int) -> None:
-        self.pictures, self.images, self.seed = pictures, images, seed
-        self.steps_per_epoch = len(pictures) / images
-
-    def records(self, step: int) -> list[str]:
-        """Ids of the pictures of a step."""
-        return [picture.id for picture in self.chosen(step)]
-
-    def chosen(self, step: int) -> list[Picture]:
-        """The pictures of a step."""
-        total = len(self.pictures)
-        epoch, start = divmod(step * self.images, total)
-        order = np.random.default_rng((self.seed, epoch)).permutation(total)
-        return [self.pictures[number] for number in order.take(range(start, start + self.images), mode="wrap")]
-
-
-class LabelBatches(PicturesByStep):
+class LabelBatches(Dataset):
     """Images and the labels of their tokens by step; mirrored at random."""
 
     def __init__(self, pictures: Sequence[Picture], *, images: int, image_px: int, grid: int, seed: int) -> None:
-        super().__init__(pictures, images=images, seed=seed)
-        self.image_px, self.grid = image_px, grid
+        self.sampler = Sampler(pictures, images, seed=(seed,))
+        self.image_px, self.grid, self.seed = image_px, grid, seed
 
     def __getitem__(self, step: int) -> LabelledImages:
-        chosen = self.chosen(step)
+        chosen = self.sampler[step]
         images, labels = Pixels(self.image_px).stack(chosen), token_labels(chosen, self.grid)
         mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(chosen)) < 0.5)
         images[mirrored] = images[mirrored].flip(-1)
