@@ -76,38 +76,6 @@ def work(module: torch.nn.Module, given: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def test_intervals_over_seeds_and_images():
-    rng = np.random.default_rng(0)
-    parts = [rng.uniform(0.3, 0.6, size=(50, 3)) + shift for shift in (0.0, 0.01, 0.03)]
-    parts[0][4, 1] = np.nan
-    found = family_runs.over_seeds(parts)
-    seeds = np.array([np.nanmean(part[:, 1]) for part in parts])
-    images = np.nanmean([part[:, 1] for part in parts], axis=0)
-    one, other = seeds.var(ddof=1) / 3, images.var(ddof=1) / 50
-    half = stats.t.ppf(0.975, (one + other) ** 2 / (one**2 / 2)) * np.sqrt(one + other)
-    assert [float(part[1]) for part in found] == pytest.approx(
-        [seeds.mean(), seeds.mean() - half, seeds.mean() + half, 3]
-    )
-    one = family_runs.over_seeds(parts[1:2])
-    half = stats.norm.ppf(0.975) * parts[1][:, 0].std(ddof=1) / np.sqrt(50)
-    assert float(one.high[0] - one.mean[0]) == pytest.approx(half)
-    apart = family_runs.over_seeds([np.full((50, 1), share) for share in (0.2, 0.9)])  # half: 12.7 times 0.35
-    assert (apart.low, apart.high) == (0, 1)
-    same = family_runs.over_seeds([np.full((50, 1), 0.3)] * 3)
-    assert (same.low, same.high) == (pytest.approx(0.3), pytest.approx(0.3))
-
-
-@pytest.mark.parametrize("seed, image", [(0.02, 0.02), (0.02, 0.2), (0.002, 0.2)])
-def test_nineteen_of_twenty_intervals_hold_the_truth(seed, image):
-    """Of three seeds that differ by so much and 100 images that differ by so much."""
-    rng, held = np.random.default_rng(0), 0
-    for _ in range(2_000):
-        of_seed, of_image = rng.normal(0, seed, size=(3, 1)), rng.normal(0, image, size=100)
-        found = family_runs.over_seeds(list(0.5 + of_seed + of_image))
-        held += bool(found.low <= 0.5 <= found.high)
-    assert 0.93 <= held / 2_000 <= 0.97
-
-
 def finished(name: str, flow: float, score: float, pictures: str = "abcdef", steps: int = 400) -> None:
     """A run that is pre-trained, probed and fine-tuned, as its summaries say: no checkpoint is needed."""
     trained = runs_root() / "01_pretrain" / name

@@ -1,10 +1,9 @@
-"""The mask probe: objects of tokens, shares, their random control, intervals."""
+"""The mask probe: objects of tokens, shares, their random control."""
 
-import numpy as np
 import pytest
 import torch
 
-from vpworkbench.probes import bootstrap_interval, compare_masks, mask_on_object, object_tokens, random_on_object
+from vpworkbench.probes import compare_masks, mask_on_object, object_tokens, random_on_object
 
 
 def naive_object_tokens(object_map, rows, columns):
@@ -65,23 +64,6 @@ def test_comparison_finds_masks_that_follow_objects():
     assert result.random.mean == pytest.approx((1 + 3 * 3 / 15) / 4)
 
 
-def test_intervals_cover_the_mean_and_repeat():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(100):
-        low, high = bootstrap_interval(generator.normal(1.0, 2.0, 60), resamples=400)[1:3]
-        covered += low <= 1.0 <= high
-    assert 88 <= covered <= 99
-    values = generator.normal(size=(30, 2, 3))
-    values[:, 0, 0] = np.nan
-    values[3, 1, 1] = np.nan
-    interval = bootstrap_interval(values, seed=5)
-    assert interval.mean.shape == (2, 3) and np.isnan(interval.low[0, 0])
-    assert interval.count.tolist() == [[0, 30, 30], [30, 29, 30]]
-    np.testing.assert_allclose(interval.mean[1, 1], np.nanmean(values[:, 1, 1]))
-    np.testing.assert_array_equal(interval.low, bootstrap_interval(values, seed=5).low)
-
-
 def test_refusals():
     masked = torch.tensor([[True, False]])
     objects = torch.tensor([[1, 1]])
@@ -95,5 +77,3 @@ def test_refusals():
         object_tokens(torch.zeros(4, 4, dtype=torch.long), (5, 4))
     with pytest.raises(ValueError, match="whole numbers"):
         object_tokens(torch.zeros(4, 4), (2, 2))
-    with pytest.raises(ValueError, match="at least one sample"):
-        bootstrap_interval([])

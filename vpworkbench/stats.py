@@ -1,32 +1,49 @@
-"""Bootstrap intervals of a mean."""
+"""Means with 95% intervals: by bootstrap over samples, and by Student's t over training runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import t as student
+
+RESAMPLES = 2_000
 
 
 class Interval(NamedTuple):
-    """A mean and its bootstrap interval, in the shape of one sample; nan where count is 0."""
+    """A mean and its 95% interval, in the shape of one sample; nan where `count` is 0."""
 
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    count: np.ndarray  # samples that were not nan
+    count: np.ndarray  # samples that are not nan
 
 
-def bootstrap_interval(values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = 2000) -> Interval:
+def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Each mean under its name `x`, its bounds under `x_low` and `x_high`."""
+    flat = {}
+    for name, (mean, low, high, _) in intervals.items():
+        flat |= {name: float(mean), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------- bootstrap over samples
+
+
+def bootstrap_interval(
+    values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES
+) -> Interval:
     """Percentile bootstrap of the mean over samples.
 
     Parameters
     ----------
     values : array, shape (sample, ...)
-        nan entries are left out, each position for itself. All positions share the same resamples,
-        so differences between positions can be read off the bounds' joint order.
+        nan entries are left out, at each position separately. All positions share the same resamples.
     seed : int
-        Of the resampling; the same seed gives the same interval.
+        Seed of the resampling.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0 or len(values) == 0:
@@ -47,3 +64,78 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, *, level: float = 0.95,
     low[known], high[known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
     shape = values.shape[1:]
     return Interval(*(part.reshape(shape) for part in (mean, low, high, present.sum(axis=0))))
+
+
+def paired_interval(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Interval:
+    """Bootstrap interval of the mean difference `first - second`, both of the same samples."""
+    return bootstrap_interval(np.asarray(first) - np.asarray(second), seed)
+
+
+def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int = 0) -> Interval:
+    """Percentile bootstrap of any statistic of `count` samples, such as a ratio of sums.
+
+    Parameters
+    ----------
+    statistic : callable
+        From rows of sample numbers, (..., sample), to the statistic of each row, (...).
+    """
+    resampled = statistic(np.random.default_rng(seed).integers(0, count, (RESAMPLES, count)))
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Interval(float(statistic(np.arange(count))), float(low), float(high), count)
+
+
+def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
+    """Unweighted mean of means over independent samples; the squares of their half widths add up."""
+    half = reduce(np.hypot, ((one.high - one.low) / 2 for one in intervals)) / len(intervals)
+    mean = np.mean([one.mean for one in intervals])
+    return Interval(mean, mean - half, mean + half, min(one.count for one in intervals))
+
+
+# ------------------------------------------------------------------------------------------ Student's t over runs
+
+
+def student_interval(values: ArrayLike) -> Interval:
+    """Mean of independent runs with Student's interval; bounds are nan for fewer than two."""
+    values = np.asarray(values, dtype=np.float64)
+    mean, count, half = values.mean(), len(values), np.nan
+    if count > 1:
+        half = student.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count)
+    return Interval(mean, mean - half, mean + half, np.array(count))
+
+
+def seeds_and_samples_interval(seeds: np.ndarray, sample_variance: ArrayLike) -> Interval:
+    """Mean share over seeds, with an interval that covers other seeds and other samples.
+
+    The variances of the two means add up. The quantile is Student's, with the degrees of freedom of Welch and
+    Satterthwaite: those of the seeds where seeds differ much more than samples, more where they do not. With one seed
+    the interval covers other samples only. Bounds are cut at 0 and 1.
+
+    Parameters
+    ----------
+    seeds : array, shape (seed, ...)
+        Mean of each seed, a share in [0, 1].
+    sample_variance : array, shape (...)
+        Variance of the mean over samples.
+    """
+    variance, freedom = np.asarray(sample_variance), np.inf
+    if len(seeds) > 1:
+        between = seeds.var(axis=0, ddof=1) / len(seeds)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = np.where(between > 0, (len(seeds) - 1) * (1 + variance / between) ** 2, np.inf)
+        variance = variance + between
+    mean, half = seeds.mean(axis=0), student.ppf(0.975, freedom) * np.sqrt(variance)
+    return Interval(mean, np.maximum(mean - half, 0), np.minimum(mean + half, 1), np.full(np.shape(mean), len(seeds)))
+
+
+def over_seeds(parts: Sequence[np.ndarray]) -> Interval:
+    """`seeds_and_samples_interval` of measurements.
+
+    Parameters
+    ----------
+    parts : sequence over seeds of array, shape (sample, ...)
+        Shares in [0, 1] of the same samples; nan entries are left out.
+    """
+    seeds = np.stack([np.nanmean(part, axis=0) for part in parts])
+    samples = np.nanmean(np.stack(parts), axis=0)
+    count = np.isfinite(samples).sum(axis=0)
+    return seeds_and_samples_interval(seeds, np.nanvar(samples, axis=0, ddof=1) / count)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +28,7 @@ from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root
 from vpworkbench.settings import FinetuneSettings
-from vpworkbench.stats import Interval
+from vpworkbench.stats import Interval, student_interval
 from vpworkbench.tasks.retrieval import RetrievalResult, chance, retrieval_result
 from vpworkbench.tasks.task import METRICS, TaskResult, score
 from vpworkbench.train.dual import dual_scores
@@ -285,13 +284,7 @@ def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:
     """
     by_seed = runs.pivot(index="seed", columns="pretrained", values="score")
     names = {True: "pre-trained", False: "from scratch"}
-    found = {names[start]: _t_interval(by_seed[start].dropna()) for start in (True, False) if start in by_seed}
+    found = {names[start]: student_interval(by_seed[start].dropna()) for start in (True, False) if start in by_seed}
     if len(found) == 2:
-        found["difference"] = _t_interval((by_seed[True] - by_seed[False]).dropna())
+        found["difference"] = student_interval((by_seed[True] - by_seed[False]).dropna())
     return found
-
-
-def _t_interval(values: pd.Series) -> Interval:
-    mean, count = values.mean(), len(values)
-    half = stats.t.ppf(0.975, count - 1) * values.std() / np.sqrt(count) if count > 1 else np.nan
-    return Interval(np.array(mean), np.array(mean - half), np.array(mean + half), np.array(count))

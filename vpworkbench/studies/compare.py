@@ -17,6 +17,7 @@ from vpworkbench.data.splits import load_held_out
 from vpworkbench.model.budget import budget_of
 from vpworkbench.probing import Probed
 from vpworkbench.settings import CompareSettings, DataSettings, ProbeSettings
+from vpworkbench.stats import Interval, flatten
 from vpworkbench.subjects import Opened
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def table(probed: dict[str, Probed], counts: dict[str, tuple[float, float]], *, 
         }
         for quantity, span in (("flow", (1, layers)), ("null", (1, layers)), ("excess", (1, layers)),
                                ("nmi", (features, features))):  # fmt: skip
-            found = spans.loc[(quantity, *span)]
-            row |= {quantity: found["mean"], f"{quantity}_low": found["low"], f"{quantity}_high": found["high"]}
+            row |= flatten({quantity: Interval(**spans.loc[(quantity, *span)])})
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.model.budget import Budget, budget
@@ -25,7 +24,7 @@ from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
 from vpworkbench.settings import FamilyRunsSettings, RegionSettings, TrainSettings, finetune_settings, pretrain_settings
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.scenes import SceneSettings
-from vpworkbench.stats import Interval
+from vpworkbench.stats import Interval, flatten, over_seeds, seeds_and_samples_interval
 from vpworkbench.subjects import open_model, token_counts
 from vpworkbench.tasks.task import evaluate_task
 from vpworkbench.train.finetune import finetune, prepare_task
@@ -216,46 +215,16 @@ class Compared:
             rows.append(
                 {"arm": ARMS[arm].label, "visual parameters": self.of(arm)[0].costs["visual_parameters"],
                  "visual multiply-adds": self.of(arm)[0].costs["visual_multiply_adds"],
-                 "tokens": self.of(arm)[0].tokens[0], "flow": float(flow.mean), "flow_low": float(flow.low),
-                 "flow_high": float(flow.high), "null": nulls[name], "vqa": float(score.mean),
-                 "vqa_low": float(score.low), "vqa_high": float(score.high), "seeds": len(self.of(arm))}
+                 "tokens": self.of(arm)[0].tokens[0], **flatten({"flow": flow}), "null": nulls[name],
+                 **flatten({"vqa": score}), "seeds": len(self.of(arm))}
             )  # fmt: skip
         return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
-
-
-def over_seeds(parts: Sequence[np.ndarray]) -> Interval:
-    """Mean over seeds and images, with a 95% interval for other seeds and other images.
-
-    The variances of both means add up; the quantile is Student's, its degrees of freedom Welch's and Satterthwaite's:
-    those of the seeds where seeds differ much more than images do, more where they do not. With one seed: of images
-    alone. What is compared are shares, so bounds end at 0 and 1.
-
-    Parameters
-    ----------
-    parts : sequence of arrays, (image, ...)
-        In [0, 1]; one for each seed, of the same images; nan entries are left out.
-    """
-    seeds = np.stack([np.nanmean(part, axis=0) for part in parts])
-    images = np.nanmean(np.stack(parts), axis=0)
-    count = np.isfinite(images).sum(axis=0)
-    return _interval(seeds, np.nanvar(images, axis=0, ddof=1) / count)
 
 
 def _score(runs: Sequence[FamilyRun]) -> Interval:
     """As `over_seeds`; the variance over questions is read off each run's own interval."""
     own = np.mean([((run.score.high - run.score.low) / 3.92) ** 2 for run in runs])
-    return _interval(np.array([float(run.score.mean) for run in runs]), own)
-
-
-def _interval(seeds: np.ndarray, variance: np.ndarray) -> Interval:
-    freedom = np.inf
-    if len(seeds) > 1:
-        between = seeds.var(axis=0, ddof=1) / len(seeds)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            freedom = np.where(between > 0, (len(seeds) - 1) * (1 + variance / between) ** 2, np.inf)
-        variance = variance + between
-    mean, half = seeds.mean(axis=0), stats.t.ppf(0.975, freedom) * np.sqrt(variance)
-    return Interval(mean, np.maximum(mean - half, 0), np.minimum(mean + half, 1), np.full(np.shape(mean), len(seeds)))
+    return seeds_and_samples_interval(np.array([float(run.score.mean) for run in runs]), own)
 
 
 # --------------------------------------------------------------------------------------------------------- runs

@@ -29,7 +29,7 @@ from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
 from vpworkbench.model.words import Words
-from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.stats import Interval, bootstrap_interval, flatten, mean_of_independent
 from vpworkbench.system import write_atomically
 from vpworkbench.tasks.task import TaskModel
 
@@ -331,9 +331,7 @@ class RetrievalResult(NamedTuple):
     def interval(self, *, seed: int = 0) -> Interval:
         """Mean of the recalls, each direction and cutoff weighing the same, with its 95% interval."""
         ways = [bootstrap_interval(np.mean(list(found.values()), axis=0), seed) for found in (self.text, self.image)]
-        half = np.hypot(*((way.high - way.low) / 2 for way in ways)) / 2  # images and texts as if drawn independently
-        mean = np.mean([way.mean for way in ways])
-        return Interval(mean, mean - half, mean + half, min(way.count for way in ways))
+        return mean_of_independent(ways)  # images and texts as if drawn independently
 
     def summary(self, examples: Sequence[Picture] = (), *, seed: int = 0) -> dict[str, float]:
         """Flat: `mean_recall`, `tr_r1` and so on, bounds under `_low` and `_high`; `tr_r1_by_truth` where it is known.
@@ -343,13 +341,8 @@ class RetrievalResult(NamedTuple):
         examples
             Not needed, as they are at hand; `TaskResult` wants them.
         """
-        flat = {}
-        for name, (mean, low, high, _) in {
-            "mean_recall": self.interval(seed=seed),
-            **self.intervals(seed=seed),
-        }.items():
-            key = name.lower().replace(" r@", "_r")
-            flat |= {key: float(mean), f"{key}_low": float(low), f"{key}_high": float(high)}
+        intervals = {"mean_recall": self.interval(seed=seed), **self.intervals(seed=seed)}
+        flat = flatten({name.lower().replace(" r@", "_r"): interval for name, interval in intervals.items()})
         if self.by_truth is not None:
             for way, found in (("tr", self.by_truth.text), ("ir", self.by_truth.image)):
                 flat |= {f"{way}_r{cutoff}_by_truth": float(right.mean()) for cutoff, right in found.items()}

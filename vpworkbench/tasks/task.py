@@ -31,7 +31,7 @@ from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import Words
-from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.stats import Interval, bootstrap_interval, flatten
 
 log = logging.getLogger(__name__)
 
@@ -380,9 +380,7 @@ class TaskResult(NamedTuple):
         """
         if np.isnan(self.scores).all():  # as of no examples
             return {}
-        mean, low, high, _ = (float(part) for part in self.interval(seed=seed))
-        name = METRICS[self.task]
-        summary = {name: mean, f"{name}_low": low, f"{name}_high": high}
+        summary = flatten({METRICS[self.task]: self.interval(seed=seed)})
         if self.task == "nlvr2":
             labels = {
                 example.id: example.label

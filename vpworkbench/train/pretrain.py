@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ from vpworkbench.probing import probe
 from vpworkbench.runs import Run
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
 from vpworkbench.settings import DataSettings, ModelSettings, PretrainSettings
-from vpworkbench.stats import Interval
+from vpworkbench.stats import Interval, bootstrap_statistic, flatten
 from vpworkbench.train.engine import fit
 from vpworkbench.train.processes import launch, launched
 
@@ -336,10 +337,7 @@ class HeldOut(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """Flat: each mean under its name, the bounds under `_low` and `_high`."""
-        flat = {}
-        for name, (mean, low, high, _) in self._asdict().items():
-            flat |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-        return flat
+        return flatten(self._asdict())
 
 
 @torch.no_grad()
@@ -406,27 +404,25 @@ def _hide_one(model: VisualParsingModel, words: Tensor, noise: Tensor, scored: T
     return torch.where(chosen, model.tokenizer.mask_token_id, words), torch.where(chosen, words, -100)
 
 
-def _intervals(values: dict[str, np.ndarray], seed: int, draws: int = 2_000) -> HeldOut:
+def _intervals(values: dict[str, np.ndarray], seed: int) -> HeldOut:
     """Means and 95% intervals by a bootstrap over images."""
-    rng = np.random.default_rng(seed)
     count = len(values["itm_accuracy"])
-    rows = rng.integers(0, count, (draws, count))
+
+    def accuracy(name: str, index: np.ndarray) -> np.ndarray:
+        return values[name][index].mean(axis=-1)
 
     def share(name: str, index: np.ndarray) -> np.ndarray:
         hits_and_asked = values[name][index].sum(axis=-2)
         return hits_and_asked[..., 0] / np.maximum(hits_and_asked[..., 1], 1)
 
-    def interval(of: Callable[[np.ndarray], np.ndarray]) -> Interval:
-        low, high = np.quantile(of(rows), (0.025, 0.975))
-        return Interval(float(of(np.arange(count))), float(low), float(high), count)
-
     def ratio(index: np.ndarray) -> np.ndarray:
         return share("mlm_with_image", index) / np.maximum(share("mlm_other_image", index), 1e-9)
 
-    return HeldOut(
-        interval(lambda index: values["itm_accuracy"][index].mean(axis=-1)),
-        interval(lambda index: values["itm_other_image"][index].mean(axis=-1)),
-        interval(lambda index: share("mlm_with_image", index)),
-        interval(lambda index: share("mlm_other_image", index)),
-        interval(ratio),
-    )
+    statistics = {
+        "itm_accuracy": partial(accuracy, "itm_accuracy"),
+        "itm_other_image": partial(accuracy, "itm_other_image"),
+        "mlm_with_image": partial(share, "mlm_with_image"),
+        "mlm_other_image": partial(share, "mlm_other_image"),
+        "mlm_ratio": ratio,
+    }
+    return HeldOut(**{name: bootstrap_statistic(statistic, count, seed) for name, statistic in statistics.items()})
