@@ -15,7 +15,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer

@@ -173,6 +173,19 @@ ROWS = [
     {"image": "photos/2.jpg", "text": "a circle", "label": "true", "split": "val"},
 ]
 
+QUESTIONS = [
+    {"image": "photos/é 1.jpg", "text": "what colour?", "label": "red"},
+    {"image": "photos/2.jpg", "text": "how many?", "label": "2"},
+]
+PAIRS = [
+    {"image": "photos/é 1.jpg", "image2": "photos/2.jpg", "text": "both red", "label": "true", "id": "a"},
+    {"image": "photos/2.jpg", "image2": "photos/3.jpg", "text": "one red", "label": "False", "id": "b"},
+]
+RELATIONS = [
+    {"image": "photos/é 1.jpg", "text": "it is red", "label": "entailment", "split": "train"},
+    {"image": "photos/2.jpg", "text": "it is blue", "label": "contradiction", "split": "val"},
+]
+
 
 def table(folder: Path, record: Change = None, *, kind: str = "csv", rows: list[dict[str, Any]] = ROWS) -> Path:
     """One's own csv or jsonl, images in photos/."""

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 from vpworkbench import probing, subjects
-from vpworkbench.data.records import ImageFile
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.explorer import explore

@@ -27,9 +27,10 @@ from PIL import Image
 from plotly.callbacks import Points
 from test_explorer_readings import llava, vilt, wide_model
 
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.objects import pick_objects, token_objects
-from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import DataError
 from vpworkbench.explorer import Explorer, explore, still

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import ViltConfig, ViltModel
 
 from vpworkbench import figures, subjects
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import use_regions
 from vpworkbench.data.inputs import visual_input as input_of
-from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, read_npz, write_regions
 from vpworkbench.data.splits import scenes_folder
 from vpworkbench.errors import DataError, SettingsError

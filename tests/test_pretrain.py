@@ -11,7 +11,7 @@ import torch
 from conftest import narrow_model
 from safetensors.torch import save_file
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.splits import scenes_folder
 from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.model import VisualParsingModel
@@ -122,7 +122,7 @@ def test_run_is_found_by_name_and_by_folder():
 
 def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
     script = (
-        "import sys; from vpworkbench.data.formats import read_pictures;"
+        "import sys; from vpworkbench.data.captioned import read_pictures;"
         "from vpworkbench.train.pretrain import build_tokenizer;"
         "t = build_tokenizer([x for p in read_pictures(sys.argv[1]) for x in p.captions]);"
         "print(sorted(t.get_vocab().items()))"

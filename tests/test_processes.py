@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.runs import Run, open_run
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients, fit

@@ -15,8 +15,8 @@ from PIL import Image
 
 from vpworkbench import subjects
 from vpworkbench.cli import main
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.doctor import diagnose
-from vpworkbench.data.formats import read_pictures
 from vpworkbench.data.inputs import visual_input as input_of
 from vpworkbench.data.nlvr1 import drawn_at, read_boxes
 from vpworkbench.data.records import Picture

@@ -17,7 +17,7 @@ import torch
 from conftest import narrow_model
 
 from vpworkbench.data.batches import GroupBatches
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import RunError, TrainingError
 from vpworkbench.runs import open_run
 from vpworkbench.settings import pretrain_settings

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import DataError, RunError, SettingsError, TrainingError
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.runs import open_run

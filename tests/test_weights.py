@@ -27,7 +27,7 @@ from transformers import (
     Swinv2Model,
 )
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import build_visual

@@ -30,7 +30,8 @@ import plotly.graph_objects as go
 import torch
 from PIL import Image
 
-from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.records import Picture
 from vpworkbench.errors import SettingsError
 from vpworkbench.explorer import Explorer, explore
 from vpworkbench.figures.style import PALETTE, finish

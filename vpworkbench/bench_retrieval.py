@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from vpworkbench.bench import _in_turns, _synchronise
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Pixels
-from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.data.records import Picture
 from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer

@@ -169,7 +169,7 @@ def doctor(
     import json
 
     from vpworkbench.data.doctor import diagnose
-    from vpworkbench.data.task_formats import LABELS
+    from vpworkbench.data.task_readers import LABELS
     from vpworkbench.errors import SettingsError
     from vpworkbench.settings import nearest
 

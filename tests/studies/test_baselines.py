@@ -12,8 +12,9 @@ from miniatures import picture
 from scipy import stats
 from tasks.test_task import few
 
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.nlvr1 import Item
-from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.records import Example
 from vpworkbench.runs import open_run
 from vpworkbench.studies.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
 from vpworkbench.tasks.task import METRICS, TaskModel

@@ -11,7 +11,8 @@ from conftest import narrow_model
 from PIL import Image
 
 from vpworkbench import figures
-from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.records import Example
 from vpworkbench.studies.review import PREVIEW_PX, Reviewed, review
 from vpworkbench.tasks.task import TaskModel, TaskResult
 

@@ -118,7 +118,7 @@ class GroupBatches(Dataset):
     vision : int
         m, the number of visual tokens.
     inputs
-        How images become tensors; see `data.inputs.visual_input` and `data.cache.PixelCache`.
+        How images become tensors; see `data.inputs.visual_input` and `data.inputs.PixelCache`.
 
     Raises
     ------

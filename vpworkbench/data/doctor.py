@@ -16,12 +16,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vpworkbench.data.files import Annotations, Places, UnknownFormatError, annotation_files, open_annotations
-from vpworkbench.data.formats import read_captioned
-from vpworkbench.data.records import ImageFile, Picture, collected_findings
+from vpworkbench.data.captioned import read_captioned
+from vpworkbench.data.files import (
+    Annotations,
+    UnknownFormatError,
+    annotation_files,
+    collected_findings,
+    open_annotations,
+)
+from vpworkbench.data.images import ImageFile, Places
+from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import Record, image_contents, images_of, photographs
 from vpworkbench.data.tables import TRUE_FALSE
-from vpworkbench.data.task_formats import (
+from vpworkbench.data.task_readers import (
     ENTAILMENT,
     answer_vocabulary,
     answers_beside,

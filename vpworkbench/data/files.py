@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import mimetypes
+import logging
 import os
 import re
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, StringConstraints, ValidationError
 
-from vpworkbench.data.records import ImageFile, archive, inner_name, one_record
 from vpworkbench.errors import DataError
+
+log = logging.getLogger(__name__)
 
 FORMATS = {
     "karpathy": "Karpathy's json (dataset_*.json)",
@@ -34,9 +36,6 @@ FORMATS = {
 """The annotation files that are read, by what `Annotations.format` calls them."""
 
 M = TypeVar("M", bound=BaseModel)
-
-Places = str | Path | Sequence[str | Path]
-"""Folders and zips of images; empty: those beside the annotation file, see `image_index`."""
 
 
 class UnknownFormatError(DataError):
@@ -63,7 +62,7 @@ def annotation_files(path: Path) -> list[Path]:
     """The files below a folder that may hold annotations, or the file itself; hidden ones are left out."""
     if not path.is_dir():
         return [path]
-    found = [path / name for name in _names_below(path) if name.endswith((".json", ".jsonl", ".csv"))]
+    found = [path / name for name in names_below(path) if name.endswith((".json", ".jsonl", ".csv"))]
     return sorted(file for file in found if file.name != "image_data.json")
 
 
@@ -142,6 +141,28 @@ def _line_format(first: dict[str, Any]) -> str:
 
 def _unknown(file: Path) -> DataError:
     return UnknownFormatError(f"{file}: of no known format; known are {'; '.join(FORMATS.values())}")
+
+
+NO_IMAGES = ("object_maps", "__MACOSX")
+"""Beside generated scenes lie maps under the images' names; macOS puts copies of attributes into its zips."""
+
+
+def names_below(folder: Path | str, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Files below a folder, sorted, hidden ones left out; links are followed, but not round in circles."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror or error}); check its rights") from None
+    for entry in entries:
+        if entry.name[0] == "." or entry.name in NO_IMAGES:
+            continue
+        if entry.is_dir():
+            yield from names_below(entry.path, f"{prefix}{entry.name}/", above | {here})
+        elif entry.is_file():  # not a link to nowhere
+            yield prefix + entry.name
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -284,163 +305,47 @@ def split_named(file: Path, otherwise: str = "") -> str:
     return SPLITS[found[1]] if found else otherwise
 
 
-_COCO_NAME = re.compile(r"(?:train|val|test)20\d\d(?:\.zip)?[_/](\d{12})\.jpg$")
-_FLICKR_NAME = re.compile(r"(?:^|/)(\d+)(?:_[0-9a-f]+)?(?:_[a-z])?(?:\.jpg)?$")
+# ---------------------------------------------------------------------------------------------------- findings
 
 
-def origins(image: ImageFile, *, coco: int | None = None, flickr: int | str | None = None) -> frozenset[str]:
-    """A photograph's ids in COCO and at Flickr, of which most sets are made, as far as they are told.
+@dataclass
+class Findings:
+    """What readers tell of a set: faults of records that were left out, and remarks on what they did with others."""
 
-    Parameters
-    ----------
-    image
-        COCO's file names tell the id, wherever they come from.
-    flickr
-        An id, a file name that begins with one (Flickr30k's, Flickr8k's), or an address (COCO's `flickr_url`).
-    """
-    named, photo = _COCO_NAME.search(str(image)), _FLICKR_NAME.search(str(flickr or ""))
-    found = {f"coco:{coco}" if coco is not None else "", f"coco:{int(named[1])}" if named else ""}
-    return frozenset(found | {f"flickr:{photo[1]}" if photo else ""}) - {""}
+    faults: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
-# ----------------------------------------------------------------------------------------------------- images
+_FINDINGS: ContextVar[Findings | None] = ContextVar("findings", default=None)
 
 
-class ImageIndex:
-    """The images of a set by their names, wherever below a folder or in which zip they lie.
-
-    Parameters
-    ----------
-    places : sequence of path
-        Folders, with all below them, and zips.
-    flat : path, optional
-        One more folder, of which only the images right in it count.
-
-    Raises
-    ------
-    DataError
-        If a place does not exist or is not a whole zip.
-    """
-
-    def __init__(self, places: Sequence[str | Path], *, flat: Path | None = None) -> None:
-        self.flat, self.places = flat, [Path(place).expanduser() for place in places]
-        self._by_name: dict[str, list[ImageFile]] = defaultdict(list)
-        for place in self.places:
-            with one_record():  # where faults are collected, the other places are still looked into
-                for name in _names(place):
-                    self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
-        for name in os.listdir(flat) if flat else ():
-            if (mimetypes.guess_type(name)[0] or "").startswith("image/") and name[0] != ".":
-                self._by_name[_key(name)].append(ImageFile(flat, name))
-
-    def __bool__(self) -> bool:
-        return bool(self._by_name)
-
-    def find(self, *names: str, where: str) -> ImageFile:
-        """The image of the first of `names` that is there; a name may begin with folders, which then must fit.
-
-        Raises
-        ------
-        DataError
-            Where none is there, several different ones are, or a name leaves the folder; it begins with `where`.
-        """
-        for name in names:
-            fitting = self._fitting(_key(inner_name(name, source=where)))
-            if len(fitting) > 1 and len({image.digest() for image in fitting}) > 1:
-                raise DataError(
-                    f"{where}: image {name} is there {len(fitting)} times, as {fitting[0]} and {fitting[1]}; write the "
-                    "folder before the name, or name the one place in `images`"
-                )
-            if fitting:
-                return fitting[0]
-        raise DataError(f"{where}: image {' or '.join(names)} missing in {self}; restore it or drop the record")
-
-    def _fitting(self, wanted: str) -> list[ImageFile]:
-        """Files of this name: by the whole path from the annotations, else that in their place, else its end."""
-        found = self._by_name.get(wanted.rsplit("/", 1)[-1], [])
-        if len(found) == 1 and "/" not in wanted:
-            return found
-        tops = {image: "" if image.folder == self.flat else f"{_key(image.folder.stem)}/" for image in found}
-        paths = {image: _key(image.name) for image in found}
-        return (
-            [image for image, path in paths.items() if wanted == tops[image] + path]
-            or [image for image, path in paths.items() if wanted in (path, path.removeprefix(tops[image]))]
-            or [image for image, path in paths.items() if path.endswith(f"/{wanted}")]
-        )
-
-    def __str__(self) -> str:
-        places = [self.flat, *self.places] if self.flat else self.places
-        return ", ".join(map(str, places[:4])) + (f" and {len(places) - 4} more places" if len(places) > 4 else "")
-
-
-def image_index(file: Path, images: Places = ()) -> ImageIndex:
-    """Where the images of an annotation file lie: in the places given, else beside it.
-
-    Beside it are the images in its folder, and the folders and zips there; where it lies in a folder `annotations`, as
-    COCO has it, also those beside that folder.
-
-    Raises
-    ------
-    DataError
-        If no image is there.
-    """
-    if given := [images] if isinstance(images, str | Path) else list(images):
-        index = ImageIndex(given)
-    else:
-        folder = file.absolute().parent
-        beside = _places(folder) + (_places(folder.parent) if folder.name == "annotations" else [])
-        index = ImageIndex([place for place in beside if place != folder], flat=folder)
-    if not index:
-        raise DataError(f"{file}: no images beside it; put their folder or zip there, or name it in `images`")
-    return index
-
-
-NO_IMAGES = ("object_maps", "__MACOSX")
-"""Beside generated scenes lie maps under the images' names; macOS puts copies of attributes into its zips."""
-
-
-def _places(folder: Path) -> list[Path]:
-    """Zips before folders, so that an unpacked copy of a zip is not taken for another set."""
-    found = [
-        place
-        for place in sorted(folder.iterdir())
-        if (place.suffix.lower() == ".zip" or place.is_dir())
-        and place.stem not in NO_IMAGES
-        and not place.name.startswith(".")
-    ]
-    zipped = {place.stem for place in found if place.is_file()}
-    return [place for place in found if place.is_file() or place.name not in zipped]
-
-
-def _names(place: Path) -> list[str]:
-    if place.suffix.lower() == ".zip" and place.is_file():
-        names = (name for name in dict.fromkeys(archive(place).namelist()) if not name.endswith("/"))
-        return [name for name in names if not any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))]
-    if place.is_dir() and place.suffix.lower() != ".zip":
-        return list(_names_below(place))
-    if place.is_dir():
-        raise DataError(f"{place}: is a folder with the name of a zip; rename it")
-    raise DataError(f"{place}: no such folder or zip of images")
-
-
-def _names_below(folder: Path | str, prefix: str = "", above: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Files below a folder, sorted, hidden ones left out; links are followed, but not round in circles."""
-    here = os.path.realpath(folder)
-    if here in above:
-        return
+@contextmanager
+def collected_findings() -> Iterator[Findings]:
+    """In the block a broken record does not stop its reader: its message is kept and it is left out."""
+    findings = Findings()
+    token = _FINDINGS.set(findings)
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror or error}); check its rights") from None
-    for entry in entries:
-        if entry.name[0] == "." or entry.name in NO_IMAGES:
-            continue
-        if entry.is_dir():
-            yield from _names_below(entry.path, f"{prefix}{entry.name}/", above | {here})
-        elif entry.is_file():  # not a link to nowhere
-            yield prefix + entry.name
+        yield findings
+    finally:
+        _FINDINGS.reset(token)
 
 
-def _key(name: str) -> str:
-    """Names as they are compared: macOS writes é as two characters, some Windows zips have backslashes."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+@contextmanager
+def one_record() -> Iterator[None]:
+    """Around the reading of one record: a `DataError` stops the reader, unless faults are being collected."""
+    try:
+        yield
+    except DataError as error:
+        findings = _FINDINGS.get()
+        if findings is None:
+            raise
+        findings.faults.append(str(error))
+
+
+def remark(text: str) -> None:
+    """Tell what a reader did on its own account: as a warning, unless findings are being collected."""
+    findings = _FINDINGS.get()
+    if findings is None:
+        log.warning("%s", text)
+    else:
+        findings.remarks.append(text)

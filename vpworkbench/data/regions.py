@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpworkbench.data.records import Example, ImageFile, Picture
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.records import Example, Picture
 from vpworkbench.errors import DataError, RegionsMissing
 
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")

@@ -13,18 +13,11 @@ from typing import NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
-from vpworkbench.data.files import (
-    SPLITS,
-    Places,
-    UnknownFormatError,
-    annotation_files,
-    open_annotations,
-    origins,
-    unique,
-)
-from vpworkbench.data.formats import NLVR1_FILES, TABLE_FILES, read_pictures
-from vpworkbench.data.records import Example, ImageFile, Picture
-from vpworkbench.data.task_formats import read_any, read_easy_vqa, read_examples
+from vpworkbench.data.captioned import NLVR1_FILES, TABLE_FILES, read_pictures
+from vpworkbench.data.files import SPLITS, UnknownFormatError, annotation_files, open_annotations, unique
+from vpworkbench.data.images import ImageFile, Places, origins
+from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.task_readers import read_any, read_easy_vqa, read_examples
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import DataSettings, FinetuneSettings

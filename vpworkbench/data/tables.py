@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from vpworkbench.data.files import SPLITS, Annotations, ImageIndex, checked, split_named
-from vpworkbench.data.records import ImageFile, one_record, remark
+from vpworkbench.data.files import SPLITS, Annotations, checked, one_record, remark, split_named
+from vpworkbench.data.images import ImageFile, ImageIndex
 from vpworkbench.errors import DataError
 
 HELD_OUT_SHARE = 0.1

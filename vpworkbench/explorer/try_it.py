@@ -11,8 +11,9 @@ import ipywidgets
 import pandas as pd
 from PIL import Image, UnidentifiedImageError
 
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare
-from vpworkbench.data.records import ImageFile, Picture
+from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.explorer.parts import WIDTH, Note, column, row
 from vpworkbench.explorer.readings import Reading

@@ -22,8 +22,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from vpworkbench.data import nlvr1
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
-from vpworkbench.data.records import Example, ImageFile, Picture
+from vpworkbench.data.records import Example, Picture
 from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root

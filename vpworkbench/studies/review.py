@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
-from vpworkbench.data.records import Example, ImageFile, Picture
+from vpworkbench.data.records import Example, Picture
 from vpworkbench.metrics import most_given
 from vpworkbench.probes import inter_modality_flow, modality_masks
 from vpworkbench.probes.geometry import REGIONS_SIDE, painted

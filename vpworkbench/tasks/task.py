@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
-from vpworkbench.data.records import Example, ImageFile
+from vpworkbench.data.records import Example
 from vpworkbench.data.steps import ImageBatch, Sampler
-from vpworkbench.data.task_formats import answer_vocabulary, read_answer_list
+from vpworkbench.data.task_readers import answer_vocabulary, read_answer_list
 from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model.model import VisualParsingModel

@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from vpworkbench.data.files import image_index, open_as, unique
+from vpworkbench.data.files import open_as, unique
+from vpworkbench.data.images import ImageFile, image_index
 from vpworkbench.data.inputs import use_regions, visual_input
-from vpworkbench.data.records import Example, ImageFile, Picture
+from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.splits import load_examples
 from vpworkbench.data.tables import Row, read_unsplit_rows
 from vpworkbench.errors import DataError

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from vpworkbench.data.batches import Batch, GroupBatches
-from vpworkbench.data.cache import PixelCache
-from vpworkbench.data.inputs import VisualInput, visual_input
+from vpworkbench.data.inputs import PixelCache, VisualInput, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import cache_root, load_splits
 from vpworkbench.errors import DataError

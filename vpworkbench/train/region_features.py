@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import SCENES, write_regions

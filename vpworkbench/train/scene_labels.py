@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import scenes_folder

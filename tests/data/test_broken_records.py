@@ -5,11 +5,24 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from miniatures import SNLI_VE, coco, karpathy, nlvr1, nlvr2, snli_ve, table, visual_genome, vqa
+from miniatures import (
+    PAIRS,
+    QUESTIONS,
+    RELATIONS,
+    SNLI_VE,
+    coco,
+    karpathy,
+    nlvr1,
+    nlvr2,
+    snli_ve,
+    table,
+    visual_genome,
+    vqa,
+)
 
-from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import collected_findings
-from vpworkbench.data.task_formats import answers_beside, read_nlvr1, read_nlvr2, read_snli_ve, read_table, read_vqa
+from vpworkbench.data.captioned import read_pictures
+from vpworkbench.data.files import collected_findings
+from vpworkbench.data.task_readers import answers_beside, read_nlvr1, read_nlvr2, read_snli_ve, read_table, read_vqa
 from vpworkbench.errors import DataError
 
 
@@ -17,18 +30,6 @@ def read_questions(path):
     return read_vqa(path, answers_beside(path), split="val")
 
 
-QUESTIONS = [
-    {"image": "photos/é 1.jpg", "text": "what colour?", "label": "red"},
-    {"image": "photos/2.jpg", "text": "how many?", "label": "2"},
-]
-PAIRS = [
-    {"image": "photos/é 1.jpg", "image2": "photos/2.jpg", "text": "both red", "label": "true", "id": "a"},
-    {"image": "photos/2.jpg", "image2": "photos/3.jpg", "text": "one red", "label": "False", "id": "b"},
-]
-RELATIONS = [
-    {"image": "photos/é 1.jpg", "text": "it is red", "label": "entailment", "split": "train"},
-    {"image": "photos/2.jpg", "text": "it is blue", "label": "contradiction", "split": "val"},
-]
 READERS = {
     "karpathy": (karpathy, read_pictures),
     "coco": (coco, read_pictures),

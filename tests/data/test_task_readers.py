@@ -6,11 +6,10 @@ import importlib.util
 from collections import Counter
 
 import pytest
-from miniatures import SNLI_VE, lines, nlvr2, picture, snli_ve, table, vqa, written
-from test_broken_records import PAIRS, QUESTIONS, RELATIONS
+from miniatures import PAIRS, QUESTIONS, RELATIONS, SNLI_VE, lines, nlvr2, picture, snli_ve, table, vqa, written
 
 from vpworkbench.data.files import open_annotations
-from vpworkbench.data.task_formats import (
+from vpworkbench.data.task_readers import (
     answers_beside,
     read_easy_vqa,
     read_examples,

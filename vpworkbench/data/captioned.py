@@ -19,18 +19,17 @@ from vpworkbench.data.files import (
     FORMATS,
     SPLITS,
     Annotations,
-    ImageIndex,
-    Places,
     Text,
     checked,
-    image_index,
+    one_record,
     open_annotations,
-    origins,
     read_list,
+    remark,
     split_named,
     unique,
 )
-from vpworkbench.data.records import ImageFile, Picture, one_record, remark
+from vpworkbench.data.images import ImageFile, ImageIndex, Places, image_index, origins
+from vpworkbench.data.records import Picture
 from vpworkbench.data.tables import read_rows, true_or_false
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.scene import Scene

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpworkbench.data import records
-from vpworkbench.data.records import ImageFile, inner_name
+from vpworkbench.data import images
+from vpworkbench.data.images import ImageFile, inner_name
 from vpworkbench.errors import DataError
 
 
@@ -81,7 +81,7 @@ def test_missing_image_and_damaged_zip(tmp_path):
         ImageFile(tmp_path, "absent.png").read()
     (tmp_path / "images.zip").write_bytes(b"PK not really")
     with pytest.raises(DataError, match="images.zip.*not a whole zip"):
-        records.archive(tmp_path / "images.zip")
+        images.archive(tmp_path / "images.zip")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", " ", "", "./."])

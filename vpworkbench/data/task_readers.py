@@ -15,22 +15,20 @@ from typing import Literal, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictInt
 
+from vpworkbench.data.captioned import READERS, read_captioned, read_pictures
 from vpworkbench.data.files import (
     Annotations,
-    ImageIndex,
-    Places,
     Text,
     checked,
-    image_index,
+    one_record,
     open_as,
-    origins,
     read_list,
     read_text,
     split_named,
     unique,
 )
-from vpworkbench.data.formats import READERS, read_captioned, read_pictures
-from vpworkbench.data.records import Example, Picture, one_record
+from vpworkbench.data.images import ImageIndex, Places, image_index, origins
+from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.tables import Row, read_rows, true_or_false
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, most_given, normalised_answer

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 from miniatures import coco, karpathy, nlvr1, picture, table, visual_genome, written, zipped
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
+from vpworkbench.data.files import collected_findings
 from vpworkbench.data.nlvr1 import Item
-from vpworkbench.data.records import collected_findings
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.language import decide
 

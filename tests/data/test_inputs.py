@@ -9,9 +9,8 @@ import pytest
 import torch
 from conftest import narrow_model
 
-from vpworkbench.data.cache import PixelCache
-from vpworkbench.data.inputs import Pixels
-from vpworkbench.data.records import ImageFile
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.inputs import PixelCache, Pixels
 from vpworkbench.errors import DataError
 from vpworkbench.settings import DataSettings
 from vpworkbench.train.pretrain import group_batches

@@ -9,10 +9,10 @@ import zipfile
 import pytest
 from miniatures import NLVR2, coco, karpathy, nlvr2, picture, snli_ve, table, visual_genome, vqa, written, zipped
 
-from vpworkbench.data.files import ImageIndex, annotation_files, image_index, open_annotations, origins, split_named
-from vpworkbench.data.formats import read_pictures
-from vpworkbench.data.records import ImageFile
-from vpworkbench.data.task_formats import read_nlvr2
+from vpworkbench.data.captioned import read_pictures
+from vpworkbench.data.files import annotation_files, open_annotations, split_named
+from vpworkbench.data.images import ImageFile, ImageIndex, image_index, origins
+from vpworkbench.data.task_readers import read_nlvr2
 from vpworkbench.errors import DataError
 
 # ------------------------------------------------------------------------------------------------- formats

@@ -6,8 +6,22 @@ import json
 import shutil
 
 import pytest
-from miniatures import coco, karpathy, lines, nlvr1, nlvr2, picture, snli_ve, table, visual_genome, vqa, written
-from test_broken_records import PAIRS, QUESTIONS, RELATIONS
+from miniatures import (
+    PAIRS,
+    QUESTIONS,
+    RELATIONS,
+    coco,
+    karpathy,
+    lines,
+    nlvr1,
+    nlvr2,
+    picture,
+    snli_ve,
+    table,
+    visual_genome,
+    vqa,
+    written,
+)
 
 from vpworkbench.cli import main
 from vpworkbench.data.doctor import diagnose

@@ -8,7 +8,7 @@ import zlib
 import pytest
 from miniatures import coco, karpathy, lines, picture, snli_ve, table, visual_genome, vqa, written
 
-from vpworkbench.data.formats import read_pictures
+from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.splits import evaluation_records, load_examples, load_held_out, load_splits, split_pictures
 from vpworkbench.errors import DataError

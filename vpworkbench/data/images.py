@@ -1,0 +1,274 @@
+"""Images as files: decoded wherever they lie, and found by their names."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import mimetypes
+import os
+import re
+import unicodedata
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vpworkbench.data.files import NO_IMAGES, names_below, one_record
+from vpworkbench.errors import DataError
+
+LARGEST_MEGAPIXELS = 100
+
+Places = str | Path | Sequence[str | Path]
+"""Folders and zips of images; empty: those beside the annotation file, see `image_index`."""
+
+
+@functools.lru_cache(maxsize=32)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    # One handle for each process: a forked worker that shared its parent's would share the file position too.
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:
+        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
+
+
+def archive(path: Path) -> zipfile.ZipFile:
+    """The zip at `path`, opened once in each process and read in place."""
+    return _archive(str(path), os.getpid())
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """An image in a folder or, in place, in a zip."""
+
+    folder: Path
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def in_zip(self) -> bool:
+        """Whether `folder` is a zip."""
+        return self.folder.suffix.lower() == ".zip"
+
+    def read(self) -> bytes:
+        """The file's bytes; `DataError` where it is missing or cannot be read."""
+        try:
+            if self.in_zip:
+                return archive(self.folder).read(self.name)
+            return (self.folder / self.name).read_bytes()
+        except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # zips: many ways
+            raise DataError(f"{self}: image missing or unreadable ({error}); restore it or drop its record") from None
+
+    def glimpse(self) -> tuple[int, int]:
+        """(CRC-32, bytes): equal for two files of the same content, and free of cost in a zip; see `digest`.
+
+        Files of another content share it now and then, PNGs above all: each of their chunks ends in its own CRC-32.
+        """
+        if self.in_zip:
+            entry = archive(self.folder).getinfo(self.name)
+            return entry.CRC, entry.file_size
+        data = self.read()
+        return zlib.crc32(data), len(data)
+
+    def digest(self) -> bytes:
+        """A hash that only files of the same content share."""
+        return hashlib.blake2b(self.read(), digest_size=16).digest()
+
+    def pixels(self, side: int | None = None) -> np.ndarray:
+        """Decode as RGB, uint8 [height, width, 3]; squeezed to [side, side, 3] where `side` is given.
+
+        Upright by its EXIF tag; the first frame of an animation; 16-bit grey scaled to 8; transparency over white.
+
+        Raises
+        ------
+        DataError
+            For an empty, truncated, unknown or oversized file; the message names it.
+        """
+        data = self.read()
+        if not data:
+            raise DataError(f"{self}: the image file is empty; restore it or drop its record")
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > LARGEST_MEGAPIXELS * 1e6:
+                    raise DataError(
+                        f"{self}: {image.width} x {image.height} px is over {LARGEST_MEGAPIXELS} megapixels; "
+                        "store a smaller copy"
+                    )
+                rgb = _rgb(image)
+                if side is not None and rgb.size != (side, side):
+                    rgb = rgb.resize((side, side), Image.Resampling.BICUBIC)
+                return np.array(rgb)
+        except DataError:
+            raise
+        except UnidentifiedImageError:  # its message is an address in memory
+            raise DataError(
+                f"{self}: cannot be decoded (no known image format); restore it or drop its record"
+            ) from None
+        except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format
+            raise DataError(f"{self}: cannot be decoded ({error}); restore it or drop its record") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def inner_name(name: str, *, source: str) -> str:
+    """The name of an image as an annotation has it, made plain; `DataError` where it leaves the image folder."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\\" in name or not name.strip() or not parts:
+        raise DataError(f"{source}: image name {name!r} leaves the image folder; correct the annotation")
+    return "/".join(parts)
+
+
+_COCO_NAME = re.compile(r"(?:train|val|test)20\d\d(?:\.zip)?[_/](\d{12})\.jpg$")
+_FLICKR_NAME = re.compile(r"(?:^|/)(\d+)(?:_[0-9a-f]+)?(?:_[a-z])?(?:\.jpg)?$")
+
+
+def origins(image: ImageFile, *, coco: int | None = None, flickr: int | str | None = None) -> frozenset[str]:
+    """A photograph's ids in COCO and at Flickr, of which most sets are made, as far as they are told.
+
+    Parameters
+    ----------
+    image
+        COCO's file names tell the id, wherever they come from.
+    flickr
+        An id, a file name that begins with one (Flickr30k's, Flickr8k's), or an address (COCO's `flickr_url`).
+    """
+    named, photo = _COCO_NAME.search(str(image)), _FLICKR_NAME.search(str(flickr or ""))
+    found = {f"coco:{coco}" if coco is not None else "", f"coco:{int(named[1])}" if named else ""}
+    return frozenset(found | {f"flickr:{photo[1]}" if photo else ""}) - {""}
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+class ImageIndex:
+    """The images of a set by their names, wherever below a folder or in which zip they lie.
+
+    Parameters
+    ----------
+    places : sequence of path
+        Folders, with all below them, and zips.
+    flat : path, optional
+        One more folder, of which only the images right in it count.
+
+    Raises
+    ------
+    DataError
+        If a place does not exist or is not a whole zip.
+    """
+
+    def __init__(self, places: Sequence[str | Path], *, flat: Path | None = None) -> None:
+        self.flat, self.places = flat, [Path(place).expanduser() for place in places]
+        self._by_name: dict[str, list[ImageFile]] = defaultdict(list)
+        for place in self.places:
+            with one_record():  # where faults are collected, the other places are still looked into
+                for name in _names(place):
+                    self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
+        for name in os.listdir(flat) if flat else ():
+            if (mimetypes.guess_type(name)[0] or "").startswith("image/") and name[0] != ".":
+                self._by_name[_key(name)].append(ImageFile(flat, name))
+
+    def __bool__(self) -> bool:
+        return bool(self._by_name)
+
+    def find(self, *names: str, where: str) -> ImageFile:
+        """The image of the first of `names` that is there; a name may begin with folders, which then must fit.
+
+        Raises
+        ------
+        DataError
+            Where none is there, several different ones are, or a name leaves the folder; it begins with `where`.
+        """
+        for name in names:
+            fitting = self._fitting(_key(inner_name(name, source=where)))
+            if len(fitting) > 1 and len({image.digest() for image in fitting}) > 1:
+                raise DataError(
+                    f"{where}: image {name} is there {len(fitting)} times, as {fitting[0]} and {fitting[1]}; write the "
+                    "folder before the name, or name the one place in `images`"
+                )
+            if fitting:
+                return fitting[0]
+        raise DataError(f"{where}: image {' or '.join(names)} missing in {self}; restore it or drop the record")
+
+    def _fitting(self, wanted: str) -> list[ImageFile]:
+        """Files of this name: by the whole path from the annotations, else that in their place, else its end."""
+        found = self._by_name.get(wanted.rsplit("/", 1)[-1], [])
+        if len(found) == 1 and "/" not in wanted:
+            return found
+        tops = {image: "" if image.folder == self.flat else f"{_key(image.folder.stem)}/" for image in found}
+        paths = {image: _key(image.name) for image in found}
+        return (
+            [image for image, path in paths.items() if wanted == tops[image] + path]
+            or [image for image, path in paths.items() if wanted in (path, path.removeprefix(tops[image]))]
+            or [image for image, path in paths.items() if path.endswith(f"/{wanted}")]
+        )
+
+    def __str__(self) -> str:
+        places = [self.flat, *self.places] if self.flat else self.places
+        return ", ".join(map(str, places[:4])) + (f" and {len(places) - 4} more places" if len(places) > 4 else "")
+
+
+def image_index(file: Path, images: Places = ()) -> ImageIndex:
+    """Where the images of an annotation file lie: in the places given, else beside it.
+
+    Beside it are the images in its folder, and the folders and zips there; where it lies in a folder `annotations`, as
+    COCO has it, also those beside that folder.
+
+    Raises
+    ------
+    DataError
+        If no image is there.
+    """
+    if given := [images] if isinstance(images, str | Path) else list(images):
+        index = ImageIndex(given)
+    else:
+        folder = file.absolute().parent
+        beside = _places(folder) + (_places(folder.parent) if folder.name == "annotations" else [])
+        index = ImageIndex([place for place in beside if place != folder], flat=folder)
+    if not index:
+        raise DataError(f"{file}: no images beside it; put their folder or zip there, or name it in `images`")
+    return index
+
+
+def _places(folder: Path) -> list[Path]:
+    """Zips before folders, so that an unpacked copy of a zip is not taken for another set."""
+    found = [
+        place
+        for place in sorted(folder.iterdir())
+        if (place.suffix.lower() == ".zip" or place.is_dir())
+        and place.stem not in NO_IMAGES
+        and not place.name.startswith(".")
+    ]
+    zipped = {place.stem for place in found if place.is_file()}
+    return [place for place in found if place.is_file() or place.name not in zipped]
+
+
+def _names(place: Path) -> list[str]:
+    if place.suffix.lower() == ".zip" and place.is_file():
+        names = (name for name in dict.fromkeys(archive(place).namelist()) if not name.endswith("/"))
+        return [name for name in names if not any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))]
+    if place.is_dir() and place.suffix.lower() != ".zip":
+        return list(names_below(place))
+    if place.is_dir():
+        raise DataError(f"{place}: is a folder with the name of a zip; rename it")
+    raise DataError(f"{place}: no such folder or zip of images")
+
+
+def _key(name: str) -> str:
+    """Names as they are compared: macOS writes é as two characters, some Windows zips have backslashes."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
