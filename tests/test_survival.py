@@ -21,7 +21,7 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import RunError, TrainingError
 from vpworkbench.runs import open_run
 from vpworkbench.settings import pretrain_settings
-from vpworkbench.system import held
+from vpworkbench.system import lock
 from vpworkbench.train.engine import Stopped, accumulate_gradients, build_optimiser, fit
 from vpworkbench.train.pretrain import Pretraining, group_batches
 
@@ -148,8 +148,8 @@ def test_a_signal_saves_stops_and_is_resumed(scenes_folder, tmp_path, number):
 # ---------------------------------------------------------------------------------------------- one writer
 
 
-def hold(lock, ready):
-    with held(lock, patience_s=0):
+def hold(path, ready):
+    with lock(path, patience_s=0):
         ready.set()
         time.sleep(99)
 
@@ -159,13 +159,13 @@ def test_a_run_has_one_writer_until_it_ends_in_whatever_way(run):
     process = FRESH.Process(target=hold, args=(run.folder / ".writer.lock", ready))
     process.start()
     assert ready.wait(60)
-    with pytest.raises(RunError, match=f"process {process.pid} on .* works on this run; wait for it, or end it"):
-        with held(run.folder / ".writer.lock", patience_s=0.2):
+    with pytest.raises(RunError, match=f"in use by process {process.pid} on .*; wait for it or end it"):
+        with lock(run.folder / ".writer.lock", patience_s=0.2):
             pass
     process.kill()
     process.join()
     with run.writing():
-        assert (run.folder / ".writer.lock").read_text().startswith(f"{os.getpid()} on ")
+        assert (run.folder / ".writer.holder").read_text().startswith(f"{os.getpid()} on ")
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

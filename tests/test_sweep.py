@@ -139,7 +139,7 @@ def test_the_job_of_a_dead_worker_goes_on_at_another(tmp_path, runs_folder, monk
         def kill():
             while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text()) < 60:
                 time.sleep(0.05)
-            killed.append(int((folder / ".execution.lock").read_text().split()[0]))
+            killed.append(int((folder / ".execution.holder").read_text().split()[0]))
             os.kill(killed[0], signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
@@ -165,7 +165,7 @@ def test_training_that_its_worker_s_death_cut_off_resumes_from_the_checkpoint(ru
         while not (folder / "checkpoint" / "step-000004").exists():
             time.sleep(0.02)
         before.extend((folder / "metrics.jsonl").read_text().splitlines()[:4])
-        killed.append(int((folder / ".execution.lock").read_text().split()[0]))
+        killed.append(int((folder / ".execution.holder").read_text().split()[0]))
         os.kill(killed[0], signal.SIGKILL)
 
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:

@@ -28,7 +28,7 @@ import pandas as pd
 
 from vpworkbench.errors import RunError, SettingsError
 from vpworkbench.settings import Settings
-from vpworkbench.system import held, write_atomically
+from vpworkbench.system import lock, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Run:
 
     def writing(self) -> AbstractContextManager[None]:
         """Be the one writer of the run's metrics and checkpoints; an orphan of a killed job is waited for."""
-        return held(self.folder / ".writer.lock", patience_s=30)
+        return lock(self.folder / ".writer.lock", patience_s=30)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to `metrics.jsonl`: the step and any numbers (scalar tensors and arrays too)."""

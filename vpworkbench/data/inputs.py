@@ -23,7 +23,7 @@ from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.settings import VisualSettings
-from vpworkbench.system import held
+from vpworkbench.system import lock
 
 Readable = Picture | ImageFile | Image.Image | np.ndarray
 """Anything with pixels: a record, a file, a PIL image, or a uint8 array (height, width, 3)."""
@@ -101,7 +101,7 @@ class PixelCache:
         self.path = folder / f"pixels-{name}.npy"
         self._sums = self.path.with_suffix(".crc.npy")
         folder.mkdir(parents=True, exist_ok=True)
-        with held(self.path.with_suffix(".lock"), patience_s=math.inf):  # one of the processes of a run builds it
+        with lock(self.path.with_suffix(".lock"), patience_s=math.inf):  # one of the processes of a run builds it
             if not (self.path.exists() and self._sums.exists()):
                 self._build(files, side, progress)
         try:

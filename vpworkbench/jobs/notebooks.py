@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vpworkbench.errors import RunError, SettingsError
 from vpworkbench.runs import digest, open_run, read_json, repositories, run_folder
 from vpworkbench.settings import Settings, checked, fault_lines, nearest
-from vpworkbench.system import held, on_signal
+from vpworkbench.system import lock, on_signal
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def run_notebook(
         folder = open_run(path.stem, settings, name=name).folder
     if "name" in defaults:
         given["name"] = folder.name
-    with held(folder / ".execution.lock", patience_s=2):
+    with lock(folder / ".execution.lock", patience_s=2):
         return _execute(path, folder, given, environment or {})
 
 
