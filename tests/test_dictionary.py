@@ -49,7 +49,7 @@ def test_codes_move_to_the_mean_of_their_tokens(dictionary):
     dictionary.idle.zero_()
     before, given = dictionary.codes.clone(), features(4, 6)
     _, taken = dictionary(given)
-    dictionary.follow(ALONE)
+    dictionary.update_codes(ALONE)
     for code in range(5):
         mine = given[taken == code]
         expected = DECAY * before[code] + (1 - DECAY) * mine.mean(dim=0) if len(mine) else before[code]
@@ -65,7 +65,7 @@ def test_micro_batches_change_nothing(dictionary):
     for part in given.chunk(4):
         other(part)
     for one in (dictionary, other):
-        one.follow(ALONE)
+        one.update_codes(ALONE)
     torch.testing.assert_close(dictionary.codes, other.codes, rtol=0, atol=1e-6)
     assert torch.equal(dictionary.idle, other.idle)
 
@@ -74,12 +74,12 @@ def test_dead_codes_become_tokens_of_the_step(dictionary):
     given = features(1, 6) + 50  # all nearest to one code
     _, taken = dictionary(given)
     assert len(taken.unique()) == 1 and dictionary.dead == 0
-    dictionary.follow(ALONE)
+    dictionary.update_codes(ALONE)
     assert dictionary.dead == 4
     for code in set(range(5)) - {int(taken[0, 0])}:
         assert (given[0] == dictionary.codes[code]).all(dim=1).any()
     dictionary(given)
-    dictionary.follow(ALONE)
+    dictionary.update_codes(ALONE)
     assert dictionary.dead < 4
 
 
@@ -88,7 +88,7 @@ def test_it_rests_in_evaluation_and_without_gradients(dictionary):
     with torch.no_grad():
         dictionary(features(2, 4))
     dictionary.eval()(features(2, 4))
-    dictionary.follow(ALONE)
+    dictionary.update_codes(ALONE)
     for name, value in dictionary.state_dict().items():
         assert torch.equal(value, before[name])
 

@@ -192,7 +192,7 @@ def test_losses_leave_padding_out(scenes, region_folder):
 def test_masks_hide_a_share_of_the_real_regions():
     noise = torch.rand(4, 20, generator=torch.Generator().manual_seed(0))
     seen = torch.arange(20) < torch.tensor([[20], [10], [4], [1]])
-    masked = visual_mask(noise, 5, seen=seen)
+    masked = visual_mask(noise, 5, vision_tokens=seen)
     assert masked.sum(1).tolist() == [5, 2, 1, 1] and not (masked & ~seen).any()
 
 
@@ -273,14 +273,14 @@ def test_sampled_tokens_keep_their_features_and_places(model, scenes):
     pixels = prepare(model, scenes[:2], ["a ball"] * 2).forward["images"]
     whole = model.visual(pixels)
     places = torch.tensor([[0, 7, 35], [3, 4, 11]])
-    some = whole.at(places)
+    some = whole.subset(places)
     for image, row in enumerate(places):
         assert torch.equal(some.features[image], whole.features[image, row])
         part = whole.parsing[image][:, row][:, :, row]
         torch.testing.assert_close(some.parsing[image], part / part.sum(-1, keepdim=True))
         torch.testing.assert_close(model.fusion.embed_vision(some)[image], model.fusion.embed_vision(whole)[image, row])
-    twice = some.of(torch.tensor([1, 1, 0]))
-    assert torch.equal(twice.places, places[[1, 1, 0]]) and twice.parsing is None
+    twice = some.for_texts(torch.tensor([1, 1, 0]))
+    assert torch.equal(twice.positions, places[[1, 1, 0]]) and twice.parsing is None
 
 
 @pytest.mark.parametrize("masking", ["random", "attention"])
@@ -298,7 +298,7 @@ def test_pre_training_sees_the_sample_and_evaluation_everything(scenes, masking)
     for mode in (True, False):
         objective.losses(model.train(mode), batch)
     assert seen == [20, 36]
-    masked = objective.masked(model.visual(batch.images).at(places), batch)
+    masked = objective.masked(model.visual(batch.images).subset(places), batch)
     assert masked.shape == (len(batch.words), 20) and (masked.sum(1) == 4).all()
 
 
@@ -313,7 +313,7 @@ def test_samples_and_masks_inside_them_are_even():
     places = objective.sampled(Groups)
     shares = torch.bincount(places.flatten(), minlength=36) / 8_000
     assert (shares - 9 / 36).abs().max() < 0.03
-    masked = objective.masked(VisualTokens(torch.zeros(8_000, 9, 1), None, places=places), Groups)
+    masked = objective.masked(VisualTokens(torch.zeros(8_000, 9, 1), None, positions=places), Groups)
     assert (masked.float().mean(dim=0) - 1 / 9).abs().max() < 0.02
 
 

@@ -9,7 +9,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.model.visual import build_visual, scatter_windows
+from vpworkbench.model.swin import scatter_windows
+from vpworkbench.model.visual import build_visual
 from vpworkbench.settings import PRESETS, VisualSettings
 
 SWIN_T = {"patch_px": 4, "width": 48, "depths": (2, 2, 2, 2), "heads": (3, 6, 12, 24)}

@@ -31,7 +31,7 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import build_visual
-from vpworkbench.model.weights import efficientnet_lite0, initialise_text, initialise_visual, load_into
+from vpworkbench.model.weights import efficientnet_lite0, load_into, start_text, start_visual
 from vpworkbench.model.words import bert_tokenizer
 from vpworkbench.settings import FusionSettings, VisualSettings, pretrain_settings
 from vpworkbench.train.pretrain import build_model
@@ -52,7 +52,7 @@ def test_swin_weights_in_timms_layout_with_another_window(tmp_path):
     )
     save_file(donor.state_dict(), tmp_path / "swin.safetensors")
     visual = build_visual(SWIN)
-    report = initialise_visual(visual, str(tmp_path / "swin.safetensors"), preset="tiny")
+    report = start_visual(visual, str(tmp_path / "swin.safetensors"), preset="tiny")
     assert len(report.resized) == 4 and all("relative_position_bias_table" in name for name in report.resized)
     assert set(report.unexpected) == {"head.fc.weight", "head.fc.bias"} and not report.missing
     torch.testing.assert_close(visual.network.patch_embed.proj.weight, donor.patch_embed.proj.weight)
@@ -73,7 +73,7 @@ def test_hugging_faces_swin_gives_its_tokens(tmp_path):
     donor = SwinForImageClassification(SwinConfig(**shape, initializer_range=0.2)).eval()
     donor.save_pretrained(tmp_path)
     visual = build_visual(VisualSettings(patch_px=4, width=24, depths=(2, 2, 2), heads=(3, 6, 12), window=6)).eval()
-    report = initialise_visual(visual, str(tmp_path), preset="tiny")
+    report = start_visual(visual, str(tmp_path), preset="tiny")
     assert not report.missing and not report.resized
     assert set(report.unexpected) == {"classifier.weight", "classifier.bias"}
     with torch.no_grad():
@@ -88,19 +88,19 @@ def test_swins_of_other_heads_and_kinds_are_told(tmp_path, caplog, model, config
     """Tables of other heads cannot be resized, keys without a bias are no timm's qkv: the rest is taken."""
     donor = model(config(image_size=96, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[4, 8], window_size=12))
     donor.save_pretrained(tmp_path)
-    report = initialise_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
+    report = start_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
     tables = [name for name in report.missing if name.endswith("relative_position_bias_table")]
     assert len(tables) == 4 and not report.resized and "visual.heads" in caplog.text
     larger = model(config(image_size=96, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[4, 8], window_size=12))
     larger.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no key fits this model"):
-        initialise_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
+        start_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
 
 
 @needs_weights
 def test_weights_of_a_cnn_do_not_start_patches():
     with pytest.raises(CheckpointError, match="efficientnet-lite0: no key fits this model"):
-        initialise_visual(build_visual(VisualSettings(family="patch")), "efficientnet-lite0", preset="tiny")
+        start_visual(build_visual(VisualSettings(family="patch")), "efficientnet-lite0", preset="tiny")
 
 
 @pytest.mark.parametrize("backbone, kind, depths", [("resnet18", "basic", [2, 2, 2, 2]),
@@ -111,7 +111,7 @@ def test_hugging_faces_resnet_gives_its_features(tmp_path, backbone, kind, depth
     donor = ResNetForImageClassification(ResNetConfig(layer_type=kind, depths=depths, hidden_sizes=widths)).eval()
     donor.save_pretrained(tmp_path)
     visual = build_visual(VisualSettings(family="grid", backbone=backbone, image_px=64, stride=32)).eval()
-    report = initialise_visual(visual, str(tmp_path), preset="tiny")
+    report = start_visual(visual, str(tmp_path), preset="tiny")
     assert not report.missing and set(report.unexpected) == {"classifier.1.weight", "classifier.1.bias"}
     with torch.no_grad():
         wanted = donor.resnet(pixel_values=visual.normalise(images(64))).last_hidden_state.flatten(2).transpose(1, 2)
@@ -124,21 +124,21 @@ def test_weights_of_another_network_are_told(tmp_path, caplog):
     save_file(donor.state_dict(), tmp_path / "r50.safetensors")
     for backbone in ("resnet26", "resnet10t"):
         visual = build_visual(VisualSettings(family="grid", backbone=backbone, image_px=64, stride=32))
-        report = initialise_visual(visual, str(tmp_path / "r50.safetensors"), preset="tiny")
+        report = start_visual(visual, str(tmp_path / "r50.safetensors"), preset="tiny")
         told = r"r50.safetensors: 30 of 70 tensors of the visual side are not there .*Set visual.backbone"
         assert bool(re.search(told, caplog.text)) == bool(report.missing) == (backbone == "resnet10t")
     cut = {name: tensor for name, tensor in donor.state_dict().items() if name.startswith(("conv1", "bn1", "layer1"))}
     save_file(cut, tmp_path / "cut.safetensors")
     visual = build_visual(VisualSettings(family="grid", backbone="resnet50", image_px=64, stride=32))
     with pytest.raises(CheckpointError, match="cut.safetensors: .*Set visual.backbone to theirs"):
-        initialise_visual(visual, str(tmp_path / "cut.safetensors"), preset="tiny")
+        start_visual(visual, str(tmp_path / "cut.safetensors"), preset="tiny")
 
 
 @pytest.mark.parametrize("family, other", [("grid", {"visual.backbone": "resnet18"}), ("patch", {"visual.stride": 32})])
 def test_a_start_that_ships_for_other_sizes_is_refused(family, other):
     visual = build_visual(pretrain_settings(visual=family, overrides=other).visual)
     with pytest.raises(CheckpointError, match=rf"visual-tiny-{family}.safetensors: .*with init_visual=''"):
-        initialise_visual(visual, "scenes", preset="tiny")
+        start_visual(visual, "scenes", preset="tiny")
 
 
 def test_the_swin_authors_layout_has_its_merging_behind_a_stage(tmp_path):
@@ -147,26 +147,26 @@ def test_the_swin_authors_layout_has_its_merging_behind_a_stage(tmp_path):
     assert theirs.keys() != donor.state_dict().keys()
     theirs["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(144, 144)
     torch.save({"model": theirs}, tmp_path / "swin.pth")
-    report = initialise_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
+    report = start_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
     assert not report.missing and not report.unexpected
 
 
 def test_a_resnet_as_timm_saves_it(tmp_path):
     save_for_hf(timm.create_model("resnet18", num_classes=3), str(tmp_path), safe_serialization=True)
     visual = build_visual(VisualSettings(family="grid", backbone="resnet18", image_px=64, stride=32))
-    report = initialise_visual(visual, str(tmp_path), preset="tiny")
+    report = start_visual(visual, str(tmp_path), preset="tiny")
     assert not report.missing and set(report.unexpected) == {"fc.weight", "fc.bias"}
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
     with pytest.raises(CheckpointError, match="none of model.safetensors"):
-        initialise_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
+        start_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
 
 
 def test_pytorch_file_is_read_by_the_weights_only_reader(tmp_path):
     donor = build_visual(SWIN)
     torch.save({"model": donor.network.state_dict()}, tmp_path / "swin.pth")
-    report = initialise_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
+    report = start_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
     assert not report.missing and not report.unexpected
 
 
@@ -183,7 +183,7 @@ def test_files_that_hold_no_plain_tensors(tmp_path, content, capsys):
     elif content != "missing":
         file.write_bytes(b"\x00" * 40)
     with pytest.raises(CheckpointError, match=re.escape(str(file))):
-        initialise_visual(build_visual(SWIN), str(file), preset="tiny")
+        start_visual(build_visual(SWIN), str(file), preset="tiny")
     assert "code was run" not in capsys.readouterr().out
 
 
@@ -206,7 +206,7 @@ def test_fusion_takes_the_first_layers_of_a_bert(tmp_path):
     donor = bert(tmp_path)
     settings = FusionSettings(layers=2, width=32, heads=2, feed_forward=64, positions=64)
     fusion = Fusion(settings, vocabulary=40, vision_width=8, grid=2)
-    report = initialise_text(fusion, str(tmp_path))
+    report = start_text(fusion, str(tmp_path))
     assert not report.missing and any(name.startswith("pooler") for name in report.unexpected)
     for layer in range(2):
         torch.testing.assert_close(fusion.bert.encoder.layer[layer].attention.self.query.weight,
@@ -219,7 +219,7 @@ def test_a_bert_with_its_heads_of_pretraining_starts_a_fusion_too(tmp_path):
     whole.save_pretrained(tmp_path)
     settings = FusionSettings(layers=4, width=32, heads=2, feed_forward=64, positions=64)
     fusion = Fusion(settings, vocabulary=40, vision_width=8, grid=2)
-    assert not initialise_text(fusion, str(tmp_path)).missing
+    assert not start_text(fusion, str(tmp_path)).missing
     ids = torch.arange(5, 12)[None]
     with torch.no_grad():
         wanted = whole.eval().bert(input_ids=ids).last_hidden_state
@@ -232,7 +232,7 @@ def test_bert_of_other_sizes_names_each(tmp_path):
     with pytest.raises(
         CheckpointError, match="fusion.width is 48, the BERT has 32.*fusion.layers is 6, the BERT has 4"
     ):
-        initialise_text(fusion, str(tmp_path))
+        start_text(fusion, str(tmp_path))
 
 
 def small_fusion(vocabulary: int = 40) -> Fusion:
@@ -246,20 +246,20 @@ def test_a_bert_that_lacks_a_layer_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
     save_file({name: t for name, t in whole.items() if "layer.3." not in name}, file, metadata={"format": "pt"})
-    assert not initialise_text(small_fusion(), str(tmp_path)).missing  # the fusion has two
+    assert not start_text(small_fusion(), str(tmp_path)).missing  # the fusion has two
     save_file({name: t for name, t in whole.items() if "layer.1." not in name}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"16 tensors are not there \(encoder.layer.1.attention"):
-        initialise_text(small_fusion(), str(tmp_path))
+        start_text(small_fusion(), str(tmp_path))
     file.write_bytes(file.read_bytes()[:2_000])
     with pytest.raises(CheckpointError, match=f"{tmp_path}: no whole weights of a BERT"):
-        initialise_text(small_fusion(), str(tmp_path))
+        start_text(small_fusion(), str(tmp_path))
 
 
 def test_models_that_are_no_bert_are_refused(tmp_path):
     config = ElectraConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                            intermediate_size=64, max_position_embeddings=64)  # fmt: skip
     ElectraModel(config).save_pretrained(tmp_path)
-    for read in (bert_tokenizer, lambda folder: initialise_text(small_fusion(), folder)):
+    for read in (bert_tokenizer, lambda folder: start_text(small_fusion(), folder)):
         with pytest.raises(CheckpointError, match="of kind 'electra', whose layers are not BERT's"):
             read(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
@@ -269,11 +269,11 @@ def test_models_that_are_no_bert_are_refused(tmp_path):
 
 def test_a_table_of_words_is_cut_where_it_is_padded_and_refused_where_it_is_short(tmp_path):
     donor, fusion = bert(tmp_path), small_fusion(38)
-    assert not initialise_text(fusion, str(tmp_path)).missing
+    assert not start_text(fusion, str(tmp_path)).missing
     words = donor.embeddings.word_embeddings.weight
     torch.testing.assert_close(fusion.bert.embeddings.word_embeddings.weight, words[:38])
     with pytest.raises(CheckpointError, match="its tokenizer has 42 entries, its table 40"):
-        initialise_text(small_fusion(42), str(tmp_path))
+        start_text(small_fusion(42), str(tmp_path))
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer of a BERT \(no vocabulary\); save it there too"):
         bert_tokenizer(str(tmp_path))
@@ -287,7 +287,7 @@ def test_no_shipped_weights_for_that_preset(model):
 @pytest.mark.parametrize("family", ["swin", "grid", "patch"])
 def test_shipped_visual_sides_fit_the_tiny_preset(family):
     visual = build_visual(pretrain_settings(visual=family).visual)
-    report = initialise_visual(visual, "scenes", preset="tiny")
+    report = start_visual(visual, "scenes", preset="tiny")
     assert not (report.missing or report.unexpected or report.resized)
 
 
@@ -338,7 +338,7 @@ def test_efficientnet_lite0_recognises_dogs(real_data):
 def test_grid_features_of_efficientnet_have_the_right_normalisation():
     settings = VisualSettings(family="grid", backbone="tf_efficientnet_lite0", image_px=224, stride=32)
     visual = build_visual(settings)
-    report = initialise_visual(visual, "efficientnet-lite0", preset="small")
+    report = start_visual(visual, "efficientnet-lite0", preset="small")
     assert not report.missing and visual.width == 1280
     torch.testing.assert_close(visual.mean.flatten() / 255, torch.full((3,), 0.5))
     torch.testing.assert_close(visual.std.flatten() / 255, torch.full((3,), 0.5))

@@ -19,7 +19,7 @@ def visual_mask(
     *,
     parsing: Tensor | None = None,
     select: Literal["row", "column", "symmetric"] = "row",
-    seen: Tensor | None = None,
+    vision_tokens: Tensor | None = None,
 ) -> Tensor:
     """Hide one picked visual token and those that depend on it (paper Eq. 9, Fig. 2).
 
@@ -34,13 +34,13 @@ def visual_mask(
     select
         Rank by A[pick, :], by A[:, pick] or by their sum, where A = 0.5 (I + W) as in Eq. 3. In a row of A the pick
         comes first by itself (A_ii >= 0.5); in a column it is put first.
-    seen : bool Tensor or None, (text, vision)
+    vision_tokens : bool Tensor or None, (text, vision)
         The real tokens of images with fewer than others; None where all are real.
 
     Returns
     -------
     bool Tensor, (text, vision)
-        Exactly k True in each row; with `seen` that share of the real tokens, rounded, at least one.
+        Exactly k True in each row; with `vision_tokens` that share of the real tokens, rounded, at least one.
 
     Raises
     ------
@@ -51,8 +51,8 @@ def visual_mask(
     if not 1 <= budget <= tokens:
         raise ValueError(f"a mask of {budget} among {tokens} visual tokens; set mask.budget to at most {tokens}")
     rank = noise
-    if seen is not None:
-        rank = noise = noise.masked_fill(~seen, -1)
+    if vision_tokens is not None:
+        rank = noise = noise.masked_fill(~vision_tokens, -1)
     if parsing is not None:
         pick = noise.argmax(dim=1)
         rows = torch.arange(len(noise), device=noise.device)
@@ -60,11 +60,11 @@ def visual_mask(
         rank = {"row": attends, "column": attended, "symmetric": attends + attended}[select].clone()
         rank[rows, pick] = torch.inf
     hidden = torch.ones_like(noise[:, :budget], dtype=torch.bool)
-    if seen is not None:
-        allowed = (seen.sum(dim=1, keepdim=True) * budget / tokens).round().clamp(min=1)
+    if vision_tokens is not None:
+        allowed = (vision_tokens.sum(dim=1, keepdim=True) * budget / tokens).round().clamp(min=1)
         hidden = torch.arange(budget, device=noise.device) < allowed
     masked = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, rank.topk(budget, dim=1).indices, hidden)
-    return masked if seen is None else masked & seen
+    return masked if vision_tokens is None else masked & vision_tokens
 
 
 def code_mask(noise: Tensor, codes: Tensor) -> Tensor:

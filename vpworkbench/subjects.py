@@ -24,7 +24,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.model.model import VisualParsingModel
-from vpworkbench.model.weights import keep_statistics
+from vpworkbench.model.weights import freeze_batch_norm
 from vpworkbench.probes import modality_masks
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
@@ -174,7 +174,7 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
             settings = checked(PretrainSettings, json.loads((folder / "config.json").read_text())["settings"])
             model = VisualParsingModel.from_pretrained(folder / "checkpoint")
             if settings.init_visual:
-                keep_statistics(model)
+                freeze_batch_norm(model)
             return model, settings
     raise CheckpointError(f"no finished pre-training run at {' nor at '.join(map(str, places))}; `vpw runs` lists them")
 

@@ -93,10 +93,10 @@ def test_the_last_layer_at_cls_alone_is_that_of_the_whole_forward(model):
     tokens = torch.arange(7) < torch.tensor([[7], [5], [2]])
     vision = torch.randn(3, 9, 32, dtype=torch.float64)
     for real in (tokens, torch.ones_like(tokens)):
-        torch.testing.assert_close(fusion.cls(words, real, vision), fusion(words, real, vision)[-1][:, 0])
-    torch.testing.assert_close(fusion.cls(words, tokens), fusion(words, tokens)[-1][:, 0])
+        torch.testing.assert_close(fusion.cls_output(words, real, vision), fusion(words, real, vision)[-1][:, 0])
+    torch.testing.assert_close(fusion.cls_output(words, tokens), fusion(words, tokens)[-1][:, 0])
     gradients = []
-    for output in (fusion.cls(words, tokens, vision), fusion(words, tokens, vision)[-1][:, 0]):
+    for output in (fusion.cls_output(words, tokens, vision), fusion(words, tokens, vision)[-1][:, 0]):
         fusion.zero_grad()
         output.square().sum().backward()
         gradients.append(fusion.bert.encoder.layer[0].attention.self.query.weight.grad.clone())

@@ -286,7 +286,7 @@ class MasksView:
         place = self.readings.index(reading)
         model, features = reading.subject.base, self._parsed[place][1]
         words = {name: reading.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
-        both = features.of(torch.zeros(2, dtype=torch.long, device=model.device))
+        both = features.for_texts(torch.zeros(2, dtype=torch.long, device=model.device))
         seen = reading.vision - words["words"].shape[1]  # without the padding of regions
         masked = torch.zeros(both.features.shape[:2], dtype=torch.bool)
         masked[:, seen] = torch.from_numpy(self.values[place][2:]).bool()

@@ -37,8 +37,8 @@ class Dictionary(nn.Module):
 
     Notes
     -----
-    `follow` is called once in an optimiser step, over all its micro-batches and processes: neither changes what is
-    learnt. Codes start as N(0, 1), as in SOHO's code, so all but a few are dead at once; there they stay in SOHO, here
+    `update_codes` is called once per optimiser step, for all micro-batches and processes: neither changes the result.
+    Codes start as N(0, 1), as in SOHO's code, so all but a few are dead at once; there they stay in SOHO, here
     they move to tokens after the first step.
     """
 
@@ -68,7 +68,7 @@ class Dictionary(nn.Module):
         return (self.idle >= IDLE_STEPS).sum()
 
     @torch.no_grad()
-    def follow(self, processes: Group) -> None:
+    def update_codes(self, processes: Group) -> None:
         """Move the codes after an optimiser step, by the tokens of all processes."""
         if not self._seen:
             return

@@ -111,7 +111,7 @@ class Fusion(nn.Module):
             features = torch.where(masked[..., None], self.mask_token.to(features.dtype), features)
         embedded = self.vision_in(features)
         if visual.boxes is None:
-            embedded = embedded + (self.position if visual.places is None else self.position[visual.places])
+            embedded = embedded + (self.position if visual.positions is None else self.position[visual.positions])
         else:
             embedded = self.feature_norm(embedded) + self.box_norm(self.box_in(box_vector(visual.boxes)))
         if self.vision_type is not None:
@@ -119,7 +119,7 @@ class Fusion(nn.Module):
         return self.bert.embeddings.dropout(self.vision_norm(embedded))
 
     def forward(
-        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, seen: Tensor | None = None
+        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, vision_tokens: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Hidden states of the joint sequence.
 
@@ -130,7 +130,7 @@ class Fusion(nn.Module):
             True at real positions.
         vision : Tensor or None, (example, vision, d)
             From `embed_vision`; None for text alone.
-        seen : bool Tensor or None, (example, vision)
+        vision_tokens : bool Tensor or None, (example, vision)
             The real visual tokens; None where all are.
 
         Returns
@@ -138,20 +138,20 @@ class Fusion(nn.Module):
         tuple of Tensor, (example, word + vision, d)
             The embedding, then the output of each layer.
         """
-        hidden, mask = self._embedded(words, word_tokens, vision, seen)
+        hidden, mask = self._embedded(words, word_tokens, vision, vision_tokens)
         states = [hidden]
         for layer in self.bert.encoder.layer:
             states.append(layer(states[-1], mask))
         return tuple(states)
 
-    def cls(
-        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, seen: Tensor | None = None
+    def cls_output(
+        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, vision_tokens: Tensor | None = None
     ) -> Tensor:
         """The last layer's output at [CLS], (example, d): that of `forward`, for less work.
 
         The last layer answers one query instead of all: a fifth of a pass less with three layers.
         """
-        hidden, mask = self._embedded(words, word_tokens, vision, seen)
+        hidden, mask = self._embedded(words, word_tokens, vision, vision_tokens)
         *layers, last = self.bert.encoder.layer
         for layer in layers:
             hidden = layer(hidden, mask)
@@ -168,14 +168,16 @@ class Fusion(nn.Module):
         return last.feed_forward_chunk(attended)[:, 0]
 
     def _embedded(
-        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, seen: Tensor | None
+        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, vision_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The joint sequence, and the mask of its padding; None where there is none."""
         hidden = self.bert.embeddings(input_ids=words)
         tokens = word_tokens
         if vision is not None:
             hidden = torch.cat([hidden, vision], dim=1)
-            tokens = torch.cat([tokens, tokens.new_ones(vision.shape[:2]) if seen is None else seen], dim=1)
+            if vision_tokens is None:
+                vision_tokens = tokens.new_ones(vision.shape[:2])
+            tokens = torch.cat([tokens, vision_tokens], dim=1)
         if self.bert.config._attn_implementation == "sdpa":
             return hidden, tokens[:, None, None]  # transformers asks first if nothing is padded: a GPU is waited for
         return hidden, create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)

@@ -145,7 +145,7 @@ class VisualParsingModel(nn.Module):
         masked: Tensor | None = None,
     ) -> Joint:
         """The part behind the visual side: for tokens that were computed before."""
-        shown = visual.of(image_index)
+        shown = visual.for_texts(image_index)
         hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(shown, masked), shown.tokens)
         return Joint(hidden, words.shape[1], visual)
 
@@ -222,7 +222,7 @@ class VisualParsingModel(nn.Module):
             ]
             hint = f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors" if pickles else ""
             raise CheckpointError(f"{weights}: no such file{hint}")
-        model = cls.unloaded(folder)
+        model = cls.from_config(folder)
         try:
             missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
         except (SafetensorError, RuntimeError, OSError) as error:
@@ -236,7 +236,7 @@ class VisualParsingModel(nn.Module):
         return model.to(device).eval()
 
     @classmethod
-    def unloaded(cls, folder: str | Path) -> VisualParsingModel:
+    def from_config(cls, folder: str | Path) -> VisualParsingModel:
         """The model of a checkpoint with random weights."""
         tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
         return cls(_read_settings(Path(folder)), tokenizer)

@@ -108,7 +108,7 @@ def shipped_visual(preset: str, family: str) -> Path:
     return SHIPPED / f"visual-{preset}-{family}.safetensors"
 
 
-def initialise_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport:
+def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport:
     """Start the visual side from `source`.
 
     Parameters
@@ -249,7 +249,7 @@ def rename_efficientnet(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def initialise_text(fusion: Fusion, source: str) -> KeyReport:
+def start_text(fusion: Fusion, source: str) -> KeyReport:
     """Embeddings and the first L layers of a BERT into an L-layer fusion.
 
     Raises
@@ -296,11 +296,11 @@ def new_visual(settings: VisualSettings, source: str, *, preset: str) -> nn.Modu
     """A visual side, started from `source` unless that is empty; batch norm then keeps its statistics."""
     visual = build_visual(settings.model_copy(update={"frozen_norm": bool(source)}))
     if source:
-        initialise_visual(visual, source, preset=preset)
+        start_visual(visual, source, preset=preset)
     return visual
 
 
-def keep_statistics(model: Any) -> None:
+def freeze_batch_norm(model: Any) -> None:
     """Freeze batch norm, where there is one: its weights were taken over. What is saved of the model says so."""
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.visual.modules()):
         model.settings = model.settings.with_overrides({"visual.frozen_norm": True})

@@ -80,10 +80,10 @@ def build_tokenizer(texts: Iterable[str], init_text: str = "") -> BertTokenizerF
     """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone."""
     if init_text:
         return bert_tokenizer(init_text)
-    return tokenizer_of(build_vocabulary(texts))
+    return wordpiece_tokenizer(build_vocabulary(texts))
 
 
-def tokenizer_of(vocabulary: Mapping[str, int]) -> BertTokenizerFast:
+def wordpiece_tokenizer(vocabulary: Mapping[str, int]) -> BertTokenizerFast:
     tokenizer = BertWordPieceTokenizer(vocab=dict(vocabulary), lowercase=True)
     return BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
 

@@ -53,11 +53,11 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "swin": Family(
-        "vpworkbench.model.visual:SwinParser",
+        "vpworkbench.model.swin:SwinParser",
         step=lambda visual: visual.patch_px * 2 ** (len(visual.depths) - 1),
         parsing=True,
     ),
-    "grid": Family("vpworkbench.model.visual:GridFeatures", step=lambda visual: visual.stride, dictionary=True),
+    "grid": Family("vpworkbench.model.grid:GridFeatures", step=lambda visual: visual.stride, dictionary=True),
     "patch": Family("vpworkbench.model.visual:PatchProjection", step=lambda visual: visual.stride),
     "regions": Family("vpworkbench.model.visual:RegionFeatures", step=None, pixels=False),
 }

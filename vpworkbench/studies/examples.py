@@ -63,7 +63,7 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
     inputs = prepare(model, [picture], [picture.captions[0]])
     seen = model.visual(inputs.forward["images"])
     parsing = None if seen.parsing is None else seen.parsing.mean(dim=1).cpu()
-    real = seen.real().cpu()
+    real = seen.not_padding().cpu()
     objects = token_objects([picture], visual.grid) if visual.kind.on_grid else real.long()
     noise = pick_objects(objects, seed=seed)
     words = inputs.forward["words"][0]
@@ -76,9 +76,8 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
 
     def masked(ranked: torch.Tensor | None) -> np.ndarray:
         budget = settings.mask.tokens_of(settings.visual)
-        hidden = visual_mask(
-            noise, budget, parsing=ranked, select=settings.mask.select, seen=None if visual.kind.on_grid else real
-        )
+        tokens = None if visual.kind.on_grid else real
+        hidden = visual_mask(noise, budget, parsing=ranked, select=settings.mask.select, vision_tokens=tokens)
         return drawn(hidden[0].float()).numpy() > 0
 
     return Example(

@@ -167,7 +167,7 @@ class Matching:
         vision = model.base.fusion.embed_vision(visual)
         seen = None if visual.tokens is None else visual.tokens[index]
         words, word_tokens = batch.words[batch.text_index], batch.word_tokens[batch.text_index]
-        logits = model.head(model.base.fusion.cls(words, word_tokens, vision[index], seen))
+        logits = model.head(model.base.fusion.cls_output(words, word_tokens, vision[index], seen))
         each = functional.cross_entropy(logits.float(), batch.matched.long(), reduction="none")
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
 
@@ -220,7 +220,7 @@ def score_matrix(
             rows = todo[start : start + IMAGES_AT_ONCE]
             pixels = visual_input(model.base.settings.visual).stack([pictures[row] for row in rows])
             visual = model.base.visual(pixels.to(model.device))
-            vision, seen = model.base.fusion.embed_vision(visual), visual.real()
+            vision, seen = model.base.fusion.embed_vision(visual), visual.not_padding()
             block = vision.new_empty(len(rows), len(captions), dtype=torch.float32)
             for columns, words, word_tokens in groups:
                 for some in torch.arange(len(rows), device=model.device).split(max(1, pairs // len(words))):
@@ -238,7 +238,7 @@ def score_matrix(
 def _scores(model: TaskModel, vision: Tensor, seen: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
     """(image, text) of all pairs of some images and some texts."""
     images, texts = len(vision), len(words)
-    cls = model.base.fusion.cls(
+    cls = model.base.fusion.cls_output(
         words.repeat(images, 1),
         word_tokens.repeat(images, 1),
         vision.repeat_interleave(texts, dim=0),

@@ -180,7 +180,7 @@ class TaskModel(nn.Module):
         sides = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in image_index.unbind(dim=1)]
         if isinstance(self.head, PairAttention):
             left, right = (joint.last_hidden_state for joint in sides)
-            real = (torch.cat([word_tokens, visual.real()[side]], dim=1) for side in image_index.unbind(dim=1))
+            real = (torch.cat([word_tokens, visual.not_padding()[side]], dim=1) for side in image_index.unbind(dim=1))
             return self.head(left, right, *real)
         return self.head(torch.cat([joint.cls for joint in sides], dim=-1))
 
@@ -205,7 +205,7 @@ class TaskModel(nn.Module):
         folder = Path(folder)
         try:
             content = json.loads((folder / "task.json").read_text())
-            base = VisualParsingModel.unloaded(folder)
+            base = VisualParsingModel.from_config(folder)
             model = cls(base, content["task"], content["label2ans"], pairing=content["pairing"])
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except CheckpointError:

@@ -138,8 +138,8 @@ def accumulate_gradients(
             means[name] = means.get(name, 0) + term.detach()
     processes.add_gradients(model)
     for module in model.modules():
-        if hasattr(module, "follow"):  # what learns from the tokens of a step by averages: a visual dictionary
-            module.follow(processes)
+        if hasattr(module, "update_codes"):  # what learns from the tokens of a step by averages: a visual dictionary
+            module.update_codes(processes)
     return means
 
 

@@ -31,8 +31,8 @@ from vpworkbench.losses import (
 )
 from vpworkbench.model.model import Joint, VisualParsingModel
 from vpworkbench.model.visual import VisualTokens, build_visual
-from vpworkbench.model.weights import KeyReport, initialise_text, initialise_visual, keep_statistics
-from vpworkbench.model.words import build_tokenizer, build_vocabulary, tokenizer_of
+from vpworkbench.model.weights import KeyReport, freeze_batch_norm, start_text, start_visual
+from vpworkbench.model.words import build_tokenizer, build_vocabulary, wordpiece_tokenizer
 from vpworkbench.probing import probe
 from vpworkbench.runs import Run
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
@@ -54,7 +54,7 @@ def with_words_of(model: VisualParsingModel, texts: Iterable[str]) -> VisualPars
     if not fresh:
         return model
     grown = VisualParsingModel(
-        model.settings, tokenizer_of(known | {entry: len(known) + number for number, entry in enumerate(fresh)})
+        model.settings, wordpiece_tokenizer(known | {entry: len(known) + number for number, entry in enumerate(fresh)})
     )
     state = grown.state_dict()
     for name, tensor in model.state_dict().items():
@@ -79,10 +79,10 @@ def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tup
     model = VisualParsingModel(shape, tokenizer)
     reports = []
     if settings.init_visual:
-        reports.append(initialise_visual(model.visual, settings.init_visual, preset=settings.preset))
-        keep_statistics(model)
+        reports.append(start_visual(model.visual, settings.init_visual, preset=settings.preset))
+        freeze_batch_norm(model)
     if settings.init_text:
-        reports.append(initialise_text(model.fusion, settings.init_text))
+        reports.append(start_text(model.fusion, settings.init_text))
     return model, reports
 
 
@@ -111,7 +111,7 @@ class Pretraining:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not in_pixels):
             visual = model.visual(batch.images)
         if self.settings.visual.sampled and model.training:
-            visual = visual.at(self.sampled(batch))
+            visual = visual.subset(self.sampled(batch))
         masked = self.masked(visual, batch)
         seen = visual
         if in_pixels:
@@ -154,15 +154,15 @@ class Pretraining:
         mask = self.settings.mask
         if mask.mode == "none":
             return None
-        noise = batch.noise if visual.places is None else batch.noise.gather(1, visual.places[batch.image_index])
+        noise = batch.noise if visual.positions is None else batch.noise.gather(1, visual.positions[batch.image_index])
         ranked = None
         if mask.mode == "attention":
             ranked = visual.parsing.detach().mean(dim=1)[batch.image_index]
-        seen = None if visual.tokens is None else visual.tokens[batch.image_index]
+        vision_tokens = None if visual.tokens is None else visual.tokens[batch.image_index]
         if mask.mode == "code":
             masked = code_mask(noise, visual.codes[batch.image_index])
         else:
-            masked = visual_mask(noise, self.budget, parsing=ranked, select=mask.select, seen=seen)
+            masked = visual_mask(noise, self.budget, parsing=ranked, select=mask.select, vision_tokens=vision_tokens)
         if mask.where == "pixels":
             masked = masked[torch.searchsorted(batch.image_index, batch.image_index)]  # that of the first text
         return masked
@@ -195,7 +195,8 @@ def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tens
     tokenizer = model.tokenizer
     words = batch.word_tokens & (batch.words != tokenizer.cls_token_id) & (batch.words != tokenizer.sep_token_id)
     with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
-        return transport_distance(joint.text, joint.vision, words, joint.visual.of(batch.image_index).real())
+        vision_tokens = joint.visual.for_texts(batch.image_index).not_padding()
+        return transport_distance(joint.text, joint.vision, words, vision_tokens)
 
 
 def effective_rank(features: Tensor) -> float:

@@ -1,0 +1,98 @@
+"""The Swin visual parser (paper Sec. 3.1): timm's Swin Transformer, and the attention of its last block."""
+
+from __future__ import annotations
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vpworkbench.model.visual import PixelFamily, VisualTokens
+from vpworkbench.settings import VisualSettings
+
+
+class _Recorded(nn.Softmax):
+    """The softmax of an attention, keeping its last output; the caller takes it at once."""
+
+    weights: Tensor | None = None
+
+    def forward(self, scores: Tensor) -> Tensor:
+        self.weights = super().forward(scores)
+        return self.weights
+
+
+class SwinParser(PixelFamily):
+    """The visual parser (paper Sec. 3.1): a Swin Transformer and the attention of its last block.
+
+    Only the last block computes explicit weights; the others use fused attention.
+    """
+
+    def __init__(self, settings: VisualSettings) -> None:
+        super().__init__(settings, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.network = SwinTransformer(
+            img_size=settings.image_px,
+            patch_size=settings.patch_px,
+            embed_dim=settings.width,
+            depths=settings.depths,
+            num_heads=settings.heads,
+            window_size=settings.window,
+            drop_path_rate=settings.drop_path,
+            num_classes=0,
+            global_pool="",
+        )
+        self.width = self.network.num_features
+        blocks = [module for module in self.modules() if isinstance(module, SwinTransformerBlock)]
+        for block in blocks:
+            block.attn.fused_attn = block is not blocks[-1]
+        self._softmax = blocks[-1].attn.softmax = _Recorded(dim=-1)
+        last = blocks[-1]
+        self.in_order = last.window_size == last.input_resolution and not any(last.shift_size)  # one window, no shift
+        self.register_buffer("places", window_places(last), persistent=False)
+
+    def forward(self, images: Tensor) -> VisualTokens:
+        """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
+        try:
+            features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
+        finally:  # whatever happens: the weights hold all that the backward pass needs
+            weights, self._softmax.weights = self._softmax.weights, None
+        if self.in_order:
+            return VisualTokens(features, weights)
+        return VisualTokens(features, scatter_windows(weights, self.places, features.shape[1]))
+
+
+def window_places(block: SwinTransformerBlock) -> Tensor:
+    """Which token stands at each place of each window of a Swin block; int64 (window, place), m at padding.
+
+    The block rolls its grid by the shift, pads it to whole windows (12 x 12 to 14 x 14 for windows of 7) and cuts.
+    """
+    height, width = block.input_resolution
+    (window_h, window_w), (shift_h, shift_w) = block.window_size, block.shift_size
+    grid = torch.arange(height * width).view(1, height, width, 1).roll((-shift_h, -shift_w), dims=(1, 2))
+    padding = (0, 0, 0, -width % window_w, 0, -height % window_h)
+    padded = functional.pad(grid, padding, value=height * width)
+    return window_partition(padded, block.window_size).flatten(1)
+
+
+def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Attention inside windows -> attention between tokens.
+
+    Parameters
+    ----------
+    weights : Tensor, (image * window, head, place, place)
+    places : Tensor, (window, place)
+        From `window_places`.
+
+    Returns
+    -------
+    Tensor, (image, head, vision, vision)
+        Zero outside a token's window; padded places dropped and rows renormalised to sum 1.
+    """
+    windows, area = places.shape
+    weights = weights.unflatten(0, (-1, windows)).transpose(1, 2)  # image head window place place
+    joint = weights.new_zeros(*weights.shape[:2], tokens + 1, tokens + 1)
+    rows = places[:, :, None].expand(windows, area, area)
+    columns = places[:, None, :].expand(windows, area, area)
+    joint[:, :, rows, columns] = weights
+    joint = joint[:, :, :tokens, :tokens]
+    return joint / joint.sum(dim=-1, keepdim=True)
