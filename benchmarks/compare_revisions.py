@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-import inspect
 import itertools
 import json
 import logging
@@ -172,12 +171,10 @@ def losses(place: Place) -> Results:
     noise, parsing, codes = seeded(4, 9), seeded(4, 9, 9, seed=1).softmax(dim=-1), (seeded(4, 9, seed=2) * 4).long()
     words = torch.arange(7) < torch.tensor([7, 5, 3, 6])[:, None]
     real = torch.arange(9) < torch.tensor([9, 9, 4, 6])[:, None]
-    mask = found("visual_mask")
-    padded = "seen" if "seen" in inspect.signature(mask).parameters else "vision_tokens"  # its old and its new name
     for select, seen in itertools.product(("row", "column", "symmetric", "random"), (None, real)):
         ranked = {} if select == "random" else {"parsing": parsing, "select": select}
         name = f"mask, {select}, {'all tokens' if seen is None else 'padded'}"
-        yield name, mask(noise, 4, **{padded: seen}, **ranked)
+        yield name, found("visual_mask")(noise, 4, seen=seen, **ranked)
     yield "mask, code", (masked := found("code_mask")(noise, codes))
     yield "mask, pixels", found("hide_pixels")((seeded(4, 3, 24, 24) * 255).byte(), masked)
     text, vision = seeded(4, 7, 16, seed=3) - 0.5, seeded(4, 9, 16, seed=4) - 0.5

@@ -18,6 +18,7 @@ from transformers import ViltConfig, ViltModel
 
 from vpworkbench import figures, subjects
 from vpworkbench.data.images import ImageFile
+from vpworkbench.data.inputs import prepare as prepare_inputs
 from vpworkbench.data.inputs import use_regions
 from vpworkbench.data.inputs import visual_input as input_of
 from vpworkbench.data.records import Picture
@@ -165,7 +166,7 @@ def test_padding_changes_nothing(scenes, region_folder):
     many.load_state_dict(few.state_dict())
     pictures = scenes[:6]
     texts = [picture.captions[0] for picture in pictures]
-    short, long = prepare(few, pictures, texts), prepare(many, pictures, texts)
+    short, long = prepare_inputs(few, pictures, texts), prepare_inputs(many, pictures, texts)
     assert not (long.vision & ~long.tokens)[:, : short.forward["words"].shape[1]].any()
     torch.testing.assert_close(few(**short.forward).cls, many(**long.forward).cls, rtol=0, atol=1e-5)
     counts = torch.tensor([len(picture.scene.things) for picture in pictures])
@@ -199,7 +200,7 @@ def test_masks_hide_a_share_of_the_real_regions():
 @torch.no_grad()
 def test_the_geometry_of_regions_is_their_boxes(scenes, region_folder):
     model = region_model(scenes, region_folder)
-    inputs = prepare(model, scenes[:2], [picture.captions[0] for picture in scenes[:2]])
+    inputs = prepare_inputs(model, scenes[:2], [picture.captions[0] for picture in scenes[:2]])
     found = modality_masks(model, inputs.forward)
     assert torch.equal(found.vision & found.tokens, inputs.vision & inputs.tokens)
     boxes = found.boxes[0][found.vision[0] & found.tokens[0]]
@@ -227,7 +228,7 @@ def test_forty_nine_tokens_are_seven_by_seven(scenes, region_folder):
         pixels = torch.zeros(1, 3, visual.image_px, visual.image_px, dtype=torch.uint8)
         network = build_visual(visual).eval()
         assert network(pixels).features.shape == (1, 49, network.width)
-    many = prepare(region_model(scenes, region_folder, 49), scenes[:1], ["a ball"])
+    many = prepare_inputs(region_model(scenes, region_folder, 49), scenes[:1], ["a ball"])
     assert many.vision.sum() <= 49 == many.forward["images"].shape[1]
 
 
@@ -270,7 +271,7 @@ def test_limits_by_the_number_of_tokens_wait_for_it():
 
 
 def test_sampled_tokens_keep_their_features_and_places(model, scenes):
-    pixels = prepare(model, scenes[:2], ["a ball"] * 2).forward["images"]
+    pixels = prepare_inputs(model, scenes[:2], ["a ball"] * 2).forward["images"]
     whole = model.visual(pixels)
     places = torch.tensor([[0, 7, 35], [3, 4, 11]])
     some = whole.subset(places)

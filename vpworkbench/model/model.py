@@ -172,7 +172,10 @@ class VisualParsingModel(nn.Module):
         if len(images) != len(texts) or not texts:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
         words, word_tokens = self.words.tensors(texts)
-        seen = self.visual.real_tokens(images).cpu()
+        if self.settings.visual.kind.pixels:
+            seen = torch.ones(len(images), self.settings.visual.tokens, dtype=torch.bool)
+        else:
+            seen = images[..., -1].cpu() > 0  # the last channel of packed regions is 1 at real ones
         specials = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]
         counted = word_tokens
         if special_tokens == "exclude":
