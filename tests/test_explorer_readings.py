@@ -19,7 +19,7 @@ from vpworkbench.explorer.readings import Reading, Subject, read, same_boxes, su
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_masks
-from vpworkbench.probes.geometry import grid_boxes
+from vpworkbench.probes.layouts import grid_boxes
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
 from vpworkbench.subjects import Opened, Prepared
 from vpworkbench.tasks.task import TaskModel

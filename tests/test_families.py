@@ -30,7 +30,7 @@ from vpworkbench.losses import visual_mask
 from vpworkbench.model.budget import budget
 from vpworkbench.model.fusion import Fusion, box_vector
 from vpworkbench.model.visual import VisualTokens, build_visual
-from vpworkbench.probes.geometry import modality_masks
+from vpworkbench.probes.layouts import modality_masks
 from vpworkbench.probing import probe
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.scene import COLOURS

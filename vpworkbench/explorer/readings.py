@@ -16,9 +16,9 @@ from vpworkbench.data.inputs import prepare, use_regions
 from vpworkbench.data.records import Picture
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
-from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model
-from vpworkbench.probes.geometry import patches_recorded
+from vpworkbench.probes.attention import AttentionCall, attention_handled, run_model
 from vpworkbench.probes.layers import LayerChoice, streams_of
+from vpworkbench.probes.layouts import patches_recorded
 from vpworkbench.subjects import Opened, load_task, open_model
 from vpworkbench.tasks.task import TaskModel
 

@@ -1,12 +1,10 @@
 """Probes of how vision and language fuse, for our model and for any transformers model."""
 
 from vpworkbench.probes.flow import Check, InterModalityFlow, check, inter_modality_flow
-from vpworkbench.probes.formula import crossing_share, flow_from_attention, max_flow
-from vpworkbench.probes.geometry import ModalityMasks, modality_masks
-from vpworkbench.probes.gradient import gradient_weighted_flow
+from vpworkbench.probes.formula import crossing_share, flow_from_attention
 from vpworkbench.probes.hidden import hidden_states
+from vpworkbench.probes.layouts import ModalityMasks, modality_masks
 from vpworkbench.probes.masks import MaskComparison, compare_masks, mask_on_object, object_tokens, random_on_object
-from vpworkbench.probes.modality import shuffle_modality
 from vpworkbench.probes.nmi import Clusters, Picture, cluster_tokens, modality_nmi, modality_pca
 from vpworkbench.stats import Interval, bootstrap_interval
 
@@ -24,15 +22,12 @@ __all__ = [
     "compare_masks",
     "crossing_share",
     "flow_from_attention",
-    "gradient_weighted_flow",
     "hidden_states",
     "inter_modality_flow",
     "mask_on_object",
-    "max_flow",
     "modality_masks",
     "modality_nmi",
     "modality_pca",
     "object_tokens",
     "random_on_object",
-    "shuffle_modality",
 ]

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.capture import AttentionCall, attention_handled, run_model, untouched
+from vpworkbench.probes.attention import AttentionCall, attention_handled, run_model, untouched
 from vpworkbench.probes.formula import crossing_share
-from vpworkbench.probes.geometry import ShuffledPatches, patches_recorded
 from vpworkbench.probes.layers import LayerChoice, LayerNames, streams_of
+from vpworkbench.probes.layouts import ShuffledPatches, patches_recorded
 from vpworkbench.probes.modality import Modalities, both_modalities
 from vpworkbench.probes.recorder import Recorder
 

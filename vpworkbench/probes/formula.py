@@ -1,4 +1,4 @@
-"""Inter-Modality Flow as the paper prints it (Sec. 3.2, Eq. 2-6), for attention maps at hand; and true maximum flow.
+"""Inter-Modality Flow as the paper prints it (Sec. 3.2, Eq. 2-6), for attention maps at hand.
 
 `flow_from_attention` is the definition. `vpworkbench.probes.flow` gives the same numbers for a model without any
 attention map.
@@ -6,12 +6,7 @@ attention map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
 from vpworkbench.probes.modality import Modalities, both_modalities
@@ -63,42 +58,6 @@ def crossing_share(matrix: Tensor, vision: Tensor, language: Tensor | None = Non
     same = vision[:, None] & vision | language[:, None] & language
     cross = vision[:, None] & language | language[:, None] & vision
     return matrix[cross].sum() / matrix[cross | same].sum()
-
-
-def max_flow(attention: Tensor, *, queries: Sequence[int] | None = None) -> Tensor:
-    """Attention flow of Abnar and Zuidema (2020): maximum flow from outputs to inputs, one example.
-
-    The paper calls the roll-out (Eq. 4) a flow; this is the flow that the name comes from. Nodes
-    are tokens at every depth, capacities the entries of 0.5 (I + W), and each entry of the result
-    is one maximum-flow problem: seconds for tens of tokens, so pick `queries` beyond that.
-
-    Parameters
-    ----------
-    attention : Tensor, shape (layer, head, query, key)
-        Softmax weights of one example: rows sum to 1.
-    queries : sequence of int, optional
-        Output tokens to start from; all of them where not given.
-
-    Returns
-    -------
-    Tensor, shape (query, key)
-        float64, exact to 1e-6; nan in the rows of queries not picked. See `crossing_share`.
-    """
-    weights = attention.detach().double().mean(dim=1).cpu()  # layer query key
-    layers, tokens, _ = weights.shape
-    mixed = (weights + torch.eye(tokens)) / 2
-    unit = 2**24  # scipy's capacities are whole numbers below 2^31
-    depth, query, key = np.indices(mixed.shape)
-    # node (depth, token): layer l leads from depth l + 1 to depth l
-    edges = ((depth + 1) * tokens + query).ravel(), (depth * tokens + key).ravel()
-    capacity = (mixed * unit).round().numpy().astype(np.int32).ravel()
-    nodes = (layers + 1) * tokens
-    graph = coo_array((capacity, edges), shape=(nodes, nodes)).tocsr()
-    flow = torch.full((tokens, tokens), torch.nan, dtype=torch.float64)
-    for start in range(tokens) if queries is None else queries:
-        for stop in range(tokens):
-            flow[start, stop] = maximum_flow(graph, layers * tokens + start, stop).flow_value / unit
-    return flow
 
 
 def indicators(sets: Modalities, dtype: torch.dtype) -> Tensor:

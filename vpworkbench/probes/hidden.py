@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vpworkbench.probes.capture import AttentionCall, attention_handled, refuse_randomness, run_model, untouched
+from vpworkbench.probes.attention import AttentionCall, attention_handled, refuse_randomness, run_model, untouched
 from vpworkbench.probes.layers import LayerNames, is_named, streams_of
 
 

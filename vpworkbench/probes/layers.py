@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vpworkbench.probes.capture import AttentionCall
+from vpworkbench.probes.attention import AttentionCall
 
 LayerNames = str | Sequence[str] | Callable[[str], bool]
 

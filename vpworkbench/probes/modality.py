@@ -72,23 +72,3 @@ def both_modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = No
                 "`tokens` and `language`, or leave these examples out"
             )
     return sets
-
-
-def shuffle_modality(
-    vision: Tensor, tokens: Tensor, *, language: Tensor | None = None, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Control: the same numbers of visual and language labels, dealt out anew within each example.
-
-    Returns
-    -------
-    vision, language : BoolTensor, shape (example, token)
-        To be passed to a probe in place of the true ones.
-    """
-    sets = modalities(vision, tokens, language)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = sets.vision.clone()
-    for labels, vision_of, language_of in zip(shuffled, sets.vision, sets.language, strict=True):
-        either = (vision_of | language_of).nonzero().flatten()
-        order = torch.randperm(len(either), generator=generator).to(either.device)
-        labels[either] = vision_of[either[order]]
-    return shuffled, (sets.vision | sets.language) & ~shuffled

@@ -45,7 +45,7 @@ def modality_nmi(
     Parameters
     ----------
     hidden_states : sequence over layers of Tensor, shape (example, token, channel)
-        See `vpworkbench.probes.capture.hidden_states`.
+        See `vpworkbench.probes.attention.hidden_states`.
     vision, tokens : BoolTensor, shape (example, token)
     language : BoolTensor, shape (example, token), optional
         `tokens & ~vision` where not given; tokens in neither set are left out.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vpworkbench.probes.capture import AttentionCall
+from vpworkbench.probes.attention import AttentionCall
 from vpworkbench.probes.formula import both, crossing, crossing_by_head, crossing_by_token, indicators
 from vpworkbench.probes.layers import LayerChoice, Place
 from vpworkbench.probes.modality import Modalities

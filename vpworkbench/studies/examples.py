@@ -19,7 +19,7 @@ from vpworkbench.losses import visual_mask
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import match_probability
 from vpworkbench.probes.flow import inter_modality_flow
-from vpworkbench.probes.geometry import REGIONS_SIDE, modality_masks, painted
+from vpworkbench.probes.layouts import REGIONS_SIDE, modality_masks, painted
 from vpworkbench.probes.masks import compare_masks
 from vpworkbench.settings import MaskSettings, PretrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval

@@ -14,7 +14,7 @@ from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.metrics import most_given
 from vpworkbench.probes import inter_modality_flow, modality_masks
-from vpworkbench.probes.geometry import REGIONS_SIDE, painted
+from vpworkbench.probes.layouts import REGIONS_SIDE, painted
 from vpworkbench.tasks.retrieval import RetrievalResult, captions_of, owners_of
 from vpworkbench.tasks.task import TaskModel, TaskResult
 

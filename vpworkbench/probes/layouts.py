@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.capture import run_model, untouched
+from vpworkbench.probes.attention import run_model, untouched
 
 Inputs = Mapping[str, Any]
 Tiles = Sequence[tuple[int, int]] | None

@@ -16,8 +16,8 @@ from torch import nn
 
 from vpworkbench.data.inputs import prepare
 from vpworkbench.probes import check, hidden_states, inter_modality_flow, modality_masks, modality_nmi
-from vpworkbench.probes.geometry import FAMILIES as LAYOUTS
-from vpworkbench.probes.geometry import grid_boxes
+from vpworkbench.probes.layouts import FAMILIES as LAYOUTS
+from vpworkbench.probes.layouts import grid_boxes
 
 IMAGE = 90  # id of an image place
 WIDE = 0.5  # range of the initial weights: near-uniform attention would hide mistakes
@@ -388,7 +388,7 @@ def test_boxes_are_where_the_tokens_lie(family):
 
 def test_every_known_family_is_tested_and_documented():
     assert set(LAYOUTS) == set(FAMILIES) | {"vpworkbench"}  # test_our_model_has_its_grid
-    listed = (Path(__file__).parents[1] / "docs" / "probes.md").read_text()
+    listed = (Path(__file__).parents[2] / "docs" / "probes.md").read_text()
     assert all(f"`{name}`" in listed for name in LAYOUTS)
 
 

@@ -18,17 +18,8 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertEncoder
 
-from vpworkbench.probes import (
-    check,
-    crossing_share,
-    flow_from_attention,
-    gradient_weighted_flow,
-    hidden_states,
-    inter_modality_flow,
-    max_flow,
-    shuffle_modality,
-)
-from vpworkbench.probes.capture import ATTENTION, attention_configs, attention_handled
+from vpworkbench.probes import check, crossing_share, flow_from_attention, hidden_states, inter_modality_flow
+from vpworkbench.probes.attention import ATTENTION, attention_configs, attention_handled
 
 LAYERS, HEADS, LENGTH = 3, 4, 13
 TINY = dict(
@@ -251,6 +242,18 @@ def test_uniform_attention_has_closed_forms():
     assert abs(flow[0, 0] - words * patches / size**2) < 1e-12
 
 
+def test_the_share_that_crosses_any_matrix_is_the_flow_of_its_layer():
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.randn(1, 2, 6, 6, generator=generator, dtype=torch.float64).softmax(-1)
+    vision = torch.arange(6) < 2
+    layer = (torch.eye(6) + attention[0].mean(0)) / 2
+    torch.testing.assert_close(crossing_share(layer, vision), flow_from_attention(attention, vision)[0, 0])
+    layer[4:] = torch.nan  # rows that are unknown
+    known = layer[:4]
+    expected = (known[:2, 2:].sum() + known[2:, :2].sum()) / known.sum()
+    torch.testing.assert_close(crossing_share(layer, vision), expected)
+
+
 def test_a_model_with_zero_queries_flows_as_its_null(bert):
     for name, weight in bert.named_parameters():
         if ".query." in name:
@@ -261,61 +264,6 @@ def test_a_model_with_zero_queries_flows_as_its_null(bert):
     within = torch.full((3, LAYERS), 5 * (LENGTH - 5) / LENGTH**2)
     torch.testing.assert_close(flow.within_layer, within)
     torch.testing.assert_close(flow.excess[:, 0], torch.ones(3, LAYERS))
-
-
-def test_max_flow_bounds_and_closed_form():
-    generator = torch.Generator().manual_seed(0)
-    attention = torch.randn(2, 2, 6, 6, generator=generator, dtype=torch.float64).softmax(-1)
-    one = max_flow(attention[:1])
-    expected = (torch.eye(6) + attention[0].mean(0)) / 2  # a single layer has single edges
-    torch.testing.assert_close(one, expected, atol=1e-6, rtol=0)
-    two = max_flow(attention, queries=[0, 3])
-    weights = (torch.eye(6) + attention.mean(1)) / 2
-    assert two[[1, 2, 4, 5]].isnan().all()
-    for query in (0, 3):
-        # through each middle token passes at most the smaller of two capacities: here the cut
-        through = torch.minimum(weights[1][query][:, None], weights[0]).sum(0)
-        torch.testing.assert_close(two[query], through, atol=1e-5, rtol=0)
-    vision = torch.arange(6) < 2
-    assert 0 < crossing_share(one, vision) < 1
-    torch.testing.assert_close(crossing_share(expected, vision), flow_from_attention(attention[:1], vision)[0, 0])
-
-
-def test_shuffled_labels_keep_their_numbers(bert):
-    inputs, vision, tokens = batch()
-    shuffled, language = shuffle_modality(vision, tokens, seed=3)
-    assert (shuffled.sum(1) == (vision & tokens).sum(1)).all()
-    assert (shuffled ^ language).equal(tokens)
-    assert not shuffled.equal(vision & tokens)
-    assert shuffled.equal(shuffle_modality(vision, tokens, seed=3)[0])
-    flow = inter_modality_flow(bert, inputs, shuffled, tokens, language=language)
-    true = inter_modality_flow(bert, inputs, vision, tokens)
-    torch.testing.assert_close(flow.null, true.null, equal_nan=True)
-
-
-def test_gradient_weighted_flow_is_chefers_rule(bert):
-    """R = (I + mean over heads of relu(W * dy/dW)) R, on the eager maps and their gradients."""
-    inputs, vision, tokens = batch()
-    bert.requires_grad_(False)  # frozen weights have no graph of their own
-    flow = gradient_weighted_flow(bert, inputs, vision, tokens, lambda out: out.last_hidden_state[:, 0].sum(dim=1))
-    assert not torch.is_grad_enabled() or flow.requires_grad is False
-    bert.requires_grad_(True).set_attn_implementation("eager")
-    outputs = bert(**inputs, output_attentions=True)
-    gradients = torch.autograd.grad(outputs.last_hidden_state[:, 0].sum(), outputs.attentions)
-    for example in range(3):
-        seen, said = vision[example] & tokens[example], tokens[example] & ~vision[example]
-        for start, stop in combinations_with_replacement(range(LAYERS), 2):
-            product = torch.eye(LENGTH, dtype=torch.float64)
-            for layer in range(start, stop + 1):
-                weights, gradient = outputs.attentions[layer][example], gradients[layer][example]
-                relevance = (weights * gradient).clamp(min=0).mean(0).double()
-                product = (torch.eye(LENGTH, dtype=torch.float64) + relevance) @ product
-            cross = product[said][:, seen].sum() + product[seen][:, said].sum()
-            intra = product[said][:, said].sum() + product[seen][:, seen].sum()
-            assert abs(flow[example, start, stop] - cross / (cross + intra)) <= 1e-5
-    assert flow[:, *torch.tril_indices(LAYERS, LAYERS, -1)].isnan().all()
-    with pytest.raises(ValueError, match="does not depend"):
-        gradient_weighted_flow(bert, inputs, vision, tokens, lambda out: torch.zeros(3))
 
 
 # --- what the pass leaves alone ------------------------------------------------------------------
