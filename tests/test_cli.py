@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
+from small_notebooks import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench import cli
 

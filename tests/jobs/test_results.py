@@ -58,4 +58,4 @@ def test_links_lead_from_one_folder_to_the_other(three):
 def test_the_committed_examples_are_found(runs_folder):
     table = results.find_runs("01_pretrain", gallery=True)
     assert shipped_run().name in table.index and table["complete"].all()
-    assert len(results.curves(table["folder"], "itm")) == len(table) >= 3
+    assert len(results.curves(table["folder"], "itm")) == len(table) >= 2

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from test_execution import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
+from small_notebooks import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench import cli
 from vpworkbench.errors import SettingsError

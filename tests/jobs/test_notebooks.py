@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import nbformat
 import papermill
 import pytest
 from conftest import SmallSettings
+from small_notebooks import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench.errors import RunError, SettingsError
 from vpworkbench.jobs import notebooks as execution
@@ -115,38 +115,6 @@ def test_a_misspelt_notebook_is_named_with_the_nearest(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------------- executed notebooks
 
-PARAMETERS = """
-name: str = ""
-seed: int = 0  # any
-stumble: str = ""  # while this file exists, the last cell fails
-"""
-OPEN = """
-from pathlib import Path
-from vpworkbench.settings import Settings
-from vpworkbench.runs import open_run
-class Small(Settings):
-    seed: int = 0
-run = open_run("{notebook}", Small(seed=seed), name=name)
-"""
-TRAIN = """
-run.progress("steps", 2, 2)
-run.log(1 + len(run.metrics()), loss=0.5)
-"""
-STUMBLE = """
-if stumble:
-    assert not Path(stumble).exists(), "too early"
-run.write_summary(seed=seed, lines=len(run.metrics()))
-"""
-
-
-def write_notebook(path, parameters, *cells):
-    cells = [nbformat.v4.new_code_cell(source.strip()) for source in (parameters, *cells)]
-    cells[0].metadata["tags"] = ["parameters"]
-    path.parent.mkdir(exist_ok=True)
-    metadata = {"language_info": {"name": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
-    return path
-
 
 @pytest.fixture
 def notebook(tmp_path):
@@ -231,7 +199,7 @@ def test_wrong_parameters_start_nothing(notebook, runs_folder):
     assert not runs_folder.exists()
 
 
-OURS = sorted((Path(execution.__file__).parents[1] / "notebooks").glob("*.ipynb"))
+OURS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
