@@ -203,7 +203,7 @@ def test_workers_end_with_their_parent(tmp_path):
     """Also where it is killed, so that it can stop nobody."""
     code = (
         "from pathlib import Path; from vpworkbench.scenes.write import write_scenes; "
-        "from vpworkbench.scenes.scene import SceneSettings; "
+        "from vpworkbench.settings.scenes import SceneSettings; "
         f"write_scenes(Path({str(tmp_path / 'made')!r}), SceneSettings(images=20_000), processes=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
