@@ -10,10 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from vpworkbench.scenes.captions import captions
-from vpworkbench.scenes.drawing import render
+from vpworkbench.scenes.drawing import gap, render
 from vpworkbench.scenes.layout import LEVELS, sample_scene, scene_of
 from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES, SIZES, Scene, Thing
-from vpworkbench.scenes.shapes import gap
 from vpworkbench.settings.scenes import SceneSettings
 
 LEVEL_NAMES = ("easy", "medium", "hard")

@@ -8,13 +8,12 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from vpworkbench.scenes.captions import LONGEST, captions, mislabelled_share
-from vpworkbench.scenes.hypotheses import LABELS, hypotheses
-from vpworkbench.scenes.language import ATTRIBUTE_WORDS, RELATIONS, VOCABULARY, decide, parse
+from vpworkbench.scenes.captions import LONGEST, captions
+from vpworkbench.scenes.language import ATTRIBUTE_WORDS, RELATIONS, decide, parse
 from vpworkbench.scenes.layout import scene_of
 from vpworkbench.scenes.questions import questions, ten_answers
 from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, Thing
-from vpworkbench.scenes.statements import pair_statements
+from vpworkbench.scenes.statements import TRUTHS_OF_LABEL, hypotheses, pair_statements
 from vpworkbench.settings.scenes import SceneSettings
 
 
@@ -39,7 +38,7 @@ def test_captions_are_true_distinct_and_short(difficulty: str):
         for text in texts:
             words = text.split()
             assert decide(text, scene) is True, (text, scene)
-            assert len(words) <= LONGEST and set(words) <= VOCABULARY
+            assert len(words) <= LONGEST
             assert ATTRIBUTE_WORDS.intersection(words)
             program = parse(text)
             assert any(phrase.colour for phrase in program.phrases)
@@ -53,18 +52,18 @@ def test_captions_are_true_distinct_and_short(difficulty: str):
     assert 0.5 < two_things < 0.75
 
 
-def test_vocabulary_is_small_and_sufficient():
-    assert len(VOCABULARY) < 150
+def test_the_vocabulary_is_small():
     spoken: set[str] = set()
     sample = some_scenes("medium", 200)
     for seed, scene in enumerate(sample):
         rng = rng_of(seed)
+        spoken.update(*(text.split() for text in captions(scene, rng)))
         spoken.update(*(question.text.rstrip("?").split() for question in questions(scene, rng)))
         spoken.update(*(text.split() for text, _ in hypotheses(scene, "", rng)))
     for first in range(0, 200, 4):
         pairs = tuple(sample[first : first + 2]), tuple(sample[first + 2 : first + 4])
         spoken.update(*(text.split() for text in pair_statements(*pairs, rng_of(first)) or ()))
-    assert spoken <= VOCABULARY
+    assert 60 < len(spoken) < 90 and all(word.isalpha() and word.islower() for word in spoken)
 
 
 def test_captions_need_something_to_talk_of():
@@ -77,14 +76,12 @@ def test_captions_of_other_images_are_rarely_true():
     for difficulty in ("easy", "hard"):
         sample = some_scenes(difficulty, 300)
         texts = [captions(scene, rng_of(seed)) for seed, scene in enumerate(sample)]
-        share = mislabelled_share(sample, texts, pairs=10_000)
-        print(f"{difficulty}: a caption of another image is true for {share:.4f} of pairs")
-        assert 0 < share < 0.05
-        other = [decide(texts[i - 1][0], scene) for i, scene in enumerate(sample)]
-        assert other.count(False) > 0.9 * len(other)
-    assert mislabelled_share(sample[:1] * 2, [texts[0]] * 2, pairs=20) == 1.0
-    with pytest.raises(ValueError, match="at least two"):
-        mislabelled_share(sample[:1], texts[:1])
+        truths = [
+            decide(text, scene) for shift in (1, 7) for i, scene in enumerate(sample) for text in texts[i - shift]
+        ]
+        print(f"{difficulty}: captions of other images: {Counter(truths)}")
+        assert 0 < truths.count(True) < 0.05 * len(truths)
+        assert truths.count(False) > 0.9 * len(truths)
 
 
 def naive_answer(text: str, scene: Scene) -> str | None:
@@ -145,7 +142,7 @@ def test_hypotheses_come_as_one_of_each_label():
         if not any(thing.covered for thing in scene.things):
             assert told == []
             continue
-        assert len(set(labels.values())) == 1 and set(labels) == set(LABELS)
+        assert len(set(labels.values())) == 1 and set(labels) == set(TRUTHS_OF_LABEL)
         found += len(told)
         for text, label in told:
             truth = {"entailment": True, "neutral": None, "contradiction": False}[label]
@@ -252,4 +249,4 @@ def test_labels_of_a_form_are_equally_frequent(tasks):
         counts[program.form, len(program.phrases)][label] += 1
     assert len(counts) >= 6
     for labels in counts.values():
-        assert set(labels) == set(LABELS) and len(set(labels.values())) == 1
+        assert set(labels) == set(TRUTHS_OF_LABEL) and len(set(labels.values())) == 1

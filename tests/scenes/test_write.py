@@ -16,7 +16,6 @@ import psutil
 import pytest
 from PIL import Image
 
-from vpworkbench.scenes import write as scene_files
 from vpworkbench.scenes.language import decide, decide_pair
 from vpworkbench.scenes.scene import Scene
 from vpworkbench.scenes.write import write_scenes
@@ -155,7 +154,7 @@ def test_same_settings_return_at_once_and_others_are_refused(folder: Path, tmp_p
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert write_scenes(folder, SMALL) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    with pytest.raises(FileExistsError, match=r"scenes.*seed: 5 there, 6 asked.*delete"):
+    with pytest.raises(FileExistsError, match=r"scenes.*seed: 5 there, 6 requested.*delete"):
         write_scenes(folder, SMALL.model_copy(update={"seed": 6}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -176,7 +175,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, fault, match: str, proces
     def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr(scene_files, "_store", fail)
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", fail)
     with pytest.raises(type(fault), match=match):
         write_scenes(tmp_path / "scenes", SMALL, processes=processes)
     assert list(tmp_path.iterdir()) == []

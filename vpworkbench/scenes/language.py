@@ -1,6 +1,6 @@
-"""Sentences about generated scenes: what they mean, and whether they hold.
+"""Sentences about generated scenes: their meaning, and whether they are true.
 
-The grammar (each form also ends well with a full stop):
+The grammar (a sentence may end with a full stop):
 
     there is THING                                  there are NUMBER THINGS [and THING]
     there is THING and THING                        there are more THINGS than THINGS
@@ -8,17 +8,16 @@ The grammar (each form also ends well with a full stop):
     THING is a SHAPE                                THING touches THING
 
     THING     a | the [size] [material] [colour] shape, where "thing" is any shape
-    NUMBER    no, one, two ... eight: exactly so many
+    NUMBER    no, one, two ... eight: exactly that many
     RELATION  (to the) left of, (to the) right of, above, below, inside, touching,
               larger than, smaller than, the same colour as
 
-"a" says that there is at least one; "the" that there is exactly one, and a sentence about several
-is undecided. Different THINGs of a sentence are different things. Between "clearly true" and
-"clearly false" every relation has a margin in which it is undecided, so that no text is called true
-or false where people would disagree.
+"a" means at least one. "the" means exactly one: a sentence about several is undecided. Different THINGs of a sentence
+are different things. Between "clearly true" and "clearly false" every relation has a margin in which it is undecided,
+so no sentence is called true or false where people would disagree.
 
-A covered thing may have any shape, so a sentence holds only if it holds for every shape under the
-cloth: some sentences cannot be known from the image.
+A covered thing may have any shape, so a sentence is true only if it is true for every shape under the cloth: some
+sentences cannot be decided from the image.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from functools import lru_cache
 from itertools import product
 from math import hypot
 
+from vpworkbench.scenes.drawing import HOLE, gap
 from vpworkbench.scenes.scene import COLOURS, MATERIALS, SHAPES, SIZES, Scene, Thing
-from vpworkbench.scenes.shapes import HOLE, gap
 
 Truth = bool | None  # None: undecided
 
@@ -44,16 +43,7 @@ def plural_of(noun: str) -> str:
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-# Every word of captions, questions, statements and hypotheses.
-VOCABULARY: frozenset[str] = frozenset(
-    (*SHAPES, *COLOURS, *SIZES, *MATERIALS, *NUMBERS, *map(plural_of, SHAPES), "thing", "things")
-) | frozenset(
-    "a the and there is are in to of left right above below inside touching touches between larger "
-    "smaller than same colour as more how many what shape size material both images image exactly "
-    "has have total".split()
-)
-
-# What is true of things -----------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- relations
 
 
 def _clear(value: float, *, false_below: float, true_above: float) -> Truth:
@@ -66,8 +56,12 @@ def _beyond(image_px: int, distance: float) -> Truth:
     return _clear(distance, false_below=0.03 * image_px, true_above=0.1 * image_px)
 
 
+def _larger(one: Thing, other: Thing) -> Truth:
+    return _clear(one.radius / other.radius, false_below=1.07, true_above=1.15)
+
+
 def _inside(image_px: int, inner: Thing, outer: Thing) -> Truth:
-    """Only a ring can hold something."""
+    """Only a ring can contain something."""
     if outer.shape != "ring":
         return False
     distance = hypot(inner.x - outer.x, inner.y - outer.y)
@@ -82,7 +76,7 @@ def _touching(image_px: int, first: Thing, second: Thing) -> Truth:
 
 
 def _between(image_px: int, middle: Thing, first: Thing, second: Thing) -> Truth:
-    """In the middle half of the line from `first` to `second`, and near to it."""
+    """In the middle half of the line from `first` to `second`, and close to it."""
     along_x, along_y = second.x - first.x, second.y - first.y
     x, y = middle.x - first.x, middle.y - first.y
     length = hypot(along_x, along_y)
@@ -102,36 +96,35 @@ RELATIONS: dict[str, Callable[..., Truth]] = {
     "below": lambda px, a, b: _beyond(px, a.y - b.y),
     "inside": _inside,
     "touching": _touching,
-    "larger than": lambda px, a, b: _clear(a.radius / b.radius, false_below=1.07, true_above=1.15),
-    "smaller than": lambda px, a, b: _clear(b.radius / a.radius, false_below=1.07, true_above=1.15),
+    "larger than": lambda px, a, b: _larger(a, b),
+    "smaller than": lambda px, a, b: _larger(b, a),
     "the same colour as": lambda px, a, b: a.colour == b.colour,
     "between": _between,
 }
-OPPOSITE = {
-    "left of": "right of", "right of": "left of", "above": "below", "below": "above",
-    "larger than": "smaller than", "smaller than": "larger than",
-}  # fmt: skip
+OPPOSITES = {"left of": "right of", "above": "below", "larger than": "smaller than"}
+OPPOSITES |= {opposite: relation for relation, opposite in OPPOSITES.items()}
 DIRECTIONS = ("left of", "right of", "above", "below")
 
-# From text to meaning -------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------------ meaning
 
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
     """Which things are meant, and how many: "a small red ball", "the ring", "two blue things"."""
 
-    number: int | None  # exactly so many; None for "a", "the" and bare plurals
+    number: int | None  # exactly that many; None for "a", "the" and bare plurals
     definite: bool
     size: str | None
     material: str | None
     colour: str | None
     shape: str | None  # None: any
 
-    def fits(self, thing: Thing, shape: str) -> bool:
-        """Whether the phrase describes `thing`, if that has this shape."""
+    def fits(self, thing: Thing, shape: str | None = None) -> bool:
+        """Whether the phrase describes `thing`; where `shape` is given, as if the thing had that shape."""
         return (
             (self.colour is None or self.colour == thing.colour)
-            and (self.shape is None or self.shape == shape)
+            and (self.shape is None or self.shape == (shape or thing.shape))
             and (self.size is None or self.size == thing.size)
             and (self.material is None or self.material == thing.material)
         )
@@ -139,14 +132,14 @@ class Phrase:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a sentence says: a form of the grammar or a key of `RELATIONS`, and of what."""
+    """The meaning of a sentence: a form of the grammar or a key of `RELATIONS`, and the things it is about."""
 
     form: str
     phrases: tuple[Phrase, ...]
 
 
-_SHAPE_OF = {shape: shape for shape in SHAPES} | {plural_of(shape): shape for shape in SHAPES}
-_NOUNS: dict[str, str | None] = {**_SHAPE_OF, "thing": None, "things": None}
+_NOUNS = {shape: shape for shape in SHAPES} | {plural_of(shape): shape for shape in SHAPES}
+_NOUNS |= {"thing": None, "things": None}
 _PHRASE = re.compile(
     rf"(?:(?P<article>a|an|the|{'|'.join(NUMBERS)}) )?"
     rf"(?:(?P<size>{'|'.join(SIZES)}) )?"
@@ -169,8 +162,12 @@ _SENTENCES = (
 )
 
 
+def _plain(text: str) -> str:
+    return " ".join(text.lower().replace(",", " ").split()).removesuffix(".").strip()
+
+
 def parse_phrase(text: str) -> Phrase | None:
-    """The meaning of a THING; None if it is not of the grammar."""
+    """The meaning of a THING; None outside the grammar."""
     match = _PHRASE.fullmatch(text)
     if match is None:
         return None
@@ -187,35 +184,24 @@ def parse_phrase(text: str) -> Phrase | None:
 
 @lru_cache(maxsize=262144)
 def parse(text: str) -> Program | None:
-    """The meaning of a sentence; None if it is not of the grammar."""
-    text = " ".join(text.lower().replace(",", " ").split()).removesuffix(".").strip()
+    """The meaning of a sentence; None outside the grammar."""
+    text = _plain(text)
     for pattern, form in _SENTENCES:
-        match = pattern.fullmatch(text)
-        if match is None:
-            continue
-        phrases = tuple(parse_phrase(group) for group in match.groups())
-        if all(phrase is not None for phrase in phrases):
-            return Program(form, phrases)
+        if match := pattern.fullmatch(text):
+            phrases = tuple(parse_phrase(group) for group in match.groups())
+            if None not in phrases:
+                return Program(form, phrases)
     return None
 
 
-# Whether it holds -----------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------- truth
 
 
 def decide(text: str, scene: Scene) -> bool | None:
-    """Whether a sentence holds of a scene.
+    """Whether a sentence is true of a scene.
 
-    Parameters
-    ----------
-    text : str
-        A sentence of the grammar above, from `captions` or typed by a person.
-    scene : Scene
-
-    Returns
-    -------
-    bool or None
-        None if the text is not of the grammar, lies in a relation's margin, speaks of "the" thing
-        where there are several, or depends on what a cloth hides.
+    None if the text is outside the grammar, lies in a relation's margin, mentions "the" thing where there are several,
+    or depends on the shape under a cloth.
     """
     program = parse(text)
     if program is None:
@@ -227,15 +213,16 @@ def decide(text: str, scene: Scene) -> bool | None:
 def possible_truths(program: Program, scene: Scene) -> set[Truth]:
     """The truth for every combination of shapes under the cloths.
 
-    Of the shapes that the sentence does not name, one stands for all.
+    One of the shapes that the sentence does not mention represents all of them.
     """
     named = {phrase.shape for phrase in program.phrases if phrase.shape}
     hidden = (*named, next(shape for shape in SHAPES if shape not in named))
     worlds = product(*((hidden if thing.covered else (thing.shape,)) for thing in scene.things))
-    return {_holds(program, scene, shapes) for shapes in worlds}
+    return {_truth(program, scene, shapes) for shapes in worlds}
 
 
-def _holds(program: Program, scene: Scene, shapes: Sequence[str]) -> Truth:
+def _truth(program: Program, scene: Scene, shapes: Sequence[str]) -> Truth:
+    """The truth of a sentence where the things have these shapes."""
     fitting = [
         [i for i, thing in enumerate(scene.things) if phrase.fits(thing, shapes[i])] for phrase in program.phrases
     ]
@@ -259,7 +246,7 @@ def _holds(program: Program, scene: Scene, shapes: Sequence[str]) -> Truth:
 
 
 def _there(phrases: Sequence[Phrase], fitting: Sequence[list[int]]) -> Truth:
-    """Exact numbers as stated, and distinct things for every "a"."""
+    """Exact numbers as stated, and a different thing for every "a"."""
     counted: set[int] = set()
     singles = []
     for phrase, found in zip(phrases, fitting, strict=True):
@@ -275,70 +262,68 @@ def _there(phrases: Sequence[Phrase], fitting: Sequence[list[int]]) -> Truth:
 
 
 def _any(truths: Iterable[Truth]) -> Truth:
-    found: Truth = False
-    for truth in truths:
-        if truth:
-            return True
-        if truth is None:
-            found = None
-    return found
+    found = set(truths)
+    return True if True in found else None if None in found else False
 
 
 def number_of(phrase: Phrase, scene: Scene) -> int | None:
-    """How many things a phrase describes; None if a cloth decides."""
-    certain = sum(phrase.fits(t, t.shape) for t in scene.things)
-    if phrase.shape and any(t.covered and phrase.fits(t, phrase.shape) for t in scene.things):
+    """How many things a phrase describes; None if that depends on the shape under a cloth."""
+    if phrase.shape and any(thing.covered and phrase.fits(thing, phrase.shape) for thing in scene.things):
         return None
-    return certain
+    return sum(phrase.fits(thing) for thing in scene.things)
 
 
-# Statements about two images ------------------------------------------------------------------
-
-_PAIR_SENTENCES = (
-    (re.compile(r"there are (\w+) (.+) in total"), "total"),
-    (re.compile(r"the (left|right) image has more (.+) than the (?:left|right) image"), "more"),
-    (re.compile(r"the (left|right) image has (.+)"), "side"),
-    (re.compile(r"both images have (.+)"), "both"),
-    (re.compile(r"exactly one image has (.+)"), "one"),
-    (re.compile(r"in the (left|right) image (.+)"), "sentence"),
-)
+# ------------------------------------------------------------------------------------ statements about two images
 
 
 def decide_pair(text: str, left: Scene, right: Scene) -> bool | None:
-    """Whether a statement holds of two images.
+    """Whether a statement is true of two images.
 
-    Forms: "the left image has THING", "both images have THING", "exactly one image has THING",
-    "there are NUMBER THINGS in total", "the left image has more THINGS than the right image", and
-    "in the left image" followed by a sentence of `decide`; None as in `decide`.
+    Forms: "the left image has THING", "both images have THING", "exactly one image has THING", "there are NUMBER THINGS
+    in total", "the left image has more THINGS than the right image", and "in the left image" followed by a sentence of
+    `decide`; None as in `decide`.
     """
-    text = " ".join(text.lower().replace(",", " ").split()).removesuffix(".").strip()
-    scenes = {"left": left, "right": right}
-    for pattern, form in _PAIR_SENTENCES:
-        match = pattern.fullmatch(text)
-        if match is None:
-            continue
-        groups = match.groups()
-        if form == "sentence":
-            return decide(groups[1], scenes[groups[0]])
-        if form == "side":
-            return decide(f"there is {groups[1]}", scenes[groups[0]])
-        if form in ("total", "more"):
-            return _compare(form, groups, scenes)
-        truths = [decide(f"there is {groups[0]}", scene) for scene in (left, right)]
-        if form == "both":
-            return False if False in truths else None if None in truths else True
-        return None if None in truths else truths.count(True) == 1
+    text = _plain(text)
+    for pattern, truth_of in _PAIR_SENTENCES.items():
+        if match := re.fullmatch(pattern, text):
+            return truth_of({"left": left, "right": right}, *match.groups())
     return None
 
 
-def _compare(form: str, groups: Sequence[str], scenes: dict[str, Scene]) -> Truth:
-    phrase = parse_phrase(groups[1])
-    if phrase is None or (form == "total" and groups[0] not in NUMBERS):
-        return None
-    numbers = {side: number_of(phrase, scene) for side, scene in scenes.items()}
-    if None in numbers.values():
-        return None
-    if form == "total":
-        return sum(numbers.values()) == NUMBERS.index(groups[0])
-    other = {"left": "right", "right": "left"}[groups[0]]
-    return numbers[groups[0]] > numbers[other]
+Pair = dict[str, Scene]  # left and right
+
+
+def _total(pair: Pair, number: str, things: str) -> Truth:
+    counts = _counts(pair, things)
+    return sum(counts.values()) == NUMBERS.index(number) if counts and number in NUMBERS else None
+
+
+def _more(pair: Pair, side: str, things: str) -> Truth:
+    counts, other = _counts(pair, things), {"left": "right", "right": "left"}[side]
+    return counts[side] > counts[other] if counts else None
+
+
+def _counts(pair: Pair, things: str) -> dict[str, int] | None:
+    phrase = parse_phrase(things)
+    counts = {side: phrase and number_of(phrase, scene) for side, scene in pair.items()}
+    return None if None in counts.values() else counts
+
+
+def _both(pair: Pair, thing: str) -> Truth:
+    truths = {decide(f"there is {thing}", scene) for scene in pair.values()}
+    return False if False in truths else None if None in truths else True
+
+
+def _exactly_one(pair: Pair, thing: str) -> Truth:
+    truths = [decide(f"there is {thing}", scene) for scene in pair.values()]
+    return None if None in truths else truths.count(True) == 1
+
+
+_PAIR_SENTENCES: dict[str, Callable[..., Truth]] = {
+    r"there are (\w+) (.+) in total": _total,
+    r"the (left|right) image has more (.+) than the (?:left|right) image": _more,
+    r"the (left|right) image has (.+)": lambda pair, side, thing: decide(f"there is {thing}", pair[side]),
+    r"both images have (.+)": _both,
+    r"exactly one image has (.+)": _exactly_one,
+    r"in the (left|right) image (.+)": lambda pair, side, sentence: decide(sentence, pair[side]),
+}

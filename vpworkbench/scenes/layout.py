@@ -1,6 +1,6 @@
-"""Draw scenes: first what things there are, then a layout in which all can be recognised.
+"""Sample scenes: first which things there are, then a layout in which all of them can be recognised.
 
-Scene `i` of a split depends on (seed, split, i) alone: a larger set begins with the smaller one.
+Scene `i` of a split depends only on (seed, split, i): a larger set begins with the smaller one.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vpworkbench.scenes.drawing import gap, mask_of
 from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES, SIZES, SPLITS, Scene, Thing
-from vpworkbench.scenes.shapes import gap, look_up, sculpt, window_of
 from vpworkbench.settings.scenes import Difficulty, SceneSettings
 
 
 class Level(NamedTuple):
-    """What a difficulty means; lengths as shares of the image's side."""
+    """The meaning of a difficulty; lengths are shares of the image's side."""
 
     things: tuple[int, int]  # fewest, most
     radii: tuple[float, float, float]  # small, medium, large
     visible: float  # smallest visible share of any thing
-    overlapping: float  # chance that a thing is laid over another one
-    touching: float  # chance that a thing is set against another one
+    overlapping: float  # probability that a thing is laid over another one
+    touching: float  # probability that a thing is set against another one
 
 
 LEVELS: dict[str, Level] = {
@@ -33,12 +33,13 @@ LEVELS: dict[str, Level] = {
     "hard": Level((4, 8), (0.078, 0.108, 0.142), visible=0.5, overlapping=0.45, touching=0.12),
 }
 COVERED_SHARE = 0.3  # of the scenes
-CLEARANCE = 0.045  # things that do not touch keep this distance, as a share of the side
-INSIDE_CHANCE = 0.3  # that a ring, where there is one, gets another thing into its hole
+CLEARANCE = 0.045  # smallest distance of things that do not touch, as a share of the side
+INSIDE_CHANCE = 0.3  # probability that another thing is put into a ring, where there is one
+LAYOUTS = 30  # tried for the same things, so that large things stay as frequent as small ones
 
 
 def scene_of(settings: SceneSettings, split: str, index: int) -> Scene:
-    """Scene `index` of a split, without any file."""
+    """Scene `index` of a split; no file is written."""
     rng = scene_rng(settings, split, index, stream=0)
     return sample_scene(rng, image_px=settings.image_px, difficulty=settings.difficulty)
 
@@ -49,7 +50,7 @@ def scene_rng(settings: SceneSettings, split: str, index: int, stream: int) -> n
 
 
 def sample_scene(rng: np.random.Generator, *, image_px: int, difficulty: Difficulty) -> Scene:
-    """Draw a scene: first what things there are, then a layout in which all can be recognised.
+    """Sample a scene that has at least two uncovered things of different colour or shape.
 
     Parameters
     ----------
@@ -58,16 +59,11 @@ def sample_scene(rng: np.random.Generator, *, image_px: int, difficulty: Difficu
         Side of the square picture.
     difficulty : {"easy", "medium", "hard"}
         See `LEVELS`: 2 to 4, 3 to 6 or 4 to 8 things, at least 0.7, 0.6 or 0.5 of each visible.
-
-    Returns
-    -------
-    Scene
-        With at least two uncovered things that differ in colour or shape.
     """
     level = LEVELS[difficulty]
     while True:
         kinds = _sample_kinds(rng, level)
-        for _ in range(30):  # new layouts of the same things, or large things would become rare
+        for _ in range(LAYOUTS):
             things = _lay_out(rng, kinds, level, image_px)
             things = things and _with_boxes(things, image_px, level.visible)
             if things:
@@ -79,11 +75,11 @@ class _Kind(NamedTuple):
     colour: str
     size: int  # index into SIZES
     material: str
-    within: int | None = None  # index of the ring that holds it
+    ring: int | None = None  # index of the ring that holds it
 
 
 def _sample_kinds(rng: np.random.Generator, level: Level) -> list[_Kind]:
-    """Independent uniform attributes, then some things that share a colour, a shape or both."""
+    """Independent uniform attributes; then some things are made to share a colour, a shape or both."""
     covered = rng.random() < COVERED_SHARE
     count = int(rng.integers(max(level.things[0], 3 if covered else 2), level.things[1] + 1))
     while True:
@@ -113,47 +109,40 @@ def _put_inside(rng: np.random.Generator, kinds: list[_Kind]) -> list[_Kind]:
         return kinds
     ring, other = rings[0], others[int(rng.integers(len(others)))]
     kinds[ring] = kinds[ring]._replace(size=2)
-    kinds[other] = kinds[other]._replace(size=0, within=ring)
+    kinds[other] = kinds[other]._replace(size=0, ring=ring)
     return kinds
 
 
 def _lay_out(rng: np.random.Generator, kinds: Sequence[_Kind], level: Level, image_px: int) -> list[Thing] | None:
-    """Place large things first; None if one finds no place."""
-    order = sorted(range(len(kinds)), key=lambda i: (kinds[i].within is not None, -kinds[i].size))
+    """Place large things first; None if one of them finds no place."""
+    order = sorted(range(len(kinds)), key=lambda i: (kinds[i].ring is not None, -kinds[i].size))
     placed: dict[int, Thing] = {}
     for i in order:
-        kind = kinds[i]
-        radius = level.radii[kind.size] * image_px * float(rng.uniform(0.97, 1.03))
-        angle = float(rng.uniform(-0.25, 0.25))
-        template = Thing(
-            kind.shape, kind.colour, SIZES[kind.size], kind.material,
-            x=0.0, y=0.0, radius=round(radius, 2), angle=round(angle, 3), depth=0,
-        )  # fmt: skip
-        holder = placed.get(kind.within) if kind.within is not None else None
-        neighbours = [thing for j, thing in placed.items() if j != kind.within]
-        place = _find_place(rng, template, holder, neighbours, level, image_px)
+        shape, colour, size, material, ring = kinds[i]
+        radius = round(level.radii[size] * image_px * float(rng.uniform(0.97, 1.03)), 2)
+        angle = round(float(rng.uniform(-0.25, 0.25)), 3)
+        thing = Thing(shape, colour, SIZES[size], material, x=0.0, y=0.0, radius=radius, angle=angle, depth=0)
+        if ring is not None:
+            holder = placed[ring]
+            place = holder.x + float(rng.uniform(-1, 1)), holder.y + float(rng.uniform(-1, 1))
+        else:
+            place = _find_place(rng, thing, list(placed.values()), level, image_px)
         if place is None:
             return None
-        placed[i] = replace(template, x=round(place[0], 2), y=round(place[1], 2))
+        placed[i] = replace(thing, x=round(place[0], 2), y=round(place[1], 2))
     depths = rng.permutation(len(kinds))
     return [replace(placed[int(i)], depth=depth) for depth, i in enumerate(depths)]
 
 
 def _find_place(
-    rng: np.random.Generator,
-    thing: Thing,
-    holder: Thing | None,
-    neighbours: Sequence[Thing],
-    level: Level,
-    image_px: int,
+    rng: np.random.Generator, thing: Thing, others: Sequence[Thing], level: Level, image_px: int
 ) -> tuple[float, float] | None:
-    if holder is not None:
-        return holder.x + float(rng.uniform(-1, 1)), holder.y + float(rng.uniform(-1, 1))
+    """A random free place, or one at or over another thing, as often as the level says."""
     chance = rng.random() - level.touching
-    if neighbours and chance < level.overlapping:
-        return _find_contact(rng, thing, neighbours, image_px, touching=chance < 0)
+    if others and chance < level.overlapping:
+        return _find_contact(rng, thing, others, image_px, touching=chance < 0)
     for x, y in rng.uniform(thing.radius + 1, image_px - thing.radius - 1, size=(40, 2)):
-        if _is_free(x, y, thing.radius, neighbours, image_px):
+        if _is_free(x, y, thing.radius, others, image_px):
             return float(x), float(y)
     return None
 
@@ -167,14 +156,14 @@ def _is_free(x: float, y: float, radius: float, others: Sequence[Thing], image_p
 
 
 def _find_contact(
-    rng: np.random.Generator, thing: Thing, neighbours: Sequence[Thing], image_px: int, *, touching: bool
+    rng: np.random.Generator, thing: Thing, things: Sequence[Thing], image_px: int, *, touching: bool
 ) -> tuple[float, float] | None:
-    """A place where `thing` just touches, or partly covers, one of its neighbours."""
+    """A place where `thing` just touches, or partly covers, another thing."""
     for _ in range(8):
-        partner = neighbours[int(rng.integers(len(neighbours)))]
+        partner = things[int(rng.integers(len(things)))]
         if partner.shape == "ring" and not touching:
-            continue  # what lies over a ring might be taken to lie inside it
-        others = [other for other in neighbours if other is not partner]
+            continue  # a thing over a ring might be taken to lie inside it
+        others = [other for other in things if other is not partner]
         direction = float(rng.uniform(0, 2 * math.pi))
         step = (math.cos(direction), math.sin(direction))
         distance = (thing.radius + partner.radius) * float(rng.uniform(0.72, 0.9))
@@ -189,7 +178,7 @@ def _find_contact(
 
 
 def _contact(thing: Thing, partner: Thing, step: tuple[float, float]) -> tuple[float, float]:
-    """Come nearer by the gap, again and again: the outlines meet and never cross."""
+    """Approach by the gap, again and again: the outlines meet and never cross."""
     distance = thing.radius + partner.radius
     for _ in range(4):
         moved = replace(thing, x=partner.x + step[0] * distance, y=partner.y + step[1] * distance)
@@ -198,18 +187,17 @@ def _contact(thing: Thing, partner: Thing, step: tuple[float, float]) -> tuple[f
 
 
 def _with_boxes(things: Sequence[Thing], image_px: int, visible: float) -> list[Thing] | None:
-    """The things with their visible boxes; None if one is hidden too far."""
-    whole = []
+    """The things with the boxes of their visible pixels; None if too much of one is hidden."""
+    pixels = []
     owner = np.zeros((image_px, image_px), dtype=np.uint8)
     for number, thing in enumerate(things, start=1):
-        window, u, v = window_of(thing, image_px, border=1)
-        mask = look_up(sculpt(thing.shape).distance, u, v) < 0
+        window, mask = mask_of(thing, image_px)
         owner[window][mask] = number
-        whole.append(int(mask.sum()))
+        pixels.append(int(mask.sum()))
     boxed = []
-    for number, (thing, pixels) in enumerate(zip(things, whole, strict=True), start=1):
+    for number, (thing, whole) in enumerate(zip(things, pixels, strict=True), start=1):
         mask = owner == number
-        if mask.sum() < visible * pixels:
+        if mask.sum() < visible * whole:
             return None
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)

@@ -1,18 +1,18 @@
-"""What a generated scene is: pictures of coloured shapes with exact ground truth, the embedded default data.
+"""A generated scene: coloured shapes on a muted ground, with exact ground truth. The built-in data set.
 
-A scene is a handful of things on a muted textured ground. A thing has a shape, a colour, a size and
-a material; it may hide a part of another, never more than its difficulty allows. In three scenes of
-ten one thing is *covered*: a cloth shows its colour, size, material and place, and hides its shape.
+A thing has a shape, a colour, a size and a material. It may hide part of another thing, but never more than the
+difficulty allows. In three scenes of ten, one thing is *covered*: a cloth shows its colour, size, material and place,
+and hides its shape.
 
-From here the data flows through these rooms: `shapes.py` gives the shapes their outlines, `sampling.py`
-draws scenes, `rendering.py` paints them, `language.py` says what is true of them, and what cannot be
-known because of the cloth; `captions.py`, `questions.py`, `statements.py` and `hypotheses.py` write
-texts; `scene_files.py` writes it all in the formats of the real data sets.
+The modules, in the order that data passes them: `layout` samples scenes, `drawing` paints them, `language` decides
+which sentences are true of them, `captions`, `questions` and `statements` write texts, and `write` writes everything in
+the formats of published data sets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 SHAPES = ("ball", "square", "triangle", "star", "heart", "cross", "ring", "moon")
@@ -28,14 +28,14 @@ COLOURS = {
 }
 SIZES = ("small", "medium", "large")
 MATERIALS = ("matte", "shiny")
-COVERED = "cloth"  # the shape that is drawn for a covered thing; no word of the language
+COVERED = "cloth"  # the shape of a covered thing; sentences never mention it
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object: what it is, where it is, and the box of its visible pixels."""
+    """One object: its attributes, its place, and the box of its visible pixels."""
 
     shape: str
     colour: str
@@ -53,13 +53,28 @@ class Thing:
         """Whether a cloth hides the shape."""
         return self.shape == COVERED
 
+    @property
+    def name(self) -> str:
+        """Colour and shape: "red star"."""
+        return f"{self.colour} {self.shape}"
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything that is true of a picture, from the furthest thing to the nearest."""
+    """The things in a picture, from the furthest to the nearest."""
 
     things: tuple[Thing, ...]
     image_px: int
+
+    @property
+    def uncovered(self) -> list[Thing]:
+        """The things whose shape is visible."""
+        return [thing for thing in self.things if not thing.covered]
+
+    @property
+    def pairs(self) -> list[tuple[Thing, Thing]]:
+        """Ordered pairs of uncovered things that differ in colour or shape."""
+        return [(a, b) for a, b in permutations(self.uncovered, 2) if a.name != b.name]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict: `{"things": [...], "image_px": ...}`."""

@@ -1,7 +1,6 @@
-"""Write a data set of generated scenes in the formats of the real data sets.
+"""Write a data set of generated scenes in the formats of published data sets, so that the same readers serve both.
 
-So one set of readers serves both: Karpathy's list of captions, VQA v2, NLVR2 and SNLI-VE. Image `i` of
-a split depends on (seed, split, i) alone: a larger set begins with the smaller one, and the number of
+Image `i` of a split depends only on (seed, split, i): a larger set begins with the smaller one, and the number of
 processes changes nothing.
 """
 
@@ -16,10 +15,11 @@ import signal
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from itertools import islice
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,16 +29,23 @@ from tqdm.auto import tqdm
 
 from vpworkbench.scenes.captions import captions
 from vpworkbench.scenes.drawing import render
-from vpworkbench.scenes.hypotheses import hypotheses
 from vpworkbench.scenes.layout import scene_of, scene_rng
 from vpworkbench.scenes.questions import questions, ten_answers
 from vpworkbench.scenes.scene import SPLITS, Scene
-from vpworkbench.scenes.statements import pair_statements
+from vpworkbench.scenes.statements import hypotheses, pair_statements
 from vpworkbench.settings.scenes import SceneSettings
+
+IMAGES, OBJECT_MAPS, PAIR_IMAGES = "images.zip", "object_maps.zip", "nlvr2/images.zip"
+ENTRIES = "dataset_scenes.json"
+NLVR2_SPLITS = {"train": "train", "val": "dev", "test": "test1"}
+SNLI_VE_SPLITS = {"train": "train", "val": "dev", "test": "test"}
+
+GROUP = 4  # images that share two statements, as two pairs
+PART = 16 * GROUP  # images that a process makes at a time
 
 
 def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None = None, progress: bool = True) -> Path:
-    """Write a data set of scenes, complete or not at all.
+    """Write a data set of scenes, either complete or not at all.
 
     Parameters
     ----------
@@ -53,15 +60,15 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     Returns
     -------
     Path
-        `folder`, with `images.zip`, `object_maps.zip`, `dataset_scenes.json` (Karpathy), the
-        questions and annotations of VQA v2, `nlvr2/`, `snli_ve_*.jsonl` and `settings.json`.
+        `folder`, with `images.zip`, `object_maps.zip`, `dataset_scenes.json` (Karpathy), the questions and annotations
+        of VQA v2, `nlvr2/`, `snli_ve_*.jsonl` and `settings.json`.
 
     Raises
     ------
     FileExistsError
         If `folder` holds something else.
     OSError
-        If it cannot be written, for example on a full disk; nothing is left behind.
+        If the files cannot be written, for example on a full disk; nothing is left behind.
     """
     folder = Path(folder)
     if _is_written(folder, settings):
@@ -70,11 +77,10 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write_all(draft, settings, processes, progress)
-        draft.chmod(0o755)  # mkdtemp made it private
         _publish(draft, folder, settings)
+    except FileExistsError:
+        raise
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
         raise OSError(
             error.errno,
             f"could not write the scenes to {folder}: {error.strerror or error}; "
@@ -85,187 +91,8 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     return folder
 
 
-def _is_written(folder: Path, settings: SceneSettings) -> bool:
-    if not folder.exists():
-        return False
-    try:
-        found = json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError):
-        raise FileExistsError(f"{folder} exists and holds no generated scenes; choose another folder") from None
-    wanted = settings.model_dump()
-    if found == wanted:
-        return True
-    differing = [key for key in wanted | found if wanted.get(key) != found.get(key)]
-    changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} asked" for key in differing)
-    raise FileExistsError(
-        f"{folder} holds scenes of other settings ({changes}); "
-        "choose another folder, or delete this one to have it written anew"
-    )
-
-
-def _publish(draft: Path, folder: Path, settings: SceneSettings) -> None:
-    """Files to disk first, the name last: a folder that exists is complete."""
-    paths = [*draft.rglob("*"), draft]
-    for path in paths:
-        if os.name == "posix" or path.is_file():  # Windows cannot open folders
-            handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not _is_written(folder, settings):  # else another process was faster, with equal files
-            raise
-
-
-class _Part(NamedTuple):
-    """The texts and bytes of some neighbouring images of one split, ready to be written."""
-
-    split: str
-    pictures: list[tuple[str, bytes]]  # file name, PNG
-    object_maps: list[tuple[str, bytes]]
-    pair_pictures: list[tuple[str, bytes]]
-    entries: list[str]  # JSON, as are all below
-    questions: list[str]
-    annotations: list[str]
-    statements: list[str]
-    hypotheses: list[str]
-
-
-GROUP = 4  # images that share two statements, as two pairs
-PART = 16 * GROUP
-
-
-def _write_all(draft: Path, settings: SceneSettings, processes: int | None, progress: bool) -> None:
-    counts = {"train": settings.images, "val": settings.val, "test": settings.test}
-    tasks = [
-        (settings, split, start, min(start + PART, count))
-        for split, count in counts.items()
-        for start in range(0, count, PART)
-    ]
-    bar = tqdm(total=sum(counts.values()), unit=" images", delay=2, disable=not progress)
-    with ExitStack() as stack:
-        stack.enter_context(bar)
-        files = stack.enter_context(_Files(draft, [split for split in counts if counts[split]]))
-        for part in _parts(tasks, processes or _usable_cores(), stack):
-            files.write(part)
-            bar.update(len(part.pictures))
-    (draft / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _parts(tasks: list[tuple], processes: int, stack: ExitStack) -> Iterator[_Part]:
-    """Parts in order; a few are made ahead, never all, so that memory stays small."""
-    processes = min(processes, len(tasks))
-    if processes <= 1:
-        yield from map(_make_part, tasks)
-        return
-    pool = ProcessPoolExecutor(processes, initializer=_serve_parent)
-    stack.callback(pool.shutdown, cancel_futures=True)
-    waiting = iter(tasks)
-    ahead = [pool.submit(_make_part, task) for task in islice(waiting, 3 * processes)]
-    while ahead:
-        yield ahead.pop(0).result()
-        ahead += [pool.submit(_make_part, task) for task in islice(waiting, 1)]
-
-
-def _serve_parent() -> None:
-    """Leave it to the parent to stop the workers; where it is killed, end, as nobody else would end them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _make_part(task: tuple[SceneSettings, str, int, int]) -> _Part:
-    settings, split, start, stop = task
-    part = _Part(split, *([] for _ in _Part._fields[1:]))
-    scenes = [scene_of(settings, split, index) for index in range(start, stop)]
-    for index, scene in enumerate(scenes, start):
-        image, object_map = render(scene, scene_rng(settings, split, index, stream=1))
-        name = f"{split}-{index:06d}.png"
-        part.pictures.append((name, _png(image)))
-        part.object_maps.append((name, _png(object_map)))
-        _add_texts(part, scene, index, scene_rng(settings, split, index, stream=2))
-    for first in range(0, len(scenes) - GROUP + 1, GROUP):
-        rng = scene_rng(settings, split, start + first, stream=3)
-        _add_pairs(part, scenes[first : first + GROUP], first, start + first, rng)
-    return part
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _image_id(split: str, index: int) -> int:
-    return SPLITS.index(split) * 10_000_000 + index
-
-
-def _add_texts(part: _Part, scene: Scene, index: int, rng: np.random.Generator) -> None:
-    """Captions, questions and hypotheses of one image."""
-    name, number = f"{part.split}-{index:06d}", _image_id(part.split, index)
-    told = captions(scene, rng)
-    sentences = [
-        {"raw": text, "tokens": text.split(), "imgid": number, "sentid": number * 5 + k} for k, text in enumerate(told)
-    ]
-    entry = {
-        "filename": f"{name}.png", "imgid": number, "split": part.split,
-        "sentids": [sentence["sentid"] for sentence in sentences], "sentences": sentences,
-    } | scene.to_json()  # fmt: skip
-    part.entries.append(json.dumps(entry))
-    for k, question in enumerate(questions(scene, rng)):
-        ids = {"image_id": number, "question_id": number * 1000 + k}
-        part.questions.append(json.dumps(ids | {"question": question.text}))
-        annotation = ids | {
-            "question_type": question.kind, "answer_type": question.answer_type,
-            "multiple_choice_answer": question.answer,
-            "answers": ten_answers(question, rng),
-        }  # fmt: skip
-        part.annotations.append(json.dumps(annotation))
-    for k, (text, label) in enumerate(hypotheses(scene, told[0], rng)):
-        line = {
-            "Flickr30K_ID": name, "sentence1": told[0], "sentence2": text,
-            "gold_label": label, "annotator_labels": [label],
-            "captionID": f"{name}.png#0", "pairID": f"{name}.png#0r{k}{label[0]}",
-        }  # fmt: skip
-        part.hypotheses.append(json.dumps(line))
-
-
-NLVR2_SPLITS = {"train": "train", "val": "dev", "test": "test1"}
-
-
-def _add_pairs(part: _Part, scenes: Sequence[Scene], first: int, index: int, rng: np.random.Generator) -> None:
-    """Two statements on two pairs of images; each is true of one pair and false of the other."""
-    pairs = ((scenes[0], scenes[1]), (scenes[2], scenes[3]))
-    statements = pair_statements(*pairs, rng)
-    split, group = NLVR2_SPLITS[part.split], index // GROUP
-    for pair in (0, 1) if statements else ():
-        sources = part.pictures[first + 2 * pair : first + 2 * pair + 2]
-        for side, (_, png) in enumerate(sources):
-            part.pair_pictures.append((f"{split}-{group}-{pair}-img{side}.png", png))
-        for k, sentence in enumerate(statements):
-            line = {
-                "sentence": sentence, "label": str(k == pair), "synset": "scene",
-                "identifier": f"{split}-{group}-{pair}-{k}",
-                "left_url": sources[0][0], "right_url": sources[1][0],
-            }  # fmt: skip
-            part.statements.append(json.dumps(line))
-
-
 def pair_sources(folder: Path) -> dict[str, str]:
-    """Of each image of `nlvr2/images.zip` the one of `images.zip` that it is a copy of, by name."""
+    """For each image in `nlvr2/images.zip`, by name, the image in `images.zip` that it is a copy of."""
     found = {}
     for file in sorted((folder / "nlvr2").glob("*.json")):
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
@@ -275,92 +102,232 @@ def pair_sources(folder: Path) -> dict[str, str]:
     return found
 
 
-class _Files:
-    """The open files of a data set; parts are added in order."""
+# ----------------------------------------------------------------------------------------- a folder, whole or not
 
-    def __init__(self, folder: Path, splits: Sequence[str]) -> None:
-        self.stack = ExitStack()
-        (folder / "nlvr2").mkdir()
+
+def _is_written(folder: Path, settings: SceneSettings) -> bool:
+    if not folder.exists():
+        return False
+    try:
+        found = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise FileExistsError(f"{folder} exists and holds no generated scenes; choose another folder") from None
+    wanted = settings.model_dump()
+    differing = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+    if not differing:
+        return True
+    changes = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} requested" for key in differing)
+    raise FileExistsError(
+        f"{folder} holds scenes of other settings ({changes}); choose another folder, or delete this one to rewrite it"
+    )
+
+
+def _publish(draft: Path, folder: Path, settings: SceneSettings) -> None:
+    """Wait until the disk has the files, then rename: a folder that exists is complete."""
+    draft.chmod(0o755)  # mkdtemp made it private
+    for path in (*draft.rglob("*"), draft):
+        handle = os.open(path, os.O_RDONLY)
         try:
-            self.pictures = self._zip(folder / "images.zip")
-            self.object_maps = self._zip(folder / "object_maps.zip")
-            self.pair_pictures = self._zip(folder / "nlvr2" / "images.zip")
-            info = {"dataset": "scenes"}
-            self.entries = self._list(folder / "dataset_scenes.json", "images", info)
-            self.questions, self.annotations, self.statements, self.hypotheses = {}, {}, {}, {}
-            for split in splits:
-                info = _vqa_header(split)
-                name = f"v2_OpenEnded_scenes_{split}_questions.json"
-                self.questions[split] = self._list(folder / name, "questions", info)
-                name = f"v2_scenes_{split}_annotations.json"
-                self.annotations[split] = self._list(folder / name, "annotations", info)
-                published = NLVR2_SPLITS[split]
-                self.statements[split] = self._open(folder / "nlvr2" / f"{published}.json")
-                published = {"val": "dev"}.get(split, split)
-                self.hypotheses[split] = self._open(folder / f"snli_ve_{published}.jsonl")
-        except BaseException:
-            self.stack.close()
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not _is_written(folder, settings):  # else another process was faster, with the same files
             raise
 
-    def __enter__(self) -> _Files:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.__exit__(*error)
-
-    def write(self, part: _Part) -> None:
-        """Append a part to every file."""
-        for name, png in part.pictures:
-            _store(self.pictures, f"images/{name}", png)
-        for name, png in part.object_maps:
-            _store(self.object_maps, f"object_maps/{name}", png)
-        for name, png in part.pair_pictures:
-            _store(self.pair_pictures, f"images/{name}", png)
-        self.entries.add(part.entries)
-        self.questions[part.split].add(part.questions)
-        self.annotations[part.split].add(part.annotations)
-        self.statements[part.split].writelines(line + "\n" for line in part.statements)
-        self.hypotheses[part.split].writelines(line + "\n" for line in part.hypotheses)
-
-    def _open(self, path: Path) -> Any:
-        return self.stack.enter_context(path.open("w", encoding="utf-8"))
-
-    def _zip(self, path: Path) -> zipfile.ZipFile:
-        return self.stack.enter_context(zipfile.ZipFile(path, "w", zipfile.ZIP_STORED))
-
-    def _list(self, path: Path, key: str, header: dict[str, Any]) -> _JsonList:
-        return self.stack.enter_context(_JsonList(self._open(path), key, header))
+# ----------------------------------------------------------------------------------------------------------- parts
 
 
-def _store(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's date is fixed: equal files
+class _Names(NamedTuple):
+    """The text files of a split, named as in the published data sets."""
+
+    questions: str
+    annotations: str
+    statements: str
+    hypotheses: str
 
 
-def _vqa_header(split: str) -> dict[str, Any]:
-    return {
-        "info": {"description": "Generated scenes in the format of VQA v2", "version": "2.0"},
-        "license": {"name": "generated"},
-        "data_type": "scenes",
-        "data_subtype": split,
-        "task_type": "Open-Ended",
-    }
+def _names_of(split: str) -> _Names:
+    return _Names(
+        questions=f"v2_OpenEnded_scenes_{split}_questions.json",
+        annotations=f"v2_scenes_{split}_annotations.json",
+        statements=f"nlvr2/{NLVR2_SPLITS[split]}.json",
+        hypotheses=f"snli_ve_{SNLI_VE_SPLITS[split]}.jsonl",
+    )
 
 
-class _JsonList:
-    """A JSON object whose last key is a long list, written as it comes."""
+class _Part(NamedTuple):
+    """Some neighbouring images of a split and their texts, by the file that they go to."""
 
-    def __init__(self, file: Any, key: str, header: dict[str, Any]) -> None:
-        self.file, self.separator = file, ""
-        file.write(json.dumps(header)[:-1] + f', "{key}": [\n')
+    images: dict[str, list[tuple[str, bytes]]]  # zip -> names and PNGs
+    texts: dict[str, list[str]]  # file -> records as JSON
 
-    def add(self, items: Sequence[str]) -> None:
-        """Append items that are JSON already."""
-        for item in items:
-            self.file.write(self.separator + item)
-            self.separator = ",\n"
 
-    def __enter__(self) -> _JsonList:
-        return self
+def _make_part(settings: SceneSettings, split: str, start: int, stop: int) -> _Part:
+    part = _Part(defaultdict(list), defaultdict(list))
+    scenes = [scene_of(settings, split, index) for index in range(start, stop)]
+    for index, scene in enumerate(scenes, start):
+        image, object_map = render(scene, scene_rng(settings, split, index, stream=1))
+        name = f"{split}-{index:06d}.png"
+        part.images[IMAGES].append((f"images/{name}", _png(image)))
+        part.images[OBJECT_MAPS].append((f"object_maps/{name}", _png(object_map)))
+        _add_texts(part, scene, split, index, scene_rng(settings, split, index, stream=2))
+    for first in range(0, len(scenes) - GROUP + 1, GROUP):
+        statements = pair_statements(
+            (scenes[first], scenes[first + 1]),
+            (scenes[first + 2], scenes[first + 3]),
+            scene_rng(settings, split, start + first, stream=3),
+        )
+        if statements:
+            _add_statements(part, statements, split, start + first, part.images[IMAGES][first : first + GROUP])
+    return part
 
-    def __exit__(self, *error: object) -> None:
-        self.file.write("\n]}\n")
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _add_texts(part: _Part, scene: Scene, split: str, index: int, rng: np.random.Generator) -> None:
+    """Captions, questions and hypotheses of one image."""
+    files = _names_of(split)
+    name, number = f"{split}-{index:06d}", SPLITS.index(split) * 10_000_000 + index
+    texts = captions(scene, rng)
+    sentences = [
+        {"raw": text, "tokens": text.split(), "imgid": number, "sentid": number * 5 + k} for k, text in enumerate(texts)
+    ]
+    entry = {"filename": f"{name}.png", "imgid": number, "split": split}
+    entry |= {"sentids": [sentence["sentid"] for sentence in sentences], "sentences": sentences}
+    part.texts[ENTRIES].append(json.dumps(entry | scene.to_json()))
+    for k, question in enumerate(questions(scene, rng)):
+        ids = {"image_id": number, "question_id": number * 1000 + k}
+        kinds = {"question_type": question.kind, "answer_type": question.answer_type}
+        answers = {"multiple_choice_answer": question.answer, "answers": ten_answers(question, rng)}
+        part.texts[files.questions].append(json.dumps(ids | {"question": question.text}))
+        part.texts[files.annotations].append(json.dumps(ids | kinds | answers))
+    for k, (text, label) in enumerate(hypotheses(scene, texts[0], rng)):
+        line = {"Flickr30K_ID": name, "sentence1": texts[0], "sentence2": text}
+        line |= {"gold_label": label, "annotator_labels": [label]}
+        line |= {"captionID": f"{name}.png#0", "pairID": f"{name}.png#0r{k}{label[0]}"}
+        part.texts[files.hypotheses].append(json.dumps(line))
+
+
+def _add_statements(
+    part: _Part, statements: Sequence[str], split: str, index: int, images: Sequence[tuple[str, bytes]]
+) -> None:
+    """Two statements on the two pairs of four images, the first of which has this index.
+
+    Statement 0 is true of pair 0 and false of pair 1, statement 1 the other way round.
+    """
+    for pair in (0, 1):
+        name = f"{NLVR2_SPLITS[split]}-{index // GROUP}-{pair}"
+        sides = images[2 * pair : 2 * pair + 2]
+        part.images[PAIR_IMAGES] += [(f"images/{name}-img{side}.png", png) for side, (_, png) in enumerate(sides)]
+        left, right = (source.removeprefix("images/") for source, _ in sides)
+        for k, sentence in enumerate(statements):
+            line = {"sentence": sentence, "label": str(k == pair), "synset": "scene"}
+            line |= {"identifier": f"{name}-{k}", "left_url": left, "right_url": right}
+            part.texts[_names_of(split).statements].append(json.dumps(line))
+
+
+def _parts(tasks: Sequence[tuple[SceneSettings, str, int, int]], processes: int) -> Iterator[_Part]:
+    """Parts in order; a few are made ahead, never all, so that memory stays small."""
+    processes = min(processes, len(tasks))
+    if processes <= 1:
+        yield from (_make_part(*task) for task in tasks)
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_end_with_parent)
+    try:
+        waiting = iter(tasks)
+        ahead = deque(pool.submit(_make_part, *task) for task in islice(waiting, 3 * processes))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(_make_part, *task) for task in islice(waiting, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker leaves Ctrl-C to its parent, and ends when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _write_all(folder: Path, settings: SceneSettings, processes: int | None, progress: bool) -> None:
+    counts = {"train": settings.images, "val": settings.val, "test": settings.test}
+    tasks = [
+        (settings, split, start, min(start + PART, count))
+        for split, count in counts.items()
+        for start in range(0, count, PART)
+    ]
+    (folder / "nlvr2").mkdir()
+    with ExitStack() as stack:
+        archives = {
+            name: stack.enter_context(zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED))
+            for name in (IMAGES, OBJECT_MAPS, PAIR_IMAGES)
+        }
+        texts = _text_files(folder, [split for split in counts if counts[split]])
+        add_records = {name: stack.enter_context(file) for name, file in texts.items()}
+        bar = stack.enter_context(tqdm(total=sum(counts.values()), unit=" images", delay=2, disable=not progress))
+        for part in stack.enter_context(closing(_parts(tasks, processes or _usable_cores()))):
+            for name, images in part.images.items():
+                for image, png in images:
+                    archives[name].writestr(zipfile.ZipInfo(image), png)  # ZipInfo's date is fixed: equal files
+            for name, records in part.texts.items():
+                add_records[name](records)
+            bar.update(len(part.images[IMAGES]))
+    (folder / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+AddRecords = Callable[[Sequence[str]], None]
+
+
+def _text_files(folder: Path, splits: Sequence[str]) -> dict[str, AbstractContextManager[AddRecords]]:
+    """Every text file of the data set, by name; entering one opens it for records that are JSON already."""
+    files = {ENTRIES: _json_list(folder / ENTRIES, "images", {"dataset": "scenes"})}
+    for split in splits:
+        names = _names_of(split)
+        header = {
+            "info": {"description": "Generated scenes in the format of VQA v2", "version": "2.0"},
+            "license": {"name": "generated"},
+            "data_type": "scenes",
+            "data_subtype": split,
+            "task_type": "Open-Ended",
+        }
+        files[names.questions] = _json_list(folder / names.questions, "questions", header)
+        files[names.annotations] = _json_list(folder / names.annotations, "annotations", header)
+        files[names.statements] = _json_lines(folder / names.statements)
+        files[names.hypotheses] = _json_lines(folder / names.hypotheses)
+    return files
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[AddRecords]:
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda records: file.writelines(f"{record}\n" for record in records)
+
+
+@contextmanager
+def _json_list(path: Path, key: str, header: dict[str, Any]) -> Iterator[AddRecords]:
+    """One JSON object whose last value is a long list, written record by record."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f'{json.dumps(header)[:-1]}, "{key}": [')
+        separators = chain(["\n"], repeat(",\n"))
+        yield lambda records: file.writelines(next(separators) + record for record in records)
+        file.write("\n]}\n")
