@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -179,6 +180,18 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, fault, match: str, proces
     with pytest.raises(type(fault), match=match):
         write_scenes(tmp_path / "scenes", SMALL, processes=processes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_may_be_faster(folder: Path, tmp_path: Path, monkeypatch):
+    def copy(*_: object) -> None:
+        shutil.copytree(folder, tmp_path / "scenes")
+
+    monkeypatch.setattr("vpworkbench.scenes.write._write_all", copy)
+    assert files_of(write_scenes(tmp_path / "scenes", SMALL)) == files_of(folder)
+    shutil.rmtree(tmp_path / "scenes")
+    with pytest.raises(FileExistsError, match="seed: 5 there, 6 requested"):
+        write_scenes(tmp_path / "scenes", SMALL.model_copy(update={"seed": 6}))
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 
 def test_empty_evaluation_splits_are_possible(tmp_path: Path):

@@ -10,9 +10,7 @@ import io
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import zipfile
 from collections import defaultdict, deque
@@ -34,6 +32,7 @@ from vpworkbench.scenes.questions import questions, ten_answers
 from vpworkbench.scenes.scene import SPLITS, Scene
 from vpworkbench.scenes.statements import hypotheses, pair_statements
 from vpworkbench.settings.scenes import SceneSettings
+from vpworkbench.system import draft
 
 IMAGES, OBJECT_MAPS, PAIR_IMAGES = "images.zip", "object_maps.zip", "nlvr2/images.zip"
 ENTRIES = "dataset_scenes.json"
@@ -74,20 +73,17 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     if _is_written(folder, settings):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_all(draft, settings, processes, progress)
-        _publish(draft, folder, settings)
-    except FileExistsError:
-        raise
+        with draft(folder) as unfinished:
+            unfinished.mkdir()
+            _write_all(unfinished, settings, processes, progress)
     except OSError as error:
-        raise OSError(
-            error.errno,
-            f"could not write the scenes to {folder}: {error.strerror or error}; "
-            "the unfinished files were removed. Free some space or choose another folder",
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if not _is_written(folder, settings):  # else another process was faster, with the same files
+            raise OSError(
+                error.errno,
+                f"could not write the scenes to {folder}: {error.strerror or error}; "
+                "the unfinished files were removed. Free some space or choose another folder",
+            ) from error
     return folder
 
 
@@ -100,9 +96,6 @@ def pair_sources(folder: Path) -> dict[str, str]:
             for side, source in enumerate((line["left_url"], line["right_url"])):
                 found[f"images/{pair}-img{side}.png"] = f"images/{source}"
     return found
-
-
-# ----------------------------------------------------------------------------------------- a folder, whole or not
 
 
 def _is_written(folder: Path, settings: SceneSettings) -> bool:
@@ -120,22 +113,6 @@ def _is_written(folder: Path, settings: SceneSettings) -> bool:
     raise FileExistsError(
         f"{folder} holds scenes of other settings ({changes}); choose another folder, or delete this one to rewrite it"
     )
-
-
-def _publish(draft: Path, folder: Path, settings: SceneSettings) -> None:
-    """Wait until the disk has the files, then rename: a folder that exists is complete."""
-    draft.chmod(0o755)  # mkdtemp made it private
-    for path in (*draft.rglob("*"), draft):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    try:
-        draft.rename(folder)
-    except OSError:
-        if not _is_written(folder, settings):  # else another process was faster, with the same files
-            raise
 
 
 # ----------------------------------------------------------------------------------------------------------- parts
