@@ -16,7 +16,8 @@ from vpworkbench.model.dictionary import DECAY, Dictionary
 from vpworkbench.runs import open_run
 from vpworkbench.settings import VisualSettings, checked, pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients
-from vpworkbench.train.pretrain import Pretraining, group_batches, prepare, pretrain
+from vpworkbench.train.objective import Pretraining, group_batches
+from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.processes import Processes
 
 ALONE = Processes(torch.device("cpu"))

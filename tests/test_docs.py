@@ -87,7 +87,7 @@ def test_every_function_exists():
     names = all_named("functions")
     for name in names:
         parts = name.split(".")
-        depth = 2 if parts[0] in ("data", "probes") else 1  # parts that name the module
+        depth = 2 if (REPOSITORY / "vpworkbench" / parts[0]).is_dir() else 1  # parts that name the module
         module = importlib.import_module(".".join(["vpworkbench", *parts[:depth]]))
         assert parts[depth:], f"{name} is a module"
         assert callable(found := reduce(getattr, parts[depth:], module)) or hasattr(found, "__get__"), name

@@ -49,7 +49,8 @@ from vpworkbench.studies.baselines import baselines
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_run, load_task
 from vpworkbench.train.finetune import evaluate_split, finetune, prepare_task
-from vpworkbench.train.pretrain import Pretraining, group_batches, prepare, pretrain
+from vpworkbench.train.objective import Pretraining, group_batches
+from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.scene_labels import token_labels
 
 WIDTH = 12

@@ -26,7 +26,7 @@ SHOWN = '&lt;img src=x onerror="alert(1)"&gt; &amp; &#36;x^2&#36;'  # quotes are
 
 
 class HeldOut(NamedTuple):
-    """The fields of pretrain.HeldOut, without its imports."""
+    """The fields of evaluate.HeldOut, without its imports."""
 
     itm_accuracy: Interval = Interval(0.9, 0.85, 0.93, 50)
     itm_other_image: Interval = Interval(0.52, 0.49, 0.55, 50)
@@ -307,10 +307,10 @@ def test_held_out_draws_means_intervals_and_chance():
 
 
 def test_held_out_has_the_fields_of_pretrain():
-    from vpworkbench.train import pretrain
+    from vpworkbench.train import evaluate
 
-    assert pretrain.HeldOut._fields == HeldOut._fields
-    assert pretrain.Interval is Interval
+    assert evaluate.HeldOut._fields == HeldOut._fields
+    assert evaluate.Interval is Interval
 
 
 def test_accuracy_bars_takes_numbers_and_intervals():

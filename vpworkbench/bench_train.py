@@ -28,7 +28,8 @@ from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import PretrainSettings, preset
 from vpworkbench.train.engine import accumulate_gradients, build_optimiser
-from vpworkbench.train.pretrain import Pretraining, group_batches, prepare
+from vpworkbench.train.objective import Pretraining, group_batches
+from vpworkbench.train.pretrain import prepare
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16, by the maker; of another device the best rate of a large product, measured."""

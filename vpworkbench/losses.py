@@ -6,11 +6,41 @@ nothing.
 
 from __future__ import annotations
 
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+
+class Objective(ABC):
+    """What a model is trained for: losses of a batch as sums, and the counts that make means of them.
+
+    Attributes
+    ----------
+    weights : mapping of str to float
+        Weight of each loss in the total.
+    """
+
+    weights: Mapping[str, float]
+
+    @abstractmethod
+    def counts(self, batch: Any) -> dict[str, int]:
+        """Number of items that each loss is a mean over; `batch` is that of a whole optimiser step."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """Sum of each loss over a micro-batch."""
+
+    def watch(self, model: nn.Module, batch: Any) -> dict[str, float]:
+        """Further numbers for each line of metrics."""
+        return {}
+
+    def probe(self, model: nn.Module) -> dict[str, float]:
+        """Held-out numbers, logged every `train.probe_every` steps; `held_out_loss` decides which weights are best."""
+        return {}
 
 
 def visual_mask(

@@ -18,7 +18,7 @@ from vpworkbench.errors import DataError
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.scenes.language import decide
 from vpworkbench.settings import DataSettings, PretrainSettings
-from vpworkbench.train.pretrain import Pretraining, group_batches
+from vpworkbench.train.objective import Pretraining, group_batches
 
 
 def groups(model, scenes, **settings):

@@ -13,7 +13,7 @@ from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import PixelCache, Pixels
 from vpworkbench.errors import DataError
 from vpworkbench.settings import DataSettings
-from vpworkbench.train.pretrain import group_batches
+from vpworkbench.train.objective import group_batches
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def held_out(held_out: Any) -> go.Figure:
 
     Parameters
     ----------
-    held_out : pretrain.HeldOut
+    held_out : evaluate.HeldOut
         Error bars are its 95% intervals.
     """
     titles = ("Match or not (ITM)", "Hidden word (MLM)")

@@ -27,6 +27,7 @@ from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.errors import DataError
+from vpworkbench.losses import Objective
 from vpworkbench.metrics import recall_at
 from vpworkbench.model.words import Words
 from vpworkbench.stats import Interval, bootstrap_interval, flatten, mean_of_independent
@@ -153,7 +154,7 @@ class RetrievalBatches(Dataset):
         return images
 
 
-class Matching:
+class Matching(Objective):
     """Binary cross entropy of match or not by the ITM head, matched and unmatched pairs weighing the same."""
 
     weights = {"matched": 0.5, "unmatched": 0.5}
@@ -170,9 +171,6 @@ class Matching:
         logits = model.head(model.base.fusion.cls_output(words, word_tokens, vision[index], seen))
         each = functional.cross_entropy(logits.float(), batch.matched.long(), reduction="none")
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
-
-    def watch(self, model: TaskModel, batch: PairBatch) -> dict[str, float]:
-        return {}
 
 
 # ---------------------------------------------------------------------------------------------- the score matrix

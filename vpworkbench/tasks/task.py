@@ -29,6 +29,7 @@ from vpworkbench.data.records import Example
 from vpworkbench.data.steps import ImageBatch, Sampler
 from vpworkbench.data.task_readers import answer_vocabulary, read_answer_list
 from vpworkbench.errors import CheckpointError, DataError
+from vpworkbench.losses import Objective
 from vpworkbench.metrics import NLVR2_IDENTIFIER, accuracy, answer_targets, consistency, vqa_score
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import Words
@@ -328,7 +329,7 @@ class TaskBatches(Dataset):
         return targets
 
 
-class Classification:
+class Classification(Objective):
     """Cross entropy of the label; of VQA binary cross entropy, summed over the answers."""
 
     weights = {"loss": 1.0}

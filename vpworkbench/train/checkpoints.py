@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written beside their place, flushed, renamed, so that the last good one survives anything.
+"""Checkpoints of a run, each written completely or not at all, so that a good one survives any interruption.
 
-`checkpoint/` holds `step-*/` while a run trains (weights, optimiser, progress), `best-*/` where asked for, and at the
-end the final weights themselves. All tensors are safetensors: nothing is unpickled.
+`checkpoint/` holds `step-*/` while a run trains (weights, optimiser, progress), `best-*/` on request, and at the end
+the final weights themselves. All tensors are safetensors: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpworkbench.errors import RunError
-from vpworkbench.system import write_atomically
+from vpworkbench.system import draft, write_atomically
 
 log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-"""What reading a file that was cut off, damaged or removed comes to."""
+"""What reading a truncated, damaged or missing file can raise."""
+FINAL = ".final"
 
 
 class Checkpoints:
@@ -36,116 +37,92 @@ class Checkpoints:
     folder : Path
         The run's `checkpoint/`.
     keep_last : int
-        How many are kept; the final weights count as one.
+        Number of checkpoints to keep; the final weights count as one.
     """
 
     def __init__(self, folder: Path, keep_last: int = 1) -> None:
         self.folder, self.keep_last = folder, keep_last
 
-    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, window: dict[str, Tensor]) -> None:
-        """Everything that the next step needs, in `step-<step>/`; then drop the oldest.
+    def save(self, model: nn.Module, optimiser: torch.optim.Optimizer, step: int, sums: Mapping[str, float]) -> None:
+        """Write everything that the next step needs to `step-<step>/`, then drop the oldest checkpoints.
 
-        Parameters
-        ----------
-        window
-            Sums that the next line of metrics begins with.
-
-        Raises
-        ------
-        RunError
-            Where it cannot be written; the checkpoints before it are untouched.
+        `sums` are those of the unfinished line of metrics. Earlier checkpoints stay if this one cannot be written.
         """
-        progress = {"step": step, "window": {name: float(value) for name, value in window.items()}}
-        folder = self.folder / f"step-{step:06d}"
-        with self._draft(folder) as draft:
-            model.save_pretrained(draft)
+        with self._draft(f"step-{step:06d}") as folder:
+            model.save_pretrained(folder)
             state = optimiser.state_dict()["state"]
             tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-            save_file(
-                {name: value.contiguous().cpu() for name, value in tensors.items()}, draft / "optimiser.safetensors"
-            )
-            (draft / "progress.json").write_text(json.dumps(progress))
+            save_file(_on_host(tensors), folder / "optimiser.safetensors")
+            (folder / "progress.json").write_text(json.dumps({"step": step, "sums": dict(sums)}))
         found = self._found("step")
-        _drop([later for later in found if _number(later) > step], 0)  # they could not be read
+        _drop([later for later in found if _number(later) > step], 0)  # these could not be read
         _drop([earlier for earlier in found if _number(earlier) <= step], self.keep_last)
 
     def save_if_best(self, model: nn.Module, step: int, held_out_loss: float) -> None:
-        """The weights in `best-<step>/`, where none before reached a held-out loss as low."""
+        """Write the weights to `best-<step>/` if no earlier held-out loss was as low."""
         found = self._found("best")
         lowest = _held_out_loss(found[-1]) if found else float("inf")
         if held_out_loss < lowest:
-            with self._draft(self.folder / f"best-{step:06d}") as draft:
-                model.save_pretrained(draft)
-                (draft / "progress.json").write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}))
+            with self._draft(f"best-{step:06d}") as folder:
+                model.save_pretrained(folder)
+                (folder / "progress.json").write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}))
             _drop(self._found("best"), 1)
 
     def finish(self, model: nn.Module, step: int) -> None:
-        """The final weights, in `checkpoint/` itself; `progress.json` behind them says that they are whole."""
-        with self._draft(self.folder) as draft:
-            model.save_pretrained(draft)
+        """Write the final weights to `checkpoint/` itself; `progress.json` comes last and marks them as complete."""
+        with self._draft(FINAL) as folder:
+            model.save_pretrained(folder)
+        for file in (self.folder / FINAL).iterdir():
+            os.replace(file, self.folder / file.name)
+        (self.folder / FINAL).rmdir()
         write_atomically(self.folder / "progress.json", json.dumps({"step": step}))
         _drop(self._found("step"), self.keep_last - 1)
 
     def load(
         self, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
     ) -> tuple[int, dict[str, Tensor]]:
-        """The final weights, or the last whole checkpoint: the steps done (0: there is none) and `window` of `save`.
+        """Load the final weights or the last readable checkpoint; returns its step (0 if there is none) and its `sums`.
 
-        Raises
-        ------
-        RunError
-            If there are checkpoints and none can be read, or the final weights cannot.
+        A `RunError` if there are checkpoints but none can be read.
         """
-        final = False
-        if (self.folder / "progress.json").exists():
+        is_finished = (self.folder / "progress.json").exists()
+        if is_finished:
             try:
                 return _load_final(self.folder, model, device), {}
             except UNREADABLE as error:
-                final = True
-                log.warning("%s: the final weights are not whole (%s); trying the last step", self.folder, error)
+                log.warning("%s: the final weights cannot be read (%s); trying the last step", self.folder, error)
         steps = self._found("step")
         for folder in reversed(steps):
             try:
                 return _load(folder, model, optimiser, device)
             except UNREADABLE as error:
-                log.warning("%s: not whole (%s); trying the one before", folder, error)
-        if steps or final:
+                log.warning("%s: cannot be read (%s); trying the one before", folder, error)
+        if steps or is_finished:
             raise RunError(f"{self.folder}: no checkpoint can be read; delete that folder to train from the start")
         return 0, {}
 
     def clean(self) -> None:
-        """Remove what killed writers left; for the one writer of the run."""
-        for left in self.folder.glob(".writing-*"):
-            shutil.rmtree(left)
+        """Remove what killed writers left; only for the one writer of the run."""
+        for remains in (*self.folder.glob(".writing-*"), *self.folder.glob(FINAL)):
+            shutil.rmtree(remains)
 
     @contextmanager
-    def _draft(self, place: Path) -> Iterator[Path]:
-        """A folder to write to, that becomes `place` as a whole, when the disk has all of it; of `checkpoint/` itself,
-        which is there, the files are renamed one by one."""
-        draft = self.folder / f".writing-{place.name}"
+    def _draft(self, name: str) -> Iterator[Path]:
+        """A folder to fill, which becomes `checkpoint/<name>` when it is complete."""
+        place = self.folder / name
         try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            yield draft
-            for file in draft.iterdir():
-                _flush(file)
-            _flush(draft)
-            if place == self.folder:
-                for file in draft.iterdir():
-                    os.replace(file, place / file.name)
-                draft.rmdir()
-            else:
-                shutil.rmtree(place, ignore_errors=True)  # one that could not be read
-                os.replace(draft, place)
-            _flush(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)  # one that could not be read
+            with draft(place) as folder:
+                folder.mkdir()
+                yield folder
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(draft, ignore_errors=True)
             raise RunError(
                 f"{place}: checkpoint not written ({error}); free space there, then run the same call again"
             ) from error
 
     def _found(self, kind: str) -> list[Path]:
-        """`step-*` or `best-*`, oldest first; a copy that somebody put there, of another name, is left alone."""
+        """`step-*` or `best-*`, oldest first; copies under other names, such as `step-old`, are left alone."""
         numbers = {folder: folder.name.partition("-")[2] for folder in self.folder.glob(f"{kind}-*")}
         return sorted((folder for folder, number in numbers.items() if number.isdecimal()), key=_number)
 
@@ -153,23 +130,26 @@ class Checkpoints:
 def save_weights(model: nn.Module, folder: str | Path) -> None:
     """Write `model.safetensors` of any module."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(tensors, Path(folder) / "model.safetensors")
+    save_file(_on_host(model.state_dict()), Path(folder) / "model.safetensors")
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def _number(folder: Path) -> int:
     return int(folder.name.partition("-")[2])
 
 
+def _drop(folders: list[Path], keep: int) -> None:
+    for folder in folders[: max(0, len(folders) - keep)]:
+        shutil.rmtree(folder)
+
+
 def _load_final(folder: Path, model: nn.Module, device: torch.device) -> int:
     step = int(json.loads((folder / "progress.json").read_text())["step"])
     model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
     return step
-
-
-def _drop(folders: list[Path], keep: int) -> None:
-    for folder in folders[: max(0, len(folders) - keep)]:
-        shutil.rmtree(folder)
 
 
 def _load(
@@ -183,24 +163,14 @@ def _load(
     model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     log.info("resumed from %s", folder)
-    window = {
-        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["window"].items()
-    }
-    return progress["step"], window
+    sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["sums"].items()}
+    return progress["step"], sums
 
 
 def _held_out_loss(folder: Path) -> float:
-    """Of the best weights; infinite where they are damaged: any others are better."""
+    """Held-out loss of the best weights; infinite if their file is damaged, so that any others are better."""
     try:
         return float(json.loads((folder / "progress.json").read_text())["held_out_loss"])
     except UNREADABLE as error:
-        log.warning("%s: not whole (%s); the next weights take its place", folder, error)
+        log.warning("%s: cannot be read (%s); the next weights replace it", folder, error)
         return float("inf")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

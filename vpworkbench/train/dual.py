@@ -21,6 +21,7 @@ from transformers import BertModel
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import TensorBatch
+from vpworkbench.losses import Objective
 from vpworkbench.model.weights import new_visual
 from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
@@ -265,7 +266,7 @@ def max_of_hinges(cosine: Tensor, negative: Tensor, *, margin: float = 0.2) -> T
     return (texts + images).sum()
 
 
-class Contrastive:
+class Contrastive(Objective):
     """`symmetric_contrastive` of a batch."""
 
     weights = {"loss": 1.0}
@@ -276,9 +277,6 @@ class Contrastive:
     def losses(self, model: Projection, batch: DualBatch) -> dict[str, Tensor]:
         scale = model.log_scale.exp().clamp(max=100)
         return {"loss": symmetric_contrastive(model(*batch.inputs), scale, batch.negative)}
-
-    def watch(self, model: nn.Module, batch: DualBatch) -> dict[str, float]:
-        return {}
 
 
 class HardestNegative(Contrastive):

@@ -17,7 +17,7 @@ from vpworkbench.model.visual import VisualTokens
 from vpworkbench.runs import open_run
 from vpworkbench.settings import OptimSettings, TrainSettings, pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients, build_optimiser, fit, learning_rate_factor, pick_device
-from vpworkbench.train.pretrain import Pretraining, group_batches
+from vpworkbench.train.objective import Pretraining, group_batches
 
 
 def settings(**train):

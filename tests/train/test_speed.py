@@ -15,8 +15,9 @@ from vpworkbench.bench_train import train_bench, write_report
 from vpworkbench.errors import SettingsError
 from vpworkbench.runs import open_run
 from vpworkbench.settings import pretrain_settings
-from vpworkbench.train.engine import _as_asked, accumulate_gradients, fit
-from vpworkbench.train.pretrain import Prepared, Pretraining, group_batches, held_out_probe
+from vpworkbench.train.engine import accumulate_gradients, fit, speed_options
+from vpworkbench.train.evaluate import held_out_probe
+from vpworkbench.train.objective import Pretraining, group_batches
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 
@@ -89,7 +90,7 @@ def gradients(scenes, chosen, dropout: float) -> dict[str, torch.Tensor]:
             module.p = dropout
     batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0]
     torch.manual_seed(1)  # dropout
-    with _as_asked(model, chosen.train):
+    with speed_options(model, chosen.train):
         accumulate_gradients(model, Pretraining(chosen), batch, 2, contextlib.nullcontext)
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -122,7 +123,7 @@ def test_checkpointed_blocks_are_computed_twice(scenes):
     model, seen = narrow_model(scenes).train(), []
     model.fusion.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: seen.append(1))
     batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
-    with _as_asked(model, settings(**{"train.gradient_checkpointing": True}).train):
+    with speed_options(model, settings(**{"train.gradient_checkpointing": True}).train):
         accumulate_gradients(model, Pretraining(settings()), batch, 1, contextlib.nullcontext)
     assert len(seen) == 2
     accumulate_gradients(model, Pretraining(settings()), batch, 1, contextlib.nullcontext)
@@ -135,9 +136,9 @@ def test_probes_are_logged_and_disturb_nothing(scenes):
     for number, more in enumerate([{}, {"train.probe_every": 2, "train.tracker": "tensorboard"}]):
         chosen = settings(**more)
         run, model = open_run("01_pretrain", chosen, name=str(number)), narrow_model(scenes)
-        probe = held_out_probe(Prepared({"val": scenes}, model, [], None), chosen, images=4)
+        probe = held_out_probe(scenes, chosen, images=4)
         batches = group_batches(scenes, model, chosen.data, images=4, seed=0)
-        fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0, probe=probe)
+        fit(model, Pretraining(chosen, probe), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
         weights.append((run.folder / "checkpoint" / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     metrics = run.metrics()

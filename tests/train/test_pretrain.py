@@ -24,16 +24,9 @@ from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import pretrain_settings, visual_init_settings
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.subjects import load_run
-from vpworkbench.train.pretrain import (
-    Pretraining,
-    build_model,
-    effective_rank,
-    evaluate,
-    group_batches,
-    prepare,
-    pretrain,
-    with_words_of,
-)
+from vpworkbench.train.evaluate import _hide_one_word, evaluate
+from vpworkbench.train.objective import Pretraining, effective_rank, group_batches
+from vpworkbench.train.pretrain import build_model, prepare, pretrain, with_words_of
 from vpworkbench.train.scene_labels import train_visual
 
 FEW = {
@@ -123,7 +116,7 @@ def test_run_is_found_by_name_and_by_folder():
 def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
     script = (
         "import sys; from vpworkbench.data.captioned import read_pictures;"
-        "from vpworkbench.train.pretrain import build_tokenizer;"
+        "from vpworkbench.model.words import build_tokenizer;"
         "t = build_tokenizer([x for p in read_pictures(sys.argv[1]) for x in p.captions]);"
         "print(sorted(t.get_vocab().items()))"
     )
@@ -138,11 +131,9 @@ def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):
 
 def test_held_out_words_are_colours_and_shapes(model, scenes):
     """One word of each text is hidden, and it is asked for."""
-    from vpworkbench.train.pretrain import _hide_one
-
     words, _ = model.words.tensors([picture.captions[0] for picture in scenes[:20]])
     scored = torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(ATTRIBUTE_WORDS)))
-    hidden, labels = _hide_one(model, words, torch.rand(20), scored)
+    hidden, labels = _hide_one_word(model, words, torch.rand(20), scored)
     assert ((labels >= 0).sum(dim=1) == 1).all() and ((hidden == model.tokenizer.mask_token_id).sum(dim=1) == 1).all()
     asked = model.tokenizer.convert_ids_to_tokens(labels[labels >= 0].tolist())
     assert set(asked) <= ATTRIBUTE_WORDS and len(set(asked)) > 5

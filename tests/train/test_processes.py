@@ -17,7 +17,7 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.runs import Run, open_run
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients, fit
-from vpworkbench.train.pretrain import Pretraining, group_batches
+from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.processes import join
 
 REPOSITORY = Path(__file__).parents[1]

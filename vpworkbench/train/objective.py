@@ -1,0 +1,175 @@
+"""The joint objective of pre-training (paper Sec. 3.3), and the batches it is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vpworkbench.data.batches import Batch, GroupBatches
+from vpworkbench.data.inputs import VisualInput, visual_input
+from vpworkbench.data.records import Picture
+from vpworkbench.losses import (
+    Objective,
+    code_mask,
+    hide_pixels,
+    image_text_matching,
+    masked_feature_regression,
+    masked_language_modeling,
+    masked_visual_modeling,
+    token_alignment,
+    transport_distance,
+    visual_mask,
+)
+from vpworkbench.model.model import Joint, VisualParsingModel
+from vpworkbench.model.visual import VisualTokens
+from vpworkbench.settings import DataSettings, PretrainSettings
+
+
+def group_batches(
+    pictures: Sequence[Picture],
+    model: VisualParsingModel,
+    data: DataSettings,
+    *,
+    images: int,
+    seed: int,
+    inputs: VisualInput | None = None,
+) -> GroupBatches:
+    """Batches of images and their texts, as a model takes them."""
+    visual = model.settings.visual
+    inputs = inputs or visual_input(visual)
+    return GroupBatches(pictures, model.words, data, images=images, inputs=inputs, vision=visual.tokens, seed=seed)
+
+
+class Pretraining(Objective):
+    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); or MVM for MFR, as in SOHO.
+
+    Parameters
+    ----------
+    probe
+        Held-out numbers of a model, such as `evaluate.held_out_probe`; logged every `train.probe_every` steps.
+    """
+
+    def __init__(
+        self, settings: PretrainSettings, probe: Callable[[nn.Module], dict[str, float]] | None = None
+    ) -> None:
+        self.settings, self.held_out = settings, probe
+        loss = settings.loss
+        vla = loss.itm * loss.vla
+        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": vla, "mfr": loss.mfr, "mvm": loss.mvm}
+        self.budget = settings.mask.tokens_of(settings.visual)
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Hidden words of matched pairs; pairs; matched pairs."""
+        pairs, matched = len(batch.matched), int(batch.matched.sum())
+        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs, "mfr": matched, "mvm": matched}
+
+    def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
+        """Sum of each loss over a batch; an image is encoded once for all its texts.
+
+        With masks in the pixels it is encoded twice: whole for the masks and the target of MFR, masked for the fusion.
+        """
+        in_pixels = self.settings.mask.mode != "none" and self.settings.mask.where == "pixels"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not in_pixels):
+            visual = model.visual(batch.images)
+        if self.settings.visual.sampled and model.training:
+            visual = visual.subset(self.sampled(batch))
+        masked = self.masked(visual, batch)
+        shown = visual
+        if in_pixels:
+            shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)]))
+        joint = model.fuse(shown, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
+        sums = {
+            "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
+            "itm": image_text_matching(model.itm(joint.cls), batch.matched),
+        }
+        if self.weights["vla"]:
+            sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
+        if self.settings.mask.mode == "code":
+            rows = batch.matched_rows
+            codes = visual.codes[batch.image_index[rows]]
+            sums["mvm"] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
+        elif masked is not None:
+            sums["mfr"] = self._regression(model, joint, visual, masked, batch)
+        return sums
+
+    def _regression(
+        self, model: VisualParsingModel, joint: Joint, visual: VisualTokens, masked: Tensor, batch: Batch
+    ) -> Tensor:
+        """MFR of matched pairs; `masked` is bool (text, vision)."""
+        rows = batch.matched_rows[:, None]
+        # Each row hides k tokens: their positions, in order, without asking a GPU how many there are.
+        hidden = masked[batch.matched_rows].byte().topk(self.budget, dim=1).indices.sort(dim=1).values
+        target = visual.features[batch.image_index[rows], hidden].flatten(0, 1)
+        predicted = model.mfr(joint.vision[rows, hidden].flatten(0, 1))
+        if visual.tokens is not None:  # an image of few regions hides fewer than k; the rest gets no error
+            predicted = torch.where(masked[rows, hidden].flatten()[:, None], predicted, target.to(predicted))
+        return masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
+
+    def sampled(self, batch: Batch) -> Tensor:
+        """Positions of the tokens that are kept in training (`visual.sampled`), in order; int64 (image, sampled).
+
+        They are those of the largest noise of each image's first text. Their order by noise, which decides its mask,
+        is as random as that of all tokens.
+        """
+        return batch.noise[_first_texts(batch)].topk(self.settings.visual.sampled, dim=1).indices.sort(dim=1).values
+
+    def masked(self, visual: VisualTokens, batch: Batch) -> Tensor | None:
+        """Visual tokens to hide, bool (text, vision), in matched and unmatched pairs alike; None in mode `none`.
+
+        With masks in the pixels all texts of an image share one mask.
+        """
+        mask = self.settings.mask
+        if mask.mode == "none":
+            return None
+        noise = batch.noise if visual.positions is None else batch.noise.gather(1, visual.positions[batch.image_index])
+        parsing = None
+        if mask.mode == "attention":
+            parsing = visual.parsing.detach().mean(dim=1)[batch.image_index]
+        vision_tokens = None if visual.tokens is None else visual.tokens[batch.image_index]
+        if mask.mode == "code":
+            masked = code_mask(noise, visual.codes[batch.image_index])
+        else:
+            masked = visual_mask(noise, self.budget, parsing=parsing, select=mask.select, vision_tokens=vision_tokens)
+        if mask.where == "pixels":
+            masked = masked[torch.searchsorted(batch.image_index, batch.image_index)]  # that of the first text
+        return masked
+
+    @torch.no_grad()
+    def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
+        """Variance and effective rank of the visual features, which fall if MFR's target collapses; and dead codes."""
+        training = model.training
+        visual = model.eval().visual(batch.images[:16])
+        features = visual.features.float().flatten(0, 1)
+        if visual.tokens is not None:
+            features = features[visual.tokens.flatten()]
+        model.train(training)
+        watched = {"target_variance": features.var(dim=0).mean().item(), "target_rank": effective_rank(features)}
+        if (dictionary := getattr(model.visual, "dictionary", None)) is not None:
+            watched["dead_codes"] = float(dictionary.dead)
+        return watched
+
+    def probe(self, model: nn.Module) -> dict[str, float]:
+        return self.held_out(model) if self.held_out else {}
+
+
+def _first_texts(batch: Batch) -> Tensor:
+    """Row of the first text of each image, (image,)."""
+    return torch.searchsorted(batch.image_index, torch.arange(len(batch.images), device=batch.words.device))
+
+
+def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tensor:
+    """OT distance of each pair, without [CLS], [SEP] and pads; (text,)."""
+    tokenizer = model.tokenizer
+    words = batch.word_tokens & (batch.words != tokenizer.cls_token_id) & (batch.words != tokenizer.sep_token_id)
+    with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
+        vision_tokens = joint.visual.for_texts(batch.image_index).not_padding()
+        return transport_distance(joint.text, joint.vision, words, vision_tokens)
+
+
+def effective_rank(features: Tensor) -> float:
+    """exp of the entropy of the covariance's spectrum, from 1 to the number of channels; features (row, channel)."""
+    values = torch.linalg.eigvalsh(torch.cov(features.T.double().cpu())).clamp(min=0)
+    shares = values / values.sum().clamp(min=1e-12)
+    return float(torch.special.entr(shares).sum().exp())
