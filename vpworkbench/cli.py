@@ -169,12 +169,12 @@ def doctor(
     import json
 
     from vpworkbench.data.doctor import diagnose
-    from vpworkbench.data.task_readers import LABELS
+    from vpworkbench.data.task_readers import TASK_FILES
     from vpworkbench.errors import SettingsError
     from vpworkbench.settings import nearest
 
-    if task and task not in LABELS:
-        raise SettingsError(f"--task {task}: no such task{nearest(task, LABELS)} (known: {', '.join(LABELS)})")
+    if task and task not in TASK_FILES:
+        raise SettingsError(f"--task {task}: no such task{nearest(task, TASK_FILES)} (known: {', '.join(TASK_FILES)})")
     found = diagnose(
         path, images=images, places=place or (), task=task,
         text_tokens=text_tokens, tokenizer=tokenizer, answer_count=answer_count, regions=regions,

@@ -89,7 +89,7 @@ def test_visual_genome_without_image_data_or_phrases(tmp_path, caplog):
     path = visual_genome(tmp_path, image={"regions": []})
     (tmp_path / "image_data.json").unlink()
     assert [picture.id for picture in read_pictures(path)] == ["1"]
-    assert "no image_data.json beside it" in caplog.text and "1 images without a region phrase" in caplog.text
+    assert "image_data.json: missing" in caplog.text and "1 images without a caption" in caplog.text
 
 
 def test_broken_image_data_is_not_said_to_be_absent(tmp_path):
@@ -173,7 +173,7 @@ def test_paths_that_are_no_set(tmp_path):
         read_pictures(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"holds none of dataset_\*.json, captions_\*.json"):
         read_pictures(tmp_path)
-    with pytest.raises(DataError, match="dataset_x.json: of no known format; known are Karpathy's json"):
+    with pytest.raises(DataError, match="dataset_x.json: unknown format .*known here: Karpathy's JSON"):
         read_pictures(written(tmp_path / "dataset_x.json", {"pictures": []}))
 
 

@@ -66,9 +66,9 @@ def test_what_a_table_is_for_is_told_by_its_labels(tmp_path, rows, kind):
 def test_a_label_among_others_that_is_none_is_an_error(tmp_path):
     rows = [RELATIONS[0], RELATIONS[1], RELATIONS[0] | {"text": "x", "label": "entails"}]
     (error,) = diagnose(table(tmp_path, rows=rows)).errors
-    assert "line 4" in error and "label 'entails'; one of entailment" in error
+    assert "line 4" in error and "label 'entails'; expected one of entailment" in error
     (first, *_) = diagnose(table(tmp_path, rows=rows), task="nlvr1").errors
-    assert "true or false is wanted" in first
+    assert "expected true or false" in first
 
 
 def test_all_faults_of_all_files_at_once(tmp_path):
@@ -80,8 +80,8 @@ def test_all_faults_of_all_files_at_once(tmp_path):
     (tmp_path / "captions" / "dataset_cut.json").write_text('{"images": [')
     coco(tmp_path / "coco", caption={"image_id": 7})
     found = diagnose(tmp_path)
-    told = ["questions[1]: question", "is in no question", "line 2: label", "gone.jpg or gone.png missing",
-            "cannot be decoded", "leaves the image folder", "cut.json: not json", "image_id 7 is none"]  # fmt: skip
+    told = ["questions[1]: question", "is none of the questions", "line 2: label", "gone.jpg or gone.png missing",
+            "cannot be decoded", "leaves the image folder", "cut.json: not JSON", "image_id 7 is none"]  # fmt: skip
     assert len(found.errors) == len(told)
     assert all(any(part in error for error in found.errors) for part in told)
     assert all(str(tmp_path) in error for error in found.errors)
@@ -158,12 +158,12 @@ def test_a_damaged_zip_hides_no_other_fault(tmp_path):
     snli_ve(tmp_path)
     (tmp_path / "other.zip").write_bytes(b"PK cut")
     errors = diagnose(tmp_path).errors
-    assert len(errors) == 2 and "other.zip: not a whole zip" in errors[0] and "line 2: label" in errors[1]
+    assert len(errors) == 2 and "other.zip: not a complete zip" in errors[0] and "line 2: label" in errors[1]
 
 
 def test_answers_without_their_questions_are_not_read(tmp_path):
     vqa(tmp_path).unlink()
-    with pytest.raises(DataError, match="annotations.json: annotations whose questions are not beside them"):
+    with pytest.raises(DataError, match="annotations.json: annotations without their questions beside them"):
         diagnose(tmp_path)
     karpathy(tmp_path)
     (tmp_path / "predictions.csv").write_text("identifier,label\na,True\n")
@@ -224,7 +224,7 @@ def test_nothing_to_examine(tmp_path, capsys):
         diagnose(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no set of a known format"):
         diagnose(tmp_path)
-    with pytest.raises(DataError, match="of no known format"):
+    with pytest.raises(DataError, match="unknown format"):
         diagnose(written(tmp_path / "a.json", {"a": 1}))
     with pytest.raises(SystemExit) as stop:
         main(["doctor", str(tmp_path), "--task", "vqaa"])

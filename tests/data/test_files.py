@@ -10,9 +10,10 @@ import pytest
 from miniatures import NLVR2, coco, karpathy, nlvr2, picture, snli_ve, table, visual_genome, vqa, written, zipped
 
 from vpworkbench.data.captioned import read_pictures
-from vpworkbench.data.files import annotation_files, open_annotations, split_named
+from vpworkbench.data.files import annotation_files, split_named
 from vpworkbench.data.images import ImageFile, ImageIndex, image_index, origins
-from vpworkbench.data.task_readers import read_nlvr2
+from vpworkbench.data.readers import open_annotations
+from vpworkbench.data.task_readers import FORMATS, read_nlvr2
 from vpworkbench.errors import DataError
 
 # ------------------------------------------------------------------------------------------------- formats
@@ -26,7 +27,7 @@ def test_formats_are_told_by_content_whatever_the_name(tmp_path):
     }  # fmt: skip
     for kind, file in files.items():
         renamed = file.rename(file.with_name(f"{kind}.renamed"))
-        assert open_annotations(renamed).format == kind
+        assert open_annotations(renamed, FORMATS).format.name == kind
 
 
 @pytest.mark.parametrize(
@@ -34,17 +35,15 @@ def test_formats_are_told_by_content_whatever_the_name(tmp_path):
 )
 def test_unknown_content_is_told_what_is_known(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
-    with pytest.raises(
-        DataError, match=r"x.json: of no known format; known are Karpathy's json.*csv \(with a header\)"
-    ):
-        open_annotations(tmp_path / "x.json")
+    with pytest.raises(DataError, match=r"x.json: unknown format.*known here: Karpathy's JSON.*CSV \(with a header\)"):
+        open_annotations(tmp_path / "x.json", FORMATS)
 
 
 def test_a_task_is_no_captioned_set_and_the_reverse(tmp_path):
-    with pytest.raises(DataError, match="is NLVR2 json lines, of a downstream task .*captioned sets are Karpathy's"):
+    with pytest.raises(DataError, match="unknown format .*identifier.*known here: Karpathy's.*04_finetune reads"):
         read_pictures(nlvr2(tmp_path))
-    with pytest.raises(DataError, match="is Karpathy's json .*NLVR2 json lines are wanted here"):
-        read_nlvr2(karpathy(tmp_path), split="val")
+    with pytest.raises(DataError, match="unknown format .*images.*known here: NLVR2 JSON lines; CSV"):
+        read_nlvr2(karpathy(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def recoded(path, change):
 @pytest.mark.parametrize("change", [lambda data: b"\xef\xbb\xbf" + data, lambda data: data.replace(b"\n", b"\r\n")])
 def test_byte_order_marks_and_line_ends_change_nothing(tmp_path, write, change):
     path = write(tmp_path)
-    read = (lambda: read_nlvr2(path, split="val")) if write is nlvr2 else (lambda: read_pictures(path))
+    read = (lambda: read_nlvr2(path)["val"]) if write is nlvr2 else (lambda: read_pictures(path))
     before = read()
     recoded(path, change)
     assert read() == before
@@ -87,10 +86,10 @@ def test_byte_order_marks_and_line_ends_change_nothing(tmp_path, write, change):
 @pytest.mark.parametrize(
     "content, message",
     [(b"", "the file is empty"), (b" \n", "the file is empty"), (b"\xff\xfe{\0}\0", "cannot be read as UTF-8"),
-     (b'{"images": [', "not json .*is the file whole"), (b"<html>", "not json"), (b'{"a": 1, "a": 2}', "key 'a' twice"),
-     (b"[" * 5_000, "not json"), (b'{"images": [' + b"9" * 5_000 + b"]}", "not json .*digits"),
-     (b'[{"regions": [], "id": 1}] x', "more after the end of its list"),
-     (b'[{"regions": [], "id": 1}', r"\[1\] is not json")],
+     (b'{"images": [', "not JSON .*file complete"), (b"<html>", "not JSON"), (b'{"a": 1, "a": 2}', "key 'a' twice"),
+     (b"[" * 5_000, "not JSON"), (b'{"images": [' + b"9" * 5_000 + b"]}", "not JSON .*digits"),
+     (b'[{"regions": [], "id": 1}] x', "more text after the end of its list"),
+     (b'[{"regions": [], "id": 1}', r"\[1\]: not JSON")],
 )  # fmt: skip
 def test_files_that_are_no_json(tmp_path, content, message):
     (tmp_path / "dataset_x.json").write_bytes(content)
@@ -118,24 +117,24 @@ def test_numbers_that_are_none_or_too_large(tmp_path):
 def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
     path = nlvr2(tmp_path)
     path.write_text(json.dumps(NLVR2 | {"sentence": "two\u2028dogs\x85here"}, ensure_ascii=False) + "\n")
-    assert read_nlvr2(path, split="val")[0].text == "two dogs here"
+    assert read_nlvr2(path)["val"][0].text == "two dogs here"
 
 
 def test_cut_lines_are_named(tmp_path):
     path = recoded(nlvr2(tmp_path), lambda data: b"\n" + data[:-20])
-    with pytest.raises(DataError, match="line 3 is not json"):
-        read_nlvr2(path, split="val")
+    with pytest.raises(DataError, match="line 3: not JSON"):
+        read_nlvr2(path)["val"]
     path.write_text(json.dumps(NLVR2) + " 7\n" + json.dumps(NLVR2))
-    with pytest.raises(DataError, match="line 1 is not json .more after its end"):
-        read_nlvr2(path, split="val")
+    with pytest.raises(DataError, match="line 1: not JSON .more text after its end"):
+        read_nlvr2(path)["val"]
 
 
 @pytest.mark.parametrize(
     "content, message",
-    [('image,text\n1.jpg,"a', "line 2: not csv .*correct the quotes"), ("image,text\n1.jpg,a,b\n", "line 2: 3 cells"),
-     ("image,text,text\n", "column 'text' twice"), ("image;text\n1.jpg;a\n", "its header has image;text"),
-     ("image,text\n", "holds no record"), ("1.jpg,a\n2.jpg,b\n", "needs columns image and text"),
-     ('image,text\n1.jpg,"a"b\n', "line 2: not csv")],
+    [('image,text\n1.jpg,"a', "line 2: not CSV .*correct the quotes"), ("image,text\n1.jpg,a,b\n", "line 2: 3 cells"),
+     ("image,text,text\n", "column 'text' twice"), ("image;text\n1.jpg;a\n", "its keys are image;text"),
+     ("image,text\n", "holds no record"), ("1.jpg,a\n2.jpg,b\n", "its keys are 1.jpg, a"),
+     ('image,text\n1.jpg,"a"b\n', "line 2: not CSV")],
 )  # fmt: skip
 def test_broken_csv(tmp_path, content, message):
     picture(tmp_path / "1.jpg")
@@ -164,10 +163,10 @@ def test_zips_of_macos_and_nested_folders(tmp_path):
         archive.write(real, "a/b/one.png")
         archive.mkdir("a/empty.png")
     index = ImageIndex([tmp_path / "images.zip"])
-    assert index.find("one.png", where="r").name == "a/b/one.png"
+    assert index.find("one.png").name == "a/b/one.png"
     for name in ("._one.png", "empty.png"):
-        with pytest.raises(DataError, match=f"r: image {name} missing in .*images.zip"):
-            index.find(name, where="r")
+        with pytest.raises(DataError, match=f"image {name} missing in .*images.zip"):
+            index.find(name)
 
 
 def test_names_are_compared_as_people_read_them(tmp_path):
@@ -176,8 +175,8 @@ def test_names_are_compared_as_people_read_them(tmp_path):
     with zipfile.ZipFile(tmp_path / "windows.ZIP", "w") as archive:
         archive.write(tmp_path / "x.png", "a\\b\\日本.png")
     index = ImageIndex([tmp_path / "set", tmp_path / "windows.ZIP"])
-    assert index.find("caf\u00e9.png", where="r").pixels().shape == (4, 6, 3)
-    assert index.find("b/日本.png", where="r").pixels().shape == (4, 6, 3)
+    assert index.find("caf\u00e9.png").pixels().shape == (4, 6, 3)
+    assert index.find("b/日本.png").pixels().shape == (4, 6, 3)
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
@@ -187,9 +186,9 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
     index = image_index(tmp_path / "set" / "mine.csv")
-    assert index.find("1.jpg", where="r").read()
-    with pytest.raises(DataError, match="r: image 2.jpg missing"):
-        index.find("2.jpg", where="r")
+    assert index.find("1.jpg").read()
+    with pytest.raises(DataError, match="image 2.jpg missing"):
+        index.find("2.jpg")
 
 
 def test_images_of_one_name_are_not_confused(tmp_path):
@@ -197,32 +196,32 @@ def test_images_of_one_name_are_not_confused(tmp_path):
         picture(tmp_path / name, (90 * place, 0, 0))
     index = image_index(tmp_path / "mine.csv")
     for name in ("a/1.jpg", "b/1.jpg", "x/1.jpg", "c/x/1.jpg", "./a/1.jpg"):
-        assert f"{index.find(name, where='r')}".endswith(name.removeprefix("."))
-    with pytest.raises(DataError, match="r: image 1.jpg is there 2 times.*write the folder before the name"):
-        index.find("1.jpg", where="r")
-    with pytest.raises(DataError, match="r: image d/1.jpg missing"):
-        index.find("d/1.jpg", where="r")
+        assert f"{index.find(name)}".endswith(name.removeprefix("."))
+    with pytest.raises(DataError, match="image 1.jpg exists 2 times.*write the folder before the name"):
+        index.find("1.jpg")
+    with pytest.raises(DataError, match="image d/1.jpg missing"):
+        index.find("d/1.jpg")
     picture(tmp_path / "1.jpg", (7, 7, 7))  # right beside the annotations: that is what is written
-    assert image_index(tmp_path / "mine.csv").find("1.jpg", where="r") == ImageFile(tmp_path, "1.jpg")
+    assert image_index(tmp_path / "mine.csv").find("1.jpg") == ImageFile(tmp_path, "1.jpg")
 
 
 def test_copies_of_one_name_are_one_image(tmp_path):
     for folder in ("a", "b"):
         picture(tmp_path / folder / "1.jpg")
-    assert image_index(tmp_path / "mine.csv").find("1.jpg", where="r").folder.name == "a"
+    assert image_index(tmp_path / "mine.csv").find("1.jpg").folder.name == "a"
 
 
 def test_an_unpacked_zip_is_not_a_second_set(tmp_path):
     images = [picture(tmp_path / "images" / f"{number}.png") for number in range(3)]
     zipped(tmp_path / "images.zip", *images[:2], under="images/")
     index = image_index(tmp_path / "mine.csv")
-    assert index.find("1.png", where="r").in_zip and index.places == [tmp_path / "images.zip"]
+    assert index.find("1.png").in_zip and index.places == [tmp_path / "images.zip"]
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda path: None, "no such folder or zip"), (lambda path: path.write_bytes(b"PK no"), "not a whole zip"),
+    (lambda path: None, "no such folder or zip"), (lambda path: path.write_bytes(b"PK no"), "not a complete zip"),
     (lambda path: path.mkdir(), "is a folder with the name of a zip"),
-    (lambda path: path.write_bytes(b""), "not a whole zip"),
+    (lambda path: path.write_bytes(b""), "not a complete zip"),
 ])  # fmt: skip
 def test_places_that_hold_no_images(tmp_path, make, message):
     make(tmp_path / "images.zip")

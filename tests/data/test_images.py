@@ -66,13 +66,13 @@ def broken(tmp_path, kind: str) -> ImageFile:
 
 @pytest.mark.parametrize("kind, reason", [("empty", "empty"), ("truncated", "decoded"), ("text", "decoded")])
 def test_broken_image_names_file_and_remedy(tmp_path, kind, reason):
-    with pytest.raises(DataError, match=f"broken.png.*{reason}.*restore it or drop its record"):
+    with pytest.raises(DataError, match=f"broken.png.*{reason}.*drop its record"):
         broken(tmp_path, kind).pixels()
 
 
 def test_image_of_200_megapixels_is_refused(tmp_path):
     image = stored(tmp_path, Image.new("1", (20_000, 10_000)), "png")
-    with pytest.raises(DataError, match="image.png.*megapixels.*smaller copy|image.png.*decoded"):
+    with pytest.raises(DataError, match="image.png.*decoded .*megapixels|image.png.*decoded"):
         image.pixels()
 
 
@@ -80,18 +80,18 @@ def test_missing_image_and_damaged_zip(tmp_path):
     with pytest.raises(DataError, match="absent.png.*missing"):
         ImageFile(tmp_path, "absent.png").read()
     (tmp_path / "images.zip").write_bytes(b"PK not really")
-    with pytest.raises(DataError, match="images.zip.*not a whole zip"):
+    with pytest.raises(DataError, match="images.zip.*not a complete zip"):
         images.archive(tmp_path / "images.zip")
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../b.png", "..\\b.png", " ", "", "./."])
 def test_name_that_leaves_the_folder_is_refused(name):
-    with pytest.raises(DataError, match="here.json: record 3.*leaves the image folder"):
-        inner_name(name, source="here.json: record 3")
+    with pytest.raises(DataError, match="leaves the image folder"):
+        inner_name(name)
 
 
 def test_names_inside_the_folder_are_made_plain():
-    assert inner_name("./a//b c/é..png", source="r") == "a/b c/é..png"
+    assert inner_name("./a//b c/é..png") == "a/b c/é..png"
 
 
 def test_content_is_the_same_in_a_zip_and_in_a_folder(tmp_path):

@@ -158,7 +158,7 @@ def test_nothing_to_exclude(tmp_path, make, message):
     make(tmp_path / "x")
     with pytest.raises(DataError, match=message):
         evaluation_records(tmp_path / "x")
-    with pytest.raises(DataError, match="of no known format"):
+    with pytest.raises(DataError, match="unknown format"):
         evaluation_records(written(tmp_path / "a.json", {"a": 1}))
 
 

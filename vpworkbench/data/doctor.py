@@ -16,26 +16,25 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vpworkbench.data.captioned import read_captioned
-from vpworkbench.data.files import (
-    Annotations,
-    UnknownFormatError,
-    annotation_files,
-    collected_findings,
-    open_annotations,
-)
+from vpworkbench.data.captioned import pictures_of
+from vpworkbench.data.files import annotation_files, collected_findings
 from vpworkbench.data.images import ImageFile, Places
+from vpworkbench.data.readers import Annotations, UnknownFormatError, open_annotations, unique
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import Record, image_contents, images_of, photographs
-from vpworkbench.data.tables import TRUE_FALSE
+from vpworkbench.data.tables import read_rows
 from vpworkbench.data.task_readers import (
-    ENTAILMENT,
+    ANY_TABLE,
+    EASY_VQA,
+    FORMATS,
+    TASK_FILES,
+    VQA,
+    VQA_ANSWERS,
     answer_vocabulary,
     answers_beside,
-    read_any,
+    examples_of,
+    likely_task,
     read_easy_vqa,
-    read_examples,
-    read_table,
 )
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import normalised_answer
@@ -149,8 +148,9 @@ def diagnose(
 
 
 def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, list[Record]]:
-    if str(path) == "easy-vqa":
-        return {"vqa": [*read_easy_vqa("train"), *read_easy_vqa("test")]}
+    """The records of every file, by the name of their format."""
+    if str(path) == EASY_VQA:
+        return {VQA.name: list(chain.from_iterable(read_easy_vqa().values()))}
     place = Path(path).expanduser()
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")
@@ -159,11 +159,11 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
     for file in tqdm(files, "reading records", unit=" files", delay=2):
         with collected_findings() as findings:
             try:
-                opened = open_annotations(file)
-                if opened.format == "vqa-answers":
+                opened = open_annotations(file, FORMATS, places)
+                if opened.format is VQA_ANSWERS:
                     answers.add(file)
                     continue
-                kind, records = _read_file(opened, places, task)
+                kind, records = _records_of(opened, task)
                 kinds[kind] += records
             except UnknownFormatError:
                 if file == place:
@@ -174,31 +174,19 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
         found.errors += findings.faults
         found.warnings += findings.remarks
     lonely = answers - {answers_beside(file) for file in files}
-    found.unread += [f"{file}: annotations whose questions are not beside them" for file in sorted(lonely)]
-    found.errors[:] = dict.fromkeys(found.errors)  # a damaged zip may lie beside several files
+    found.unread += [f"{file}: annotations without their questions beside them" for file in sorted(lonely)]
+    found.errors[:] = dict.fromkeys(found.errors)  # a damaged zip may be beside several files
     return {kind: records for kind, records in kinds.items() if records}
 
 
-def _read_file(opened: Annotations, places: Places, task: str) -> tuple[str, Sequence[Record]]:
-    if opened.format != "table":
-        return opened.format, read_any(opened, images=places)
-    if not task:
-        with collected_findings():  # the faults come with the second reading
-            task = _likely_task(opened.file, places)
-    again = open_annotations(opened.file)
-    records = read_examples(again, task, images=places) if task else read_captioned(again, places)
-    return f"table ({task or 'captions'})", records
-
-
-def _likely_task(file: Path, places: Places) -> str:
-    """What most labels of a table are good for; none, or true and false, say how captions are meant."""
-    examples = read_table(file, images=places)
-    labels = [example.label.lower() for example in examples if example.label]
-    if any(len(example.images) > 1 for example in examples):
-        return "nlvr2"
-    if 2 * sum(label in TRUE_FALSE for label in labels) >= len(labels):
-        return ""
-    return "snli-ve" if 2 * sum(label in ENTAILMENT for label in labels) > len(labels) else "vqa"
+def _records_of(opened: Annotations, task: str) -> tuple[str, Sequence[Record]]:
+    """The records of a file, and what they are; a table is read for `task`, or for the one that its labels suggest."""
+    if opened.format is not ANY_TABLE:
+        return opened.format.name, opened.read()
+    rows = read_rows(opened)
+    task_files = TASK_FILES[task] if task else likely_task(rows)
+    records = examples_of(rows, task_files) if task_files else pictures_of(rows)
+    return f"table ({task_files.name if task_files else 'captions'})", unique(records, opened.file)
 
 
 # ----------------------------------------------------------------------------------------------------- images

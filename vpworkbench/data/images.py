@@ -1,4 +1,4 @@
-"""Images as files: decoded wherever they lie, and found by their names."""
+"""Image files, in folders or zips: decoded where they are, and found by the names that annotations give them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import unicodedata
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from vpworkbench.data.files import NO_IMAGES, names_below, one_record
+from vpworkbench.data.files import NO_IMAGES, names_below, report_fault
 from vpworkbench.errors import DataError
 
 LARGEST_MEGAPIXELS = 100
 
-Places = str | Path | Sequence[str | Path]
-"""Folders and zips of images; empty: those beside the annotation file, see `image_index`."""
+# ------------------------------------------------------------------------------------------------------ one image
+
+
+def archive(path: Path) -> zipfile.ZipFile:
+    """The zip at `path`, opened once in each process and read in place."""
+    return _archive(str(path), os.getpid())
 
 
 @functools.lru_cache(maxsize=32)
@@ -34,17 +38,12 @@ def _archive(path: str, process: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
-        raise DataError(f"{path}: not a whole zip file ({error}); fetch it again") from None
-
-
-def archive(path: Path) -> zipfile.ZipFile:
-    """The zip at `path`, opened once in each process and read in place."""
-    return _archive(str(path), os.getpid())
+        raise DataError(f"{path}: not a complete zip file ({error}); fetch it again") from None
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image in a folder or, in place, in a zip."""
+    """An image in a folder or in a zip, which is `folder` then."""
 
     folder: Path
     name: str
@@ -54,22 +53,22 @@ class ImageFile:
 
     @property
     def in_zip(self) -> bool:
-        """Whether `folder` is a zip."""
+        """True if `folder` is a zip."""
         return self.folder.suffix.lower() == ".zip"
 
     def read(self) -> bytes:
-        """The file's bytes; `DataError` where it is missing or cannot be read."""
+        """The file's bytes; `DataError` if it is missing or cannot be read."""
         try:
             if self.in_zip:
                 return archive(self.folder).read(self.name)
             return (self.folder / self.name).read_bytes()
-        except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # zips: many ways
+        except (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:  # as zips fail
             raise DataError(f"{self}: image missing or unreadable ({error}); restore it or drop its record") from None
 
     def glimpse(self) -> tuple[int, int]:
-        """(CRC-32, bytes): equal for two files of the same content, and free of cost in a zip; see `digest`.
+        """(CRC-32, bytes): equal for two files of the same content, and read from the index of a zip; see `digest`.
 
-        Files of another content share it now and then, PNGs above all: each of their chunks ends in its own CRC-32.
+        Files of different content can have the same, PNGs above all: each of their chunks ends in its own CRC-32.
         """
         if self.in_zip:
             entry = archive(self.folder).getinfo(self.name)
@@ -82,14 +81,10 @@ class ImageFile:
         return hashlib.blake2b(self.read(), digest_size=16).digest()
 
     def pixels(self, side: int | None = None) -> np.ndarray:
-        """Decode as RGB, uint8 [height, width, 3]; squeezed to [side, side, 3] where `side` is given.
+        """Decode as RGB, uint8 (height, width, 3); with `side`, squeezed to (side, side, 3).
 
-        Upright by its EXIF tag; the first frame of an animation; 16-bit grey scaled to 8; transparency over white.
-
-        Raises
-        ------
-        DataError
-            For an empty, truncated, unknown or oversized file; the message names it.
+        Upright by the EXIF tag; the first frame of an animation; 16-bit grey scaled to 8 bits; transparency over white.
+        A `DataError` names a file that is empty, truncated, too large or no image.
         """
         data = self.read()
         if not data:
@@ -97,22 +92,20 @@ class ImageFile:
         try:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > LARGEST_MEGAPIXELS * 1e6:
-                    raise DataError(
-                        f"{self}: {image.width} x {image.height} px is over {LARGEST_MEGAPIXELS} megapixels; "
-                        "store a smaller copy"
-                    )
+                    raise ValueError(f"{image.width} x {image.height} px, over {LARGEST_MEGAPIXELS} megapixels")
                 rgb = _rgb(image)
                 if side is not None and rgb.size != (side, side):
                     rgb = rgb.resize((side, side), Image.Resampling.BICUBIC)
                 return np.array(rgb)
-        except DataError:
-            raise
-        except UnidentifiedImageError:  # its message is an address in memory
-            raise DataError(
-                f"{self}: cannot be decoded (no known image format); restore it or drop its record"
-            ) from None
-        except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # by format
-            raise DataError(f"{self}: cannot be decoded ({error}); restore it or drop its record") from None
+        except (
+            OSError,
+            RuntimeError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # as formats fail
+            reason = re.sub(r" <_io.*", "", str(error))  # an address in memory
+            raise DataError(f"{self}: cannot be decoded ({reason}); replace it or drop its record") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -126,25 +119,17 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def inner_name(name: str, *, source: str) -> str:
-    """The name of an image as an annotation has it, made plain; `DataError` where it leaves the image folder."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if name.startswith("/") or ".." in parts or "\\" in name or not name.strip() or not parts:
-        raise DataError(f"{source}: image name {name!r} leaves the image folder; correct the annotation")
-    return "/".join(parts)
-
-
 _COCO_NAME = re.compile(r"(?:train|val|test)20\d\d(?:\.zip)?[_/](\d{12})\.jpg$")
 _FLICKR_NAME = re.compile(r"(?:^|/)(\d+)(?:_[0-9a-f]+)?(?:_[a-z])?(?:\.jpg)?$")
 
 
 def origins(image: ImageFile, *, coco: int | None = None, flickr: int | str | None = None) -> frozenset[str]:
-    """A photograph's ids in COCO and at Flickr, of which most sets are made, as far as they are told.
+    """A photograph's ids in COCO and at Flickr, where most sets come from, as far as they are known.
 
     Parameters
     ----------
-    image
-        COCO's file names tell the id, wherever they come from.
+    coco
+        The id as the set states it. A file name in COCO's style states it too.
     flickr
         An id, a file name that begins with one (Flickr30k's, Flickr8k's), or an address (COCO's `flickr_url`).
     """
@@ -153,32 +138,32 @@ def origins(image: ImageFile, *, coco: int | None = None, flickr: int | str | No
     return frozenset(found | {f"flickr:{photo[1]}" if photo else ""}) - {""}
 
 
-# ----------------------------------------------------------------------------------------------------- images
+# -------------------------------------------------------------------------------------------------- images by name
+
+Places = str | Path | Sequence[str | Path]
+"""Folders and zips of images; empty: those beside the annotation file, see `image_index`."""
 
 
 class ImageIndex:
-    """The images of a set by their names, wherever below a folder or in which zip they lie.
+    """The images of a set by name, in all folders below some places and in zips.
 
     Parameters
     ----------
     places : sequence of path
-        Folders, with all below them, and zips.
+        Folders, with everything below them, and zips.
     flat : path, optional
-        One more folder, of which only the images right in it count.
-
-    Raises
-    ------
-    DataError
-        If a place does not exist or is not a whole zip.
+        One more folder; only the images directly in it count.
     """
 
     def __init__(self, places: Sequence[str | Path], *, flat: Path | None = None) -> None:
         self.flat, self.places = flat, [Path(place).expanduser() for place in places]
         self._by_name: dict[str, list[ImageFile]] = defaultdict(list)
         for place in self.places:
-            with one_record():  # where faults are collected, the other places are still looked into
+            try:
                 for name in _names(place):
                     self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
+            except DataError as error:  # where faults are collected, the other places still count
+                report_fault(str(error))
         for name in os.listdir(flat) if flat else ():
             if (mimetypes.guess_type(name)[0] or "").startswith("image/") and name[0] != ".":
                 self._by_name[_key(name)].append(ImageFile(flat, name))
@@ -186,27 +171,24 @@ class ImageIndex:
     def __bool__(self) -> bool:
         return bool(self._by_name)
 
-    def find(self, *names: str, where: str) -> ImageFile:
-        """The image of the first of `names` that is there; a name may begin with folders, which then must fit.
+    def find(self, *names: str) -> ImageFile:
+        """The image of the first of `names` that exists; folders in a name must match the image's own.
 
-        Raises
-        ------
-        DataError
-            Where none is there, several different ones are, or a name leaves the folder; it begins with `where`.
+        A `DataError` says that none exists, that several different ones do, or that a name leaves the folder.
         """
         for name in names:
-            fitting = self._fitting(_key(inner_name(name, source=where)))
-            if len(fitting) > 1 and len({image.digest() for image in fitting}) > 1:
+            matching = self._matching(_key(inner_name(name)))
+            if len(matching) > 1 and len({image.digest() for image in matching}) > 1:
                 raise DataError(
-                    f"{where}: image {name} is there {len(fitting)} times, as {fitting[0]} and {fitting[1]}; write the "
-                    "folder before the name, or name the one place in `images`"
+                    f"image {name} exists {len(matching)} times, as {matching[0]} and {matching[1]}; write the folder "
+                    "before the name, or name the one place in `images`"
                 )
-            if fitting:
-                return fitting[0]
-        raise DataError(f"{where}: image {' or '.join(names)} missing in {self}; restore it or drop the record")
+            if matching:
+                return matching[0]
+        raise DataError(f"image {' or '.join(names)} missing in {self}; restore it or drop the record")
 
-    def _fitting(self, wanted: str) -> list[ImageFile]:
-        """Files of this name: by the whole path from the annotations, else that in their place, else its end."""
+    def _matching(self, wanted: str) -> list[ImageFile]:
+        """Files of this name: by the path from the annotations, else from the place, else by the end of the path."""
         found = self._by_name.get(wanted.rsplit("/", 1)[-1], [])
         if len(found) == 1 and "/" not in wanted:
             return found
@@ -224,15 +206,10 @@ class ImageIndex:
 
 
 def image_index(file: Path, images: Places = ()) -> ImageIndex:
-    """Where the images of an annotation file lie: in the places given, else beside it.
+    """The images of an annotation file: those in the places given, else those beside it.
 
-    Beside it are the images in its folder, and the folders and zips there; where it lies in a folder `annotations`, as
-    COCO has it, also those beside that folder.
-
-    Raises
-    ------
-    DataError
-        If no image is there.
+    Beside it are the images in its folder, and the folders and zips there; where its folder is named `annotations`, as
+    COCO's is, also those beside that folder.
     """
     if given := [images] if isinstance(images, str | Path) else list(images):
         index = ImageIndex(given)
@@ -245,8 +222,16 @@ def image_index(file: Path, images: Places = ()) -> ImageIndex:
     return index
 
 
+def inner_name(name: str) -> str:
+    """The name of an image in normal form; `DataError` if it leaves the image folder."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\\" in name or not name.strip() or not parts:
+        raise DataError(f"image name {name!r} leaves the image folder; correct the annotation")
+    return "/".join(parts)
+
+
 def _places(folder: Path) -> list[Path]:
-    """Zips before folders, so that an unpacked copy of a zip is not taken for another set."""
+    """Folders and zips in a folder, zips first; a folder beside its own zip is an unpacked copy, and no place."""
     found = [
         place
         for place in sorted(folder.iterdir())
@@ -258,17 +243,22 @@ def _places(folder: Path) -> list[Path]:
     return [place for place in found if place.is_file() or place.name not in zipped]
 
 
-def _names(place: Path) -> list[str]:
-    if place.suffix.lower() == ".zip" and place.is_file():
-        names = (name for name in dict.fromkeys(archive(place).namelist()) if not name.endswith("/"))
-        return [name for name in names if not any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))]
-    if place.is_dir() and place.suffix.lower() != ".zip":
-        return list(names_below(place))
-    if place.is_dir():
+def _names(place: Path) -> Iterator[str]:
+    """The files of a folder or zip, without hidden ones."""
+    zipped = place.suffix.lower() == ".zip"
+    if place.is_dir() and zipped:
         raise DataError(f"{place}: is a folder with the name of a zip; rename it")
-    raise DataError(f"{place}: no such folder or zip of images")
+    if place.is_dir():
+        yield from names_below(place)
+    elif place.is_file() and zipped:
+        for name in dict.fromkeys(archive(place).namelist()):
+            hidden = any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))
+            if not hidden and not name.endswith("/"):
+                yield name
+    else:
+        raise DataError(f"{place}: no such folder or zip of images")
 
 
 def _key(name: str) -> str:
-    """Names as they are compared: macOS writes é as two characters, some Windows zips have backslashes."""
+    """A name for comparison: macOS writes é as two characters, some Windows zips use backslashes."""
     return unicodedata.normalize("NFC", name.replace("\\", "/"))

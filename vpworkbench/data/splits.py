@@ -13,11 +13,12 @@ from typing import NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
-from vpworkbench.data.captioned import NLVR1_FILES, TABLE_FILES, read_pictures
-from vpworkbench.data.files import SPLITS, UnknownFormatError, annotation_files, open_annotations, unique
+from vpworkbench.data.captioned import read_pictures
+from vpworkbench.data.files import SPLITS, annotation_files
 from vpworkbench.data.images import ImageFile, Places, origins
+from vpworkbench.data.readers import UnknownFormatError, open_annotations
 from vpworkbench.data.records import Example, Picture
-from vpworkbench.data.task_readers import read_any, read_easy_vqa, read_examples
+from vpworkbench.data.task_readers import FORMATS, TASK_READERS, VQA_ANSWERS
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import DataSettings, FinetuneSettings
@@ -77,12 +78,13 @@ def evaluation_records(path: str | Path, *, images: Places = ()) -> list[Record]
     held_out: list[Record] = []
     for file in annotation_files(place):
         try:
-            opened = open_annotations(file)
+            opened = open_annotations(file, FORMATS, images)
         except UnknownFormatError:
             if file == place:
                 raise
             continue  # a folder holds other files too
-        held_out += [record for record in read_any(opened, images=images) if record.split != "train"]
+        if opened.format is not VQA_ANSWERS:
+            held_out += [record for record in opened.read() if record.split != "train"]
     if not held_out:
         raise DataError(f"{place}: no records of val or test to exclude; name the file that holds them")
     return held_out
@@ -126,15 +128,6 @@ def _merged(first: Picture, rest: Sequence[Picture]) -> Picture:
 
 # --------------------------------------------------------------------------------------------------- tasks
 
-TASK_FILES = {
-    "vqa": ("v2_OpenEnded_*_train*_questions.json", "v2_OpenEnded_*_val*_questions.json",
-            "v2_OpenEnded_*_test*_questions.json"),
-    "nlvr2": ("train.json", "dev.json", "test1.json"),
-    "nlvr1": NLVR1_FILES,
-    "snli-ve": ("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),
-}  # fmt: skip
-"""What a folder is searched for; of several the last by name (VQA's test2015, which contains its test-dev)."""
-
 
 class TaskExamples(NamedTuple):
     """The examples of a task.
@@ -154,8 +147,7 @@ class TaskExamples(NamedTuple):
 def load_examples(settings: FinetuneSettings) -> TaskExamples:
     """Read the files of a task and keep the images of evaluation splits out of training.
 
-    `data` is `scenes`, `easy-vqa`, the folder of the original files (`TASK_FILES`) or of one's own csv or jsonl of
-    `image,text,label[,split]`, or one file. Of retrieval it is any captioned set, such as a Karpathy json.
+    `data` is `scenes`, or what the task's reader takes (see `task_readers`). For retrieval it is any captioned set, such as a Karpathy JSON.
 
     Raises
     ------
@@ -164,7 +156,11 @@ def load_examples(settings: FinetuneSettings) -> TaskExamples:
     """
     if settings.task == "retrieval":
         return TaskExamples(_captioned(settings), frozenset())
-    splits = _easy_vqa() if settings.data == "easy-vqa" else _task_splits(settings)
+    data = settings.data
+    if data == "scenes":
+        data = str(write_scenes(scenes_folder(settings.scenes), settings.scenes))
+    reader = TASK_READERS[settings.task]
+    splits = reader(data, images=settings.images, **({"premise": True} if settings.premise else {}))
     for split in ("train", "val"):
         if not splits[split]:
             raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
@@ -189,48 +185,6 @@ def _captioned(settings: FinetuneSettings) -> dict[str, list[Picture]]:
         if len(splits[split]) < 2:
             raise DataError(f"{settings.data}: {len(splits[split])} captioned images in {split}; a search needs two")
     return splits
-
-
-def _task_splits(settings: FinetuneSettings) -> dict[str, list[Example]]:
-    path = Path(settings.data).expanduser()
-    if settings.data == "scenes":
-        path = write_scenes(scenes_folder(settings.scenes), settings.scenes)
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such folder or file; `data` takes 'scenes', 'easy-vqa', or the folder or file of a task"
-        )
-    splits: dict[str, list[Example]] = {"train": [], "val": [], "test": []}
-    for file in [path] if path.is_file() else _task_files(settings.task, path):
-        opened = open_annotations(file)
-        for example in read_examples(opened, settings.task, images=settings.images, premise=settings.premise):
-            splits[example.split].append(example)
-    for split, examples in splits.items():
-        if examples:
-            unique(examples, path)  # of all files
-        else:
-            log.warning("%s: no examples of %s in %s", path, settings.task, split)
-    return splits
-
-
-def _task_files(task: str, folder: Path) -> list[Path]:
-    if task == "nlvr2" and (folder / "nlvr2").is_dir():
-        folder = folder / "nlvr2"
-    found = [sorted(folder.glob(pattern)) for pattern in TASK_FILES[task]]
-    own = sorted(file for pattern in TABLE_FILES for file in folder.glob(pattern) if file.name[0] != ".")
-    if not any(found) and not own:
-        raise DataError(f"{folder}: holds none of {', '.join((*TASK_FILES[task], *TABLE_FILES))}; name the file itself")
-    return [files[-1] for files in found if files] or own
-
-
-def _easy_vqa() -> dict[str, list[Example]]:
-    """A tenth of the training images, by their number, validates: the package has no such split."""
-    training = read_easy_vqa("train")
-    held = [int(Path(example.images[0].name).stem) % 10 == 0 for example in training]
-    return {
-        "train": [example for example, out in zip(training, held, strict=True) if not out],
-        "val": [example for example, out in zip(training, held, strict=True) if out],
-        "test": read_easy_vqa("test"),
-    }
 
 
 # --------------------------------------------------------------------------------------------------- leaks

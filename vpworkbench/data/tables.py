@@ -1,23 +1,25 @@
-"""One's own data: a csv with a header, or json lines, of `image`, `text` and, if wanted, `label`, `split`, `image2`."""
+"""Custom tables: CSV or JSON lines of `image` and `text`, with `label`, `split`, `image2` and `id` if wanted."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from vpworkbench.data.files import SPLITS, Annotations, checked, one_record, remark, split_named
-from vpworkbench.data.images import ImageFile, ImageIndex
+from vpworkbench.data.files import SPLITS, remark, report_fault, split_named
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.readers import Annotations, checked, one_line
 from vpworkbench.errors import DataError
 
-HELD_OUT_SHARE = 0.1
+TABLE_TITLE = "CSV (with a header) or JSON lines with image and text"
+VAL_SHARE = 0.1
 TRUE_FALSE = {"true": "True", "false": "False", "1": "True", "0": "False"}
 
 
 class Row(NamedTuple):
-    """A row whose images are found; `label`, as written, and `split` are empty where nothing tells them."""
+    """A row whose images exist; `label` as written. `label` and `split` are empty where nothing states them."""
 
     where: str
     id: str
@@ -29,6 +31,8 @@ class Row(NamedTuple):
 
 
 class _Row(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     image: str = Field(min_length=1)
     text: str = Field(min_length=1)
     image2: str | None = None
@@ -37,58 +41,62 @@ class _Row(BaseModel):
     id: int | str | None = None
 
 
-def read_rows(table: Annotations, images: ImageIndex) -> list[Row]:
+def is_table(keys: Mapping[str, Any]) -> bool:
+    """Whether a file is a table, by the keys of its first record."""
+    return "image" in keys or "text" in keys
+
+
+def read_rows(table: Annotations) -> list[Row]:
     """The rows of a table, in order, each in a split.
 
-    `split` is `train`, `val` or `test`; an empty cell trains. Without such a column the file's name decides
-    (`val.csv`); where that tells nothing either, a tenth of the images validates, chosen by a hash of their names: the
-    same images in every run, also when rows are added.
-
-    Raises
-    ------
-    DataError
-        For a broken row, an unknown split, a missing image.
+    The column `split` is `train`, `val` or `test`; an empty cell trains. Without that column the file's name decides
+    (`val.csv`). If the name states no split, a tenth of the images validates, chosen by a hash of their names: the same
+    images in every run, also after rows were added.
     """
-    rows = read_unsplit_rows(table, images)
+    rows = read_unsplit_rows(table)
     if not rows or any(row.split for row in rows):
         return [row._replace(split=row.split or "train") for row in rows]
-    held_out = _tenth(row.image for row in rows)
-    remark(f"{table.file}: no column split: {len(held_out)} images, chosen by their names, validate, the others train")
-    return [row._replace(split="val" if row.image in held_out else "train") for row in rows]
+    val = _tenth(row.image for row in rows)
+    remark(f"{table.file}: no column split: {len(val)} images, chosen by their names, validate, the others train")
+    return [row._replace(split="val" if row.image in val else "train") for row in rows]
 
 
-def read_unsplit_rows(table: Annotations, images: ImageIndex) -> list[Row]:
-    """As `read_rows`, but `split` is empty where neither a column nor the file's name tells it."""
+def read_unsplit_rows(table: Annotations) -> list[Row]:
+    """The rows of a table, in order; `split` is empty where neither a column nor the file's name states it."""
+    if not {"image", "text"} <= set(table.keys):
+        raise DataError(f"{table.file}: needs columns image and text; it has {', '.join(table.keys)}")
     rows: list[Row] = []
-    unread: set[str] = set()
+    ignored: set[str] = set()
     for place, raw in table.content:
-        if isinstance(raw, dict):
-            unread |= set(raw) - set(_Row.model_fields)
-        with one_record():
-            rows.append(_row(table, place, raw, images))
-    if unread:
-        remark(f"{table.file}: columns that are not read: {', '.join(sorted(unread))}")
+        where = f"{table.file}: {place}"
+        try:
+            record = checked(_Row, raw)
+            ignored |= set(record.model_extra or ())
+            where = f"{where} ({record.image})"
+            rows.append(_row(table, where, record, f"{table.file.stem}, {place}"))
+        except DataError as error:
+            report_fault(f"{where}: {error}")
+    if ignored:
+        remark(f"{table.file}: columns that are not read: {', '.join(sorted(ignored))}")
     return rows
 
 
-def _row(table: Annotations, place: str, raw: Any, images: ImageIndex) -> Row:
-    record = checked(_Row, raw, f"{table.file}: {place}")
-    where = f"{table.file}: {place} ({record.image})"
+def _row(table: Annotations, where: str, record: _Row, otherwise: str) -> Row:
     split = (record.split or "").strip().lower()
     if split and split not in SPLITS:
-        raise DataError(f"{where}: unknown split {record.split!r}; known are {', '.join(SPLITS)}")
-    otherwise = "train" if "split" in record.model_fields_set else ""
-    text = " ".join(record.text.split())
-    if not text:
-        raise DataError(f"{where}: an empty text; remove the row or give its text")
+        raise DataError(f"unknown split {record.split!r}; known are {', '.join(SPLITS)}")
+    if not (text := one_line(record.text)):
+        raise DataError("an empty text; remove the row or give its text")
+    names = (name for name in (record.image, record.image2) if name)
+    has_column = "split" in record.model_fields_set
     return Row(
         where=where,
-        id=str(record.id) if record.id not in (None, "") else f"{table.file.stem}, {place}",
+        id=str(record.id) if record.id not in (None, "") else otherwise,
         image=record.image,
-        images=tuple(images.find(name, where=where) for name in (record.image, record.image2) if name),
+        images=tuple(table.images.find(name) for name in names),
         text=text,
         label="" if record.label is None else str(record.label).strip(),
-        split=SPLITS.get(split) or split_named(table.file, otherwise),
+        split=SPLITS.get(split) or split_named(table.file, "train" if has_column else ""),
     )
 
 
@@ -96,17 +104,11 @@ def _tenth(names: Iterable[str]) -> set[str]:
     """A tenth of the names by their hashes, at least one."""
     hashes = {name: int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64 for name in names}
     least = min(hashes.values(), default=0)
-    return {name for name, value in hashes.items() if value < HELD_OUT_SHARE or value == least}
+    return {name for name, value in hashes.items() if value < VAL_SHARE or value == least}
 
 
-def true_or_false(row: Row) -> str:
-    """The label as `True` or `False`.
-
-    Raises
-    ------
-    DataError
-        For another label.
-    """
-    if row.label.lower() not in TRUE_FALSE:
-        raise DataError(f"{row.where}: label {row.label!r}; true or false is wanted here")
-    return TRUE_FALSE[row.label.lower()]
+def true_or_false(label: str) -> str:
+    """A label as `True` or `False`; `DataError` for another one."""
+    if label.lower() not in TRUE_FALSE:
+        raise DataError(f"label {label!r}; expected true or false")
+    return TRUE_FALSE[label.lower()]

@@ -1,39 +1,109 @@
-"""Readers of the downstream tasks' files as published: VQA v2, NLVR2, NLVR v1, SNLI-VE, easy-VQA, one's own table.
+"""Readers of the downstream tasks' files: VQA v2, NLVR2, NLVR v1, SNLI-VE, easy-VQA, custom tables.
 
-A file is one split, or tells the split of each record; images lie beside it in folders or in zips that are read in
-place. Faults name the file and the record.
+A `read_...` function takes a folder or a file, and returns the examples of `train`, `val` and `test`. Images are beside
+the file, in folders or zips that are read in place.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field, RootModel, StrictInt
+from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
-from vpworkbench.data.captioned import READERS, read_captioned, read_pictures
-from vpworkbench.data.files import (
-    Annotations,
-    Text,
-    checked,
-    one_record,
-    open_as,
-    read_list,
-    read_text,
-    split_named,
-    unique,
+from vpworkbench.data.captioned import (
+    COCO,
+    KARPATHY,
+    NLVR1,
+    NLVR1_FILES,
+    TABLE,
+    TABLE_FILES,
+    VISUAL_GENOME,
+    matching_files,
 )
-from vpworkbench.data.images import ImageIndex, Places, image_index, origins
-from vpworkbench.data.records import Example, Picture
-from vpworkbench.data.tables import Row, read_rows, true_or_false
+from vpworkbench.data.files import read_list, read_text, report_fault
+from vpworkbench.data.images import ImageIndex, Places, origins
+from vpworkbench.data.readers import Annotations, Format, Text, convert, one_line, open_annotations, unique
+from vpworkbench.data.records import Example
+from vpworkbench.data.tables import TRUE_FALSE, Row, read_rows, true_or_false
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, most_given, normalised_answer
 
-ENTAILMENT = ("entailment", "neutral", "contradiction")
+log = logging.getLogger(__name__)
+
+Splits = dict[str, list[Example]]
+"""The examples of `train`, `val` and `test`."""
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files that a downstream task can be read from.
+
+    Attributes
+    ----------
+    published : Format
+        The format of its release.
+    names : tuple of str
+        The files of a release in its folder, one pattern for each split. If several files match a pattern, the last by
+        name is read: VQA's test2015, which contains its test-dev.
+    subfolder : str
+        Where they are, if that folder exists.
+    truth : callable
+        The fields of an `Example` that the label of a custom table states; `DataError` for a label that it cannot have.
+    images : int
+        Images in each row of a custom table.
+    """
+
+    published: Format[Example]
+    names: tuple[str, ...]
+    truth: Callable[[str], dict[str, Any]]
+    images: int = 1
+    subfolder: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the published format, which is the task's."""
+        return self.published.name
+
+    def knows(self, label: str) -> bool:
+        """Whether a table of this task can have the label."""
+        try:
+            return bool(self.truth(label))
+        except DataError:
+            return False
+
+    def read(self, path: str | Path, images: Places = ()) -> Splits:
+        """All examples of a folder or a file."""
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise DataError(f"{path}: no such folder or file; `data` takes 'scenes', or the folder or file of a task")
+        formats = (self.published, replace(TABLE, read=lambda table: examples_of(read_rows(table), self)))
+        splits: Splits = {"train": [], "val": [], "test": []}
+        for file in [path] if path.is_file() else self._found(path):
+            for example in open_annotations(file, formats, images).read():
+                splits[example.split].append(example)
+        for split, examples in splits.items():
+            if examples:
+                unique(examples, path)  # across files
+            else:
+                log.warning("%s: no examples of %s", path, split)
+        return splits
+
+    def _found(self, folder: Path) -> list[Path]:
+        if (folder / self.subfolder).is_dir():
+            folder = folder / self.subfolder
+        files = [found[-1] for name in self.names if (found := matching_files(folder, (name,)))]
+        if found := files or matching_files(folder, TABLE_FILES):
+            return found
+        raise DataError(f"{folder}: holds none of {', '.join((*self.names, *TABLE_FILES))}; name the file itself")
+
 
 # ------------------------------------------------------------------------------------------------------- VQA
 
@@ -53,103 +123,92 @@ class _Answered(BaseModel):
     image_id: StrictInt
     answers: list[_Answer] = Field(min_length=1)
     multiple_choice_answer: str = ""
-    question_type: str = ""
     answer_type: str = ""
 
 
-Source = str | Path | Annotations
-"""An annotation file, or one that is open."""
+EASY_VQA = "easy-vqa"
 
 
-def read_vqa(questions: Source, annotations: str | Path | None, *, split: str, images: Places = ()) -> list[Example]:
-    """VQA v2: `v2_OpenEnded_mscoco_*_questions.json` and, but for a test set, `v2_mscoco_*_annotations.json`.
+def read_vqa(path: str | Path, *, images: Places = ()) -> Splits:
+    """VQA v2: `v2_OpenEnded_mscoco_*_questions.json` and, except for a test set, `v2_mscoco_*_annotations.json`.
 
-    Scores go by the ten people's answers; `multiple_choice_answer` stands for them in the vocabulary of answers.
-
-    Raises
-    ------
-    DataError
-        For a broken or repeated record, an annotation without its question or the reverse, a missing image.
+    The ten people's answers decide scores; `multiple_choice_answer` represents them in the vocabulary of answers. The
+    path `easy-vqa` is the installed package of that name.
     """
-    opened = open_as(questions, "vqa")
-    file, content = opened.file, opened.content
-    index = image_index(file, images)
-    answered = {} if annotations is None else _answers(Path(annotations).expanduser())
-    naming = _Naming(str(content.get("data_type", "")), str(content.get("data_subtype", "")))
-    asked = set()
-    examples = []
-    for number, raw in enumerate(content["questions"]):
-        with one_record():
-            record = checked(_Question, raw, f"{file}: questions[{number}]")
-            where = f"{file}: questions[{number}] (question_id {record.question_id})"
-            asked.add(record.question_id)
-            told = answered.get(record.question_id)
-            if annotations is not None and told is None:
-                raise DataError(f"{where}: no annotation of it in {annotations}; take both files of one release")
-            if told is not None and told.image_id != record.image_id:
-                raise DataError(f"{where}: image_id {record.image_id}, but {told.image_id} in {annotations}")
-            image = index.find(*naming.names(record.image_id), where=where)
-            examples.append(
-                Example(
-                    id=str(record.question_id),
-                    images=(image,),
-                    text=" ".join(record.question.split()),
-                    split=split,
-                    answers=() if told is None else tuple(answer.answer for answer in told.answers),
-                    answer="" if told is None else told.multiple_choice_answer,
-                    kind="" if told is None else told.answer_type,
-                    origins=origins(image, coco=record.image_id if naming.data_type == "mscoco" else None),
-                )
-            )
-    for lonely in answered.keys() - asked:
-        with one_record():
-            raise DataError(f"{annotations}: question_id {lonely} is in no question of {file}")
-    return unique(examples, file)
+    return read_easy_vqa() if str(path) == EASY_VQA else VQA.read(path, images)
+
+
+def _vqa(annotations: Annotations) -> Iterator[Example]:
+    file, content = annotations.file, annotations.content
+    answers_file = answers_beside(file)
+    if answers_file is None and annotations.split != "test":
+        raise DataError(f"{file}: questions of {annotations.split} without annotations; {_missing_answers(file)}")
+    answered = _answers(answers_file) if answers_file else {}
+    data_type, subset = (str(content.get(key, "")) for key in ("data_type", "data_subtype"))
+    asked: set[int] = set()
+
+    def example(record: _Question) -> Iterator[Example]:
+        asked.add(record.question_id)
+        answer = answered.get(record.question_id)
+        if answers_file and answer is None:
+            raise DataError(f"no annotation of it in {answers_file}; take both files from one release")
+        if answer and answer.image_id != record.image_id:
+            raise DataError(f"image_id {record.image_id}, but {answer.image_id} in {answers_file}; correct one of them")
+        image = annotations.images.find(*_image_names(record.image_id, data_type, subset))
+        yield Example(
+            id=str(record.question_id),
+            images=(image,),
+            text=one_line(record.question),
+            split=annotations.split,
+            answers=tuple(one.answer for one in answer.answers) if answer else (),
+            answer=answer.multiple_choice_answer if answer else "",
+            kind=answer.answer_type if answer else "",
+            origins=origins(image, coco=record.image_id if data_type == "mscoco" else None),
+        )
+
+    yield from convert(file, annotations.listed("questions"), _Question, "question_id", example)
+    for question_id in answered.keys() - asked:
+        report_fault(f"{answers_file}: question_id {question_id} is none of the questions of {file}; drop it")
 
 
 def _answers(file: Path) -> dict[int, _Answered]:
-    known: dict[int, _Answered] = {}
-    for number, raw in enumerate(open_as(file, "vqa-answers").content["annotations"]):
-        with one_record():
-            record = checked(_Answered, raw, f"{file}: annotations[{number}]")
-            if record.question_id in known:
-                raise DataError(f"{file}: annotations[{number}]: question_id {record.question_id} a second time")
-            known[record.question_id] = record
-    return known
+    """The annotations by the id of their question."""
+    listed = open_annotations(file, (VQA_ANSWERS,)).listed("annotations")
+    records = convert(file, listed, _Answered, "question_id", lambda record: [record])
+    return {record.question_id: record for record in records}
 
 
-class _Naming(NamedTuple):
-    """What the header of the questions tells of the images' names."""
-
-    data_type: str
-    data_subtype: str
-
-    def names(self, image_id: int) -> list[str]:
-        if self.data_type == "scenes":
-            return [f"{('train', 'val', 'test')[image_id // 10_000_000 % 3]}-{image_id % 10_000_000:06d}.png"]
-        subset = self.data_subtype.replace("-dev", "")  # test-dev2015 asks about images of test2015
-        coco = [f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg"]
-        # Plain numbers are Visual Genome's names too: COCO's questions must not find those.
-        return coco if self.data_type == "mscoco" else [*coco, f"{image_id}.jpg", f"{image_id}.png"]
+def _image_names(image_id: int, data_type: str, subset: str) -> list[str]:
+    """The names that an image may have, by the header of the questions."""
+    if data_type == "scenes":
+        return [f"{('train', 'val', 'test')[image_id // 10_000_000 % 3]}-{image_id % 10_000_000:06d}.png"]
+    subset = subset.replace("-dev", "")  # test-dev2015 asks about images of test2015
+    coco = [f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg"]
+    # Plain numbers are Visual Genome's names too: COCO's questions must not find those.
+    return coco if data_type == "mscoco" else [*coco, f"{image_id}.jpg", f"{image_id}.png"]
 
 
 def answers_beside(questions: Path) -> Path | None:
-    """The annotations of a file of questions by the release's names; None where they are not there, as of test sets."""
-    file = _answers_of(questions)
-    return file if file and file.exists() else None
+    """The annotations that belong to a file of questions, by the names of the release; None if they do not exist."""
+    file = _answers_name(questions)
+    return file if file != questions and file.exists() else None
 
 
-def _answers_of(questions: Path) -> Path | None:
-    """Where a release puts them; None for a name that is none of a file of questions."""
-    file = questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    return file if file != questions else None
+def _answers_name(questions: Path) -> Path:
+    return questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+
+
+def _missing_answers(questions: Path) -> str:
+    if (expected := _answers_name(questions)) != questions:
+        return f"put {expected.name} beside it"
+    return "name the two files *_questions.json and *_annotations.json"
 
 
 def answer_vocabulary(questions: Iterable[Example], least: int) -> tuple[str, ...]:
-    """The normalised answers, sorted, that stand for `least` of these questions or more.
+    """The normalised answers, sorted, that are the answer to at least `least` of these questions.
 
-    `multiple_choice_answer`, else the most given answer, once a question: of VQA v2's training and validation questions
-    and 9 that is the published rule, of which others get 3,129.
+    The answer to a question is its `multiple_choice_answer`, else the most frequent one. With 9, and the questions of
+    VQA v2 for training and validation, that is the published rule, which gives 3,129 answers.
     """
     counts = Counter(
         normalised_answer(one.answer) if one.answer else most_given(one.answers) for one in questions if one.answers
@@ -157,231 +216,241 @@ def answer_vocabulary(questions: Iterable[Example], least: int) -> tuple[str, ..
     return tuple(sorted(answer for answer, count in counts.items() if count >= least))
 
 
-class _ListedAnswer(RootModel[Text]):
-    pass
-
-
 def read_answer_list(file: str | Path) -> tuple[str, ...]:
-    """Answers to choose among, normalised, in their order: a json list, or a text with one a line.
-
-    Raises
-    ------
-    DataError
-        For a file that is missing or holds none, a list with something other than texts.
-    """
+    """Answers to choose among, normalised, in their order: a JSON list, or a text file with one in each line."""
     file = Path(file).expanduser()
     text = read_text(file)
-    listed = text.splitlines()
     if text.lstrip().startswith("["):
-        listed = [checked(_ListedAnswer, raw, f"{file}: {place}").root for place, raw in read_list(file)]
-    if not listed:
-        raise DataError(f"{file}: no answer in it; write a json list of answers, or one a line")
-    return tuple(dict.fromkeys(normalised_answer(answer) for answer in listed if answer.strip()))
+        answers = []
+        for place, answer in read_list(file):
+            if not isinstance(answer, str) or not answer.strip():
+                raise DataError(f"{file}: {place}: expected an answer as a string; correct the list")
+            answers.append(answer)
+    else:
+        answers = [line for line in text.splitlines() if line.strip()]
+    if not answers:
+        raise DataError(f"{file}: no answer in it; write a JSON list of answers, or one in each line")
+    return tuple(dict.fromkeys(map(normalised_answer, answers)))
 
 
-def read_easy_vqa(split: Literal["train", "test"]) -> list[Example]:
-    """easy-VQA, from its installed package: 64 x 64 drawings, 13 answers, one answer a question.
+def read_easy_vqa() -> Splits:
+    """easy-VQA, from its installed package: 64 x 64 drawings, 13 answers, one answer for each question.
 
-    Raises
-    ------
-    DataError
-        If the package is not installed.
+    A tenth of the training images, by their number, validates: the package has no such split.
     """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or spec.origin is None:
-        raise DataError("easy-vqa: the package is not installed; pip install easy-vqa")
-    folder = Path(spec.origin).parent / "data" / split
-    index = ImageIndex([folder / "images"])
-    file = folder / "questions.json"
-    return [
-        Example(
-            id=f"{split}-{number}",
-            images=(index.find(f"{image}.png", where=f"{file}: [{number}]"),),
-            text=question,
-            split=split,
-            answers=(answer,) * 10,
-        )
-        for number, (question, answer, image) in enumerate(json.loads(file.read_text(encoding="utf-8")))
-    ]
+        raise DataError(f"{EASY_VQA}: the package is not installed; pip install easy-vqa")
+    splits: Splits = {"train": [], "val": [], "test": []}
+    for part in ("train", "test"):
+        folder = Path(spec.origin).parent / "data" / part
+        images = ImageIndex([folder / "images"])
+        questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+        for number, (question, answer, image) in enumerate(questions):
+            split = "val" if part == "train" and int(image) % 10 == 0 else part
+            file = images.find(f"{image}.png")
+            splits[split].append(Example(f"{part}-{number}", (file,), question, split, answers=(answer,) * 10))
+    return splits
 
 
 # ------------------------------------------------------------------------------------------------ statements
 
 
-class _Nlvr2(BaseModel):
+class _Nlvr2Record(BaseModel):
     identifier: str = Field(pattern=NLVR2_IDENTIFIER)
     sentence: Text
     label: Literal["True", "False"] | None = None
 
 
-def read_nlvr2(file: Source, *, split: str, images: Places = ()) -> list[Example]:
-    """NLVR2's json lines; images by the naming of its release, `<identifier without its last part>-img0.png`."""
-    opened = open_as(file, "nlvr2")
-    index = image_index(opened.file, images)
-    examples = []
-    for place, raw in opened.content:
-        with one_record():
-            record = checked(_Nlvr2, raw, f"{opened.file}: {place}")
-            where = f"{opened.file}: {place} ({record.identifier})"
-            if record.label is None and split != "test":
-                raise DataError(f"{where}: no label; only test may lack it")
-            pair = record.identifier.rsplit("-", 1)[0]
-            sides = tuple(index.find(f"{pair}-img{side}.png", where=where) for side in (0, 1))
-            examples.append(
-                Example(record.identifier, sides, " ".join(record.sentence.split()), split, label=record.label)
-            )
-    return unique(examples, opened.file)
+def read_nlvr2(path: str | Path, *, images: Places = ()) -> Splits:
+    """NLVR2's JSON lines. Images have the names of its release: `<identifier without its last part>-img0.png`."""
+    return NLVR2.read(path, images)
 
 
-def read_nlvr1(path: Source, *, images: Places = ()) -> list[Example]:
-    """NLVR v1 as single-image true / false, split as `read_pictures` does; the six orders of training boxes apart.
+def _nlvr2(annotations: Annotations) -> Iterator[Example]:
+    def example(record: _Nlvr2Record) -> Iterator[Example]:
+        if record.label is None and annotations.split != "test":
+            raise DataError("no label; only test may lack it")
+        pair = record.identifier.rsplit("-", 1)[0]
+        images = tuple(annotations.images.find(f"{pair}-img{side}.png") for side in (0, 1))
+        yield Example(record.identifier, images, one_line(record.sentence), annotations.split, label=record.label)
 
-    The id is the image file's name: its scripts read predictions by that.
+    return convert(annotations.file, annotations.content, _Nlvr2Record, "identifier", example)
+
+
+def read_nlvr1(path: str | Path, *, images: Places = ()) -> Splits:
+    """NLVR v1, true or false of one image, split as `read_pictures` does; in training each order of the boxes counts.
+
+    The id is the name of the image file, by which the release's scripts read predictions.
     """
-    pictures = read_captioned(path, images) if isinstance(path, Annotations) else read_pictures(path, images=images)
-    return [
-        Example(
-            id=PurePosixPath(picture.image.name).name,
-            images=(picture.image,),
-            text=text,
-            split=picture.split,
-            label=str(bool(picture.captions)),
-            boxes=picture.boxes,
-        )
-        for picture in pictures
-        for text in picture.captions + picture.foils
-    ]
+    return NLVR1_TASK.read(path, images)
 
 
-class _SnliVe(BaseModel):
+def _nlvr1(annotations: Annotations) -> Iterator[Example]:
+    for picture in NLVR1.read(annotations):
+        for text in picture.captions + picture.foils:
+            yield Example(
+                id=PurePosixPath(picture.image.name).name,
+                images=(picture.image,),
+                text=text,
+                split=picture.split,
+                label=str(bool(picture.captions)),
+                boxes=picture.boxes,
+            )
+
+
+# ------------------------------------------------------------------------------------------------ entailment
+
+ENTAILMENT = ("entailment", "neutral", "contradiction")
+
+
+class _SnliVeRecord(BaseModel):
     sentence1: str
     sentence2: Text
     gold_label: Literal["entailment", "neutral", "contradiction", "-"]
-    photo: str = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID"))  # both are in use
+    photo: str = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID"))  # both occur
     pairID: str
 
 
-def read_snli_ve(file: Source, *, split: str, images: Places = (), premise: bool = False) -> list[Example]:
-    """SNLI-VE's json lines over Flickr30k's images; records without a gold label ("-") are left out.
+def read_snli_ve(path: str | Path, *, images: Places = (), premise: bool = False) -> Splits:
+    """SNLI-VE's JSON lines over Flickr30k's images; records without a gold label ("-") are left out.
 
-    Parameters
-    ----------
-    premise : bool
-        Put the text premise before the hypothesis. It is the image's own Flickr caption and leaks: off unless asked.
+    With `premise`, the text premise precedes the hypothesis. It is a Flickr caption of the image and gives much away.
     """
-    opened = open_as(file, "snli-ve")
-    index = image_index(opened.file, images)
-    examples = []
-    for place, raw in opened.content:
-        with one_record():
-            record = checked(_SnliVe, raw, f"{opened.file}: {place}")
-            if record.gold_label == "-":
-                continue
-            where = f"{opened.file}: {place} ({record.pairID})"
-            photo = record.photo.removesuffix(".jpg")
-            image = index.find(f"{photo}.jpg", f"{photo}.png", where=where)
-            text = f"{record.sentence1} {record.sentence2}" if premise else record.sentence2
-            examples.append(
-                Example(
-                    id=record.pairID,
-                    images=(image,),
-                    text=" ".join(text.split()),
-                    split=split,
-                    label=record.gold_label,
-                    origins=origins(image, flickr=photo),
-                )
-            )
-    return unique(examples, opened.file)
+    published = replace(SNLI_VE.published, read=partial(_snli_ve, premise=premise))
+    return replace(SNLI_VE, published=published).read(path, images)
 
 
-# --------------------------------------------------------------------------------------------- one's own table
+def _snli_ve(annotations: Annotations, premise: bool = False) -> Iterator[Example]:
+    def example(record: _SnliVeRecord) -> Iterator[Example]:
+        if record.gold_label == "-":
+            return
+        photo = record.photo.removesuffix(".jpg")
+        image = annotations.images.find(f"{photo}.jpg", f"{photo}.png")
+        yield Example(
+            id=record.pairID,
+            images=(image,),
+            text=one_line(f"{record.sentence1} {record.sentence2}" if premise else record.sentence2),
+            split=annotations.split,
+            label=record.gold_label,
+            origins=origins(image, flickr=photo),
+        )
+
+    return convert(annotations.file, annotations.content, _SnliVeRecord, "pairID", example)
 
 
-def read_table(file: Source, task: str = "", *, images: Places = ()) -> list[Example]:
-    """A csv or json lines of `image`, `text`, `label`, for NLVR2 also `image2`, and, where wanted, `split` and `id`.
-
-    Parameters
-    ----------
-    task : str
-        The label of `vqa` is the answer, that of `nlvr1` and `nlvr2` true or false, that of `snli-ve` one of
-        `ENTAILMENT`; only a test record may lack it. Empty: any label, and none. For the split see `tables.read_rows`.
-
-    Raises
-    ------
-    DataError
-        For a broken row, a label that the task does not know, a missing image, an id that comes twice.
-    """
-    opened = open_as(file, "table")
-    return unique(_of_rows(read_rows(opened, image_index(opened.file, images)), task), opened.file)
+# --------------------------------------------------------------------------------------------- custom tables
 
 
-def _of_rows(rows: Sequence[Row], task: str) -> Iterator[Example]:
-    wanted = 2 if task == "nlvr2" else 1
+def examples_of(rows: Iterable[Row], task: TaskFiles | None = None) -> Iterator[Example]:
+    """The rows of a custom table as examples of a task; without one, any label counts, and none is needed."""
     for row in rows:
-        with one_record():
-            if task and len(row.images) != wanted:
-                raise DataError(f"{row.where}: {len(row.images)} images; {task} takes {wanted} (columns image, image2)")
+        try:
+            if task and len(row.images) != task.images:
+                raise DataError(f"{len(row.images)} images; {task.name} takes {task.images} (columns image, image2)")
             if task and not row.label and row.split != "test":
-                raise DataError(f"{row.where}: no label; only rows of the split test may lack it")
-            label = LABELS[task](row) if task and row.label else row.label or None
-            yield Example(
-                id=row.id,
-                images=row.images,
-                text=row.text,
-                split=row.split,
-                label=None if task == "vqa" else label,
-                answers=(label,) * 10 if task == "vqa" and label else (),
-                origins=origins(row.images[0]) if len(row.images) == 1 else frozenset(),
-            )
+                raise DataError("no label; only rows of the split test may lack it")
+            truth = task.truth(row.label) if task and row.label else {"label": row.label or None}
+            known = origins(row.images[0]) if len(row.images) == 1 else frozenset()
+            yield Example(row.id, row.images, row.text, row.split, origins=known, **truth)
+        except DataError as error:
+            report_fault(f"{row.where}: {error}")
 
 
-def _relation(row: Row) -> str:
-    if row.label.lower() not in ENTAILMENT:
-        raise DataError(f"{row.where}: label {row.label!r}; one of {', '.join(ENTAILMENT)} is wanted here")
-    return row.label.lower()
+def likely_task(rows: Sequence[Row]) -> TaskFiles | None:
+    """The task that a custom table is for, by its images and most of its labels.
 
-
-LABELS: dict[str, Callable[[Row], str]] = {
-    "vqa": lambda row: row.label, "nlvr1": true_or_false, "nlvr2": true_or_false, "snli-ve": _relation,
-}  # fmt: skip
-"""How a table's label is read, for each task."""
-
-# -------------------------------------------------------------------------------------------------- any file
-
-
-def read_examples(opened: Annotations, task: str, *, images: Places = (), premise: bool = False) -> list[Example]:
-    """The examples of an open file, of the task's own format or a table; its name tells the split if nothing else does.
-
-    Raises
-    ------
-    DataError
-        For a file of another format, and all that its reader refuses.
+    None: captions, which have no label, or true and false.
     """
-    split = split_named(opened.file, "train")
-    if opened.format == "table":
-        return read_table(opened, task, images=images)
-    if task == "vqa":
-        answers = answers_beside(opened.file)
-        if answers is None and split != "test":
-            expected = _answers_of(opened.file)
-            remedy = (
-                f"put {expected.name} beside it" if expected else "name it *_questions.json, them *_annotations.json"
-            )
-            raise DataError(f"{opened.file}: questions of {split} without annotations; {remedy}")
-        return read_vqa(opened, answers, split=split, images=images)
-    if task == "nlvr1":
-        return read_nlvr1(open_as(opened, "nlvr1"), images=images)
-    if task == "nlvr2":
-        return read_nlvr2(opened, split=split, images=images)
-    return read_snli_ve(opened, split=split, images=images, premise=premise)
+    images = max((len(row.images) for row in rows), default=1)
+    labels = [row.label for row in rows if row.label]
+    if images == 1 and 2 * sum(label.lower() in TRUE_FALSE for label in labels) >= len(labels):
+        return None
+    tasks = [task for task in TASK_FILES.values() if task.images == images]
+    fitting = (task for task in tasks if 2 * sum(task.knows(label) for label in labels) > len(labels))
+    return next(fitting, tasks[-1])
 
 
-def read_any(opened: Annotations, *, images: Places = ()) -> list[Picture] | list[Example]:
-    """The records of an open file of whatever format; none of VQA's annotations, which come with their questions."""
-    if opened.format == "vqa-answers":
-        return []
-    if opened.format == "table":
-        return read_table(opened, images=images)
-    if opened.format in READERS:
-        return read_captioned(opened, images)
-    return read_examples(opened, opened.format, images=images)
+def _answer(label: str) -> dict[str, Any]:
+    return {"answers": (label,) * 10}
+
+
+def _true_or_false(label: str) -> dict[str, Any]:
+    return {"label": true_or_false(label)}
+
+
+def _relation(label: str) -> dict[str, Any]:
+    if label.lower() not in ENTAILMENT:
+        raise DataError(f"label {label!r}; expected one of {', '.join(ENTAILMENT)}")
+    return {"label": label.lower()}
+
+
+# ------------------------------------------------------------------------------------------------- the formats
+
+VQA_ANSWERS = Format(
+    name="vqa-answers",
+    title="VQA v2 annotations",
+    layout="document",
+    recognises=lambda content: isinstance(content.get("annotations"), list) and "images" not in content,
+    read=lambda annotations: (),  # they are read with their questions
+    has_images=False,
+)
+VQA = TaskFiles(
+    Format(
+        name="vqa",
+        title="VQA v2 questions",
+        layout="document",
+        recognises=lambda content: isinstance(content.get("questions"), list),
+        read=_vqa,
+    ),
+    names=tuple(f"v2_OpenEnded_*_{split}*_questions.json" for split in ("train", "val", "test")),
+    truth=_answer,
+)
+NLVR2 = TaskFiles(
+    Format(
+        name="nlvr2",
+        title="NLVR2 JSON lines",
+        layout="lines",
+        recognises=lambda first: "identifier" in first and ("sentence" in first or "left_url" in first),
+        read=_nlvr2,
+    ),
+    names=("train.json", "dev.json", "test1.json"),
+    subfolder="nlvr2",
+    truth=_true_or_false,
+    images=2,
+)
+NLVR1_TASK = TaskFiles(replace(NLVR1, read=_nlvr1), names=NLVR1_FILES, truth=_true_or_false)
+SNLI_VE = TaskFiles(
+    Format(
+        name="snli-ve",
+        title="SNLI-VE JSON lines",
+        layout="lines",
+        recognises=lambda first: not {"Flickr30K_ID", "Flikr30kID", "gold_label"}.isdisjoint(first),
+        read=_snli_ve,
+    ),
+    names=("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),
+    truth=_relation,
+)
+TASK_FILES = {task.name: task for task in (NLVR1_TASK, SNLI_VE, NLVR2, VQA)}
+"""VQA is the last, because any label is an answer."""
+
+TASK_READERS: dict[str, Callable[..., Splits]] = {
+    "vqa": read_vqa,
+    "nlvr2": read_nlvr2,
+    "nlvr1": read_nlvr1,
+    "snli-ve": read_snli_ve,
+}
+
+ANY_TABLE = replace(TABLE, read=lambda annotations: examples_of(read_rows(annotations)))
+FORMATS = (
+    KARPATHY,
+    COCO,
+    VISUAL_GENOME,
+    NLVR1,
+    SNLI_VE.published,
+    NLVR2.published,
+    VQA.published,
+    VQA_ANSWERS,
+    ANY_TABLE,
+)
+"""All formats, of captioned sets and of tasks."""

@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from vpworkbench.data.files import open_as, unique
-from vpworkbench.data.images import ImageFile, image_index
+from vpworkbench.data.captioned import TABLE
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import use_regions, visual_input
+from vpworkbench.data.readers import open_annotations, unique
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.splits import load_examples
 from vpworkbench.data.tables import Row, read_unsplit_rows
@@ -161,8 +162,8 @@ def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str |
         For a broken row, an image that is missing or cannot be read, a wrong number of images in a row; before anything
         is predicted.
     """
-    opened = open_as(table, "table")
-    rows = unique(read_unsplit_rows(opened, image_index(opened.file, images)), opened.file)
+    opened = open_annotations(table, [TABLE], images)
+    rows = unique(read_unsplit_rows(opened), opened.file)
     _check_images(rows, model)
     likeliest = [next(iter(one.items())) for one in model.predict_all([row.images for row in rows],
                                                                       [row.text for row in rows])]  # fmt: skip
