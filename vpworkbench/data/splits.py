@@ -147,7 +147,7 @@ class TaskExamples(NamedTuple):
 def load_examples(settings: FinetuneSettings) -> TaskExamples:
     """Read the files of a task and keep the images of evaluation splits out of training.
 
-    `data` is `scenes`, or what the task's reader takes (see `task_readers`). For retrieval it is any captioned set, such as a Karpathy JSON.
+    `data` is `scenes` or what the task's reader takes (see `task_readers`); for retrieval, any captioned set.
 
     Raises
     ------
