@@ -48,5 +48,5 @@ def test_the_backbones_of_table_5(scenes, family, parameters, multiply_adds):
 
 
 def test_every_model_under_comparison_has_a_row(scenes):
-    table = budgets(subjects.open_models([""]), [picture for picture in scenes if picture.captions])
+    table = budgets(subjects.load_all([""]), [picture for picture in scenes if picture.captions])
     assert table.loc["shipped", "visual_tokens"] == 36 and table.loc["shipped", "multiply_adds"] > 1e6

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 
-from vpworkbench import probing, subjects
+from vpworkbench import subjects
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
@@ -111,10 +111,10 @@ def regions(scenes, tmp_path_factory) -> str:
 
 
 def test_ours_and_transformers_on_the_same_pictures(vilt, llava, scenes, tmp_path):
-    models = subjects.open_models(["", vilt, llava])
+    models = subjects.load_all(["", vilt, llava])
     assert [model.name for model in models] == ["shipped", "tiny-vilt", "tiny-llava"]
     pictures = [picture for picture in scenes if picture.captions][:5]
-    probed = probing.probe_all(models, pictures, folder=tmp_path)
+    probed = compare.probe_all(models, pictures, folder=tmp_path)
     assert [result.flow.shape for result in probed.values()] == [(5, 3, 3), (5, 2, 2), (5, 2, 2)]
     for result in probed.values():
         assert np.isfinite(result.from_input).all() and len(set(result.examples)) == 5
@@ -129,23 +129,23 @@ def test_ours_and_transformers_on_the_same_pictures(vilt, llava, scenes, tmp_pat
 
 
 def test_the_same_model_twice_keeps_two_names():
-    assert [model.name for model in subjects.open_models(["", ""])] == ["shipped", "shipped (2)"]
+    assert [model.name for model in subjects.load_all(["", ""])] == ["shipped", "shipped (2)"]
 
 
 def test_what_is_no_model_is_refused_before_any_is_probed(tmp_path):
     with pytest.raises(CheckpointError, match="no finished pre-training run at /nowhere.*transformers"):
-        subjects.open_models(["", "/nowhere"])
-    with pytest.raises(CheckpointError, match=r"no finished .* at tiny-atention .*not in its local cache .*OWNER/NAME"):
-        subjects.open_model("tiny-atention")
+        subjects.load_all(["", "/nowhere"])
+    with pytest.raises(CheckpointError, match=r"no finished .* at tiny-atention .*not in the local cache .*OWNER/NAME"):
+        subjects.load("tiny-atention")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "lxmert", "architectures": ["LxmertModel"]}))
     wanted = "lxmert takes regions, not pixels, and none are given: give `regions`.*2048 channels"
     with pytest.raises(CheckpointError, match=wanted):
-        subjects.open_model(str(tmp_path))
+        subjects.load(str(tmp_path))
     with pytest.raises(CheckpointError, match="'nowhere.tsv' is not there"):
-        subjects.open_model(str(tmp_path), regions="nowhere.tsv")
+        subjects.load(str(tmp_path), regions="nowhere.tsv")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vilt"}))
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        subjects.open_model(str(tmp_path))
+        subjects.load(str(tmp_path))
 
 
 def test_a_folder_without_its_tokenizer_says_so(visual_bert, regions, tmp_path):
@@ -153,13 +153,13 @@ def test_a_folder_without_its_tokenizer_says_so(visual_bert, regions, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (bare / file).unlink()
     with pytest.raises(CheckpointError, match=r"bare: .*processor or tokenizer, each saved there"):
-        subjects.open_model(str(bare), regions=regions)
+        subjects.load(str(bare), regions=regions)
 
 
 def test_regions_of_another_width_are_refused_when_the_model_is_opened(lxmert, tmp_path):
     write_regions(tmp_path / "images" / "7.npz", np.zeros((2, 9)), np.array([[0, 0, 5, 5]] * 2), (9, 9))
     with pytest.raises(DataError, match="images/7.npz: features of 9 channels .* takes 12; .*`vpw regions --width 12`"):
-        subjects.open_model(lxmert, regions=str(tmp_path))
+        subjects.load(lxmert, regions=str(tmp_path))
 
 
 def test_models_of_regions_read_them_from_files(visual_bert, lxmert, regions, scenes):
@@ -167,7 +167,7 @@ def test_models_of_regions_read_them_from_files(visual_bert, lxmert, regions, sc
     pictures = [picture for picture in scenes if picture.captions][:3]
     texts = [picture.captions[0] for picture in pictures]
     for folder in (visual_bert, lxmert):
-        subject = subjects.open_model(folder, regions=regions)
+        subject = subjects.load(folder, regions=regions)
         inputs = subject.prepare(pictures, texts)
         assert type(subject.model).__name__ in ("VisualBertModel", "LxmertModel")
         assert (inputs.vision & inputs.tokens).sum(dim=1).tolist() == [4, 4, 3]
@@ -184,7 +184,7 @@ def test_exclude_leaves_the_special_tokens_out(visual_bert, vilt, llava, regions
     pictures = [picture for picture in scenes if picture.captions][:2]
     texts = [picture.captions[0] for picture in pictures]
     wanted = [len(tokenizer.tokenize(text)) for text in texts]
-    for subject in subjects.open_models(["", visual_bert, vilt], regions=regions):
+    for subject in subjects.load_all(["", visual_bert, vilt], regions=regions):
         counted = subject.prepare(pictures, texts)
         excluded = subject.prepare(pictures, texts, special_tokens="exclude")
         assert excluded.language.sum(dim=1).tolist() == wanted

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.studies.examples import mask_errors
-from vpworkbench.subjects import Opened
+from vpworkbench.subjects import Subject
 from vpworkbench.tasks.task import TaskModel
 
 EVIL = '<img src=x onerror="hacked()">'
@@ -211,7 +212,7 @@ def test_two_models_share_a_span_and_take_turns_with_their_tokens(
     model: VisualParsingModel, scenes: list[Picture]
 ) -> None:
     deeper = wide_model(scenes, 6, layers=3)
-    view = explore(Opened(EVIL, model, model.prepare, 1), scenes[:2], beside=deeper)
+    view = explore(Subject(EVIL, model, partial(prepare, model), base=model), scenes[:2], beside=deeper)
     flow = view.flow
     flow.open()
     assert flow.spans.max == flow.layer.max == 2 < view.readings[1].layers
@@ -538,7 +539,7 @@ def test_a_model_of_transformers(make, scenes: list[Picture], tmp_path: Path) ->
     view.read(1, layer=2, head=3).span(0, 2)
     assert "no head" in view.tables()["answers"].answer[0]
     view.save(tmp_path / "page.html")
-    exec(view.code, {"model": view.subjects[0].opened, "pictures": scenes[:2]})
+    exec(view.code, {"model": view.subjects[0], "pictures": scenes[:2]})
     view.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -15,13 +16,14 @@ from sklearn.metrics import normalized_mutual_info_score
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.explorer import readings as module
-from vpworkbench.explorer.readings import Reading, Subject, read, same_boxes, subject
+from vpworkbench.explorer.readings import Reading, read, same_boxes
+from vpworkbench.huggingface import ForeignInputs
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import flow_from_attention, inter_modality_flow, modality_masks
 from vpworkbench.probes.layouts import grid_boxes
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
-from vpworkbench.subjects import Opened, Prepared
+from vpworkbench.subjects import Subject, load
 from vpworkbench.tasks.task import TaskModel
 
 IMAGE = 90  # id of an image place
@@ -31,20 +33,20 @@ ENCODER = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_
 
 @pytest.fixture
 def reading(model: VisualParsingModel, scenes: list[Picture]) -> Reading:
-    return read(subject(model), scenes[0], scenes[0].captions[0])
+    return read(load(model), scenes[0], scenes[0].captions[0])
 
 
-def opened(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Opened:
+def opened(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Subject:
     """A model of transformers that is given the same inputs whatever the picture."""
 
-    def prepare(pictures: list[Picture], texts: list[str]) -> Prepared:
+    def prepare(pictures: list[Picture], texts: list[str]) -> ForeignInputs:
         masks = modality_masks(model, inputs)
-        return Prepared(inputs, masks.vision, masks.tokens, masks.tokens & ~masks.vision)
+        return ForeignInputs(inputs, masks.vision, masks.tokens, masks.tokens & ~masks.vision)
 
-    return Opened(type(model).__name__, model.eval(), prepare, 1)
+    return Subject(type(model).__name__, model.eval(), prepare, batch=1)
 
 
-def vilt() -> Opened:
+def vilt() -> Subject:
     torch.manual_seed(0)
     model = hf.ViltModel(hf.ViltConfig(**ENCODER, image_size=24, patch_size=8, max_image_length=-1))
     ids = torch.randint(1, 80, (1, 7))
@@ -52,7 +54,7 @@ def vilt() -> Opened:
     return opened(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | pixels)
 
 
-def llava() -> Opened:
+def llava() -> Subject:
     torch.manual_seed(0)
     vision = hf.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                                  image_size=24, patch_size=8)  # fmt: skip
@@ -143,7 +145,7 @@ def test_words_boxes_and_image(reading: Reading, model: VisualParsingModel) -> N
 @pytest.mark.parametrize("make, words, patches", [(vilt, 7, 10), (llava, 4, 9)])
 def test_models_of_transformers(make, words: int, patches: int, scenes: list[Picture]) -> None:
     model = make()
-    reading = read(subject(model), scenes[0], "a red ball")
+    reading = read(load(model), scenes[0], "a red ball")
     assert (len(reading.words), len(reading.vision)) == (words, patches)
     language, vision = (torch.from_numpy(part) for part in reading.counted)
     np.testing.assert_allclose(reading.attention.sum(dim=-1), 1, atol=1e-5)
@@ -161,11 +163,11 @@ def test_models_of_transformers(make, words: int, patches: int, scenes: list[Pic
 def test_vilt_is_read_in_one_order_of_its_patches(scenes: list[Picture]) -> None:
     """It draws a new order in every forward; boxes and attention must be of the same one."""
     model = vilt()
-    reading = read(subject(model), scenes[0], "a red ball")
+    reading = read(load(model), scenes[0], "a red ball")
     places = len(reading.words) + 1 + np.arange(9)
     rows = reading.attention[0, 0][0, places]
     states = reading.hidden[0][0, places]
-    again = read(subject(model), scenes[0], "a red ball")
+    again = read(load(model), scenes[0], "a red ball")
     match = [int(np.abs(reading.boxes[1:] - box).sum(axis=1).argmin()) for box in again.boxes[1:]]
     torch.testing.assert_close(again.attention[0, 0][0, places], rows[match], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(again.hidden[0][0, places], states[match], atol=1e-5, rtol=1e-4)
@@ -175,10 +177,9 @@ def test_vilt_is_read_in_one_order_of_its_patches(scenes: list[Picture]) -> None
 def test_places_in_neither_modality_have_words_but_no_part_in_the_flow(
     model: VisualParsingModel, scenes: list[Picture], specials: str
 ) -> None:
-    def prepare(pictures: list[Picture], texts: list[str]) -> object:
-        return prepare(model, pictures, texts, special_tokens=specials)
-
-    reading = read(Subject("model", Opened("model", model, prepare, 1), model), scenes[0], "a red ball")
+    reading = read(
+        Subject("model", model, partial(prepare, model, special_tokens=specials), base=model), scenes[0], "a red ball"
+    )
     assert reading.words[0] == "[CLS]" and reading.counted[0, 0] == (specials == "language")
     matrix, (border,) = reading.span(0, 1)
     assert border == len(reading.words) - 2 * (specials == "exclude") and len(matrix) == reading.counted.sum()
@@ -196,10 +197,10 @@ def wide_model(scenes: list[Picture], tokens_on_a_side: int, layers: int = 2) ->
 
 def test_six_hundred_tokens(scenes: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
     model = wide_model(scenes, 25)
-    whole = read(subject(model), scenes[0], scenes[0].captions[0])
+    whole = read(load(model), scenes[0], scenes[0].captions[0])
     assert whole.tokens > 625 and whole.attention.dtype == torch.float32
     monkeypatch.setattr(module, "HALF_ABOVE", 2**20)
-    half = read(subject(model), scenes[0], scenes[0].captions[0])
+    half = read(load(model), scenes[0], scenes[0].captions[0])
     assert half.attention.dtype == torch.float16
     np.testing.assert_allclose(half.span(0, 1)[0], whole.span(0, 1)[0], atol=1e-4)
     np.testing.assert_allclose(half.looks(1, 2), whole.looks(1, 2), atol=1e-4)
@@ -210,7 +211,7 @@ def test_six_hundred_tokens(scenes: list[Picture], monkeypatch: pytest.MonkeyPat
 def test_large_maps_are_pooled_by_modality(
     model: VisualParsingModel, scenes: list[Picture], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    reading = read(subject(model), scenes[0], text)
+    reading = read(load(model), scenes[0], text)
     whole, (border,) = reading.span(0, 1)
     monkeypatch.setattr(module, "LARGEST_MAP", 30)
     pooled, (edge,) = reading.span(0, 1)
@@ -225,23 +226,23 @@ def test_large_maps_are_pooled_by_modality(
 
 def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:
     with pytest.raises(ValueError, match="empty sentence"):
-        read(subject(model), scenes[0], "  ")
+        read(load(model), scenes[0], "  ")
 
-    def blind(pictures: list[Picture], texts: list[str]) -> Prepared:
+    def blind(pictures: list[Picture], texts: list[str]) -> ForeignInputs:
         inputs = prepare(model, pictures, texts)
-        return Prepared(inputs.forward, torch.zeros_like(inputs.vision), inputs.tokens, inputs.language)
+        return ForeignInputs(inputs.forward, torch.zeros_like(inputs.vision), inputs.tokens, inputs.language)
 
     with pytest.raises(ValueError, match="no visual token"):
-        read(Subject("blind", Opened("blind", model, blind, 1)), scenes[0], "a red ball")
-    with pytest.raises(TypeError, match="open_model"):
-        subject(torch.nn.Linear(2, 2))
+        read(Subject("blind", model, blind), scenes[0], "a red ball")
+    with pytest.raises(TypeError, match="vpw.load"):
+        load(torch.nn.Linear(2, 2))
 
 
 def test_subjects(model: VisualParsingModel, scenes: list[Picture]) -> None:
     task = TaskModel(model, "nlvr1", ("False", "True"))
-    found = subject(task)
-    assert found.base is model and found.task is task and "nlvr1" in found.name
-    assert subject(found) is found
+    found = load(task)
+    assert found.base is model and found.task_model is task and "nlvr1" in found.name
+    assert load(found) is found
     other = narrow_model(scenes, family="patch", stride=32)
-    one, two = (read(subject(each), scenes[0], "a red ball") for each in (model, other))
+    one, two = (read(load(each), scenes[0], "a red ball") for each in (model, other))
     assert same_boxes([one, one]) and not same_boxes([one, two])

@@ -386,7 +386,7 @@ def test_every_family_is_saved_probed_explored_fine_tuned_and_reviewed(arm, regi
         assert torch.equal(model.state_dict()[name], value), name
     pictures = [picture for picture in scenes if picture.split == "val"][:6]
     assert np.isfinite(probe(model, pictures, images=6).from_input).all()
-    assert subjects.open_model(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
+    assert subjects.load(f"same-{arm}").prepare(pictures, ["a ball"] * 6).vision.any()
 
     view = explore(f"same-{arm}", pictures)
     reading = view.readings[0]

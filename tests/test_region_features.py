@@ -100,14 +100,14 @@ def test_regions_of_other_scenes_are_refused(regions, tmp_path):
         with pytest.raises(DataError, match="regions of other scenes"):
             prepare_task(finetune_settings(task=task, checkpoint=str(run), overrides=few))
     with pytest.raises(DataError, match="regions of other scenes"):
-        subjects.open_model(str(run)).prepare(other[:1], ["a ball"])
+        subjects.load(str(run)).prepare(other[:1], ["a ball"])
     earlier = shutil.copytree(regions, tmp_path / "earlier")
     (earlier / "scenes.json").unlink()  # as earlier versions left it
     for place in (earlier, regions):
         with pytest.raises(DataError, match="regions of other scenes"):
-            subjects.open_model(str(run), regions=str(place)).prepare(other[:1], ["a ball"])
+            subjects.load(str(run), regions=str(place)).prepare(other[:1], ["a ball"])
     make_regions(tmp_path / "theirs", settings(scenes=SCENES.model_copy(update={"seed": 5})), progress=False)
-    subject = subjects.open_model(str(run), regions=str(tmp_path / "theirs"))
+    subject = subjects.load(str(run), regions=str(tmp_path / "theirs"))
     assert subject.prepare(other[:1], ["a ball"]).vision.sum() == min(3, len(other[0].scene.things))
 
 
@@ -115,17 +115,17 @@ def test_regions_are_for_models_that_read_them(regions, tmp_path, caplog):
     chosen, run = few_steps(regions), tmp_path / "run"
     pretrain(open_folder(run, "01_pretrain", chosen), prepare(chosen), chosen)
     shutil.copytree(regions, tmp_path / "moved")
-    assert subjects.open_model(str(run), regions=str(tmp_path / "moved")).model.settings.visual.region_files == str(
+    assert subjects.load(str(run), regions=str(tmp_path / "moved")).model.settings.visual.region_files == str(
         tmp_path / "moved"
     )
-    for opened in (lambda: subjects.open_model("", regions=str(regions)),
-                   lambda: subjects.open_models(["", ""], regions=str(regions))):  # fmt: skip
+    for opened in (lambda: subjects.load("", regions=str(regions)),
+                   lambda: subjects.load_all(["", ""], regions=str(regions))):  # fmt: skip
         with pytest.raises(SettingsError, match="^regions: .* pixels; leave it empty"):
             opened()
     write_regions(tmp_path / "wide" / "1.npz", np.zeros((1, 24)), np.array([[0, 0, 5, 5]]), (9, 9))
     with pytest.raises(DataError, match="features of 24 channels where the model takes 16"):
-        subjects.open_model(str(run), regions=str(tmp_path / "wide"))
-    ours = subjects.open_models([str(run), ""], regions=str(tmp_path / "wide"))[0]
+        subjects.load(str(run), regions=str(tmp_path / "wide"))
+    ours = subjects.load_all([str(run), ""], regions=str(tmp_path / "wide"))[0]
     assert ours.model.settings.visual.region_files == str(regions) and "keeps its own regions" in caplog.text
     view = explore(str(run), regions=str(tmp_path / "moved"), beside="", pictures=2)
     assert [reading.regions for reading in view.readings] == [True, False]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,14 +16,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.data.inputs import prepare as prepare_ours
 from vpworkbench.data.records import Picture
+from vpworkbench.data.splits import load_held_out
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.hidden import hidden_states
 from vpworkbench.probes.layers import LayerNames
 from vpworkbench.probes.nmi import modality_nmi
 from vpworkbench.stats import bootstrap_interval
-from vpworkbench.subjects import Opened
+from vpworkbench.subjects import Loadable, load
 
 SPANS = ("flow", "null", "text_to_vision", "vision_to_text")
 _CONFIG = b"vpworkbench"  # key of the config in a file's schema
@@ -264,77 +263,46 @@ def _probe(model: nn.Module, inputs: ProbeInputs, layers: LayerNames | None, see
 
 
 def probe(
-    model: nn.Module,
-    pictures: Sequence[Picture],
+    subject: Loadable = "",
+    pictures: Sequence[Picture] | None = None,
     *,
-    prepare: Callable[..., Any] | None = None,
-    batch: int = 16,
     images: int = 64,
     special_tokens: Literal["language", "exclude"] = "language",
     seed: int = 0,
     folder: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Probed:
-    """Inter-Modality Flow and NMI of held-out pictures, each with the first text that is true of it.
+    """Inter-Modality Flow and NMI of pictures, each with the first text that is true of it.
 
     Parameters
     ----------
-    model
-        One of ours; another with its `prepare` and its `batch`, as `subjects.open_model` gives them.
+    subject
+        A model or its name; see `subjects.load`.
+    pictures
+        None: held-out pictures of the set that the model was trained on.
+    images : int
+        At most this many.
     special_tokens
         [CLS] and [SEP] count as language, or in neither modality.
     folder : Path or None
-        Keeps `probes.parquet`, and what is done of it while it is not complete.
+        Keeps `probes.parquet`; while it is not complete, the parts that are done.
     """
+    subject = load(subject)
+    if pictures is None:
+        pictures = load_held_out(subject.data)
     chosen = [picture for picture in pictures if picture.captions][:images]
-    parts = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-    prepare = prepare or partial(prepare_ours, model)
+    parts = [chosen[start : start + subject.batch] for start in range(0, len(chosen), subject.batch)]
     batches = (
-        prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens) for part in parts
+        subject.prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens)
+        for part in parts
     )
     return probe_dataset(
-        model.eval(),
+        subject.model.eval(),
         batches,
         total=len(parts),
         folder=folder,
-        config={"images": len(chosen), "special_tokens": special_tokens},
+        config={"model": subject.name, "images": len(chosen), "special_tokens": special_tokens},
         examples=[f"{number}/{picture.id}" for number, picture in enumerate(chosen)],
         seed=seed,
         progress=progress,
     )
-
-
-def probe_all(
-    subjects: Sequence[Opened],
-    pictures: Sequence[Picture],
-    *,
-    seed: int = 0,
-    folder: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Probed]:
-    """Probe every model on the same pictures, each with its first caption; by the models' names.
-
-    Parameters
-    ----------
-    folder : Path or None
-        Takes one folder for each model; a stopped call goes on where it was.
-    """
-    found = {}
-    for number, subject in enumerate(subjects):
-        parts = [pictures[start : start + subject.batch] for start in range(0, len(pictures), subject.batch)]
-        found[subject.name] = probe_dataset(
-            subject.model.eval(),
-            _batches(subject, parts),
-            total=len(parts),
-            folder=None if folder is None else folder / f"model-{number}",
-            config={"model": subject.name, "images": len(pictures)},
-            examples=[f"{place}/{picture.id}" for place, picture in enumerate(pictures)],
-            seed=seed,
-            progress=progress,
-        )
-    return found
-
-
-def _batches(subject: Opened, parts: Sequence[Sequence[Picture]]) -> Iterator[Any]:
-    for part in parts:
-        yield subject.prepare(part, [picture.captions[0] for picture in part])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ipywidgets
 import pandas as pd
 import plotly.graph_objects as go
-from torch import nn
 
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out, load_splits
@@ -20,14 +20,13 @@ from vpworkbench.explorer.flow import FlowView
 from vpworkbench.explorer.masks import MasksView, Select
 from vpworkbench.explorer.page import Part, Section, write_page
 from vpworkbench.explorer.parts import WIDTH, Later, column
-from vpworkbench.explorer.readings import Reading, Subject, chosen_text, read, subject
+from vpworkbench.explorer.readings import Reading, chosen_text, read
 from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
 from vpworkbench.settings import DataSettings
-from vpworkbench.subjects import Opened
+from vpworkbench.subjects import Loadable, Subject, load
 
-Model = Subject | Opened | nn.Module | str | None
 PICTURES = 24
 ViewName = Literal["masks", "words", "flow", "try"]
 View = TypeVar("View", MasksView, WordsView, FlowView)
@@ -39,10 +38,10 @@ ALL: tuple[ViewName, ...] = (*VIEWS, "try")
 
 
 def explore(
-    model: Model = None,
+    model: Loadable = None,
     data: Sequence[Picture] | str | Path | None = None,
     *,
-    beside: Model = None,
+    beside: Loadable = None,
     regions: str = "",
     pictures: int = PICTURES,
     views: Sequence[ViewName] = ALL,
@@ -52,7 +51,7 @@ def explore(
     Parameters
     ----------
     model
-        A `VisualParsingModel`, a `TaskModel`, a model of `subjects.open_model`, or the name or folder of a run;
+        A `VisualParsingModel`, a `TaskModel`, a `Subject` of `subjects.load`, or the name or folder of a run;
         None: the tiny model that ships.
     data
         Pictures, a captioned set that `load_splits` reads ("scenes", a folder, a file), or None: generated scenes. Of a
@@ -60,7 +59,7 @@ def explore(
     beside
         A second model, drawn under the first: before and after pre-training, masks by attention and at random.
     regions : str
-        Regions for models that read some, as of `subjects.open_model`.
+        Regions for models that read some, see `subjects.load`.
     pictures : int
         At most so many to choose from.
     views
@@ -75,13 +74,10 @@ def explore(
     """
     if unknown := [name for name in views if name not in ALL]:
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join(ALL)}")
-    names = ("model", "beside") if beside is not None else ("model",)
     given = (model, beside) if beside is not None else (model,)
-    subjects = [subject(one, name=name, regions=regions, alone=len(given) == 1)
-                for one, name in zip(given, names, strict=True)]  # fmt: skip
+    subjects = [load(one, regions=regions, optional_regions=len(given) > 1) for one in given]
     if len(subjects) == 2 and subjects[0].name == subjects[1].name:
-        subjects = [Subject(f"{one.name} ({number})", one.opened, one.base, one.task)
-                    for number, one in enumerate(subjects, start=1)]  # fmt: skip
+        subjects = [replace(one, name=f"{one.name} ({number})") for number, one in enumerate(subjects, start=1)]
     chosen = _pictures(data, pictures)
     readings = _first_readings(subjects, chosen, data)
     call = ", ".join(part for part in (

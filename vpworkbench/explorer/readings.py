@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,86 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vpworkbench.data.inputs import prepare, use_regions
 from vpworkbench.data.records import Picture
-from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
 from vpworkbench.probes.attention import AttentionCall, attention_handled, run_model
 from vpworkbench.probes.layers import LayerChoice, streams_of
 from vpworkbench.probes.layouts import patches_recorded
-from vpworkbench.subjects import Opened, load_task, open_model
-from vpworkbench.tasks.task import TaskModel
+from vpworkbench.subjects import Subject
 
 HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
 PRODUCTS_BYTES = 2**28  # of all spans of a reading, beyond which few of them are kept
 LARGEST_MAP = 1_200  # rows and columns that a page draws; larger maps are pooled
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is looked at.
-
-    Attributes
-    ----------
-    name : str
-    opened : Opened
-        The probed module and how it is given pictures and texts.
-    base : VisualParsingModel or None
-        Where it is one of ours: it has a parsing attention perhaps, and the heads of pre-training.
-    task : TaskModel or None
-        Where it was fine-tuned: it answers.
-    """
-
-    name: str
-    opened: Opened
-    base: VisualParsingModel | None = None
-    task: TaskModel | None = None
-
-
-def subject(
-    model: Subject | Opened | TaskModel | nn.Module | str | None,
-    *,
-    name: str = "model",
-    regions: str = "",
-    alone: bool = True,
-) -> Subject:
-    """Whatever a user has, as a subject: a model, an opened one, the name or folder of a run; None: the shipped one.
-
-    `regions` and `alone` as of `subjects.open_model`; of models that are open already they stay as they are.
-
-    Raises
-    ------
-    CheckpointError
-        If no model is found under that name.
-    TypeError
-        For a module that is not ours: `subjects.open_model` knows how transformers models take pictures.
-    """
-    if isinstance(model, Subject):
-        return model
-    if isinstance(model, TaskModel):
-        base = model.base.eval()
-        return Subject(f"{name}, {model.task}", Opened(name, base, partial(prepare, base), 1), base, model.eval())
-    if isinstance(model, VisualParsingModel):
-        return Subject(name, Opened(name, model.eval(), partial(prepare, model), 1), model)
-    if isinstance(model, str) or model is None:
-        found: TaskModel | Opened | None = _fine_tuned(model or "")
-        if found is None:
-            found = open_model(model or "", regions=regions, alone=alone)
-        elif regions and (alone or not found.base.settings.visual.kind.pixels):
-            use_regions(found.base, regions)
-        return subject(found, name=model or "shipped")
-    if isinstance(model, Opened):
-        return Subject(model.name, model, model.model if isinstance(model.model, VisualParsingModel) else None)
-    raise TypeError(f"{type(model).__name__} is no model that is known here; open it by subjects.open_model(path)")
-
-
-def _fine_tuned(name: str) -> TaskModel | None:
-    from vpworkbench.errors import CheckpointError
-
-    try:
-        return load_task(name) if name else None
-    except CheckpointError:
-        return None
 
 
 @dataclass(eq=False)
@@ -262,14 +192,13 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     """
     if not text.strip():
         raise ValueError("an empty sentence has no words to look at; type some")
-    opened = model.opened
-    inputs = opened.prepare([picture], [text])
+    inputs = model.prepare([picture], [text])
     if not inputs.vision.any():
         raise ValueError(f"{model.name} makes no visual token of this input: there is nothing to look at")
-    flow = inter_modality_flow(opened.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
-    with patches_recorded(opened.model) as shuffled:
-        attention = _attention(opened.model, inputs)
-    masks = modality_masks(opened.model, inputs.forward)
+    flow = inter_modality_flow(model.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
+    with patches_recorded(model.model) as shuffled:
+        attention = _attention(model.model, inputs)
+    masks = modality_masks(model.model, inputs.forward)
     placed, base = getattr(inputs, "boxes", None), model.base
     boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
     if placed is not None:  # a VisualBERT is not told where its regions lie
@@ -288,7 +217,7 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
         counted=torch.stack([language, vision]).numpy(), boxes=boxes[places].float().numpy(),
         regions=not base.settings.visual.kind.on_grid if base is not None else placed is not None,
         attention=attention, flow=flow.flow[0].double().cpu().numpy(), null=flow.null[0].double().cpu().numpy(),
-        hidden=tuple(part.detach() for part in hidden_states(opened.model, inputs.forward, tokens=inputs.tokens)),
+        hidden=tuple(part.detach() for part in hidden_states(model.model, inputs.forward, tokens=inputs.tokens)),
         forward=dict(inputs.forward),
     )  # fmt: skip
 
@@ -330,7 +259,7 @@ def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
     if model.base is not None:
         ids, tokenizer = forward["words"][0], model.base.tokenizer
     else:
-        processor = getattr(model.opened.prepare, "processor", None)
+        processor = getattr(model.prepare, "processor", None)
         ids, tokenizer = forward.get("input_ids"), getattr(processor, "tokenizer", processor)
         ids = ids[0] if ids is not None else torch.empty(0)
     if len(ids) == inputs.tokens.shape[1]:  # images stand among the words

@@ -85,7 +85,7 @@ class TryView:
         self.answers.update(rows=[list(cells) for cells in self._said()], alt=f"Of the sentence “{text}”.")
         self.unasked.say(*(
             f"{one.subject.name} is fine-tuned: no ITM and no words for [MASK]; the model that it was before has them."
-            for one in readings if one.subject.task is not None
+            for one in readings if one.subject.task_model is not None
         ))  # fmt: skip
 
     def say(self, text: str) -> None:
@@ -152,7 +152,7 @@ class TryView:
 
 def _answers(reading: Reading) -> list[tuple[str, str]]:
     """What one model is asked, and its answer."""
-    picture, text, base, task = reading.picture, reading.text, reading.subject.base, reading.subject.task
+    picture, text, base, task = reading.picture, reading.text, reading.subject.base, reading.subject.task_model
     if task is not None and task.task == "nlvr2":
         return [("nlvr2", "No answer: it judges statements about two images, and here there is one.")]
     if task is not None:

@@ -7,7 +7,8 @@ latter two take regions, which a detector found before (`data.regions`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,20 +16,20 @@ import pandas as pd
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.model.budget import budget_of
-from vpworkbench.probing import Probed
+from vpworkbench.probing import Probed, probe
 from vpworkbench.settings import CompareSettings, DataSettings, ProbeSettings
 from vpworkbench.stats import Interval, flatten
-from vpworkbench.subjects import Opened
+from vpworkbench.subjects import Subject
 
 log = logging.getLogger(__name__)
 
 
-def held_out(settings: CompareSettings | ProbeSettings, subject: Opened | None = None) -> list[Picture]:
+def held_out(settings: CompareSettings | ProbeSettings, subject: Subject | None = None) -> list[Picture]:
     """The held-out pictures on which models are probed, each with a caption.
 
     Parameters
     ----------
-    subject : Opened or None
+    subject : Subject or None
         The one that is probed, where the settings name no set: its own is taken.
     """
     data = settings.data
@@ -68,9 +69,26 @@ def means(probed: dict[str, Probed], *, seed: int = 0) -> pd.DataFrame:
 
 
 def budgets(subjects: Sequence[Any], pictures: Sequence[Any]) -> pd.DataFrame:
-    """One row for each model under comparison (`compare.Opened`), by its name."""
+    """One row for each model under comparison , by its name."""
     rows = {}
     for subject in subjects:
         inputs = subject.prepare(pictures[:1], [pictures[0].captions[0]])
         rows[subject.name] = budget_of(subject.model, inputs.forward, inputs.vision)._asdict()
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def probe_all(
+    subjects: Sequence[Subject],
+    pictures: Sequence[Picture],
+    *,
+    seed: int = 0,
+    folder: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Probed]:
+    """Probe every model on the same pictures; by the models' names. A stopped call continues from `folder`."""
+    return {
+        subject.name: probe(
+            subject, pictures, images=len(pictures), seed=seed, folder=folder / f"model-{number}", progress=progress
+        )
+        for number, subject in enumerate(subjects)
+    }

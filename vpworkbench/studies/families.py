@@ -25,7 +25,7 @@ from vpworkbench.settings import FamilyRunsSettings, RegionSettings, TrainSettin
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.stats import Interval, flatten, over_seeds, seeds_and_samples_interval
-from vpworkbench.subjects import open_model, token_counts
+from vpworkbench.subjects import load, token_counts
 from vpworkbench.tasks.task import evaluate_task
 from vpworkbench.train.finetune import finetune, prepare_task
 from vpworkbench.train.pretrain import prepare, pretrain
@@ -375,7 +375,7 @@ def demonstrate(
         asked = prepare_task(task)
         finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", task), asked, task)
         score = evaluate_task(asked.model, asked.splits["val"]).interval()
-        subject = open_model(str(run.folder))
+        subject = load(str(run.folder))
         tokens = token_counts(subject, [picture for picture in prepared.splits["val"] if picture.captions])
         runs.append(FamilyRun(arm, 0, run.folder, probed, score, (settings.steps, settings.steps), tokens,
                               budget(prepared.model)._asdict(), {}))  # fmt: skip
