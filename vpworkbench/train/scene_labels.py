@@ -1,15 +1,15 @@
-"""A start for the visual side: trained on the scenes' own labels, colour and shape at each token.
+"""Training a network on the scenes' own labels: a start for the visual side, from colour and shape at each token.
 
-The miniature of the paper's ImageNet start: from scratch, a few minutes of MLM and ITM learn nothing about the image.
-Every visual family gets the same budget.
+It replaces the paper's ImageNet start at small size: from scratch, a few minutes of MLM and ITM learn nothing about
+the image. `region_features` trains its network on crops of the same scenes, with the same batches and objective.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,43 +23,138 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import scenes_folder
-from vpworkbench.data.steps import Sampler
+from vpworkbench.data.steps import Sampler, TensorBatch
+from vpworkbench.losses import Objective
 from vpworkbench.model.visual import build_visual
 from vpworkbench.runs import Run
 from vpworkbench.scenes.scene import COLOURS, SHAPES
 from vpworkbench.scenes.write import write_scenes
-from vpworkbench.settings import VisualInitSettings
+from vpworkbench.settings import RegionSettings, VisualInitSettings
+from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
 
 BACKGROUND = 0
 SMALLEST_SHARE = 0.2
-"""A token whose pixels are of an object by less than this share is background."""
+"""A token is background if each object covers less than this share of its pixels."""
+AT_ONCE = 64  # pictures, where nothing is trained
 
 
-class TokenLabels(NamedTuple):
-    """int64 (image, vision) each: 0 background, i + 1 the i-th of COLOURS and of SHAPES."""
-
-    colour: Tensor
-    shape: Tensor
+# ------------------------------------------------------------------------- what both networks share
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """uint8 (image, 3, height, width) and the labels of their tokens."""
+class LabelledBatch(TensorBatch):
+    """Images and what they show.
+
+    Attributes
+    ----------
+    images : uint8 Tensor, (image, 3, height, width)
+    labels : int64 Tensor, (image, kind) or (image, row, column, kind)
+        Numbers of classes, in the order of the network's heads; of an image, or of each token on its grid.
+    """
 
     images: Tensor
-    labels: TokenLabels
+    labels: Tensor
 
-    def to(self, device: torch.device | str) -> LabelledImages:
-        return LabelledImages(self.images.to(device), TokenLabels(*(label.to(device) for label in self.labels)))
 
-    def micro_batches(self, count: int) -> list[LabelledImages]:
-        cut = zip(self.images.chunk(count), *(label.chunk(count) for label in self.labels), strict=True)
-        return [LabelledImages(images, TokenLabels(*labels)) for images, *labels in cut]
+class LabelNetwork(nn.Module):
+    """A network whose features feed a linear head for each kind of label.
+
+    Subclasses call `add_heads` last, and their `forward` returns the features of uint8 images, (image, width) or
+    (image, token, width).
+    """
+
+    heads: nn.ModuleDict
+
+    def add_heads(self, width: int, classes: Mapping[str, int]) -> None:
+        self.heads = nn.ModuleDict({kind: nn.Linear(width, count) for kind, count in classes.items()})
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """For each kind of label, (image[, token], class)."""
+        features = self(images)
+        return {kind: head(features) for kind, head in self.heads.items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `model.safetensors`."""
+        save_weights(self, folder)
+
+
+class LabelBatches(Dataset):
+    """Labelled scenes by step, mirrored at random."""
+
+    def __init__(
+        self, pictures: Sequence[Picture], read: Callable[[Sequence[Picture]], LabelledBatch], *, images: int, seed: int
+    ) -> None:
+        self.sampler, self.read, self.seed = Sampler(pictures, images, seed=(seed,)), read, seed
+
+    def __getitem__(self, step: int) -> LabelledBatch:
+        batch = self.read(self.sampler[step])
+        mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(batch.images)) < 0.5)
+        batch.images[mirrored] = batch.images[mirrored].flip(-1)
+        if batch.labels.ndim == 4:
+            batch.labels[mirrored] = batch.labels[mirrored].flip(2)  # image row column kind
+        return batch
+
+
+class Labelling(Objective):
+    """Cross entropy of each kind of label, a mean over images or tokens."""
+
+    def __init__(self, kinds: Iterable[str]) -> None:
+        self.weights = dict.fromkeys(kinds, 1.0)
+
+    def counts(self, batch: LabelledBatch) -> dict[str, int]:
+        return dict.fromkeys(self.weights, batch.labels[..., 0].numel())
+
+    def losses(self, model: LabelNetwork, batch: LabelledBatch) -> dict[str, Tensor]:
+        labels = batch.labels.flatten(0, -2).unbind(dim=1)
+        return {
+            kind: functional.cross_entropy(scores.flatten(0, -2), label, reduction="sum")
+            for (kind, scores), label in zip(model.logits(batch.images).items(), labels, strict=True)
+        }
+
+
+def train_labels(
+    model: LabelNetwork,
+    pictures: Sequence[Picture],
+    read: Callable[[Sequence[Picture]], LabelledBatch],
+    run: Run,
+    settings: VisualInitSettings | RegionSettings,
+    *,
+    what: str,
+) -> None:
+    """Train a network on labelled scenes, from the run's last checkpoint if there is one."""
+    batches = LabelBatches(pictures, read, images=settings.train.images, seed=settings.seed)
+    options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
+    fit(model, Labelling(model.heads), batches, run, what=what, **options)
+
+
+@torch.no_grad()
+def label_accuracy(
+    model: LabelNetwork,
+    pictures: Sequence[Picture],
+    read: Callable[[Sequence[Picture]], LabelledBatch],
+    *,
+    unscored: int | None = None,
+) -> dict[str, float]:
+    """Share of right labels of each kind, as `<kind>_accuracy`; where the true label is `unscored`, none is scored."""
+    hits, scored = dict.fromkeys(model.heads, 0), dict.fromkeys(model.heads, 0)
+    device = next(model.eval().parameters()).device
+    for start in range(0, len(pictures), AT_ONCE):
+        batch = read(pictures[start : start + AT_ONCE]).to(device)
+        labels = batch.labels.flatten(0, -2).unbind(dim=1)
+        for (kind, scores), label in zip(model.logits(batch.images).items(), labels, strict=True):
+            is_scored = torch.ones_like(label, dtype=torch.bool) if unscored is None else label != unscored
+            right = scores.flatten(0, -2).argmax(dim=-1) == label
+            hits[kind] += int((right & is_scored).sum())
+            scored[kind] += int(is_scored.sum())
+    return {f"{kind}_accuracy": hits[kind] / max(scored[kind], 1) for kind in hits}
+
+
+# ------------------------------------------------------------------------- a start for the visual side
 
 
 def token_objects(object_map: np.ndarray, grid: int) -> np.ndarray:
-    """The object that most of a token's pixels show; int (grid, grid), 0 for background.
+    """The object that covers most of each token's pixels; int (grid, grid), 0 for background.
 
     Parameters
     ----------
@@ -68,118 +163,61 @@ def token_objects(object_map: np.ndarray, grid: int) -> np.ndarray:
     """
     side = object_map.shape[0] // grid
     cells = object_map.reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid, grid, -1)
-    shares = np.stack([(cells == number).mean(axis=-1) for number in range(1, int(object_map.max()) + 1)] or
-                      [np.zeros((grid, grid))])  # fmt: skip
+    numbers = range(1, max(int(object_map.max()), 1) + 1)
+    shares = np.stack([(cells == number).mean(axis=-1) for number in numbers])
     return np.where(shares.max(axis=0) >= SMALLEST_SHARE, shares.argmax(axis=0) + 1, BACKGROUND)
 
 
-def token_labels(pictures: Sequence[Picture], grid: int) -> TokenLabels:
-    """Colour and shape at each token of generated scenes; a grid that does not divide their pixels is laid over."""
+def token_labels(pictures: Sequence[Picture], grid: int) -> Tensor:
+    """Colour and shape at each token of generated scenes; int64 (image, row, column, 2).
+
+    0 is background, i + 1 the i-th of COLOURS and of SHAPES. If `grid` does not divide an image, the map of its objects
+    is enlarged first.
+    """
     colours, shapes = list(COLOURS), list(SHAPES)
-    rows = []
+    labels = []
     for picture in pictures:
         drawn = picture.object_map()
         if drawn.shape[0] % grid:
             side = grid * -(-drawn.shape[0] // grid)
             drawn = np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.NEAREST))
-        objects = token_objects(drawn, grid).ravel()
-        # Draped things have a shape of their own word: it is not one of SHAPES and stays background.
-        colour = [BACKGROUND] + [colours.index(thing.colour) + 1 for thing in picture.scene.things]
-        shape = [BACKGROUND] + [shapes.index(thing.shape) + 1 if thing.shape in shapes else BACKGROUND
-                                for thing in picture.scene.things]  # fmt: skip
-        rows.append((np.array(colour)[objects], np.array(shape)[objects]))
-    return TokenLabels(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+        # Draped things have a word of their own for their shape: it is not one of SHAPES and stays background.
+        known = [
+            (colours.index(thing.colour) + 1, shapes.index(thing.shape) + 1 if thing.shape in shapes else BACKGROUND)
+            for thing in picture.scene.things
+        ]
+        labels.append(np.array([(BACKGROUND, BACKGROUND), *known])[token_objects(drawn, grid)])
+    return torch.from_numpy(np.stack(labels))
 
 
-class LabelBatches(Dataset):
-    """Images and the labels of their tokens by step; mirrored at random."""
-
-    def __init__(self, pictures: Sequence[Picture], *, images: int, image_px: int, grid: int, seed: int) -> None:
-        self.sampler = Sampler(pictures, images, seed=(seed,))
-        self.image_px, self.grid, self.seed = image_px, grid, seed
-
-    def __getitem__(self, step: int) -> LabelledImages:
-        chosen = self.sampler[step]
-        images, labels = Pixels(self.image_px).stack(chosen), token_labels(chosen, self.grid)
-        mirrored = torch.from_numpy(np.random.default_rng((self.seed, 1, step)).random(len(chosen)) < 0.5)
-        images[mirrored] = images[mirrored].flip(-1)
-        for label in labels:
-            cells = label.unflatten(1, (self.grid, self.grid))
-            cells[mirrored] = cells[mirrored].flip(-1)
-        return LabelledImages(images, labels)
+def labelled_images(pictures: Sequence[Picture], *, image_px: int, grid: int) -> LabelledBatch:
+    """Whole scenes, with the labels of their tokens."""
+    return LabelledBatch(Pixels(image_px).stack(pictures), token_labels(pictures, grid))
 
 
-class TokenClassifier(nn.Module):
-    """A visual side with two linear heads, for colour and for shape; the heads are thrown away afterwards."""
+class TokenClassifier(LabelNetwork):
+    """A visual side with heads for colour and shape, which are dropped after training."""
 
     def __init__(self, settings: VisualInitSettings) -> None:
         super().__init__()
         torch.manual_seed(settings.seed)
         self.visual = build_visual(settings.visual)
-        self.colour = nn.Linear(self.visual.width, len(COLOURS) + 1)
-        self.shape = nn.Linear(self.visual.width, len(SHAPES) + 1)
+        self.add_heads(self.visual.width, {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1})
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (image, 3, height, width) -> logits (image, vision, colours + 1), (image, vision, shapes + 1)."""
-        features = self.visual(images).features
-        return self.colour(features), self.shape(features)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write all weights to `model.safetensors`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous().cpu() for name, value in self.state_dict().items()},
-                  Path(folder) / "model.safetensors")  # fmt: skip
-
-
-class TokenLabelling:
-    """Cross entropy of colour and shape at each token."""
-
-    weights = {"colour": 1.0, "shape": 1.0}
-
-    def counts(self, batch: LabelledImages) -> dict[str, int]:
-        return {name: label.numel() for name, label in batch.labels._asdict().items()}
-
-    def losses(self, model: TokenClassifier, batch: LabelledImages) -> dict[str, Tensor]:
-        logits = zip(("colour", "shape"), model(batch.images), batch.labels, strict=True)
-        return {name: functional.cross_entropy(scores.flatten(0, 1), label.flatten(), reduction="sum")
-                for name, scores, label in logits}  # fmt: skip
-
-    def watch(self, model: TokenClassifier, batch: LabelledImages) -> dict[str, float]:
-        return {}
-
-
-@torch.no_grad()
-def token_accuracy(
-    model: TokenClassifier, pictures: Sequence[Picture], settings: VisualInitSettings
-) -> dict[str, float]:
-    """Share of object tokens whose colour, and whose shape, is right; background tokens do not count."""
-    model.eval()
-    visual, hits, seen = settings.visual, np.zeros(2), np.zeros(2)
-    device = next(model.parameters()).device
-    for start in range(0, len(pictures), 100):
-        some = pictures[start : start + 100]
-        labels = token_labels(some, visual.grid)
-        for index, (scores, label) in enumerate(
-            zip(model(Pixels(visual.image_px).stack(some).to(device)), labels, strict=True)
-        ):
-            asked = label != BACKGROUND
-            hits[index] += (scores.argmax(-1).cpu()[asked] == label[asked]).sum().item()
-            seen[index] += asked.sum().item()
-    return dict(zip(("colour_accuracy", "shape_accuracy"), (hits / seen).tolist(), strict=True))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.visual(images).features
 
 
 def train_visual(run: Run, settings: VisualInitSettings) -> tuple[TokenClassifier, dict[str, float]]:
-    """Train, or resume; the classifier and its accuracy on held-out scenes.
+    """Train or resume a visual side; returns the classifier and its accuracy at object tokens of held-out scenes.
 
-    `checkpoint/visual.safetensors` is what `init_visual` takes.
+    `checkpoint/visual.safetensors` is a file for `init_visual`.
     """
-    model = TokenClassifier(settings)  # first: a backbone that timm does not have is told before scenes are drawn
+    model = TokenClassifier(settings)  # an unknown backbone is reported before scenes are drawn
     pictures = read_pictures(write_scenes(scenes_folder(settings.scenes), settings.scenes))
-    training = [picture for picture in pictures if picture.split == "train"]
-    batches = LabelBatches(training, images=settings.train.images, image_px=settings.visual.image_px,
-                           grid=settings.visual.grid, seed=settings.seed)  # fmt: skip
-    fit(model, TokenLabelling(), batches, run, optim=settings.optim, train=settings.train, seed=settings.seed,
-        workers=settings.workers, what="training the visual side")  # fmt: skip
+    training, held_out = ([one for one in pictures if one.split == split] for split in ("train", "val"))
+    read = partial(labelled_images, image_px=settings.visual.image_px, grid=settings.visual.grid)
+    train_labels(model, training, read, run, settings, what="training the visual side")
     weights = {name: value.contiguous().cpu() for name, value in model.visual.state_dict().items()}
     save_file(weights, run.folder / "checkpoint" / "visual.safetensors")
-    return model, token_accuracy(model, [picture for picture in pictures if picture.split == "val"], settings)
+    return model, label_accuracy(model, held_out, read, unscored=BACKGROUND)
