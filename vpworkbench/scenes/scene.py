@@ -11,7 +11,7 @@ the formats of published data sets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import permutations
 from typing import Any
 
@@ -78,10 +78,7 @@ class Scene:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict: `{"things": [...], "image_px": ...}`."""
-        things = [{name: getattr(thing, name) for name in Thing.__slots__} for thing in self.things]
-        for thing in things:
-            thing["box"] = list(thing["box"])
-        return {"things": things, "image_px": self.image_px}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Scene:
