@@ -26,9 +26,11 @@ run.write_summary(seed=seed, lines=len(run.metrics()))
 """
 
 
-def write_notebook(path, parameters, *cells):
+def write_notebook(path, parameters, *cells, tags=()):
+    """A notebook of these code cells; `tags` are those of the cells after the parameters, in order."""
     cells = [nbformat.v4.new_code_cell(source.strip()) for source in (parameters, *cells)]
-    cells[0].metadata["tags"] = ["parameters"]
+    for cell, tag in zip(cells, ["parameters", *tags], strict=False):
+        cell.metadata["tags"] = [tag]
     path.parent.mkdir(exist_ok=True)
     metadata = {"language_info": {"name": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)

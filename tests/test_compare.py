@@ -12,17 +12,18 @@ import pandas as pd
 import pytest
 import torch
 import transformers as hf
+from pydantic import ValidationError
 
 from vpworkbench import subjects
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.regions import write_regions
-from vpworkbench.errors import CheckpointError, DataError, SettingsError
+from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.explorer import explore
 from vpworkbench.jobs.notebooks import run_notebook
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import check
 from vpworkbench.probing import Probed
-from vpworkbench.settings import compare_settings
+from vpworkbench.settings import CompareSettings
 from vpworkbench.studies import compare
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.5)
@@ -99,7 +100,7 @@ def regions(scenes, tmp_path_factory) -> str:
     """Four regions of every picture of the scenes, and of those that notebooks take; every third has three."""
     folder = tmp_path_factory.mktemp("regions")
     rng = np.random.default_rng(0)
-    held_out = compare.held_out(compare_settings(images=8))
+    held_out = compare.held_out(CompareSettings(images=8))
     for chosen in ([picture for picture in scenes if picture.captions], held_out):
         for number, picture in enumerate(chosen):
             count = 3 if number % 3 == 2 else 4
@@ -217,7 +218,7 @@ def test_all_of_them_side_by_side(vilt, visual_bert, lxmert, regions, runs_folde
 
 
 def test_settings_take_one_model_or_a_list():
-    assert compare_settings().models == ("",)
-    assert compare_settings(models=["a", "b"], images=8).models == ("a", "b")
-    with pytest.raises(SettingsError, match="images"):
-        compare_settings(images=1)
+    assert CompareSettings().models == ("",)
+    assert CompareSettings(models=["a", "b"], images=8).models == ("a", "b")
+    with pytest.raises(ValidationError, match="images"):
+        CompareSettings(images=1)

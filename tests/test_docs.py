@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel
 
 from vpworkbench.cli import app
-from vpworkbench.jobs.notebooks import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings, finetune_settings
 
 REPOSITORY = Path(__file__).parents[1]

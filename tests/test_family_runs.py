@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vpworkbench import figures
 from vpworkbench.errors import SettingsError
-from vpworkbench.jobs.notebooks import check_parameters, find_notebook, notebook_parameters, parse_parameters
+from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.model.visual import build_visual
 from vpworkbench.probing import SPANS, Probed
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
-from vpworkbench.settings import RegionSettings, VisualSettings, family_runs_settings, finetune_settings
+from vpworkbench.settings import FamilyRunsSettings, RegionSettings, VisualSettings, finetune_settings
 from vpworkbench.stats import Interval
 from vpworkbench.studies import families as family_runs
 from vpworkbench.train.region_features import RegionNetwork
@@ -26,7 +26,7 @@ from vpworkbench.train.region_features import RegionNetwork
 
 def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
     """Each is accepted, every seed of every arm is there once, and nothing is used before it is made."""
-    calls = [shlex.split(call) for call in family_runs.calls(family_runs_settings(seeds=2))]
+    calls = [shlex.split(call) for call in family_runs.calls(FamilyRunsSettings(seeds=2))]
     assert calls[0][:3] == ["vpw", "regions", "scenes"] and "8" in calls[0]
     made, settings = {calls[0][3]}, {}
     for program, verb, notebook, option, name, *words in calls[1:]:
@@ -82,7 +82,7 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     trained.mkdir(parents=True)
     shutil.copy(shipped_run() / "config.json", trained)
     told = {"itm_accuracy": flow + 0.5, "mlm_with_image": 0.5, "mlm_other_image": 0.1}
-    Run(trained, None).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392, **told)
+    Run(trained).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392, **told)
     rng = np.random.default_rng(0)
     spans = {span: np.full((6, 3, 3), np.nan) for span in SPANS}
     for span, values in spans.items():
@@ -92,8 +92,8 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     probed.save(runs_root() / "02_probe" / name / "probes.parquet")
     asked = finetune_settings(checkpoint=name, steps=steps)
     open_folder(runs_root() / "04_finetune" / name, "04_finetune", asked)
-    Run(runs_root() / "02_probe" / name, None).write_summary(images=6, visual_tokens=36.0, words=11.5)
-    Run(runs_root() / "04_finetune" / name, None).write_summary(
+    Run(runs_root() / "02_probe" / name).write_summary(images=6, visual_tokens=36.0, words=11.5)
+    Run(runs_root() / "04_finetune" / name).write_summary(
         **{"vqa_score": score, "vqa_score_low": score - 0.02, "vqa_score_high": score + 0.02,
            "baseline text only": {"vqa_score": score - 0.1}}
     )  # fmt: skip
@@ -106,8 +106,8 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     finished("families-swin-none-0", 0.35, 0.4)
     (runs_folder / "04_finetune" / "families-swin-none-0" / "summary.json").unlink()  # still fine-tuning
     finished("others-swin-none-0", 0.35, 0.4)
-    settings = family_runs_settings()
-    found = family_runs.compared(settings, Run(runs_folder, settings))
+    settings = FamilyRunsSettings()
+    found = family_runs.compared(settings, Run(runs_folder))
     assert [(run.arm, run.seed) for run in found.runs] == [("swin-random", 0), ("swin-random", 1), ("grid-none", 0)]
     assert {run.steps for run in found.runs} == {(3500, 400)}
     assert found.over() == "2 seeds and 6 images" and found.names() == {"swin-random": "Swin, random MFR (36 tokens)"}
@@ -143,62 +143,62 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over())
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over() in curves.layout.title.text
     assert [folder.name for folder in found.folders] == ["families-grid-none-0", "families-swin-random-0"]
-    there = family_runs_settings(runs=str(runs_folder))
-    assert family_runs.compared(there, Run(runs_folder, there)).runs[0].folder == found.runs[0].folder
+    there = FamilyRunsSettings(runs=str(runs_folder))
+    assert family_runs.compared(there, Run(runs_folder)).runs[0].folder == found.runs[0].folder
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
-    settings = family_runs_settings(runs=str(tmp_path))
+    settings = FamilyRunsSettings(runs=str(tmp_path))
     with pytest.raises(SettingsError, match=rf"runs: {tmp_path} holds no finished runs called families-ARM-SEED"):
-        family_runs.compared(settings, Run(tmp_path, settings))
+        family_runs.compared(settings, Run(tmp_path))
 
 
 def test_runs_of_table_5_alone_are_refused(runs_folder):
     finished("families-grid-none-0", 0.4, 0.5)
     with pytest.raises(SettingsError, match="Table 5's arms alone, none is of a family, as families-swin-random-0 "):
-        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
 
 
 def test_probes_of_an_earlier_version_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
-    run = Run(runs_folder / "02_probe" / "families-swin-random-0", None)
+    run = Run(runs_folder / "02_probe" / "families-swin-random-0")
     whole = run.summary()
     run.write_summary(images=6)
     with pytest.raises(
         SettingsError, match=r"02_probe.families-swin-random-0: of an earlier version, without .visual_tokens"
     ):
-        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
     run.write_summary(**whole)
-    Run(runs_folder / "01_pretrain" / "families-swin-random-0", None).write_summary(visual_parameters=1)
+    Run(runs_folder / "01_pretrain" / "families-swin-random-0").write_summary(visual_parameters=1)
     with pytest.raises(SettingsError, match=r"01_pretrain.families-swin-random-0: of an earlier .*itm_accuracy"):
-        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
 
 
 def test_runs_on_different_pictures_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, pictures="ghijkl")
     with pytest.raises(SettingsError, match="read different pictures"):
-        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
 
 
 def test_runs_of_different_lengths_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, steps=300)
     with pytest.raises(SettingsError, match=r"numbers of steps \(\(3500, 300\), \(3500, 400\)\)"):
-        family_runs.compared(family_runs_settings(), Run(runs_folder, family_runs_settings()))
+        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
 
 
 def test_a_prefix_that_could_be_a_pattern_is_refused():
     for prefix in ("*", "fam*", "a/b", "../x", "x y", ""):
-        with pytest.raises(SettingsError, match="prefix"):
-            family_runs_settings(prefix=prefix)
+        with pytest.raises(ValueError, match="prefix"):
+            FamilyRunsSettings(prefix=prefix)
 
 
 def test_the_readme_says_what_the_committed_runs_say():
     """Each row of its table, of summaries and probes in the gallery."""
     gallery = shipped_run().with_name("08_families-tiny")
-    settings = family_runs_settings(runs=str(gallery / "runs"))
-    found = family_runs.compared(settings, Run(gallery, None))
+    settings = FamilyRunsSettings(runs=str(gallery / "runs"))
+    found = family_runs.compared(settings, Run(gallery))
     told = (Path(__file__).parents[1] / "README.md").read_text()
     scores = found.scores(tuple(family_runs.ARMS)).values()
     for arm, (flow, score) in zip((arm for arm in family_runs.ARMS if found.of(arm)), scores, strict=True):

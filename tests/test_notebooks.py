@@ -16,7 +16,8 @@ import papermill
 import pytest
 from miniatures import lines, picture
 
-from vpworkbench.jobs.notebooks import CHECKS, _imported, find_notebook, notebook_parameters, run_notebook
+from vpworkbench.jobs.notebooks import run_notebook
+from vpworkbench.jobs.parameters import CHECKS, find_notebook, imported, notebook_parameters
 from vpworkbench.runs import run_folder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def test_stored_without_outputs_and_with_explained_parameters(path):
 @pytest.mark.parametrize("name", CHECKS)
 def test_defaults_are_those_of_the_check(name):
     """The settings of a notebook's defaults and of a bare call are the same."""
-    check, defaults = _imported(CHECKS[name]), notebook_parameters(find_notebook(name))
+    check, defaults = imported(CHECKS[name]), notebook_parameters(find_notebook(name))
     accepted = inspect.signature(check).parameters
     assert check(**{key: value for key, value in defaults.items() if key in accepted}) == check()
 

@@ -13,7 +13,7 @@ from conftest import SmallMask, SmallSettings
 
 from vpworkbench import runs
 from vpworkbench.errors import RunError, SettingsError
-from vpworkbench.runs import list_runs, open_run
+from vpworkbench.runs import open_run
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
 
@@ -158,20 +158,6 @@ def test_figures_share_one_script_and_need_no_network(run):
         assert re.findall('<script[^>]*src="([^"]+)"', text) == ["plotly.min.js"]
     with pytest.raises(SettingsError):
         run.show("../loss", figure)
-
-
-def test_list_runs_reads_summaries_and_skips_the_gallery(run, runs_folder):
-    run.write_summary(steps=10, flow={"first": 0.4})
-    open_run("02_probe", SmallSettings(seed=5), name="b")
-    spoilt = open_run("02_probe", SmallSettings(), name="c")
-    (spoilt.folder / "config.json").write_text("{")
-    (runs_folder / "gallery" / "example").mkdir(parents=True)
-    (runs_folder / "gallery" / "example" / "config.json").write_text("{}")
-    table = list_runs()
-    assert table["name"].tolist() == ["a", "b", "c"] and table["complete"].tolist() == [True, False, False]
-    assert table["seed"].tolist()[:2] == [0, 5] and table["flow.first"][0] == 0.4
-    assert "config.json" in table["fault"][2]
-    assert list_runs(runs_folder / "nowhere").empty
 
 
 def test_runs_lie_in_the_nearest_repository_unless_told(tmp_path, monkeypatch):

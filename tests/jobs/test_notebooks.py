@@ -10,7 +10,8 @@ from small_notebooks import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench.errors import RunError, SettingsError
 from vpworkbench.jobs import notebooks as execution
-from vpworkbench.jobs.notebooks import check_parameters, parse_parameters, run_notebook
+from vpworkbench.jobs.notebooks import run_notebook
+from vpworkbench.jobs.parameters import CHECKS, check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("runs_folder")
@@ -70,7 +71,7 @@ def small_settings(*, seed: int = 0, rate: float = 0.1, words: str | list[str] =
 
 @pytest.fixture
 def checked_notebook(monkeypatch):
-    monkeypatch.setitem(execution.CHECKS, "small", f"{__name__}:small_settings")
+    monkeypatch.setitem(CHECKS, "small", f"{__name__}:small_settings")
     return {"name": "", "seed": 0, "rate": 0.1, "words": "a", "shown": 3}
 
 
@@ -94,23 +95,23 @@ def test_the_check_gets_the_notebook_s_defaults_and_the_given_values(checked_not
 def test_parameters_are_read_from_the_tagged_cell(tmp_path):
     source = 'data: str | list = "scenes"  # a == b\nsteps: int = -2\n\nks = [1,\n  2]\noverrides: dict = {}'
     path = write_notebook(tmp_path / "a.ipynb", source)
-    assert execution.notebook_parameters(path) == {"data": "scenes", "steps": -2, "ks": [1, 2], "overrides": {}}
-    epochs = execution.notebook_parameters(write_notebook(tmp_path / "e.ipynb", "epochs: float = 0"))
+    assert notebook_parameters(path) == {"data": "scenes", "steps": -2, "ks": [1, 2], "overrides": {}}
+    epochs = notebook_parameters(write_notebook(tmp_path / "e.ipynb", "epochs: float = 0"))
     assert parse_parameters({"epochs": "0.5"}, epochs) == {"epochs": 0.5}
     with pytest.raises(RunError, match="plain literals"):
-        execution.notebook_parameters(write_notebook(tmp_path / "b.ipynb", "steps = 2 * 3"))
+        notebook_parameters(write_notebook(tmp_path / "b.ipynb", "steps = 2 * 3"))
     (tmp_path / "c.ipynb").write_text("no json")
     with pytest.raises(RunError, match="c.ipynb: not a notebook"):
-        execution.notebook_parameters(tmp_path / "c.ipynb")
+        notebook_parameters(tmp_path / "c.ipynb")
 
 
 def test_a_misspelt_notebook_is_named_with_the_nearest(tmp_path, monkeypatch):
     write_notebook(tmp_path / "notebooks" / "01_pretrain.ipynb", "")
     monkeypatch.chdir(tmp_path)
     for name in ("01_pretrain", "01_pretrain.ipynb", "notebooks/01_pretrain.ipynb"):
-        assert execution.find_notebook(name) == tmp_path / "notebooks" / "01_pretrain.ipynb"
+        assert find_notebook(name) == tmp_path / "notebooks" / "01_pretrain.ipynb"
     with pytest.raises(FileNotFoundError, match="did you mean '01_pretrain'"):
-        execution.find_notebook("01_pretain")
+        find_notebook("01_pretain")
 
 
 # ----------------------------------------------------------------------------------------- executed notebooks
@@ -135,7 +136,7 @@ def test_a_failed_run_says_where_and_the_same_call_resumes_it(notebook, tmp_path
         "trial/a failed in cell In [5]: AssertionError",
         "too early",
         f"executed notebook: {folder / 'trial.ipynb'}",
-        "the same call runs it again, from its last checkpoint",
+        "the same call resumes from the last checkpoint",
     ]
     record = json.loads((folder / "trial.ipynb").read_text())["metadata"]["papermill"]
     assert record["exception"] is True and not (folder / "summary.json").exists()
@@ -151,6 +152,54 @@ def test_a_failed_run_says_where_and_the_same_call_resumes_it(notebook, tmp_path
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     assert run_notebook(str(notebook), **call) == executed
     assert "trial/a is complete, nothing to do" in caplog.text
+
+
+FIGURE = """
+(run.folder / "figure.txt").write_text("{figure}")
+"""
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """A notebook whose cells have tags, and a way to change its figure."""
+
+    def write(figure="first"):
+        cells = OPEN.format(notebook="trial"), TRAIN, STUMBLE, FIGURE.format(figure=figure)
+        return str(
+            write_notebook(tmp_path / "trial.ipynb", PARAMETERS, *cells, tags=("check", "compute", "sum", "show"))
+        )
+
+    return write
+
+
+def test_a_complete_run_is_executed_again_for_a_changed_figure(tagged, runs_folder):
+    folder = run_notebook(tagged(), name="a", parameters={"seed": 4}).parent
+    assert (folder / "figure.txt").read_text() == "first"
+    run_notebook(tagged("second"), name="a", parameters={"seed": 4})
+    assert (folder / "figure.txt").read_text() == "first"  # complete: nothing is done
+    executed = run_notebook(tagged("second"), name="a", again=True)  # with the seed that it had
+    assert executed.parent == folder and (folder / "figure.txt").read_text() == "second"
+    record = json.loads(executed.read_text())["metadata"]["papermill"]
+    assert record["parameters"] == {"seed": 4, "name": "a"} and not record["exception"]
+    with pytest.raises(SettingsError, match="trial/b is no complete run; run it without --again"):
+        run_notebook(tagged(), name="b", again=True)
+    assert not (runs_folder / "trial" / "b").exists()
+
+
+def test_a_run_stops_after_the_tagged_cell_and_the_plain_call_completes_it(tagged, runs_folder):
+    with pytest.raises(
+        SettingsError, match=r"--until compte: .* did you mean 'compute'\? \(tags: parameters, check, comp"
+    ):
+        run_notebook(tagged(), name="a", until="compte")
+    assert not runs_folder.exists()
+    executed = run_notebook(tagged(), name="a", until="compute")
+    folder = executed.parent
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1 and not (folder / "summary.json").exists()
+    assert "figure.txt" not in executed.read_text()
+    run_notebook(tagged(), name="a", until="sum")  # the summary is there, but the figure is not
+    assert (folder / "summary.json").exists() and not (folder / "figure.txt").exists()
+    run_notebook(tagged(), name="a")
+    assert (folder / "figure.txt").exists() and "figure.txt" in executed.read_text()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +222,7 @@ def test_a_complete_run_is_executed_again_only_if_its_notebook_broke_off(run, re
 
 def test_plain_papermill_gives_the_same_run(notebook, tmp_path, monkeypatch):
     path = write_notebook(tmp_path / "small.ipynb", PARAMETERS, OPEN.format(notebook="small"), TRAIN, STUMBLE)
-    monkeypatch.setitem(execution.CHECKS, "small", f"{__name__}:seed_settings")
+    monkeypatch.setitem(CHECKS, "small", f"{__name__}:seed_settings")
     papermill.execute_notebook(
         str(path), str(tmp_path / "out.ipynb"), {"seed": 3}, kernel_name="python3", progress_bar=False
     )
@@ -204,7 +253,7 @@ OURS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
 def test_our_notebooks_parameters_pass_their_check_and_papermill_sees_them_all(path):
-    defaults = execution.notebook_parameters(path)
+    defaults = notebook_parameters(path)
     assert defaults and defaults.keys() == papermill.inspect_notebook(str(path)).keys()
-    assert "name" in defaults and path.stem in execution.CHECKS
+    assert "name" in defaults and path.stem in CHECKS
     assert isinstance(check_parameters(path.stem, defaults, {}), Settings)

@@ -33,6 +33,24 @@ def test_runs_are_filtered_by_results_and_by_settings(three):
         results.find_runs("01_pretrain", "colour > 2")
 
 
+def test_a_run_that_cannot_be_read_keeps_its_row(run, runs_folder):
+    run.write_summary(steps=10, flow={"first": 0.4})
+    open_run("02_probe", SmallSettings(seed=5), name="b")
+    spoilt = open_run("02_probe", SmallSettings(), name="c")
+    (spoilt.folder / "config.json").write_text("{")
+    (runs_folder / "gallery" / "example").mkdir(parents=True)
+    (runs_folder / "gallery" / "example" / "config.json").write_text("{}")
+    table = results.find_runs()
+    assert table["name"].tolist() == ["a", "b", "c"] and table["complete"].tolist() == [True, False, False]
+    assert table["seed"].tolist()[:2] == [0, 5] and table["flow.first"].iloc[0] == 0.4
+    assert "config.json" in table["fault"].iloc[2]
+
+
+def test_without_runs_the_table_is_empty(runs_folder):
+    table = results.find_runs(where="seed == 0")
+    assert table.empty and list(table.columns) == results.COLUMNS
+
+
 def test_only_what_differs_is_shown(three):
     table = results.differences(three[:2])
     assert table.index.tolist() == ["seed", "mask.budget"]

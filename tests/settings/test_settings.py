@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
 from vpworkbench.errors import SettingsError
+from vpworkbench.runs import shipped_run
 from vpworkbench.settings import (
     PRESETS,
+    CompareSettings,
+    FamilyRunsSettings,
+    FinetuneSettings,
     PretrainSettings,
+    ProbeSettings,
+    VisualInitSettings,
+    checked,
     finetune_settings,
     pretrain_settings,
-    probe_settings,
     visual_init_settings,
 )
 
@@ -44,7 +52,7 @@ def test_mask_budget_is_fifteen_percent():
     [
         ({"preset": "tinny"}, "no preset 'tinny'; did you mean 'tiny'"),
         ({"visual": "swim"}, "visual.family.*'swim'"),
-        ({"visual": "grid", "masking": "attention"}, "needs a parsing attention.*random"),
+        ({"visual": "grid", "masking": "attention"}, "needs a parsing attention.*masking='random'"),
         ({"overrides": {"mask.budgt": 3}}, "mask.budgt: no such setting; did you mean 'mask.budget'"),
         ({"overrides": {"mask.budget": 99}}, "mask.budget 99 is larger than the 36 visual tokens"),
         ({"overrides": {"fusion.width": 190}}, "width 190 must be a multiple of heads 6"),
@@ -95,14 +103,31 @@ def test_only_paths_are_made_absolute(tmp_path, monkeypatch):
     settings = pretrain_settings(data=["scenes", "sets/mine", "sets/other"], init_text="./sets", init_visual="scenes")
     assert settings.data.sets == ("scenes", str(tmp_path / "sets" / "mine"), "sets/other")
     assert settings.init_text == str(tmp_path / "sets") and settings.init_visual == "scenes"
-    assert probe_settings(checkpoint="sets/mine").checkpoint == str(tmp_path / "sets" / "mine")
+    assert ProbeSettings(checkpoint="sets/mine").checkpoint == str(tmp_path / "sets" / "mine")
 
 
-def test_other_notebooks_have_settings_too():
-    assert (
-        visual_init_settings(preset="small").visual.image_px
-        == visual_init_settings(preset="small").scenes.image_px
-        == 128
-    )
-    with pytest.raises(SettingsError, match="images"):
-        probe_settings(images=1)
+def test_settings_of_other_notebooks():
+    small = visual_init_settings(preset="small")
+    assert small.visual.image_px == small.scenes.image_px == 128
+    assert ProbeSettings(data="").data == () and ProbeSettings(data=["a", "b"]).data == ("a", "b")
+    assert CompareSettings(data="a").data.sets == CompareSettings(data=["a"]).data.sets == ("a",)
+    with pytest.raises(ValidationError, match="images"):
+        ProbeSettings(images=1)
+
+
+KINDS = {
+    "00_visual_init": VisualInitSettings,
+    "01_pretrain": PretrainSettings,
+    "04_finetune": FinetuneSettings,
+    "08_families": FamilyRunsSettings,
+}
+
+
+def test_committed_runs_load():
+    """Settings that came later take their defaults."""
+    loaded = 0
+    for config in shipped_run().parent.glob("*/config.json"):
+        content = json.loads(config.read_text())
+        assert checked(KINDS[content["notebook"]], content["settings"])
+        loaded += 1
+    assert loaded >= 10

@@ -168,7 +168,7 @@ def test_a_list_of_answers_is_a_setting(tmp_path, monkeypatch):
     assert settings.answer_list == str(tmp_path / "listed.json")
     assert prepare_task(settings).model.labels == ("yes", "no")
     assert "answer_list" not in few(task="vqa").model_dump()
-    with pytest.raises(SettingsError, match="answer_list is of vqa, not of nlvr2"):
+    with pytest.raises(SettingsError, match="answer_list is for vqa, not for nlvr2"):
         few(task="nlvr2", overrides={"answer_list": "listed.json"})
     with pytest.raises(DataError, match="gone.txt: no such file"):
         prepare_task(few(task="vqa", overrides={"answer_list": "gone.txt"}))

@@ -10,7 +10,7 @@ import nbformat
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.explorer import explore
-from vpworkbench.settings.base import anchored
+from vpworkbench.settings.base import absolute_unless_name
 
 PORT = 8866
 
@@ -40,7 +40,8 @@ def serve(
         raise SettingsError("vpw explore needs Voila: pip install 'vpworkbench[voila]'")
     from voila.app import Voila
 
-    checkpoint, data, beside, regions = map(anchored, (checkpoint, data, beside, regions))  # kernels start elsewhere
+    given = (checkpoint, data, beside, regions)
+    checkpoint, data, beside, regions = map(absolute_unless_name, given)  # kernels start in another folder
     explore(checkpoint or None, data or None, beside=beside or None, regions=regions).close()
     with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
         notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, beside=beside, regions=regions)

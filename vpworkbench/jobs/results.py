@@ -1,36 +1,35 @@
-"""What came of the runs: every run folder as a row, what their settings differ in, their curves, their notebooks."""
+"""The results of runs: a table of all run folders, the settings in which runs differ, their curves and notebooks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
 
-from vpworkbench.errors import SettingsError
-from vpworkbench.runs import GALLERY, Run, flat, read_json, runs_root, shipped_run, summary_row
-from vpworkbench.settings import Settings
+from vpworkbench.errors import RunError, SettingsError
+from vpworkbench.runs import GALLERY, Run, flat, read_json, runs_root, shipped_run
+
+COLUMNS = ["notebook", "name", "complete", "seed", "folder"]
 
 
 def find_runs(notebook: str = "", where: str = "", *, gallery: bool = False) -> pd.DataFrame:
-    """One row each, by name: `notebook`, `complete`, `seed`, what the summary says, `folder`.
+    """All runs, one row each, indexed by name: `notebook`, `complete`, `seed`, the summary's values, `folder`.
+
+    A run that cannot be read keeps its row, with the reason in the column `fault`.
 
     Parameters
     ----------
     notebook : str
-        Its runs alone; empty: all.
+        Only runs of this notebook; empty: all.
     where : str
-        A condition as `DataFrame.query` takes it, on what the table and the settings say: a setting's name has
-        underscores for dots, e.g. `itm_accuracy > 0.9 and mask_mode == "attention"`.
+        A condition on results and settings, in the syntax of `DataFrame.eval`. In the names of settings underscores
+        replace dots, e.g. `itm_accuracy > 0.9 and mask_mode == "attention"`.
     gallery : bool
-        The committed examples too.
-
-    Raises
-    ------
-    SettingsError
-        For a condition that cannot be evaluated.
+        Include the committed examples.
     """
     folders = [config.parent for config in sorted(runs_root().glob("*/*/config.json"))]
     folders = [folder for folder in folders if folder.parent.name != GALLERY]
@@ -38,50 +37,58 @@ def find_runs(notebook: str = "", where: str = "", *, gallery: bool = False) -> 
         folders += [config.parent for config in sorted(shipped_run().parent.glob("*/config.json"))]
     rows, settings = [], []
     for folder in folders:
-        row = summary_row(folder)
-        config = {} if "fault" in row else read_json(folder / "config.json")
-        row["notebook"] = config.get("notebook", row["notebook"])
+        row, values = _read(folder)
         if notebook in ("", row["notebook"]):
-            rows.append(row | {"folder": str(folder)})
-            settings.append({key.replace(".", "_"): value for key, value in flat(config.get("settings", {}))})
-    if not rows:
-        return pd.DataFrame(columns=["notebook", "name", "complete", "seed", "folder"]).set_index("name", drop=False)
-    table = pd.DataFrame(rows)
-    if where:
-        more = pd.DataFrame(settings)
-        both = pd.concat([table, more[[key for key in more if key not in table]]], axis=1)
-        try:
-            table = table[both.eval(where).astype(bool)]
-        except Exception as error:  # whatever pandas makes of a text
-            known = ", ".join(map(str, both.columns))
-            raise SettingsError(f"where: {where!r} cannot be evaluated ({error}); columns: {known:.600}") from None
+            rows.append(row)
+            settings.append(values)
+    table = pd.DataFrame(rows, columns=None if rows else COLUMNS)
+    if where and rows:
+        table = table[_fulfils(where, table, pd.DataFrame(settings))]
     return table.set_index("name", drop=False)
 
 
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's row in the table, and its settings."""
+    row = {"notebook": folder.parent.name, "name": folder.name, "complete": (folder / "summary.json").exists()}
+    try:
+        config = read_json(folder / "config.json")
+        summary = read_json(folder / "summary.json") if row["complete"] else {}
+    except RunError as error:
+        return row | {"fault": str(error), "folder": str(folder)}, {}
+    row |= {"notebook": config.get("notebook", folder.parent.name), "seed": config.get("seed")}
+    row |= {key: value for key, value in flat(summary) if key not in row}
+    settings = {key.replace(".", "_"): value for key, value in flat(config.get("settings", {}))}
+    return row | {"folder": str(folder)}, settings
+
+
+def _fulfils(where: str, table: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
+    both = pd.concat([table, settings[[key for key in settings if key not in table]]], axis=1)
+    try:
+        return both.eval(where).astype(bool)
+    except Exception as error:  # pandas raises many types for a wrong expression
+        known = ", ".join(map(str, both.columns))
+        raise SettingsError(f"where: {where!r} cannot be evaluated ({error}); columns: {known:.600}") from None
+
+
 def differences(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """The settings in which runs differ, and only these: a row each, a column for every run; nan where one has none."""
+    """The settings in which runs differ: one row per setting, one column per run; nan if a run lacks a setting."""
     settings = {
         Path(folder).name: dict(flat(read_json(Path(folder) / "config.json")["settings"])) for folder in folders
     }
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
-    table = pd.DataFrame(
-        {name: [values.get(key) for key in keys] for name, values in settings.items()}, index=keys, dtype=object
-    )
-    differ = [len({repr(value) for value in row}) > 1 for row in table.to_numpy()]
-    return table[differ]
+    columns = {name: [values.get(key) for key in keys] for name, values in settings.items()}
+    table = pd.DataFrame(columns, index=keys, dtype=object)
+    return table[[len({repr(value) for value in row}) > 1 for row in table.to_numpy()]]
 
 
 def curves(folders: Sequence[str | Path], quantity: str) -> dict[str, pd.DataFrame]:
-    """Columns `step` and `quantity` of the metrics of every run that logged it, by the run's name.
+    """By name of the run: the columns `step` and `quantity` of its metrics, for every run that logged the quantity.
 
-    Raises
-    ------
-    SettingsError
-        If runs have metrics, and none has this quantity; those there are get named.
+    If none did, a `SettingsError` lists the quantities that there are.
     """
     found, known = {}, set()
     for folder in map(Path, folders):
-        metrics = Run(folder, Settings()).metrics()
+        metrics = Run(folder).metrics()
         known |= set(metrics.columns) - {"step"}
         if quantity in metrics:
             found[folder.name] = metrics[["step", quantity]].dropna()
@@ -91,7 +98,7 @@ def curves(folders: Sequence[str | Path], quantity: str) -> dict[str, pd.DataFra
 
 
 def links(folders: Sequence[str | Path], *, beside: Path) -> str:
-    """Markdown: a list of links to the runs' executed notebooks, relative to `beside`."""
+    """A Markdown list of links to the runs' executed notebooks, relative to `beside`."""
     lines = []
     for folder in map(Path, folders):
         for executed in sorted(folder.glob("*.ipynb")):

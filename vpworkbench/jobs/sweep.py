@@ -21,7 +21,8 @@ import pandas as pd
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs import notebooks as execution
-from vpworkbench.jobs.notebooks import check_parameters, find_notebook, notebook_parameters, run_notebook
+from vpworkbench.jobs.notebooks import run_notebook
+from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters
 from vpworkbench.runs import digest, run_folder, runs_root
 from vpworkbench.settings import nearest
 from vpworkbench.system import on_signal

@@ -1,4 +1,4 @@
-"""Settings in general: typed, frozen, checked as a whole; every fault on a line of its own."""
+"""What all settings share: typed, frozen, checked as a whole; all faults are reported at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -14,9 +15,9 @@ from vpworkbench.errors import SettingsError
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, unknown keys refused, wrong types refused."""
+    """Base of all settings: frozen; unknown keys and wrong types are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     def with_overrides(self, overrides: dict[str, Any]) -> Self:
         """A copy with some values replaced; keys are dotted paths, e.g. `{"mask.budget": 14}`.
@@ -26,11 +27,11 @@ class Settings(BaseModel):
         SettingsError
             For an unknown path (the nearest valid one is named) or a value of the wrong type or range.
         """
-        valid = dict(_leaves(self))
-        values = self.model_dump()
-        if faults := [f"{path}: no such setting{nearest(path, valid)}" for path in overrides if path not in valid]:
+        current = {path: attrgetter(path)(self) for path in setting_paths(type(self))}
+        if faults := [f"{path}: no such setting{nearest(path, current)}" for path in overrides if path not in current]:
             raise SettingsError("\n".join(faults))
-        for path, value in (valid | overrides).items():  # all: a dump leaves some out at their defaults
+        values: dict[str, Any] = {}
+        for path, value in (current | overrides).items():
             *parents, leaf = path.split(".")
             node = values
             for parent in parents:
@@ -39,25 +40,25 @@ class Settings(BaseModel):
         return checked(type(self), values)
 
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=BaseModel)
 
 
 def checked(kind: type[S], values: dict[str, Any]) -> S:
-    """Build settings; all faults at once, one line each, as a `SettingsError`."""
+    """Build settings; a `SettingsError` lists all faults, one on each line."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(fault_lines(error, _leaf_names(kind))) from None
+        raise SettingsError(fault_lines(error, setting_paths(kind))) from None
 
 
-def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
-    """One line for each fault of a pydantic error: where, what, what was given, the nearest valid name."""
+def fault_lines(error: ValidationError, valid: Iterable[str]) -> str:
+    """One line for each fault that pydantic found; an unknown setting gets the nearest valid name."""
     lines = []
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"]) or "settings"
         if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{path}: no such setting{nearest(path, valid)}")
-        elif fault["type"] == "value_error":
+        elif fault["type"] == "value_error":  # raised by a validator of ours, which shows the value itself
             lines.append(f"{path}: {fault['ctx']['error']}")
         else:
             lines.append(f"{path}: {fault['msg']} (given: {fault['input']!r:.60})")
@@ -65,52 +66,41 @@ def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint at the valid name that comes nearest, to be put behind an error; empty where none does."""
+    """The end of an error message that suggests the most similar valid name; empty if none is similar."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _leaves(settings: Settings, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        if isinstance(value, BaseModel):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _leaf_names(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    names: list[str] = []
+def setting_paths(kind: type[BaseModel]) -> list[str]:
+    """The dotted path of every setting in a class and its nested classes."""
+    paths: list[str] = []
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += _leaf_names(field.annotation, f"{prefix}{name}.")
+            paths += [f"{name}.{path}" for path in setting_paths(field.annotation)]
         else:
-            names.append(f"{prefix}{name}")
-    return names
+            paths.append(name)
+    return paths
 
 
-def anchored(value: Any) -> Any:
-    """A relative path that exists, made absolute; a bare word is left alone: `scenes` is a set even beside a folder.
-
-    So a run is found again from any folder, and has one hash however it was started.
-    """
-    if isinstance(value, (list, tuple)):
-        return [anchored(item) for item in value]
-    if isinstance(value, str) and re.search(r"[/\\]", value) and os.path.exists(os.path.expanduser(value)):
-        return os.path.abspath(os.path.expanduser(value))
-    return value
+def absolute_path(value: Any) -> Any:
+    """Make an existing path absolute, so that a run keeps its hash and is found again from any folder."""
+    path = os.path.expanduser(value) if isinstance(value, str) else ""
+    return os.path.abspath(path) if os.path.exists(path) else value
 
 
-def one_or_many(value: Any) -> Any:
-    return anchored((value,) if isinstance(value, str) else value)
+def absolute_unless_name(value: Any) -> Any:
+    """As `absolute_path`, but a bare word stays: `scenes` names a data set even beside a folder `scenes`."""
+    return absolute_path(value) if isinstance(value, str) and re.search(r"[/\\]", value) else value
 
 
-def located(value: Any) -> Any:
-    """As `anchored`, bare words too: for what can be nothing but a path."""
-    return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) and os.path.exists(value) else value
+def as_tuple(value: Any) -> Any:
+    """A single text as a tuple of one."""
+    return (value,) if isinstance(value, str) else value
 
 
-Place = Annotated[str, BeforeValidator(anchored)]
-"""A path, or a word that stands for something installed or shipped."""
-Location = Annotated[str, BeforeValidator(located), BeforeValidator(anchored)]
+LocalPath = Annotated[str, BeforeValidator(absolute_path)]
 """A path."""
+PathOrName = Annotated[str, BeforeValidator(absolute_unless_name)]
+"""A path, or the name of something shipped, installed or cached."""
+PathsOrNames = Annotated[tuple[PathOrName, ...], BeforeValidator(as_tuple)]
+"""Several of them; a single one may be given without a list."""

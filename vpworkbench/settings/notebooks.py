@@ -1,28 +1,94 @@
-"""From the parameters of a notebook to its settings: one function a notebook, same names, same defaults."""
+"""Settings of each notebook, whose parameters have the same names and defaults.
+
+Where parameters are settings as they are, the class checks them. A function resolves those of notebooks that train.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import checked, nearest
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings, checked, nearest
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.presets import TASK_PRESETS
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
-from vpworkbench.settings.settings import (
-    CompareSettings,
-    ExploreSettings,
-    FamilyRunsSettings,
+from vpworkbench.settings.training import (
+    DataSettings,
     FinetuneSettings,
     PretrainSettings,
-    ProbeSettings,
-    RunsSettings,
     TrainSettings,
     VisualInitSettings,
 )
+
+REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
+
+
+class ProbeSettings(Settings):
+    """Parameters of `00_tour` and `02_probe`: which model is probed, on how many held-out pictures."""
+
+    checkpoint: PathOrName = Field(
+        "", description="a checkpoint folder, a 01_pretrain run, or a model of transformers; '' the shipped model"
+    )
+    data: Annotated[PathsOrNames, BeforeValidator(lambda given: given or ())] = Field(
+        (), description="captioned sets; '' those that the model was trained on, scenes for third-party models"
+    )
+    regions: LocalPath = Field("", description=REGIONS)
+    images: int = Field(64, ge=2, le=100_000)
+    special_tokens: Literal["language", "exclude"] = Field(
+        "language", description="[CLS] and [SEP] count as language, or belong to neither modality"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class CompareSettings(Settings):
+    """Parameters of `03_compare_models`: which models are compared, on which held-out pictures."""
+
+    models: PathsOrNames = Field(
+        ("",), min_length=1, description="runs, checkpoints, or models of transformers; '' the shipped model"
+    )
+    data: Annotated[DataSettings, BeforeValidator(lambda given: _with_sets(given))] = Field(
+        DataSettings(), description="captioned sets, or all settings of data"
+    )
+    regions: LocalPath = Field("", description=REGIONS)
+    images: int = Field(64, ge=2, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class ExploreSettings(Settings):
+    """Parameters of `05_explore_masks`: which model is explored, on which pictures."""
+
+    checkpoint: PathOrName = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
+    beside: PathOrName = Field("", description="a second model, shown below the first; '' none")
+    data: PathOrName = Field("scenes", description="a captioned set; its held-out pictures are shown")
+    regions: LocalPath = Field("", description=REGIONS)
+    picture: int = Field(0, ge=0, description="the picture to begin with")
+    sentence: str = Field("", description="the sentence to begin with; '' the picture's first caption")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the random mask")
+
+
+class RunsSettings(Settings):
+    """Parameters of `06_runs`: which runs are compared."""
+
+    notebook: str = Field("01_pretrain", description="the notebook of the runs; '' all notebooks")
+    where: str = Field("", description="a condition on results and settings, in the syntax of pandas")
+    quantity: str = Field("itm", description="the column of metrics.jsonl to draw")
+    gallery: bool = Field(True, description="include the committed examples")
+
+
+class FamilyRunsSettings(Settings):
+    """Parameters of `08_families`: which runs are compared; without runs, the size of the demonstration."""
+
+    prefix: str = Field("families", pattern=r"^\w[\w.-]*$", description="the names of the runs begin with it")
+    runs: LocalPath = Field("", description="the folder of the runs; '' the run folders of this workbench")
+    seeds: int = Field(3, ge=1, le=100, description="seeds of each arm in the list of calls")
+    length: int = Field(0, ge=0, description="optimiser steps of each listed training; 0: those of the presets")
+    steps: int = Field(6, ge=1, description="optimiser steps of the demonstration")
+    images: int = Field(16, ge=2, description="pictures probed in the demonstration")
 
 
 def pretrain_settings(
@@ -41,53 +107,51 @@ def pretrain_settings(
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> PretrainSettings:
-    """Settings of a run from the parameters of `01_pretrain.ipynb`.
+    """Settings of a run from the parameters of `01_pretrain`; a `SettingsError` lists all faults.
 
     Parameters
     ----------
     visual_tokens : int
-        So many tokens of an image, of regions at most so many; 0: as the preset has it.
+        Visual tokens of an image, for regions at most; 0: those of the preset.
     regions : str
-        The folder that `vpw regions` wrote, whose width is taken over, or another that `visual.region_files` takes.
+        A folder that `vpw regions` wrote, which also sets the width of features, or any value of `visual.region_files`.
     masking : str
-        `none`, `random`, `attention` or `code`; empty takes `attention` for families with a parsing attention, `code`
-        for a visual dictionary, `random` for the others.
+        `none`, `random`, `attention` or `code`; empty: `attention` for families with a parsing attention, `code` with a
+        visual dictionary, else `random`.
     init_visual : str
-        `auto` takes the preset's start; none for regions, whose features are given.
+        `auto`: the start of the preset; none for regions, whose features are given.
     steps, epochs
-        Epochs, where given, decide; else steps; both 0: the preset's own length. A run of few steps generates fewer
-        scenes, unless `overrides` says how many.
-
-    Raises
-    ------
-    SettingsError
-        All faults at once.
+        Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
+        `overrides` sets their number.
     """
     base, overrides = named_preset(preset), overrides or {}
     if visual_tokens and (both := {"visual.image_px", "visual.window", "visual.regions"} & overrides.keys()):
-        raise SettingsError(f"visual_tokens {visual_tokens} and {min(both)}: one decides the other; give one of them")
-    kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is told with all other faults
-    masking = masking or ("attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random")
-    start = base.init_visual if kind.pixels else ""
+        raise SettingsError(f"visual_tokens {visual_tokens} also decides {min(both)}; give one of them")
+    kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is reported with all other faults
     if kind.pixels and (regions or overrides.get("visual.region_files")):
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     if not kind.pixels and init_visual not in ("", "auto"):
-        raise SettingsError(f"init_visual: the features of {visual!r} are given, nothing begins; leave it empty")
-    values: dict[str, Any] = {
-        "data.sets": data, "visual.family": visual, "mask.mode": masking,
-        "init_text": init_text, "seed": seed, "train.checkpoint_every": checkpoint_every,
-        "init_visual": start if init_visual == "auto" else init_visual,
-    } | _regions(regions)  # fmt: skip
-    if steps or epochs:
-        values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
-    if visual_tokens:  # what the number of tokens limits has to wait for it
-        plain = {key: value for key, value in overrides.items() if key not in ("visual.sampled", "mask.budget")}
-        sizes = base.with_overrides(values | plain).visual.sized(visual_tokens)
+        raise SettingsError(f"init_visual: visual {visual!r} reads given features; leave init_visual empty")
+    default_start = base.init_visual if kind.pixels else ""
+    default_masking = "attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random"
+    values = {
+        "data.sets": data,
+        "visual.family": visual,
+        "mask.mode": masking or default_masking,
+        "init_visual": default_start if init_visual == "auto" else init_visual,
+        "init_text": init_text,
+        "seed": seed,
+        "train.checkpoint_every": checkpoint_every,
+    }
+    values |= _region_values(regions) | train_length(steps, epochs)
+    if visual_tokens:  # sizes come first: what the number of tokens limits is checked against them
+        early = {key: value for key, value in overrides.items() if key not in ("visual.sampled", "mask.budget")}
+        sizes = base.with_overrides(values | early).visual.sized(visual_tokens)
         overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
     settings = base.with_overrides(values | overrides)
     if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
         return settings
-    return settings.with_overrides({"data.scenes.images": _scenes_seen(settings.data.scenes, settings.train)})
+    return settings.with_overrides({"data.scenes.images": scenes_needed(settings.data.scenes, settings.train)})
 
 
 def visual_init_settings(
@@ -101,78 +165,19 @@ def visual_init_settings(
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> VisualInitSettings:
-    """Settings of a run from the parameters of `00_visual_init.ipynb`; 0 images: the preset's, 0 epochs: 8."""
+    """Settings of a run from the parameters of `00_visual_init`; 0 images: those of the preset, 0 epochs: 8."""
     base = named_preset(preset)
     scenes = base.data.scenes.model_copy(update={"image_px": base.visual.image_px})
+    settings = VisualInitSettings(preset=preset, seed=seed, visual=base.visual, scenes=scenes)
     values = {
-        "preset": preset, "seed": seed, "visual": base.visual.model_dump(), "scenes": scenes.model_dump(),
-    }  # fmt: skip
-    changes = {
-        "visual.family": visual, "scenes.images": images or scenes.images, "train.epochs": epochs or 8,
+        "visual.family": visual,
+        "scenes.images": images or scenes.images,
+        "train.epochs": epochs or 8,
         "train.checkpoint_every": checkpoint_every,
-    }  # fmt: skip
-    settings = checked(VisualInitSettings, values).with_overrides(changes | (overrides or {}))
-    if not visual_tokens:
-        return settings
-    sizes = settings.visual.sized(visual_tokens)
+    }
+    settings = settings.with_overrides(values | (overrides or {}))
+    sizes = settings.visual.sized(visual_tokens) if visual_tokens else {}
     return settings.with_overrides({f"visual.{name}": value for name, value in sizes.items()})
-
-
-def probe_settings(
-    *,
-    checkpoint: str = "",
-    data: str | list[str] = "",
-    regions: str = "",
-    images: int = 64,
-    special_tokens: str = "language",
-    seed: int = 0,
-) -> ProbeSettings:
-    """Settings of a run from the parameters of `02_probe.ipynb` or `00_tour.ipynb`."""
-    given = {"checkpoint": checkpoint, "data": data or (), "regions": regions, "images": images}
-    return checked(ProbeSettings, given | {"special_tokens": special_tokens, "seed": seed})
-
-
-def compare_settings(
-    *,
-    models: str | list[str] = "",
-    data: str | list[str] = "scenes",
-    regions: str = "",
-    images: int = 64,
-    seed: int = 0,
-) -> CompareSettings:
-    """Settings of a run from the parameters of `03_compare_models.ipynb`."""
-    values = {"models": models, "regions": regions, "images": images, "seed": seed}
-    return checked(CompareSettings, values).with_overrides({"data.sets": data})
-
-
-def explore_settings(
-    *,
-    checkpoint: str = "",
-    beside: str = "",
-    data: str = "scenes",
-    regions: str = "",
-    picture: int = 0,
-    sentence: str = "",
-    seed: int = 0,
-) -> ExploreSettings:
-    """Settings of a run from the parameters of `05_explore_masks.ipynb`."""
-    given = {"checkpoint": checkpoint, "beside": beside, "data": data, "picture": picture, "sentence": sentence}
-    return checked(ExploreSettings, given | {"regions": regions, "seed": seed})
-
-
-def runs_settings(
-    *, notebook: str = "01_pretrain", where: str = "", quantity: str = "itm", gallery: bool = True
-) -> RunsSettings:
-    """Settings of a run from the parameters of `06_runs.ipynb`."""
-    return checked(RunsSettings, {"notebook": notebook, "where": where, "quantity": quantity, "gallery": gallery})
-
-
-def family_runs_settings(
-    *, prefix: str = "families", runs: str = "", seeds: int = 3, length: int = 0, steps: int = 6, images: int = 16
-) -> FamilyRunsSettings:
-    """Settings of a run from the parameters of `08_families.ipynb`."""
-    values = {"prefix": prefix, "runs": runs, "seeds": seeds, "length": length, "steps": steps, "images": images}
-    return checked(FamilyRunsSettings, values)
 
 
 def finetune_settings(
@@ -189,7 +194,7 @@ def finetune_settings(
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> FinetuneSettings:
-    """Settings of a run from the parameters of `04_finetune.ipynb`; steps and epochs as of `pretrain_settings`."""
+    """Settings of a run from the parameters of `04_finetune`; for steps and epochs see `pretrain_settings`."""
     if preset not in TASK_PRESETS:
         raise SettingsError(f"preset: no preset {preset!r}{nearest(preset, TASK_PRESETS)} (known: tiny, paper)")
     if task not in TASK_PRESETS[preset]:
@@ -198,31 +203,43 @@ def finetune_settings(
     overrides = overrides or {}
     parts = {name: part.model_dump() for name, part in TASK_PRESETS[preset][task].items()}
     base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
-    values = {"data": data, "checkpoint": checkpoint, "regions": regions, "pretrained": pretrained, "seed": seed,
-              "train.checkpoint_every": checkpoint_every}  # fmt: skip
-    if steps or epochs:
-        values |= {"train.steps": 0 if epochs else steps, "train.epochs": epochs}
-    settings = base.with_overrides(values | overrides)
+    values = {
+        "data": data,
+        "checkpoint": checkpoint,
+        "regions": regions,
+        "pretrained": pretrained,
+        "seed": seed,
+        "train.checkpoint_every": checkpoint_every,
+    }
+    settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
     if settings.data != "scenes" or "scenes.images" in overrides:
         return settings
-    return settings.with_overrides({"scenes.images": _scenes_seen(settings.scenes, settings.train)})
+    return settings.with_overrides({"scenes.images": scenes_needed(settings.scenes, settings.train)})
 
 
-def _regions(folder: str) -> dict[str, Any]:
-    """Settings of region files; of a folder that `vpw regions` wrote with their width."""
+def train_length(steps: int, epochs: float) -> dict[str, float]:
+    """Overrides for the length of a training; epochs decide if given, and both 0 keep what is set."""
+    return {"train.steps": 0 if epochs else steps, "train.epochs": epochs} if steps or epochs else {}
+
+
+def scenes_needed(scenes: SceneSettings, train: TrainSettings) -> int:
+    """The number of scenes to generate: no more than the steps use, rounded up to thousands."""
+    used = -(-train.steps * train.images // 1000) * 1000
+    return min(used, scenes.images) if train.steps else scenes.images
+
+
+def _with_sets(given: Any) -> Any:
+    return {"sets": given} if isinstance(given, str | list | tuple) else given
+
+
+def _region_values(folder: str) -> dict[str, Any]:
+    """Overrides for region files; the `config.json` that `vpw regions` wrote there states their width."""
     if not folder:
         return {}
     config = Path(folder).expanduser() / "config.json"
     try:
-        made = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"regions: {config} is no json ({error}); make the regions anew, or remove it") from None
-    made = made.get("settings") if isinstance(made, dict) else None
-    width = {"visual.region_width": made["width"]} if isinstance(made, dict) and "width" in made else {}
+        content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        width = {"visual.region_width": content["settings"]["width"]} if "settings" in content else {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SettingsError(f"regions: {config} cannot be read ({error}); make the regions again") from None
     return {"visual.region_files": folder} | width
-
-
-def _scenes_seen(scenes: SceneSettings, train: TrainSettings) -> int:
-    """How many scenes are worth generating: in thousands, no more than the steps see."""
-    seen = -(-train.steps * train.images // 1000) * 1000
-    return min(seen, scenes.images) if train.steps else scenes.images

@@ -57,7 +57,7 @@ def dual_scores(
     dual = build_dual(settings)
     train_projection(dual, batches, folder, settings, progress=progress)
     found = {"frozen dual projection": dual.features(pictures, progress=progress).scores(dual.projection)}
-    run = Run(folder / "dual-trained", settings)
+    run = Run(folder / "dual-trained")
     run.folder.mkdir(parents=True, exist_ok=True)
     fit(dual, HardestNegative(), DualBatches(batches), run, optim=settings.optim, train=settings.train,
         seed=settings.seed, workers=settings.workers, what="dual encoder, hardest negatives")  # fmt: skip
@@ -89,7 +89,7 @@ def train_projection(
     progress: Progress | None = None,
 ) -> None:
     """Fit the projections to frozen features of the training pairs; what `folder` holds of it is taken from there."""
-    run = Run(folder / "dual-frozen", settings)
+    run = Run(folder / "dual-frozen")
     run.folder.mkdir(parents=True, exist_ok=True)
     if features is None and not (run.folder / "checkpoint" / "progress.json").exists():
         features = dual.features(batches.pictures, progress=progress)

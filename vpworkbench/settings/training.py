@@ -1,0 +1,247 @@
+"""Settings of everything that trains: data, objectives, optimiser, and each kind of training run."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
+from vpworkbench.settings.model import FusionSettings, VisualSettings
+from vpworkbench.settings.scenes import SceneSettings
+
+TRAINING_SCENES = SceneSettings(images=12_000, val=500, test=500)
+
+
+class DataSettings(Settings):
+    """Which images and texts are used, and how they form a batch of groups (paper Sec. 4.1)."""
+
+    sets: PathsOrNames = Field(
+        ("scenes",), min_length=1, description="'scenes', or folders and annotation files of real sets"
+    )
+    images: PathsOrNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    exclude: PathsOrNames = Field(
+        (), description="folders and annotation files, also of tasks, whose val and test images are not trained on"
+    )
+    scenes: SceneSettings = TRAINING_SCENES
+    text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
+    grouped: bool = Field(
+        True, description="each image with several texts; false: with one, and the image is replaced at p 0.5"
+    )
+    matched_per_image: int = Field(2, ge=1)
+    unmatched_per_image: int = Field(2, ge=0)
+    word_share: float = Field(0.15, gt=0, lt=1, description="share of words masked for MLM")
+    flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
+    workers: int = Field(1, ge=0, le=64, description="processes that prepare batches; 0: the main one does")
+    cache: bool = Field(False, description="decode and resize every image once, into one memory-mapped file")
+
+
+class MaskSettings(Settings):
+    """Which visual tokens are masked for feature regression (paper Eq. 9)."""
+
+    mode: Literal["none", "random", "attention", "code"] = Field(
+        "attention",
+        description="random, attention: k tokens, whose features are predicted (MFR); code: all tokens of one code of "
+        "the visual dictionary, which is predicted (MVM of SOHO)",
+    )
+    where: Literal["tokens", "pixels"] = Field(
+        "tokens",
+        description="tokens: mask after the parser, which has mixed them with their neighbours; pixels: mask before "
+        "the parser too, with one mask for each image and one more pass of the parser",
+    )
+    budget: int | None = Field(
+        None, ge=1, description="k, masked tokens per image including the pick; default round(0.15 m), at least 2"
+    )
+    select: Literal["row", "column", "symmetric"] = Field(
+        "row", description="tokens that the pick attends to (row), that attend to the pick (column), or both"
+    )
+
+    def tokens_of(self, visual: VisualSettings) -> int:
+        """k for a visual side with m tokens."""
+        return self.budget if self.budget is not None else max(2, round(0.15 * visual.trained_tokens))
+
+
+class LossSettings(Settings):
+    """Weights of the objectives (paper Eq. 10) and the open choices inside them."""
+
+    itm: float = Field(1.0, ge=0, description="lambda1")
+    mfr: float = Field(0.01, ge=0, description="lambda2")
+    vla: float = Field(0.1, ge=0, description="weight of the OT alignment inside ITM; 0: no alignment")
+    mvm: float = Field(1.0, ge=0, description="weight of masked visual modelling (mask.mode 'code')")
+    mfr_reduction: Literal["mean", "sum"] = Field("mean", description="over channels; Eq. 9 prints the sum")
+
+
+class OptimSettings(Settings):
+    """AdamW and its schedule (paper Sec. 4.1); a step is one optimiser update."""
+
+    lr_visual: float = Field(5e-6, gt=0)
+    lr_fusion: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(500, ge=0, description="optimiser steps of linear warm-up")
+    decay_at: tuple[float, ...] = Field((25 / 40, 35 / 40), description="shares of the run after which lr x decay")
+    decay: float = Field(0.1, gt=0, le=1)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+
+
+class TrainSettings(Settings):
+    """How long, in which batches, on which device, and how often the run is saved."""
+
+    steps: int = Field(0, ge=0, description="optimiser steps; 0: `epochs` decides")
+    epochs: float = Field(0, ge=0, description="passes over the images; 0: `steps` decides")
+    images: int = Field(16, ge=1, description="images in one optimiser step")
+    accumulate: int = Field(1, ge=1, description="micro-batches in one step; must divide `images`")
+    checkpoint_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0: only at the end")
+    log_every: int = Field(20, ge=1, description="optimiser steps between lines of metrics.jsonl")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    bf16: bool = Field(False, description="bfloat16 autocast; needs a GPU or CPU that is fast at it")
+    processes: int = Field(
+        1, ge=1, exclude=True, description="GPUs (or CPU processes) that share each step; not part of a run's identity"
+    )
+    keep_last: int = Field(1, ge=1, description="checkpoints to keep, the final weights included")
+    keep_best: bool = Field(False, description="keep the weights of the lowest held-out loss too; needs probe_every")
+    probe_every: int = Field(0, ge=0, description="optimiser steps between probes of a held-out batch; 0: never")
+    compile: bool = Field(False, description="torch.compile the visual side and the fusion; needs a C++ compiler")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    tracker: Literal["", "tensorboard", "wandb"] = Field("", description="a tracker of accelerate to log to as well")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.images % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} must divide images {self.images}")
+        if bool(self.steps) == bool(self.epochs):
+            raise ValueError(f"give either steps or epochs (steps {self.steps}, epochs {self.epochs:g})")
+        if self.images % self.processes:
+            raise ValueError(f"processes {self.processes} must divide images {self.images}")
+        if self.probe_every % self.log_every:
+            raise ValueError(f"probe_every {self.probe_every} must be a multiple of log_every {self.log_every}")
+        if self.keep_best and not self.probe_every:
+            raise ValueError("keep_best compares held-out losses, which need probe_every")
+        return self
+
+
+class PretrainSettings(Settings):
+    """Everything that decides a pre-training run."""
+
+    preset: str = "tiny"
+    seed: int = Field(0, ge=0, lt=2**31)
+    init_visual: PathOrName = Field("", description="'' scratch, 'scenes' (shipped), 'efficientnet-lite0', or a file")
+    init_text: PathOrName = Field("", description="'' scratch, 'minilm' (extra `weights`), or the folder of a BERT")
+    data: DataSettings = DataSettings()
+    visual: VisualSettings = VisualSettings()
+    fusion: FusionSettings = FusionSettings()
+    mask: MaskSettings = MaskSettings()
+    loss: LossSettings = LossSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings(steps=200)
+
+    def step_size(self) -> dict[str, int]:
+        """Images, pairs and tokens in an optimiser step; tokens count padding, so they are an upper bound."""
+        data = self.data
+        texts = data.matched_per_image + data.unmatched_per_image if data.grouped else 1
+        pairs = self.train.images * texts
+        tokens = pairs * (data.text_tokens + self.visual.trained_tokens)
+        return {"images_per_step": self.train.images, "pairs_per_step": pairs, "tokens_per_step": tokens}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        mask, data, visual = self.mask, self.data, self.visual
+        family = f"visual family {visual.family!r}"
+        if mask.mode != "none" and mask.tokens_of(visual) > visual.trained_tokens:
+            raise ValueError(f"mask.budget {mask.budget} is larger than the {visual.trained_tokens} visual tokens")
+        if mask.mode == "code" and not visual.dictionary:
+            raise ValueError("mask.mode 'code' masks the tokens of one code: set visual.dictionary (2048 in SOHO)")
+        if mask.mode == "attention" and not visual.kind.parsing:
+            raise ValueError(
+                f"mask.mode 'attention' needs a parsing attention; {family} has none: use masking='random'"
+            )
+        if mask.where == "pixels" and visual.sampled:
+            raise ValueError("mask.where 'pixels' needs all tokens: set visual.sampled to 0, or use 'tokens'")
+        if mask.where == "pixels" and not visual.kind.on_grid:
+            raise ValueError(f"mask.where 'pixels': {family} has no grid of squares to mask; use 'tokens'")
+        if not visual.kind.pixels and (data.flip or data.cache):
+            raise ValueError(f"{family} reads features, not pixels: data.flip and data.cache must be false")
+        if data.text_tokens > self.fusion.positions:
+            raise ValueError(f"data.text_tokens {data.text_tokens} exceeds fusion.positions {self.fusion.positions}")
+        return self
+
+
+class VisualInitSettings(Settings):
+    """Training of a visual side on the labels of generated scenes: the miniature of an ImageNet start."""
+
+    preset: str = "tiny"
+    seed: int = Field(0, ge=0, lt=2**31)
+    scenes: SceneSettings = TRAINING_SCENES
+    visual: VisualSettings = VisualSettings()
+    optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
+    train: TrainSettings = TrainSettings(epochs=10, images=64)
+    workers: int = Field(1, ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _has_a_grid(self) -> Self:
+        if not self.visual.kind.on_grid:
+            raise ValueError(f"visual family {self.visual.family!r} has no grid, and scenes label the tokens of a grid")
+        return self
+
+
+class RegionSettings(Settings):
+    """Features of true boxes: of which set, and how the small CNN that makes them is trained on scene labels."""
+
+    source: PathOrName = Field("scenes", description="'scenes', a folder of generated scenes, or of NLVR v1")
+    seed: int = Field(0, ge=0, lt=2**31)
+    scenes: SceneSettings = TRAINING_SCENES
+    crop_px: int = Field(32, ge=8, le=256, description="side that each box is resized to")
+    width: int = Field(128, ge=1, description="channels of a feature")
+    optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
+    train: TrainSettings = TrainSettings(epochs=1, images=64)
+    workers: int = Field(1, ge=0, le=64)
+
+
+class RetrievalSettings(Settings):
+    """Image-text retrieval: how pairs are drawn and what is searched (paper Sec. 4.2, Table 4)."""
+
+    negatives: int = Field(2, ge=1, description="unmatched captions for each image, from its batch")
+    hard: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="draw them instead from this share of all training captions: those nearest to the image by the "
+        "frozen dual projection",
+    )
+    flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
+    search_images: int = Field(0, ge=0, description="search the first N images of val and of test; 0: all")
+    pairs: int = Field(512, ge=1, description="pairs in one pass of the fusion when scoring; thousands on a GPU")
+
+
+class FinetuneSettings(Settings):
+    """Everything that decides a fine-tuning run (paper Sec. 4.2)."""
+
+    task: Literal["vqa", "nlvr2", "nlvr1", "snli-ve", "retrieval"]
+    preset: str = "tiny"
+    data: PathOrName = Field(
+        "scenes",
+        description="'scenes', 'easy-vqa', the folder of the task's files, or one file; retrieval: any captioned set",
+    )
+    images: PathsOrNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    scenes: SceneSettings = TRAINING_SCENES
+    checkpoint: PathOrName = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
+    pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
+    answer_count: int = Field(9, ge=1, description="VQA: keep answers given for at least N train+val questions")
+    answer_list: LocalPath = Field(
+        "", description="VQA: a file with the answers, a json list or one per line; '' those that answer_count keeps"
+    )
+    pairing: Literal["pair", "pair-attention"] = Field(
+        "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
+    )
+    regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")
+    premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
+    retrieval: RetrievalSettings = RetrievalSettings()
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(1, ge=0, le=64)
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings
+
+    @model_validator(mode="after")
+    def _has_answers(self) -> Self:
+        if self.answer_list and self.task != "vqa":
+            raise ValueError(f"answer_list is for vqa, not for {self.task}; leave it empty")
+        return self
