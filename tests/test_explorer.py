@@ -30,7 +30,7 @@ from test_explorer_readings import llava, vilt, wide_model
 
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare
-from vpworkbench.data.objects import pick_objects, token_objects
+from vpworkbench.data.objects import noise_on_objects, objects_of_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import DataError
@@ -127,7 +127,7 @@ def test_reconstruction_errors_are_those_of_mfr(view: Explorer, model: VisualPar
 def test_mean_errors_of_pictures_are_those_of_their_views(model: VisualParsingModel, scenes: list[Picture]) -> None:
     settings = pretrain_settings(init_visual="")
     found, means = mask_errors(model, scenes[:3], settings, seed=4), []
-    noise = pick_objects(token_objects(scenes[:3], 6), seed=4)
+    noise = noise_on_objects(objects_of_pictures(scenes[:3], 6), seed=4)
     for picture, drawn in zip(scenes[:3], noise, strict=True):
         view = explore(model, [picture], views=("masks",)).say(picture.captions[0])
         table = view.pick(int(drawn.argmax()), k=settings.mask.tokens_of(settings.visual)).tables()["masks"]
@@ -140,7 +140,8 @@ def test_mean_errors_of_pictures_are_those_of_their_views(model: VisualParsingMo
 def test_share_of_the_mask_on_the_object(view: Explorer, scenes: list[Picture]) -> None:
     objects = scenes[0].object_map()
     cells = objects.reshape(6, 16, 6, 16).transpose(0, 2, 1, 3).reshape(36, -1)
-    owner = np.array([np.bincount(cell).argmax() for cell in cells])
+    shares = np.array([np.bincount(cell, minlength=9)[1:9] / 256 for cell in cells])  # token object
+    owner = np.where(shares.max(axis=1) >= 0.2, shares.argmax(axis=1) + 1, 0)
     token = int(np.flatnonzero(owner)[0])
     view.pick(token, k=4)
     mask = arrays(view.masks.panels[0])[2] > 0

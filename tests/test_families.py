@@ -387,9 +387,13 @@ def test_every_family_is_saved_probed_explored_fine_tuned_and_reviewed(arm, regi
     assert (
         ("attention" in example.masks)
         == FAMILIES[family].parsing
-        == bool(examples.mask_shares(model, pictures, trained))
         == bool(examples.mask_errors(model, pictures, trained))
     )
+    if FAMILIES[family].on_grid:
+        assert ("rows" in examples.mask_shares(model.visual, pictures).shares) == FAMILIES[family].parsing
+    else:
+        with pytest.raises(ValueError, match="has no grid"):
+            examples.mask_shares(model.visual, pictures)
     for drawn in (*example.masks.values(), *example.word_attention):
         assert drawn.shape == (example.grid**2,) and drawn.any()
     assert all(mask[example.pick] for mask in example.masks.values())

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from vpworkbench.data.records import Picture
-from vpworkbench.probes.masks import object_tokens
+from vpworkbench.probes.masks import ON_OBJECT, objects_of_tokens
 
 
-def token_objects(pictures: Sequence[Picture], grid: int) -> torch.Tensor:
-    """The object that most of each token's pixels show; int64 (image, vision), 0 at background and in photographs."""
-    rows = [torch.from_numpy(picture.object_map()) if picture.scene else torch.zeros(grid, grid, dtype=torch.uint8)
-            for picture in pictures]  # fmt: skip
-    return torch.stack([object_tokens(row, (grid, grid)) for row in rows])
+def objects_of_pictures(pictures: Sequence[Picture], grid: int, *, share: float = ON_OBJECT) -> Tensor:
+    """`objects_of_tokens` of each picture, int64 (image, vision); 0 for background and in pictures without objects."""
+    nothing = torch.zeros(grid, grid, dtype=torch.uint8)
+    maps = [torch.from_numpy(picture.object_map()) if picture.scene else nothing for picture in pictures]
+    return torch.stack([objects_of_tokens(object_map, grid, share) for object_map in maps])
 
 
-def pick_objects(objects: torch.Tensor, *, seed: int = 0) -> torch.Tensor:
-    """Uniform numbers whose largest lies on an object where the image has one; (image, vision)."""
+def noise_on_objects(objects: Tensor, *, seed: int = 0) -> Tensor:
+    """Uniform numbers (image, vision) whose largest is on an object where the image has one: that token is picked."""
     noise = torch.rand(objects.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where((objects > 0) | ~(objects > 0).any(dim=1, keepdim=True), noise + 1, noise) / 2

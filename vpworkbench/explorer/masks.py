@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpworkbench.data.objects import token_objects
+from vpworkbench.data.objects import objects_of_pictures
 from vpworkbench.explorer.parts import WIDTH, Later, Note, column, heads_of, row, shown_image, unheard
 from vpworkbench.explorer.readings import Reading, same_boxes
 from vpworkbench.explorer.widgets import Panels, Table
 from vpworkbench.losses import visual_mask
-from vpworkbench.probes import mask_on_object, random_on_object
+from vpworkbench.probes import mask_on_object, objects_of_boxes, random_on_object
 
 Select = Literal["row", "column", "symmetric"]
 KINDS = ["plain", "shade", "mask", "mask"]
@@ -317,10 +317,5 @@ def _objects(reading: Reading) -> Tensor:
     if reading.picture.scene is None:
         return torch.zeros(1, len(reading.boxes), dtype=torch.long)
     if reading.subject.base.settings.visual.kind.on_grid:
-        return token_objects([reading.picture], reading.subject.base.settings.visual.grid).long()
-    objects = reading.picture.object_map()
-    height, width = objects.shape
-    edges = (reading.boxes * [width, height, width, height]).round().astype(int)
-    inside = [np.bincount(objects[y0:y1, x0:x1].ravel(), minlength=2) for x0, y0, x1, y1 in edges]
-    # Of a box around an object the corners are background: it counts where there is nothing else.
-    return torch.tensor([[1 + int(one[1:].argmax()) if one[1:].any() else 0 for one in inside]])
+        return objects_of_pictures([reading.picture], reading.subject.base.settings.visual.grid)
+    return objects_of_boxes(torch.from_numpy(reading.picture.object_map()), torch.from_numpy(reading.boxes))[None]

@@ -4,30 +4,44 @@ from vpworkbench.probes.flow import Check, InterModalityFlow, check, inter_modal
 from vpworkbench.probes.formula import crossing_share, flow_from_attention
 from vpworkbench.probes.hidden import hidden_states
 from vpworkbench.probes.layouts import ModalityMasks, modality_masks
-from vpworkbench.probes.masks import MaskComparison, compare_masks, mask_on_object, object_tokens, random_on_object
+from vpworkbench.probes.masks import (
+    BudgetShares,
+    ObjectShares,
+    largest_on_object,
+    mask_on_object,
+    objects_of_boxes,
+    objects_of_tokens,
+    random_on_object,
+    shares_at_budget,
+    shares_on_objects,
+)
 from vpworkbench.probes.nmi import Clusters, Picture, cluster_tokens, modality_nmi, modality_pca
 from vpworkbench.stats import Interval, bootstrap_interval
 
 __all__ = [
+    "BudgetShares",
     "Check",
     "Clusters",
     "InterModalityFlow",
     "Interval",
-    "MaskComparison",
     "ModalityMasks",
+    "ObjectShares",
     "Picture",
     "bootstrap_interval",
     "check",
     "cluster_tokens",
-    "compare_masks",
     "crossing_share",
     "flow_from_attention",
     "hidden_states",
     "inter_modality_flow",
+    "largest_on_object",
     "mask_on_object",
     "modality_masks",
     "modality_nmi",
     "modality_pca",
-    "object_tokens",
+    "objects_of_boxes",
+    "objects_of_tokens",
     "random_on_object",
+    "shares_at_budget",
+    "shares_on_objects",
 ]

@@ -1,56 +1,242 @@
-"""The mask probe (paper Fig. 2, made quantitative): do masked tokens lie on one object?
+"""Do masks follow objects? (paper Fig. 2, counted)
 
-Attention-guided masking hides the tokens that the picked token attends to. Where object masks are
-known, the share of them on the picked token's object says how well they follow the object.
+Attention-guided masking hides a picked token together with the tokens that it attends to. Where objects are known, the
+share of hidden tokens on the picked object says how well attention follows objects. Two rulers:
+
+* `shares_on_objects`: the mask is as large as the picked object, and the pick itself does not count. A rule that
+  follows objects perfectly scores 1 whatever their sizes, so rules and models can be compared.
+* `shares_at_budget`: the mask has the fixed size used in training. Small objects cannot fill it, so the largest share
+  that the budget allows stands beside the share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.stats import Interval, bootstrap_interval, flatten, paired_interval
+
+ON_OBJECT = 0.2
+"""Share of a token's pixels that an object must cover for the token to be on it; 0.5 suits photographs."""
+SMALLEST_OBJECT = 3
+"""Tokens of the smallest object that is picked: of two tokens, one hidden token beside the pick says little."""
 
 
-def object_tokens(object_map: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The object that covers most of each token's pixels.
+# ------------------------------------------------------------------------------------------- the object of a token
+
+
+def objects_of_tokens(object_map: Tensor, grid: int | tuple[int, int], share: float = ON_OBJECT) -> Tensor:
+    """The object that each token of a grid is on: it covers most of the token's pixels, and at least `share` of them.
 
     Parameters
     ----------
     object_map : Tensor of whole numbers, shape (..., height, width)
         Number of the object visible at each pixel; 0 is background.
-    grid : tuple of two int
-        Rows and columns of tokens. A pixel belongs to the token that covers its centre, so the
-        image's size need not be a multiple of the grid.
+    grid : int or (int, int)
+        Rows and columns of tokens. A pixel belongs to the token that covers its centre, so the image's size need not be
+        a multiple of the grid.
 
     Returns
     -------
     LongTensor, shape (..., rows * columns)
-        Row by row; ties go to the smaller number.
+        Row by row; 0 for background, ties go to the smaller number.
     """
-    rows, columns = grid
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     height, width = object_map.shape[-2:]
     if object_map.is_floating_point() or object_map.dtype == torch.bool:
         raise ValueError(f"object_map must hold whole numbers, not {object_map.dtype}")
     if not (0 < rows <= height and 0 < columns <= width):
-        raise ValueError(f"{height} x {width} pixels cannot be divided by {rows} x {columns} tokens")
-    device = object_map.device
-    row = torch.arange(height, device=device) * rows // height
-    column = torch.arange(width, device=device) * columns // width
-    token = (row[:, None] * columns + column).flatten()
-    names, number = object_map.unique(return_inverse=True)  # sorted: argmax takes the smaller
-    number = number.reshape(-1, height * width)
-    votes = torch.zeros(len(number), rows * columns * len(names), device=device)
-    votes.scatter_add_(1, token * len(names) + number, torch.ones_like(number, dtype=votes.dtype))
-    winner = votes.unflatten(1, (rows * columns, len(names))).argmax(dim=-1)
-    return names[winner].long().reshape(*object_map.shape[:-2], rows * columns)
+        raise ValueError(f"{height} x {width} pixels cannot be divided into {rows} x {columns} tokens")
+    row = torch.arange(height, device=object_map.device) * rows // height
+    column = torch.arange(width, device=object_map.device) * columns // width
+    maps = object_map.reshape(-1, height, width)
+    image = torch.arange(len(maps), device=object_map.device)[:, None, None]
+    token = (image * rows + row[:, None]) * columns + column
+    numbers = int(maps.max()) + 1
+    count = len(maps) * rows * columns
+    pixels = (token * numbers + maps).flatten().bincount(minlength=count * numbers)
+    return _largest_object(pixels.view(*object_map.shape[:-2], rows * columns, numbers), share)
+
+
+def objects_of_boxes(object_map: Tensor, boxes: Tensor, share: float = ON_OBJECT) -> Tensor:
+    """The object in each box of one image, by the rule of `objects_of_tokens`.
+
+    Parameters
+    ----------
+    object_map : Tensor of whole numbers, shape (height, width)
+    boxes : Tensor, shape (token, 4)
+        x0 y0 x1 y1 as shares of the image.
+
+    Returns
+    -------
+    LongTensor, shape (token,)
+    """
+    height, width = object_map.shape
+    numbers = int(object_map.max()) + 1
+    corners = (boxes * boxes.new_tensor([width, height, width, height])).round().long().tolist()
+    parts = [object_map[y0:y1, x0:x1].flatten() for x0, y0, x1, y1 in corners]
+    return _largest_object(torch.stack([part.bincount(minlength=numbers) for part in parts]), share)
+
+
+def _largest_object(pixels: Tensor, share: float) -> Tensor:
+    """Number of the object, from the pixels of each number inside each token: (..., token, number) -> (..., token)."""
+    covered = pixels.double() / pixels.sum(dim=-1, keepdim=True).clamp(min=1)
+    covered[..., 0] = -1  # background is no object
+    most, number = covered.max(dim=-1)  # the first of equals
+    return torch.where(most >= share, number, 0)
+
+
+# ------------------------------------------------------------------------- rules that choose which tokens are hidden
+
+
+def nearest_by_position(boxes: Tensor) -> Tensor:
+    """Scores of tokens around each pick, larger when nearer; boxes (..., token, 4) -> (..., token, token)."""
+    centres = (boxes[..., :2] + boxes[..., 2:]) / 2
+    distances = torch.cdist(centres.double(), centres.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return -distances.round(
+        decimals=5
+    )  # neighbours on both sides are equally near, which float32 boxes only nearly are
+
+
+def nearest_by_colour(images: Tensor, grid: int) -> Tensor:
+    """Scores by mean RGB colour; images (image, 3, height, width) -> (image, vision, vision)."""
+    colours = functional.adaptive_avg_pool2d(images.double(), grid).flatten(2).transpose(1, 2)
+    return -torch.cdist(colours, colours, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def nearest_by_features(features: Tensor) -> Tensor:
+    """Scores by cosine similarity; features (image, vision, channel) -> (image, vision, vision)."""
+    directions = functional.normalize(features.double(), dim=-1)
+    return directions @ directions.transpose(1, 2)
+
+
+# -------------------------------------------------------------------------------- masks as large as the picked object
+
+
+@dataclass(frozen=True)
+class ObjectShares:
+    """Share of hidden tokens on the picked object, the pick left out, for each rule that chooses what is hidden.
+
+    Attributes
+    ----------
+    shares : dict of array, shape (object,)
+        Name of the rule -> share in [0, 1] of each object, averaged over its tokens as picks. `random` is the share
+        expected of random masks.
+    sizes : int array, shape (object,)
+        Tokens of each object, and of the mask.
+    images : int array, shape (object,)
+        The image that each object is in.
+    """
+
+    shares: dict[str, np.ndarray]
+    sizes: np.ndarray
+    images: np.ndarray
+
+    def intervals(self, seed: int = 0) -> dict[str, Interval]:
+        """Mean share of each rule with its bootstrap interval over objects."""
+        return {rule: bootstrap_interval(shares, seed) for rule, shares in self.shares.items()}
+
+    def difference(self, first: str, second: str, seed: int = 0) -> Interval:
+        """Mean difference between two rules on the same objects."""
+        return paired_interval(self.shares[first], self.shares[second], seed)
+
+    def table(self, seed: int = 0) -> list[dict[str, str | float | int]]:
+        """One row for each rule: `rule`, `share`, `share_low`, `share_high`, `objects`."""
+        return [
+            {"rule": rule, **flatten({"share": interval}), "objects": len(self.sizes)}
+            for rule, interval in self.intervals(seed).items()
+        ]
+
+
+def shares_on_objects(
+    rules: Mapping[str, Tensor], objects: Tensor, tokens: Tensor | None = None, *, smallest: int = SMALLEST_OBJECT
+) -> ObjectShares:
+    """How much of a mask as large as the picked object lies on that object, for several rules.
+
+    Every token of every object of at least `smallest` tokens is picked in turn. On an object of n tokens the mask hides
+    the pick and the n - 1 other tokens with the largest scores; the share is that of those n - 1 on the object.
+
+    Parameters
+    ----------
+    rules : mapping of Tensor, shape (image, vision, vision)
+        Name of the rule -> score of each token (last axis) for each pick. Equal scores count as drawn at random among
+        them: the share is its expectation.
+    objects : LongTensor, shape (image, vision)
+        From `objects_of_tokens`.
+    tokens : BoolTensor, shape (image, vision), optional
+        Real tokens; padding is never hidden.
+    """
+    image, pick = (objects > 0).nonzero(as_tuple=True)
+    on_object = objects[image] == objects[image, pick, None]  # pick token
+    size = on_object.sum(dim=1)
+    kept = size >= smallest
+    image, pick, on_object, size = image[kept], pick[kept], on_object[kept], size[kept]
+    real = torch.ones_like(objects, dtype=torch.bool) if tokens is None else tokens
+    others = real[image].scatter(1, pick[:, None], False)
+    keys, owner = torch.stack([image, objects[image, pick]]).unique(dim=1, return_inverse=True)
+    picks = owner.bincount(minlength=keys.shape[1])
+
+    def of_objects(values: Tensor) -> np.ndarray:
+        sums = torch.zeros(len(picks), dtype=torch.float64).index_add_(0, owner, values.double())
+        return (sums / picks).numpy()
+
+    scores = dict(rules) | {"random": torch.zeros(*objects.shape, objects.shape[1])}
+    shares = {
+        rule: of_objects(_expected_share(score[image, pick], on_object, others, size - 1))
+        for rule, score in scores.items()
+    }
+    return ObjectShares(shares, of_objects(size).round().astype(int), keys[0].numpy())
+
+
+def _expected_share(scores: Tensor, on_object: Tensor, others: Tensor, hidden: Tensor) -> Tensor:
+    """Share on the object of the `hidden` (pick,) best of `others`, ties drawn at random; the rest (pick, token)."""
+    scores = scores.double().masked_fill(~others, -torch.inf)
+    last = scores.sort(dim=1, descending=True).values.gather(1, hidden[:, None] - 1)
+    above, tied = scores > last, (scores == last) & others
+    left = hidden - above.sum(dim=1)
+    hits = (above & on_object).sum(dim=1) + left * (tied & on_object).sum(dim=1) / tied.sum(dim=1)
+    return hits / hidden
+
+
+# ---------------------------------------------------------------------------------------- masks of a fixed budget
+
+
+class BudgetShares(NamedTuple):
+    """Masks of a fixed budget beside random ones; over images, with 95% bootstrap intervals. The pick counts."""
+
+    share: Interval
+    random: Interval
+    largest: Interval  # a perfect mask of this budget
+    difference: Interval  # share - random, paired by image
+    images: int
+    on_background: int  # images left out because the pick is on no object
+
+
+def shares_at_budget(masked: Tensor, pick: Tensor, objects: Tensor, *, seed: int = 0) -> BudgetShares:
+    """Share of masked tokens on the picked object for masks of one budget; parameters as for `mask_on_object`."""
+    share, random, largest = (
+        rule(masked, pick, objects).cpu().double().numpy()
+        for rule in (mask_on_object, random_on_object, largest_on_object)
+    )
+    left_out = int(np.isnan(share).sum())
+    return BudgetShares(
+        share=bootstrap_interval(share, seed),
+        random=bootstrap_interval(random, seed),
+        largest=bootstrap_interval(largest, seed),
+        difference=paired_interval(share, random, seed),
+        images=len(share) - left_out,
+        on_background=left_out,
+    )
 
 
 def mask_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """Share of masked tokens on the picked token's object.
+    """Share of masked tokens, the picked one included, on the picked token's object.
 
     Parameters
     ----------
@@ -58,7 +244,7 @@ def mask_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
         Hidden tokens, the picked one included.
     pick : LongTensor, shape (image,)
     objects : LongTensor, shape (image, vision)
-        From `object_tokens`.
+        From `objects_of_tokens`.
 
     Returns
     -------
@@ -71,10 +257,9 @@ def mask_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
 
 
 def random_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """Expected `mask_on_object` had the tokens beside the pick been drawn at random, same budget.
+    """Expected `mask_on_object` if the tokens beside the pick were drawn at random, with the same budget.
 
-    Exact (the mean of a hypergeometric count), so the comparison has no noise of its own.
-    Parameters and result are those of `mask_on_object`.
+    Exact: the mean of a hypergeometric count.
     """
     picked = _object_of_pick(masked, pick, objects)
     budget, size = masked.sum(dim=1), (objects == picked).sum(dim=1)
@@ -83,27 +268,15 @@ def random_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
     return share.masked_fill(picked[:, 0] == 0, torch.nan)
 
 
-class MaskComparison(NamedTuple):
-    """Masks against random ones of the same budget, over images; intervals are 95% bootstrap."""
-
-    share: Interval
-    random: Interval
-    difference: Interval  # paired: share - random of each image
-    images: int
-    on_background: int  # images left out because the pick lies on no object
-
-
-def compare_masks(masked: Tensor, pick: Tensor, objects: Tensor, *, seed: int = 0) -> MaskComparison:
-    """Mask probe over images, against its random control; parameters as for `mask_on_object`."""
-    share = mask_on_object(masked, pick, objects).cpu().double().numpy()
-    control = random_on_object(masked, pick, objects).cpu().double().numpy()
-    left_out = int(np.isnan(share).sum())
-    intervals = [bootstrap_interval(part, seed) for part in (share, control, share - control)]
-    return MaskComparison(*intervals, images=len(share) - left_out, on_background=left_out)
+def largest_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
+    """The largest `mask_on_object` that the budget allows: small objects cannot fill the mask."""
+    picked = _object_of_pick(masked, pick, objects)
+    budget, size = masked.sum(dim=1), (objects == picked).sum(dim=1)
+    return (size.clamp(max=budget) / budget).masked_fill(picked[:, 0] == 0, torch.nan)
 
 
 def _object_of_pick(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """(image, 1), after checking what belongs together."""
+    """(image, 1), after checking that the arguments fit together."""
     if masked.dtype != torch.bool or masked.shape != objects.shape or masked.ndim != 2:
         raise ValueError(
             "masked must be bool and objects whole numbers, both (image, vision), not "

@@ -5,23 +5,34 @@ What the tour shows and the explorer touches; figures draw it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
-from vpworkbench.data.inputs import prepare
-from vpworkbench.data.objects import pick_objects, token_objects
+from vpworkbench.data.inputs import Pixels, prepare
+from vpworkbench.data.objects import noise_on_objects, objects_of_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.losses import visual_mask
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import match_probability
 from vpworkbench.probes.flow import inter_modality_flow
-from vpworkbench.probes.layouts import REGIONS_SIDE, modality_masks, painted
-from vpworkbench.probes.masks import compare_masks
-from vpworkbench.settings import MaskSettings, PretrainSettings
+from vpworkbench.probes.layouts import REGIONS_SIDE, grid_boxes, modality_masks, painted
+from vpworkbench.probes.masks import (
+    ON_OBJECT,
+    BudgetShares,
+    ObjectShares,
+    nearest_by_colour,
+    nearest_by_features,
+    nearest_by_position,
+    shares_at_budget,
+    shares_on_objects,
+)
+from vpworkbench.settings import PretrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval
 
 
@@ -64,8 +75,8 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
     seen = model.visual(inputs.forward["images"])
     parsing = None if seen.parsing is None else seen.parsing.mean(dim=1).cpu()
     real = seen.not_padding().cpu()
-    objects = token_objects([picture], visual.grid) if visual.kind.on_grid else real.long()
-    noise = pick_objects(objects, seed=seed)
+    objects = objects_of_pictures([picture], visual.grid) if visual.kind.on_grid else real.long()
+    noise = noise_on_objects(objects, seed=seed)
     words = inputs.forward["words"][0]
     flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, rows=list(range(len(words))))
     boxes = modality_masks(model, inputs.forward).boxes[0, len(words) :].cpu().masked_fill(~real[0, :, None], torch.nan)
@@ -114,24 +125,53 @@ def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) ->
     return parsing.mean(dim=1).cpu()
 
 
-def mask_shares(
-    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
-) -> dict[str, Interval]:
-    """The mask probe on generated scenes: share of masked tokens on the picked object, attention against random.
+@torch.no_grad()
+def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float = ON_OBJECT) -> ObjectShares:
+    """Do masks as large as an object lie on it? For a visual side on pictures whose objects are known.
 
-    Empty for families without a parsing attention.
+    The rules are `rows` and `columns` of the parsing attention, averaged over heads, where the family has one; nearest
+    by `features`, `colour` and `position`; and `random`.
+
+    Parameters
+    ----------
+    visual : nn.Module
+        The visual side of a model (`model.visual`), of a family on a grid.
+    share : float
+        Share of a token's pixels that an object must cover for the token to be on it.
     """
-    if not model.settings.visual.kind.parsing:
-        return {}
-    objects = token_objects(pictures, model.settings.visual.grid)
-    noise = pick_objects(objects, seed=seed)
-    mask: MaskSettings = settings.mask
+    settings, parts = visual.settings, defaultdict(list)
+    if not settings.kind.on_grid:
+        raise ValueError(f"visual family {settings.family!r} has no grid: its regions are objects already")
+    device = next(visual.parameters()).device
+    for start in range(0, len(pictures), 32):
+        images = Pixels(settings.image_px).stack(pictures[start : start + 32])
+        found = visual(images.to(device))
+        if found.parsing is not None:
+            parsing = found.parsing.mean(dim=1).cpu()
+            parts["rows"].append(parsing)
+            parts["columns"].append(parsing.transpose(1, 2))
+        parts["features"].append(nearest_by_features(found.features.cpu()))
+        parts["colour"].append(nearest_by_colour(images, settings.grid))
+    rules = {rule: torch.cat(scores) for rule, scores in parts.items()}
+    position = nearest_by_position(grid_boxes(settings.grid, settings.grid))
+    rules["position"] = position.expand(len(pictures), *position.shape)
+    return shares_on_objects(rules, objects_of_pictures(pictures, settings.grid, share=share))
+
+
+def budget_shares(
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
+) -> BudgetShares:
+    """Share of the masks of pre-training on the picked object, beside the largest that their fixed budget allows.
+
+    For families with a parsing attention; see `mask_shares` for a share that does not depend on the sizes of objects.
+    """
+    objects = objects_of_pictures(pictures, model.settings.visual.grid)
+    noise = noise_on_objects(objects, seed=seed)
     parsing = torch.cat(
         [parsing_attention(model, pictures[start : start + 32]) for start in range(0, len(pictures), 32)]
     )
-    masked = visual_mask(noise, mask.tokens_of(settings.visual), parsing=parsing, select=mask.select)
-    compared = compare_masks(masked, noise.argmax(dim=1), objects, seed=seed)
-    return {"attention": compared.share, "random": compared.random}
+    masked = visual_mask(noise, settings.mask.tokens_of(settings.visual), parsing=parsing, select=settings.mask.select)
+    return shares_at_budget(masked, noise.argmax(dim=1), objects, seed=seed)
 
 
 @torch.no_grad()
@@ -148,7 +188,7 @@ def mask_errors(
     """
     if not model.settings.visual.kind.parsing:
         return {}
-    noise = pick_objects(token_objects(pictures, model.settings.visual.grid), seed=seed)
+    noise = noise_on_objects(objects_of_pictures(pictures, model.settings.visual.grid), seed=seed)
     budget, found = settings.mask.tokens_of(settings.visual), []
     for rows in torch.arange(len(pictures)).split(32):
         some = [pictures[row] for row in rows.tolist()]

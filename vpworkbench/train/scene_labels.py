@@ -26,6 +26,7 @@ from vpworkbench.data.splits import scenes_folder
 from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.losses import Objective
 from vpworkbench.model.visual import build_visual
+from vpworkbench.probes.masks import objects_of_tokens
 from vpworkbench.runs import Run
 from vpworkbench.scenes.scene import COLOURS, SHAPES
 from vpworkbench.scenes.write import write_scenes
@@ -34,8 +35,6 @@ from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
 
 BACKGROUND = 0
-SMALLEST_SHARE = 0.2
-"""A token is background if each object covers less than this share of its pixels."""
 AT_ONCE = 64  # pictures, where nothing is trained
 
 
@@ -153,21 +152,6 @@ def label_accuracy(
 # ------------------------------------------------------------------------- a start for the visual side
 
 
-def token_objects(object_map: np.ndarray, grid: int) -> np.ndarray:
-    """The object that covers most of each token's pixels; int (grid, grid), 0 for background.
-
-    Parameters
-    ----------
-    object_map : uint8 array, (height, width)
-        0 background, i + 1 the i-th object; sides are multiples of `grid`.
-    """
-    side = object_map.shape[0] // grid
-    cells = object_map.reshape(grid, side, grid, side).transpose(0, 2, 1, 3).reshape(grid, grid, -1)
-    numbers = range(1, max(int(object_map.max()), 1) + 1)
-    shares = np.stack([(cells == number).mean(axis=-1) for number in numbers])
-    return np.where(shares.max(axis=0) >= SMALLEST_SHARE, shares.argmax(axis=0) + 1, BACKGROUND)
-
-
 def token_labels(pictures: Sequence[Picture], grid: int) -> Tensor:
     """Colour and shape at each token of generated scenes; int64 (image, row, column, 2).
 
@@ -180,13 +164,14 @@ def token_labels(pictures: Sequence[Picture], grid: int) -> Tensor:
         drawn = picture.object_map()
         if drawn.shape[0] % grid:
             side = grid * -(-drawn.shape[0] // grid)
-            drawn = np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.NEAREST))
+            drawn = np.array(Image.fromarray(drawn).resize((side, side), Image.Resampling.NEAREST))
         # Draped things have a word of their own for their shape: it is not one of SHAPES and stays background.
         known = [
             (colours.index(thing.colour) + 1, shapes.index(thing.shape) + 1 if thing.shape in shapes else BACKGROUND)
             for thing in picture.scene.things
         ]
-        labels.append(np.array([(BACKGROUND, BACKGROUND), *known])[token_objects(drawn, grid)])
+        objects = objects_of_tokens(torch.from_numpy(drawn), grid).view(grid, grid).numpy()
+        labels.append(np.array([(BACKGROUND, BACKGROUND), *known])[objects])
     return torch.from_numpy(np.stack(labels))
 
 
