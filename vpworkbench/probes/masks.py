@@ -99,9 +99,7 @@ def nearest_by_position(boxes: Tensor) -> Tensor:
     """Scores of tokens around each pick, larger when nearer; boxes (..., token, 4) -> (..., token, token)."""
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2
     distances = torch.cdist(centres.double(), centres.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    return -distances.round(
-        decimals=5
-    )  # neighbours on both sides are equally near, which float32 boxes only nearly are
+    return -distances.round(decimals=5)  # float32 boxes: neighbours on all sides must be equally near
 
 
 def nearest_by_colour(images: Tensor, grid: int) -> Tensor:
