@@ -118,6 +118,17 @@ def load_all(sources: Sequence[str], *, regions: str = "") -> list[Subject]:
     return subjects
 
 
+def predict(source: Loadable, images: Any, text: str) -> dict[str, float]:
+    """Probability of each answer of a fine-tuned model for one text, most likely first.
+
+    `images` is a path, a PIL image or a uint8 array (height, width, 3); for NLVR2 a pair of them.
+    """
+    subject = load(source)
+    if subject.task_model is None:
+        raise CheckpointError(f"{subject.name} is not fine-tuned and answers nothing; name a run of 04_finetune")
+    return subject.task_model.predict(images, text)
+
+
 def _load(source: Loadable, regions: str) -> Subject:
     if isinstance(source, Subject):
         return source
