@@ -456,13 +456,13 @@ def test_a_tsv_of_butd_is_read(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [({"features": "AAA*"}, "391895: features is no base64"), ({"boxes": "AAAA"}, "391895: boxes is no base64"),
-     ({"num_boxes": "3"}, "391895: num_boxes is 3, but 2 boxes"), ({"num_boxes": "two"}, "391895: .* is no number"),
+     ({"num_boxes": "3"}, "391895: num_boxes is 3, but there are 2"), ({"num_boxes": "two"}, "391895: .* is no number"),
      ({"image_w": "60"}, r"391895: box 1 .* is outside the image of 60 x 50 px"),
      ({"image_h": "nan"}, r"391895: an image of size \[100.0, nan\]"), ({"image_h": "inf"}, "391895: an image of size"),
      ({"image_id": "7"}, "391895.jpg: no features of this image"),
-     ({"num_boxes": "0", "boxes": "", "features": ""}, "391895: num_boxes is 0; an image needs a region"),
+     ({"num_boxes": "0", "boxes": "", "features": ""}, "391895: num_boxes is 0, but there are 0 boxes"),
      ({"boxes": coded([[50, 0, 10, 25], [10, 10, 100, 50]])}, r"391895: box 0 \[50.0, .* ends before it begins"),
-     ({"boxes": coded([[0, 0, 0.5, 0.5], [0.1, 0.2, 1, 1]])}, "391895: box 0 .* as shares of the image would")],
+     ({"boxes": coded([[0, 0, 0.5, 0.5], [0.1, 0.2, 1, 1]])}, "391895: box 0 .* is in shares of the image")],
 )  # fmt: skip
 def test_a_broken_tsv_names_the_image(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
@@ -479,7 +479,7 @@ def test_a_number_is_an_image_of_coco_alone(tmp_path):
         with pytest.raises(DataError, match=f"{image.name}: no features of this image"):
             files.regions(image)
     with pytest.raises(DataError, match=r"a.tsv: no features of 4 of 5 images \(dog-7.png, .*0007.jpg, \.\.\.\)"):
-        files.check([ImageFile(Path("images"), "7.jpg"), *others])
+        files.check_images([ImageFile(Path("images"), "7.jpg"), *others])
 
 
 @pytest.mark.parametrize("written", ["391895", "000000391895", "COCO_val2014_000000391895.jpg", "\ufeff391895"])
@@ -497,7 +497,7 @@ def test_field_names_and_blank_lines_are_no_images(tmp_path):
     files.check_width()
     assert len(files.regions(PHOTO).boxes) == 2
     with pytest.raises(DataError, match=r"no features of 1 of 1 images \(b.jpg\); .*; it has '391895' and so on"):
-        files.check([ImageFile(Path("images"), "b.jpg")])
+        files.check_images([ImageFile(Path("images"), "b.jpg")])
     (tmp_path / "none.tsv").write_text("\n")
     with pytest.raises(DataError, match="none.tsv: holds no regions; a tsv has a line"):
         RegionFiles(tmp_path / "none.tsv", most=3, width=WIDTH)
@@ -523,7 +523,7 @@ def test_a_tsv_that_is_written_again_gives_no_other_images_features(tmp_path):
     opened = input_of(visual)
     assert [opened.regions(image).features[0, 0] for image in images] == [1, 2]
     file.write_text(two + one + "\n")
-    with pytest.raises(DataError, match="a.tsv: no longer what it was when it was opened, at image 1; start again"):
+    with pytest.raises(DataError, match="a.tsv: changed since it was opened, at image 1; start again"):
         opened.regions(images[0])
     assert [input_of(visual).regions(image).features[0, 0] for image in images] == [1, 2]
 
@@ -535,19 +535,19 @@ def test_two_images_that_would_share_a_file_are_refused(tmp_path):
     for image in images:
         (image.folder / image.name).parent.mkdir(parents=True)
         (image.folder / image.name).write_bytes(b"one")
-    files.check(images)  # two sets that have the same image
+    files.check_images(images)  # two sets that have the same image
     (image.folder / image.name).write_bytes(b"another")
     with pytest.raises(DataError, match="train/1.jpg and .*val/1.jpg would share one image's regions"):
-        files.check(images)
+        files.check_images(images)
     coco = RegionFiles(tsv(tmp_path / "a.tsv"), most=3, width=WIDTH)
-    coco.check([PHOTO, ImageFile(Path("images"), f"val2014/{PHOTO.name}")])
+    coco.check_images([PHOTO, ImageFile(Path("images"), f"val2014/{PHOTO.name}")])
 
 
 @pytest.mark.parametrize("change, message",
     [({"size": 10}, "an image of size 10"), ({"size": [10, np.nan]}, "an image of size"),
-     ({"size": ["10", "10"]}, "an image of size"), ({"features": [["a"] * WIDTH] * 2}, "must be real numbers"),
+     ({"size": ["10", "10"]}, "an image of size"), ({"features": [["a"] * WIDTH] * 2}, "not of real numbers"),
      ({"features": np.full((2, WIDTH), 1e300)}, "not finite"), ({"features": np.ones((2, WIDTH)) + 1j}, "complex128"),
-     ({"boxes": [["a"] * 4] * 2}, "must be real numbers")],
+     ({"boxes": [["a"] * 4] * 2}, "not of real numbers")],
 )  # fmt: skip
 def test_npz_of_something_else_name_the_file(tmp_path, change, message):
     good = {"features": np.zeros((2, WIDTH)), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "size": [10, 10]}
@@ -570,7 +570,7 @@ def test_no_flipped_byte_ends_in_another_error(tmp_path):
     assert refused > len(content) / 2
     with (tmp_path / "7.npz").open("wb") as file:
         np.save(file, good["features"])  # an array under the name of an archive
-    with pytest.raises(DataError, match="7.npz: no whole npz"):
+    with pytest.raises(DataError, match="7.npz: not a complete npz"):
         read_npz(tmp_path / "7.npz")
 
 
@@ -583,7 +583,7 @@ def test_broken_npz_name_the_image(tmp_path):
     write_regions(tmp_path / "b" / "7.npz", *good, (10, 10))
     assert files.regions(image).boxes.max() == np.float32(0.9)
     for features, boxes, size, message in (
-        (good[0], good[1][:1], (10, 10), "do not belong together"),
+        (good[0], good[1][:1], (10, 10), "not one box x0"),
         (*good, (7, 7), "box 1 .* outside the image"),
         (good[0] + np.nan, good[1], (10, 10), "not finite"),
         (good[0][:, 1:], good[1], (10, 10), "set visual.region_width"),
@@ -592,7 +592,7 @@ def test_broken_npz_name_the_image(tmp_path):
         with pytest.raises(DataError, match=f"7.*{message}"):
             files.regions(image)
     (tmp_path / "b" / "7.npz").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(DataError, match="7.npz: no whole npz"):
+    with pytest.raises(DataError, match="7.npz: not a complete npz"):
         read_npz(tmp_path / "b" / "7.npz")
 
 

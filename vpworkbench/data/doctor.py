@@ -20,8 +20,8 @@ from vpworkbench.data.captioned import pictures_of
 from vpworkbench.data.files import annotation_files, collected_findings
 from vpworkbench.data.images import ImageFile, Places
 from vpworkbench.data.readers import Annotations, UnknownFormatError, open_annotations, unique
-from vpworkbench.data.records import Picture
-from vpworkbench.data.splits import Record, image_contents, images_of, photographs
+from vpworkbench.data.records import Picture, Record, images_of
+from vpworkbench.data.splits import image_contents, photographs
 from vpworkbench.data.tables import read_rows
 from vpworkbench.data.task_readers import (
     ANY_TABLE,

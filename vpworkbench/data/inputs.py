@@ -1,11 +1,10 @@
-"""What a visual side reads of an image: its pixels, or the features of regions. One object, `stack`, serves both."""
+"""What a visual side reads of an image: its pixels, or the features of regions."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import math
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.records import Picture, Record
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.settings import VisualSettings
-from vpworkbench.system import lock
+from vpworkbench.system import draft, lock
 
 Readable = Picture | ImageFile | Image.Image | np.ndarray
 """Anything with pixels: a record, a file, a PIL image, or a uint8 array (height, width, 3)."""
@@ -35,8 +34,8 @@ class VisualInput(Protocol):
     def stack(self, images: Sequence[Readable]) -> Tensor:
         """One tensor for several images, image first."""
 
-    def check(self, records: Sequence[Picture | Example]) -> None:
-        """Refuse a set that some image cannot be read of, before any work starts."""
+    def check(self, records: Sequence[Record]) -> None:
+        """Refuse a set with an image that cannot be read, before any work starts."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,10 @@ class Pixels:
 
     def stack(self, images: Sequence[Readable]) -> Tensor:
         """uint8 (image, 3, image_px, image_px)."""
-        squares = np.stack([self._square(image) for image in images])
-        return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
+        return _channels_first(np.stack([self._square(image) for image in images]))
 
-    def check(self, records: Sequence[Picture | Example]) -> None:
-        """Pixels need no check: a broken image is reported where it is decoded."""
+    def check(self, records: Sequence[Record]) -> None:
+        """Pixels need no check: a broken image is reported when it is decoded."""
 
     def _square(self, image: Readable) -> np.ndarray:
         if isinstance(image, Picture):
@@ -64,105 +62,88 @@ class Pixels:
 
 
 class PixelCache:
-    """Pixels of image files, uint8 (image, side, side, 3) on disk.
+    """The same for image files that are decoded once, into one memory-mapped file that all processes share.
 
-    The file's name is a hash of the images' names, contents and size, so that a changed image makes another file;
-    each image that is read is compared with its checksum.
+    The cache is a folder named by a hash of the images' names, contents and size, so that a changed image makes another
+    cache. Each image is compared with its checksum when it is read.
 
     Parameters
     ----------
     folder : Path
-        Holds the caches.
-    side : int
-        Pixels.
+        Where caches are kept.
+    images
+        All images that will be read.
     progress
-        Told how far the building is.
-
-    Raises
-    ------
-    DataError
-        For an image that cannot be decoded.
-    OSError
-        On a full disk; nothing half built is left.
+        Called with a description, images done and all images.
     """
 
     def __init__(
         self,
         folder: Path,
         images: Sequence[ImageFile],
-        side: int,
+        image_px: int,
         *,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         files = list(dict.fromkeys(images))
         self.rows = {file: row for row, file in enumerate(files)}
         contents = [(str(file), *file.glimpse()) for file in files]
-        name = hashlib.sha256(repr((side, contents)).encode()).hexdigest()[:16]
-        self.path = folder / f"pixels-{name}.npy"
-        self._sums = self.path.with_suffix(".crc.npy")
+        self.path = folder / f"pixels-{hashlib.sha256(repr((image_px, contents)).encode()).hexdigest()[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(self.path.with_suffix(".lock"), patience_s=math.inf):  # one of the processes of a run builds it
-            if not (self.path.exists() and self._sums.exists()):
-                self._build(files, side, progress)
+        with lock(self.path.with_suffix(".lock"), patience_s=math.inf):  # one process of a run builds it
+            if not self.path.exists():
+                _decode_all(self.path, files, image_px, progress)
         try:
-            self.pixels, self.sums = np.load(self.path, mmap_mode="r"), np.load(self._sums)
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{self.path}: not whole ({error}); delete it, and it is built again") from None
-        if self.pixels.shape != (len(files), side, side, 3) or len(self.sums) != len(files):
-            raise DataError(f"{self.path}: not whole; delete it, and it is built again")
+            self.pixels = np.load(self.path / "pixels.npy", mmap_mode="r")
+            self.checksums = np.load(self.path / "checksums.npy")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{self.path}: not complete ({error}); delete this folder, and it is built again") from None
 
-    def _build(self, files: list[ImageFile], side: int, progress: Callable[[str, int, int], None] | None) -> None:
-        draft, sums_draft = (self.path.with_suffix(f".{os.getpid()}.{kind}part") for kind in ("", "crc."))
-        sums = np.zeros(len(files), dtype=np.uint32)
-        try:
-            with open(draft, "wb") as out:
-                shape = {"descr": "|u1", "fortran_order": False, "shape": (len(files), side, side, 3)}
-                np.lib.format.write_array_header_1_0(out, shape)
-                for row, file in enumerate(files):
-                    pixels = file.pixels(side).tobytes()
-                    sums[row] = zlib.crc32(pixels)
-                    out.write(pixels)
-                    if progress:
-                        progress("decoding images", row + 1, len(files))
-            with open(sums_draft, "wb") as out:
-                np.save(out, sums)
-            os.replace(sums_draft, self._sums)  # another process may read, or build, the same
-            os.replace(draft, self.path)
-        finally:
-            draft.unlink(missing_ok=True)
-            sums_draft.unlink(missing_ok=True)
-
-    def stack(self, images: Sequence[ImageFile]) -> Tensor:
-        """As `stack_files`: uint8 (image, 3, side, side).
-
-        Raises
-        ------
-        DataError
-            Where the file no longer holds what was written.
-        """
-        rows = [self.rows[image] for image in images]
+    def stack(self, images: Sequence[Picture | ImageFile]) -> Tensor:
+        """uint8 (image, 3, image_px, image_px); `DataError` if the cache was damaged."""
+        rows = [self.rows[image.image if isinstance(image, Picture) else image] for image in images]
         pixels = self.pixels[rows]
         for row, image in zip(rows, pixels, strict=True):
-            if zlib.crc32(image) != self.sums[row]:
-                raise DataError(f"{self.path}: image {row} was damaged; delete that file, and it is built again")
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            if zlib.crc32(image) != self.checksums[row]:
+                raise DataError(f"{self.path}: image {row} was damaged; delete this folder, and it is built again")
+        return _channels_first(pixels)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Pixels need no check: every image has been decoded."""
+
+
+def _decode_all(
+    cache: Path, files: Sequence[ImageFile], image_px: int, progress: Callable[[str, int, int], None] | None
+) -> None:
+    """Write the pixels and checksums of all files."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), image_px, image_px, 3)}
+    checksums = np.zeros(len(files), dtype=np.uint32)
+    with draft(cache, durable=False) as folder:
+        folder.mkdir()
+        with open(folder / "pixels.npy", "wb") as out:  # a memory map would end the process where the disk is full
+            np.lib.format.write_array_header_1_0(out, header)
+            for row, file in enumerate(files):
+                pixels = file.pixels(image_px).tobytes()
+                checksums[row] = zlib.crc32(pixels)
+                out.write(pixels)
+                if progress:
+                    progress("decoding images", row + 1, len(files))
+        np.save(folder / "checksums.npy", checksums)
+
+
+def _channels_first(squares: np.ndarray) -> Tensor:
+    return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
 
 
 def visual_input(visual: VisualSettings) -> VisualInput:
-    """The input of a visual side: pixels, or the regions of `visual.region_files`.
-
-    Raises
-    ------
-    DataError
-        If the region files are not there.
-    """
+    """The input of a visual side: pixels, or the regions in `visual.region_files`."""
     if visual.kind.pixels:
         return Pixels(visual.image_px)
     return open_regions(visual.region_files, visual.regions, visual.region_width)
 
 
 def open_regions(source: str, most: int, width: int) -> RegionFiles:
-    """Region files, opened once: a tsv is indexed again only after it was written again."""
+    """Region files, kept open: a tsv is indexed again only after a change."""
     place = Path(source).expanduser()
     stamp = (place.stat().st_mtime_ns, place.stat().st_size) if source and place.exists() else (0, 0)
     return _opened(source, most, width, stamp)
@@ -180,13 +161,7 @@ def prepare(
     *,
     special_tokens: Literal["language", "exclude"] = "language",
 ) -> Inputs:
-    """Read images and pair image i with text i: `VisualParsingModel.prepare`, from records or files.
-
-    Raises
-    ------
-    ValueError
-        If there are not as many images as texts, or none.
-    """
+    """Read images and pair image i with text i: `VisualParsingModel.prepare`, from records or files."""
     if len(images) != len(texts) or not texts:
         raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
     stacked = visual_input(model.settings.visual).stack(images)
@@ -196,10 +171,7 @@ def prepare(
 def use_regions(model: VisualParsingModel, source: str) -> None:
     """Read the regions of images from `source` from now on; a saved model remembers it.
 
-    Raises
-    ------
-    DataError, SettingsError
-        If the visual side reads pixels; if `source` holds no regions, or features of another width.
+    Refused if the visual side reads pixels, or if `source` holds no regions or features of another width.
     """
     visual = model.settings.visual
     if visual.kind.pixels:

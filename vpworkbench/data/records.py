@@ -107,6 +107,14 @@ class Example:
     origins: frozenset[str] = frozenset()
 
 
+Record = Picture | Example
+
+
+def images_of(record: Record) -> tuple[ImageFile, ...]:
+    """The image of a picture, the one or two of an example."""
+    return (record.image,) if isinstance(record, Picture) else record.images
+
+
 def _is_among(text: str, texts: tuple[str, ...]) -> bool:
     """Case does not count: the tokenizer would make the same words of both."""
     return text.lower() in (other.lower() for other in texts)

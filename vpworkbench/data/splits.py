@@ -17,7 +17,7 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.files import SPLITS, annotation_files
 from vpworkbench.data.images import ImageFile, Places, origins
 from vpworkbench.data.readers import UnknownFormatError, open_annotations
-from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.records import Example, Picture, Record, images_of
 from vpworkbench.data.task_readers import FORMATS, TASK_READERS, VQA_ANSWERS
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.write import write_scenes
@@ -26,7 +26,6 @@ from vpworkbench.settings.scenes import SceneSettings
 
 log = logging.getLogger(__name__)
 
-Record = Picture | Example
 R = TypeVar("R", Picture, Example)
 
 # ------------------------------------------------------------------------------------------- captioned sets
@@ -212,11 +211,6 @@ def without_leaks(
     if by_any - by_id:
         log.warning("%d %s, by content: dropped", len(by_any - by_id), what)
     return [record for place, record in enumerate(training) if place not in by_any], marks
-
-
-def images_of(record: Record) -> tuple[ImageFile, ...]:
-    """The image of a picture, the one or two of an example."""
-    return (record.image,) if isinstance(record, Picture) else record.images
 
 
 def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]) -> dict[ImageFile, Hashable]:
