@@ -147,7 +147,7 @@ def test_answers_out_of_vocabulary(tmp_path):
     assert found.tables["table (vqa)"]["train"]["unanswerable"] == 0
     assert found.tables["table (vqa)"]["val"]["unanswerable"] == 1 and found.is_sound
     assert found.warnings == [
-        "table (vqa): 1 of 2 questions of val have no answer among the 1 that stand for 4 questions or more of "
+        "table (vqa): 1 of 2 questions of val have none of the 1 answers that are given for at least 4 questions of "
         "training and validation: they count as 0"
     ]
     assert diagnose(path, answer_count=5).tables["table (vqa)"]["train"]["unanswerable"] == 3

@@ -1,13 +1,13 @@
-"""What is wrong with a set, all of it at once, before a run starts.
+"""Everything that is wrong with a set, before a run starts.
 
-Broken records and unreadable images are errors; overlaps of splits, duplicates and texts that will be cut are warnings:
-sets as published have them.
+Broken records and unreadable images are errors. Overlaps of splits, duplicates and texts that will be cut are warnings,
+because published sets have them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations, islice
@@ -40,6 +40,7 @@ from vpworkbench.errors import DataError
 from vpworkbench.metrics import normalised_answer
 
 SPLIT_NAMES = ("train", "val", "test")
+Splits = Mapping[str, Sequence[Record]]
 
 
 @dataclass
@@ -49,11 +50,11 @@ class Diagnosis:
     Attributes
     ----------
     tables : dict
-        For each format (a table of one's own: with its task) and split: counts.
+        Counts by format (for a custom table, with its task), split and column.
     errors, warnings : list of str
         Each error names the file and the record.
     unread : list of str
-        Files that are no annotations of a known format.
+        Files without annotations of a known format.
     """
 
     path: str
@@ -64,7 +65,7 @@ class Diagnosis:
 
     @property
     def is_sound(self) -> bool:
-        """No error."""
+        """True without errors."""
         return not self.errors
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +73,7 @@ class Diagnosis:
         return asdict(self) | {"sound": self.is_sound}
 
     def __str__(self) -> str:
-        """Everything, the summary last: it stays in sight where the list is long."""
+        """The findings, then the counts, then a summary, which stays visible below a long list."""
         lines = []
         for name, found in (("error", self.errors), ("warning", self.warnings), ("not read", self.unread)):
             lines += [f"{name}: {text}" for text in found]
@@ -104,57 +105,54 @@ def diagnose(
     path
         An annotation file, a folder with any number of them, or `easy-vqa`.
     images : bool
-        Decode every image; else only see that it is there.
+        Decode every image, instead of only finding it.
     places
         Folders and zips of images; empty: those beside each annotation file.
     task : str
-        What a table of one's own is for; empty: told by its labels.
+        The task of custom tables; empty: the one that their labels suggest.
     text_tokens : int
         Longest text in tokens, [CLS] and [SEP] included.
     tokenizer : str
         `minilm`, or the folder of a BERT or of a checkpoint; empty: a vocabulary of the training texts, as a run
         without `init_text` builds it.
     answer_count : int
-        VQA: of how many questions of training and validation an answer must be the one to be in the vocabulary.
+        VQA: keep answers that are given for at least this many questions of training and validation.
     regions : str
-        Region files of these images, a folder of npz or a BUTD tsv: every image's are read.
-
-    Raises
-    ------
-    DataError
-        Only if there is nothing to examine.
+        Region files of the images, a folder of npz or a BUTD tsv; all of them are read.
     """
     found = Diagnosis(str(path))
     kinds = _read(path, places, task, found)
     if not kinds and not found.errors:
         unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
         raise DataError(f"{path}: no set of a known format there; name an annotation file{unread}")
-    files = dict.fromkeys(image for records in kinds.values() for record in records for image in images_of(record))
+    records = chain.from_iterable(chain.from_iterable(splits.values()) for splits in kinds.values())
+    files = list(dict.fromkeys(image for record in records for image in images_of(record)))
     if regions:
-        _read_regions(list(files), regions, found)
-    readable = _readable(list(files), images, found)
-    content = {image: image for image in files} | image_contents(readable)
-    for kind, records in kinds.items():
-        table = found.tables[kind] = _table(records)
-        _count_longer(records, table, kind, text_tokens, tokenizer, found)
-        _compare(records, kind, content, found)
-        if any(getattr(record, "answers", ()) for record in records):
-            _count_unanswerable(records, table, kind, answer_count, found)
-    _compare_captioned(kinds, content, found)
+        found.errors += _region_faults(files, regions)
+    unreadable = _unreadable(files, decode=images)
+    found.errors += unreadable.values()
+    content = {image: image for image in files} | image_contents(image for image in files if image not in unreadable)
+    for kind, splits in kinds.items():
+        table = found.tables[kind] = _counts(splits)
+        found.warnings += [f"{kind}: {warning}" for warning in _cut_texts(splits, table, text_tokens, tokenizer)]
+        found.warnings += [f"{kind}: {warning}" for warning in _repetitions(splits, content)]
+        if any(getattr(record, "answers", ()) for records in splits.values() for record in records):
+            found.warnings += [f"{kind}: {warning}" for warning in _unanswerable(splits, table, answer_count)]
+    found.warnings += _overlaps_of_captioned_sets(kinds, content)
     return found
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, list[Record]]:
-    """The records of every file, by the name of their format."""
+def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, Splits]:
+    """The records of every file, by the name of their format and by split."""
     if str(path) == EASY_VQA:
-        return {VQA.name: list(chain.from_iterable(read_easy_vqa().values()))}
+        return {VQA.name: read_easy_vqa()}
     place = Path(path).expanduser()
     if not place.exists():
         raise DataError(f"{place}: no such file or folder")
-    kinds: dict[str, list[Record]] = defaultdict(list)
+    kinds: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {split: [] for split in SPLIT_NAMES})
     files, answers = annotation_files(place), set()
     for file in tqdm(files, "reading records", unit=" files", delay=2):
         with collected_findings() as findings:
@@ -164,7 +162,8 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
                     answers.add(file)
                     continue
                 kind, records = _records_of(opened, task)
-                kinds[kind] += records
+                for record in records:
+                    kinds[kind][record.split].append(record)
             except UnknownFormatError:
                 if file == place:
                     raise
@@ -176,7 +175,7 @@ def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict
     lonely = answers - {answers_beside(file) for file in files}
     found.unread += [f"{file}: annotations without their questions beside them" for file in sorted(lonely)]
     found.errors[:] = dict.fromkeys(found.errors)  # a damaged zip may be beside several files
-    return {kind: records for kind, records in kinds.items() if records}
+    return dict(kinds)
 
 
 def _records_of(opened: Annotations, task: str) -> tuple[str, Sequence[Record]]:
@@ -184,166 +183,154 @@ def _records_of(opened: Annotations, task: str) -> tuple[str, Sequence[Record]]:
     if opened.format is not ANY_TABLE:
         return opened.format.name, opened.read()
     rows = read_rows(opened)
-    task_files = TASK_FILES[task] if task else likely_task(rows)
-    records = examples_of(rows, task_files) if task_files else pictures_of(rows)
-    return f"table ({task_files.name if task_files else 'captions'})", unique(records, opened.file)
+    files = TASK_FILES[task] if task else likely_task(rows)
+    records = examples_of(rows, files) if files else pictures_of(rows)
+    return f"table ({files.name if files else 'captions'})", unique(records, opened.file)
 
 
 # ----------------------------------------------------------------------------------------------------- images
 
 
-def _readable(files: Sequence[ImageFile], decode: bool, found: Diagnosis) -> list[ImageFile]:
-    """The images that can be read; the others are errors."""
-    good = []
+def _unreadable(files: Sequence[ImageFile], *, decode: bool) -> dict[ImageFile, str]:
+    """The images that cannot be read, each with its fault."""
+
+    def fault(image: ImageFile) -> str:
+        try:
+            image.pixels() if decode else image.glimpse()
+        except DataError as error:
+            return str(error)
+        return ""
+
+    faults: dict[ImageFile, str] = {}
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="opening images", unit=" images", delay=2) as bar:
         waiting = iter(files)
         while part := list(islice(waiting, 1_000)):
-            for image, fault in zip(part, pool.map(_decode if decode else _glimpse, part), strict=True):
-                if fault:
-                    found.errors.append(fault)
-                else:
-                    good.append(image)
-                bar.update()
-    return good
+            faults |= zip(part, pool.map(fault, part), strict=True)
+            bar.update(len(part))
+    return {image: message for image, message in faults.items() if message}
 
 
-def _read_regions(images: Sequence[ImageFile], place: str, found: Diagnosis) -> None:
-    """Images without regions, those that are broken, and features of several widths are errors."""
-    from vpworkbench.data.regions import RegionFiles  # torch comes with it
+def _region_faults(images: Sequence[ImageFile], place: str) -> list[str]:
+    """Images without regions, with broken ones, or with features of another width."""
+    from vpworkbench.data.regions import RegionFiles  # imports torch
 
+    faults: list[str] = []
+    widths: dict[int, ImageFile] = {}
     try:
         files = RegionFiles(place)
     except DataError as error:
-        found.errors.append(str(error))
-        return
-    widths: dict[int, ImageFile] = {}
+        return [str(error)]
     for image in tqdm(images, "reading regions", unit=" images", delay=2):
         try:
             widths.setdefault(files.read(image).features.shape[1], image)
         except DataError as error:
-            found.errors.append(str(error))
+            faults.append(str(error))
     if len(widths) > 1:
-        told = ", ".join(f"{width} of {image.name}" for width, image in widths.items())
-        found.errors.append(f"{place}: features of different widths, {told}; a model takes one")
-
-
-def _decode(image: ImageFile) -> str:
-    """What is wrong with it."""
-    return _fault(image.pixels)
-
-
-def _glimpse(image: ImageFile) -> str:
-    return _fault(image.glimpse)
-
-
-def _fault(read: Callable[[], Any]) -> str:
-    try:
-        read()
-    except DataError as error:
-        return str(error)
-    return ""
+        examples = ", ".join(f"{width} of {image.name}" for width, image in widths.items())
+        faults.append(f"{place}: features of different widths, {examples}; a model takes one")
+    return faults
 
 
 # ------------------------------------------------------------------------------------------------------ counts
-
-
-def _of(records: Iterable[Record], split: str) -> list[Record]:
-    return [record for record in records if record.split == split]
 
 
 def _texts(record: Record) -> tuple[str, ...]:
     return record.captions + record.foils if isinstance(record, Picture) else (record.text,)
 
 
-def _table(records: Sequence[Record]) -> dict[str, dict[str, int]]:
+def _texts_of(records: Iterable[Record]) -> list[str]:
+    return [text for record in records for text in _texts(record)]
+
+
+def _counts(splits: Splits) -> dict[str, dict[str, int]]:
     return {
         split: {
-            "records": len(chosen),
-            "images": len({image for record in chosen for image in images_of(record)}),
-            "texts": sum(len(_texts(record)) for record in chosen),
+            "records": len(records),
+            "images": len({image for record in records for image in images_of(record)}),
+            "texts": len(_texts_of(records)),
         }
-        for split in SPLIT_NAMES
-        if (chosen := _of(records, split))
+        for split, records in splits.items()
+        if records
     }
 
 
-def _count_longer(
-    records: Sequence[Record],
-    table: dict[str, dict[str, int]],
-    kind: str,
-    text_tokens: int,
-    tokenizer: str,
-    found: Diagnosis,
-) -> None:
-    """Texts that will be cut."""
-    from vpworkbench.model.words import build_tokenizer  # torch comes with it
+def _cut_texts(splits: Splits, table: dict[str, dict[str, int]], text_tokens: int, tokenizer: str) -> list[str]:
+    """Count the texts that are too long."""
+    from vpworkbench.model.words import build_tokenizer  # imports torch
 
-    training = [text for record in _of(records, "train") or records for text in _texts(record)]
-    encode = build_tokenizer(training, tokenizer)._tokenizer
-    # A token has a letter at least: short texts need not be looked at.
-    long = sorted({text for record in records for text in _texts(record) if len(text) + 2 > text_tokens})
+    texts = {split: _texts_of(splits[split]) for split in table}
+    every = list(chain.from_iterable(texts.values()))
+    encode = build_tokenizer(texts.get("train", every), tokenizer)._tokenizer
+    # A token has at least one letter, so short texts need no tokenizer.
+    long = sorted({text for text in every if len(text) + 2 > text_tokens})
     cut: set[str] = set()
     for start in tqdm(range(0, len(long), 10_000), "tokenising", unit=" x 10,000 texts", delay=2):
         part = long[start : start + 10_000]
         cut |= {text for text, tokens in zip(part, encode.encode_batch(part), strict=True) if len(tokens) > text_tokens}
+    warnings = []
     for split, row in table.items():
-        row["too_long"] = sum(text in cut for record in _of(records, split) for text in _texts(record))
+        row["too_long"] = sum(text in cut for text in texts[split])
         if row["too_long"]:
-            found.warnings.append(
-                f"{kind}: {row['too_long']} texts of {split} are longer than {text_tokens} tokens and will be cut"
+            warnings.append(f"{row['too_long']} texts of {split} are longer than {text_tokens} tokens and will be cut")
+    return warnings
+
+
+def _unanswerable(splits: Splits, table: dict[str, dict[str, int]], least: int) -> list[str]:
+    """Count the questions without an answer in the vocabulary that training would have."""
+    if not any(record.answers for record in splits["train"]):
+        return ["no training questions, so no vocabulary of answers to compare with"]
+    known = set(answer_vocabulary([*splits["train"], *splits["val"]], least))
+    answers = {answer for records in splits.values() for record in records for answer in record.answers}
+    normalised = {answer: normalised_answer(answer) for answer in answers}
+    warnings = []
+    for split, row in table.items():
+        asked = [record for record in splits[split] if record.answers]
+        row["unanswerable"] = sum(known.isdisjoint(map(normalised.get, record.answers)) for record in asked)
+        if row["unanswerable"]:
+            warnings.append(
+                f"{row['unanswerable']} of {len(asked)} questions of {split} have none of the {len(known)} answers that "
+                f"are given for at least {least} questions of training and validation: they count as 0"
             )
+    return warnings
 
 
-def _compare(records: Sequence[Record], kind: str, content: dict[ImageFile, Any], found: Diagnosis) -> None:
-    """Splits against each other, images and records among each other."""
+# ---------------------------------------------------------------------------------------------------- overlaps
+
+
+def _repetitions(splits: Splits, content: Mapping[ImageFile, Hashable]) -> list[str]:
+    """Images in two splits, copies of images, texts twice for one image."""
+    records = list(chain.from_iterable(splits.values()))
     marks = photographs(records, content)
-    shown = {split: _shown(records, split, marks) for split in SPLIT_NAMES}
-    for one, other in combinations(SPLIT_NAMES, 2):
-        if shared := shown[one] & shown[other]:
-            found.warnings.append(f"{kind}: {len(shared)} images are in {one} and in {other}")
+    shown = {split: _shown(splits[split], marks) for split in SPLIT_NAMES}
+    warnings = [
+        f"{len(shared)} images are in {one} and in {other}"
+        for one, other in combinations(SPLIT_NAMES, 2)
+        if (shared := shown[one] & shown[other])
+    ]
     files = {image for record in records for image in images_of(record)}
     if copies := len(files) - len({marks[image] for image in files}):
-        found.warnings.append(f"{kind}: {copies} image files are copies of others")
+        warnings.append(f"{copies} image files are copies of others")
     said = Counter(
         (tuple(marks[image] for image in images_of(record)), text) for record in records for text in _texts(record)
     )
-    if twice := said.total() - len(said):
-        found.warnings.append(f"{kind}: {twice} texts are said of the same image again")
+    if repeated := said.total() - len(said):
+        warnings.append(f"{repeated} texts are said of the same image again")
+    return warnings
 
 
-def _compare_captioned(kinds: dict[str, list[Record]], content: dict[ImageFile, Any], found: Diagnosis) -> None:
-    """Splits of each captioned set against those of the others: a run may join them, as the paper does."""
-    captioned = {kind: records for kind, records in kinds.items() if isinstance(records[0], Picture)}
+def _overlaps_of_captioned_sets(kinds: Mapping[str, Splits], content: Mapping[ImageFile, Hashable]) -> list[str]:
+    """Images in different splits of two captioned sets, which a run may join, as the paper does."""
+    records = {(kind, split): kinds[kind][split] for split in SPLIT_NAMES for kind in kinds}
+    captioned = {key: part for key, part in records.items() if part and isinstance(part[0], Picture)}
     marks = photographs(chain.from_iterable(captioned.values()), content)
-    shown = {
-        (kind, split): _shown(records, split, marks) for split in SPLIT_NAMES for kind, records in captioned.items()
-    }
-    for (kind, split), (other_kind, other) in combinations(shown, 2):
-        shared = shown[kind, split] & shown[other_kind, other]
-        if shared and kind != other_kind and split != other:
-            found.warnings.append(f"{len(shared)} images are in {split} of {kind} and in {other} of {other_kind}")
+    shown = {key: _shown(part, marks) for key, part in captioned.items()}
+    return [
+        f"{len(shared)} images are in {split} of {kind} and in {other} of {other_kind}"
+        for (kind, split), (other_kind, other) in combinations(shown, 2)
+        if kind != other_kind and split != other and (shared := shown[kind, split] & shown[other_kind, other])
+    ]
 
 
-def _shown(records: Iterable[Record], split: str, marks: dict[ImageFile, Hashable]) -> set[Hashable]:
+def _shown(records: Iterable[Record], marks: Mapping[ImageFile, Hashable]) -> set[Hashable]:
     """The photographs of a split."""
-    return {marks[image] for record in _of(records, split) for image in images_of(record)}
-
-
-def _count_unanswerable(
-    records: Sequence[Record], table: dict[str, dict[str, int]], kind: str, least: int, found: Diagnosis
-) -> None:
-    """Questions none of whose answers is in the vocabulary that training would have (as `tasks.task_labels`)."""
-    tidy = {answer: normalised_answer(answer) for record in records for answer in record.answers}
-    training = _of(records, "train")
-    known = set(answer_vocabulary([*training, *_of(records, "val")], least))
-    if not any(record.answers for record in training):
-        found.warnings.append(f"{kind}: no training questions there, so no vocabulary of answers to compare with")
-        return
-    for split, row in table.items():
-        asked = [record for record in _of(records, split) if record.answers]
-        row["unanswerable"] = sum(known.isdisjoint(map(tidy.get, record.answers)) for record in asked)
-        if row["unanswerable"]:
-            found.warnings.append(
-                f"{kind}: {row['unanswerable']} of {len(asked)} questions of {split} have no answer among the "
-                f"{len(known)} that stand for {least} questions or more of training and validation: they count as 0"
-            )
+    return {marks[image] for record in records for image in images_of(record)}
