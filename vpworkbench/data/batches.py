@@ -1,17 +1,17 @@
 """Groups of one image and several texts, as tensors: sampling, tokenising, word masks.
 
-A batch is a pure function of (seed, step): any number of workers prepares the same batches, and a resumed run goes
-on exactly where it stopped.
+A batch is a pure function of seed and step: any number of workers prepares the same batches, and a resumed run continues
+exactly where it stopped.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,10 @@ from vpworkbench.settings import DataSettings
 log = logging.getLogger(__name__)
 
 IGNORE = -100
-"""Label of a word that no loss looks at, as in PyTorch's cross entropy."""
+"""Label of a word without a loss, as in PyTorch's cross entropy."""
 
 DRAWS = 500
+"""Pictures drawn in search of an unmatched text before the set is refused."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Batch(ImageBatch):
         return moved
 
 
-@dataclass(frozen=True)
-class MaskedWords:
+class MaskedWords(NamedTuple):
     """Token ids with some words hidden, and the labels of those; both int64 (text, word)."""
 
     words: np.ndarray
@@ -115,15 +115,10 @@ class GroupBatches(Dataset):
         starts no group; without `grouped` it may still replace the image of one of these statements.
     images : int
         Images in a batch.
+    inputs
+        How images become tensors, see `data.inputs`.
     vision : int
         m, the number of visual tokens.
-    inputs
-        How images become tensors; see `data.inputs.visual_input` and `data.inputs.PixelCache`.
-
-    Raises
-    ------
-    DataError
-        Where no unmatched (or no matched) text can be found for an image.
     """
 
     def __init__(
@@ -157,45 +152,39 @@ class GroupBatches(Dataset):
         """One of `count` equal parts of a step; the images of the others are not decoded."""
         rng = np.random.default_rng((self.seed, 0, step))
         groups = [self._group(picture, rng) for picture in self.sampler[step]]
-        pictures = [picture for picture, _ in groups]
         pairs = [(row, text, match) for row, (_, texts) in enumerate(groups) for text, match in texts]
         words = self.words.pad([text for _, text, _ in pairs])
-        tokenizer = self.words.tokenizer
-        # All four texts are masked: a [MASK] in the matched ones only would give the ITM label away.
-        masked = mask_words(
-            words, self.words.maskable(words), rng,
-            share=self.settings.word_share, mask_id=tokenizer.mask_token_id, vocabulary=len(tokenizer),
-        )  # fmt: skip
-        mine = range(len(pictures) * index // count, len(pictures) * (index + 1) // count)
-        images = self._pixels(pictures, rng, mine)
+        masked = self._masked(words, rng)
+        start, stop = (len(groups) * part // count for part in (index, index + 1))
+        images = self.inputs.stack([picture.image for picture, _ in groups[start:stop]])
+        if self.settings.flip:
+            mirrored = torch.from_numpy(rng.random(len(groups))[start:stop] < 0.5)
+            images[mirrored] = images[mirrored].flip(-1)
         noise = rng.random((len(pairs), self.vision), dtype=np.float32)
         image_index = torch.tensor([row for row, _, _ in pairs])
-        rows = (image_index >= mine.start) & (image_index < mine.stop)
+        rows = (image_index >= start) & (image_index < stop)
         return Batch(
             images=images,
-            image_index=image_index[rows] - mine.start,
+            image_index=image_index[rows] - start,
             words=torch.from_numpy(masked.words)[rows],
-            word_tokens=torch.from_numpy(words != tokenizer.pad_token_id)[rows],
+            word_tokens=torch.from_numpy(words != self.words.tokenizer.pad_token_id)[rows],
             labels=torch.from_numpy(masked.labels)[rows],
             matched=torch.tensor([match for _, _, match in pairs])[rows],
             noise=torch.from_numpy(noise)[rows],
         )
 
-    def _pixels(self, pictures: Sequence[Picture], rng: np.random.Generator, mine: range) -> Tensor:
-        chosen = [pictures[row].image for row in mine]
-        images = self.inputs.stack(chosen)
-        if self.settings.flip:
-            mirrored = torch.from_numpy(rng.random(len(pictures))[mine.start : mine.stop] < 0.5)
-            images[mirrored] = images[mirrored].flip(-1)
-        return images
+    def _masked(self, words: np.ndarray, rng: np.random.Generator) -> MaskedWords:
+        """Mask unmatched texts too: a [MASK] in the matched ones only would give the ITM label away."""
+        tokenizer, share = self.words.tokenizer, self.settings.word_share
+        mask_id, maskable = tokenizer.mask_token_id, self.words.maskable(words)
+        return mask_words(words, maskable, rng, share=share, mask_id=mask_id, vocabulary=len(tokenizer))
 
     def _group(self, picture: Picture, rng: np.random.Generator) -> tuple[Picture, list[tuple[str, bool]]]:
         """The image that is shown and its texts, each with whether it matches."""
         if self.settings.grouped:
-            matched = [(text, True) for text in self._matched(picture, rng, self.settings.matched_per_image)]
-            return picture, matched + [
-                (self._unmatched(picture, rng), False) for _ in range(self.settings.unmatched_per_image)
-            ]
+            matched = self._matched(picture, rng, self.settings.matched_per_image)
+            unmatched = [self._unmatched(picture, rng) for _ in range(self.settings.unmatched_per_image)]
+            return picture, [(text, True) for text in matched] + [(text, False) for text in unmatched]
         text = self._matched(picture, rng, 1)[0]
         if rng.random() < 0.5:  # paper Sec. 3.3: replace the image
             return self._replacement(text, rng), [(text, False)]
@@ -205,32 +194,28 @@ class GroupBatches(Dataset):
         texts = picture.captions
         return [texts[i] for i in rng.choice(len(texts), count, replace=len(texts) < count)]
 
-    def _replacement(self, text: str, rng: np.random.Generator) -> Picture:
-        """A picture that `text` is stated to be false of; where there is none, any that it does not belong to."""
-        if stated := self.stated_false.get(text):
-            return stated[int(rng.integers(len(stated)))]
-        return self._find(rng, lambda other: other.denies(text), f"image that {text!r} is false of")
-
     def _unmatched(self, picture: Picture, rng: np.random.Generator) -> str:
+        """A text that is stated to be false of a picture; if there is none, one of another picture."""
         if picture.foils:
             return picture.foils[int(rng.integers(len(picture.foils)))]
-        return self._text(rng, picture.denies, f"text false of {picture.image}")
-
-    def _text(self, rng: np.random.Generator, fits: Any, what: str) -> str:
-        def candidate(other: Picture) -> str | None:
+        for other in self._drawn(rng):
             texts = other.captions + other.foils
             text = texts[int(rng.integers(len(texts)))]
-            return text if fits(text) else None
+            if picture.denies(text):
+                return text
+        raise DataError(f"no text false of {picture.image} in {DRAWS} draws: the set needs more varied texts")
 
-        return self._find(rng, candidate, what)
+    def _replacement(self, text: str, rng: np.random.Generator) -> Picture:
+        """A picture that `text` is stated to be false of; if there is none, any that it does not belong to."""
+        if stated := self.stated_false.get(text):
+            return stated[int(rng.integers(len(stated)))]
+        for other in self._drawn(rng):
+            if other.denies(text):
+                return other
+        raise DataError(f"no image that {text!r} is false of in {DRAWS} draws: the set needs more varied texts")
 
-    def _find(self, rng: np.random.Generator, test: Any, what: str) -> Any:
-        """Draw pictures until one passes; what the test returns if that says more than True."""
-        for _ in range(DRAWS):
-            other = self.pictures[int(rng.integers(len(self.pictures)))]
-            if found := test(other):
-                return other if found is True else found
-        raise DataError(f"no {what} in {DRAWS} draws: the set needs more varied texts")
+    def _drawn(self, rng: np.random.Generator) -> Iterator[Picture]:
+        return (self.pictures[int(rng.integers(len(self.pictures)))] for _ in range(DRAWS))
 
 
 def contact_sheet(pictures: Sequence[Picture], count: int, *, image_px: int = 128) -> tuple[np.ndarray, list[str]]:

@@ -288,8 +288,8 @@ def _unanswerable(splits: Splits, table: dict[str, dict[str, int]], least: int) 
         row["unanswerable"] = sum(known.isdisjoint(map(normalised.get, record.answers)) for record in asked)
         if row["unanswerable"]:
             warnings.append(
-                f"{row['unanswerable']} of {len(asked)} questions of {split} have none of the {len(known)} answers that "
-                f"are given for at least {least} questions of training and validation: they count as 0"
+                f"{row['unanswerable']} of {len(asked)} questions of {split} have none of the {len(known)} answers "
+                f"that are given for at least {least} questions of training and validation: they count as 0"
             )
     return warnings
 
