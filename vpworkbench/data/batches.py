@@ -1,7 +1,7 @@
 """Groups of one image and several texts, as tensors: sampling, tokenising, word masks.
 
-A batch is a pure function of seed and step: any number of workers prepares the same batches, and a resumed run continues
-exactly where it stopped.
+A batch is a pure function of seed and step: any number of workers prepares the same batches, and a resumed run
+continues exactly where it stopped.
 """
 
 from __future__ import annotations
