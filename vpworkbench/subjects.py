@@ -17,7 +17,6 @@ from vpworkbench.data.records import Picture
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.huggingface import ProcessedRegions, is_pretrained, open_pretrained
 from vpworkbench.model.model import VisualParsingModel
-from vpworkbench.model.weights import freeze_batch_norm
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
 from vpworkbench.tasks.task import TaskModel
@@ -183,10 +182,7 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
         folder = place.parent if place.name == "checkpoint" else place
         if (folder / "config.json").exists() and (folder / "checkpoint" / "model.safetensors").exists():
             settings = checked(PretrainSettings, json.loads((folder / "config.json").read_text())["settings"])
-            model = VisualParsingModel.from_pretrained(folder / "checkpoint")
-            if settings.init_visual:
-                freeze_batch_norm(model)
-            return model, settings
+            return VisualParsingModel.from_pretrained(folder / "checkpoint"), settings
     raise CheckpointError(f"no finished pre-training run at {' nor at '.join(map(str, places))}; `vpw runs` lists them")
 
 

@@ -178,4 +178,4 @@ def use_regions(model: VisualParsingModel, source: str) -> None:
         raise SettingsError(f"regions {source}: visual family {visual.family!r} reads pixels; leave `regions` empty")
     settings = model.settings.with_overrides({"visual.region_files": source})
     open_regions(source, settings.visual.regions, settings.visual.region_width).check_width()
-    model.settings, model.visual.settings = settings, settings.visual
+    model.visual.settings = settings.visual

@@ -1,1 +1,18 @@
-"""The model: visual families, fusion, heads, weights from elsewhere, budget."""
+"""The model (paper Fig. 1): visual side, fusion Transformer and heads; starts from trained weights; what it costs."""
+
+from vpworkbench.model.model import Inputs, Joint, VisualParsingModel
+from vpworkbench.model.readouts import fill_mask, match_probability
+from vpworkbench.model.visual import VisualTokens, build_visual
+from vpworkbench.model.words import Words, build_tokenizer
+
+__all__ = [
+    "Inputs",
+    "Joint",
+    "VisualParsingModel",
+    "VisualTokens",
+    "Words",
+    "build_tokenizer",
+    "build_visual",
+    "fill_mask",
+    "match_probability",
+]

@@ -1,11 +1,8 @@
-"""What a model costs: parameters, multiply-adds and tokens, of its visual side and of the whole.
-
-A comparison of models says little without it: it stands beside each.
-"""
+"""Cost of a model: parameters, multiply-adds and tokens, for its visual side and for the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,38 +14,36 @@ from vpworkbench.model.model import VisualParsingModel
 
 
 class Budget(NamedTuple):
-    """Of one image with one text; products of matrices and convolutions are counted, as elsewhere.
+    """Cost of one image with one text; matrix products and convolutions count, as is usual.
 
     Attributes
     ----------
     visual_parameters, visual_multiply_adds : int or None
-        Of what makes visual tokens of an image: none where its features are given, None where a model's visual side
-        does not stand apart.
+        The part that makes visual tokens: 0 for given features, None for models without a separate visual side.
     parameters, multiply_adds : int
-        Of the whole, heads for pre-training included in the parameters.
+        The whole model; its parameters include the heads for pre-training.
     visual_tokens, words : int
-        Places of each in the joint sequence.
+        Length of each part of the joint sequence.
     """
 
     visual_parameters: int | None
     parameters: int
     visual_multiply_adds: int | None
     multiply_adds: int
-    visual_tokens: int | None
+    visual_tokens: int
     words: int
 
     def __str__(self) -> str:
-        side = "" if self.visual_parameters is None else f"{short(self.visual_parameters)} of them visual"
-        work = "" if self.visual_multiply_adds is None else f"{short(self.visual_multiply_adds)} of them visual"
-        tokens = f"{self.words} words" + (f" and {self.visual_tokens} visual tokens" if self.visual_tokens else "")
-        return (
-            f"{short(self.parameters)} parameters{f' ({side})' * bool(side)}, {short(self.multiply_adds)} "
-            f"multiply-adds{f' ({work})' * bool(work)} for {tokens}"
-        )
+        parameters, work = f"{short(self.parameters)} parameters", f"{short(self.multiply_adds)} multiply-adds"
+        if self.visual_parameters is not None:
+            parameters += f" ({short(self.visual_parameters)} of them visual)"
+        if self.visual_multiply_adds is not None:
+            work += f" ({short(self.visual_multiply_adds)} of them visual)"
+        return f"{parameters}, {work} for {self.words} words and {self.visual_tokens} visual tokens"
 
 
 def budget(model: VisualParsingModel) -> Budget:
-    """Of a model of ours with a text and as many regions as it takes; nothing is read."""
+    """Cost of one of our models at its longest text, and its most regions; it reads no data."""
     visual, device = model.settings.visual, model.device
     if visual.kind.pixels:
         images = torch.zeros(1, 3, visual.image_px, visual.image_px, dtype=torch.uint8, device=device)
@@ -56,46 +51,34 @@ def budget(model: VisualParsingModel) -> Budget:
         images = torch.ones(1, visual.regions, visual.region_width + 5, device=device)
     words = torch.zeros(1, model.settings.text_tokens, dtype=torch.int64, device=device)
     forward = {"images": images, "words": words, "word_tokens": torch.ones_like(words, dtype=torch.bool)}
-    return _measured(model, forward, model.visual, visual.tokens, words.shape[1])
-
-
-def budget_of(model: nn.Module, forward: Mapping[str, Any], vision: Tensor) -> Budget:
-    """Of any model with inputs of its own; a model of ours by its largest ones, to which it pads all others.
-
-    Parameters
-    ----------
-    forward : mapping
-        Keyword arguments of its forward, for one image and one text.
-    vision : bool Tensor, (1, token)
-        The visual places.
-    """
-    if isinstance(model, VisualParsingModel):
-        return budget(model)
-    return _measured(model, forward, None, int(vision.sum()), int((~vision).sum()))
-
-
-@torch.no_grad()
-def _measured(
-    model: nn.Module, forward: Mapping[str, Any], visual: nn.Module | None, visual_tokens: int, words: int
-) -> Budget:
-    training = model.training
-    model.eval()
-    parts = (lambda: model(**forward), (lambda: visual(forward["images"])) if visual is not None else None)
-    whole, side = (None if part is None else _multiply_adds(part) for part in parts)
-    model.train(training)
     return Budget(
-        visual_parameters=None if visual is None else _parameters(visual),
+        visual_parameters=_parameters(model.visual),
         parameters=_parameters(model),
-        visual_multiply_adds=side,
-        multiply_adds=whole,
-        visual_tokens=visual_tokens,
-        words=words,
+        visual_multiply_adds=_multiply_adds(model.visual, lambda: model.visual(images)),
+        multiply_adds=_multiply_adds(model, lambda: model(**forward)),
+        visual_tokens=visual.tokens,
+        words=words.shape[1],
     )
 
 
-def _multiply_adds(call: Any) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts products alone
+def budget_of(model: nn.Module, forward: Mapping[str, Any], vision: Tensor) -> Budget:
+    """Cost of any model: by the keyword arguments of its forward for one image and one text.
+
+    `vision` is bool (1, token), True at visual tokens. Our own models are measured by `budget`.
+    """
+    if isinstance(model, VisualParsingModel):
+        return budget(model)
+    work = _multiply_adds(model, lambda: model(**forward))
+    return Budget(None, _parameters(model), None, work, int(vision.sum()), int((~vision).sum()))
+
+
+@torch.no_grad()
+def _multiply_adds(model: nn.Module, call: Callable[[], Any]) -> int:
+    training = model.training
+    model.eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts matrix products only
         call()
+    model.train(training)
     return counter.get_total_flops() // 2
 
 

@@ -1,54 +1,20 @@
-"""Joint embedding and the fusion Transformer: words and visual tokens in one BERT (paper Sec. 3.3)."""
+"""Joint embedding and fusion Transformer: words and visual tokens in one BERT (paper Sec. 3.3)."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertConfig, BertModel
-from transformers.masking_utils import create_bidirectional_mask
 
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.settings import FusionSettings
 
 
-def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tensor:
-    """2-D sine position of a square grid, in DETR's form: y in the first half of the channels, x in the second.
-
-    Returns
-    -------
-    Tensor, (grid * grid, width)
-        Places run from 1 to `grid`, normalised to 2 pi; sine on even channels, cosine on odd ones.
-    """
-    place = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi
-    half = width // 2
-    scale = temperature ** (2 * (torch.arange(half) // 2) / half)
-    angle = place[:, None] / scale
-    code = torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)  # place channel
-    rows, columns = code[:, None].expand(-1, grid, -1), code[None].expand(grid, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
-
-
-def box_vector(boxes: Tensor) -> Tensor:
-    """UNITER's seven numbers of a box: x0 y0 x1 y1, width, height, area, all as shares of the image.
-
-    Parameters
-    ----------
-    boxes : Tensor, (..., 4)
-        Relative x0 y0 x1 y1.
-
-    Returns
-    -------
-    Tensor, (..., 7)
-    """
-    size = boxes[..., 2:] - boxes[..., :2]
-    return torch.cat([boxes, size, size.prod(dim=-1, keepdim=True)], dim=-1)
-
-
 class Fusion(nn.Module):
-    """The multi-modal Transformer: `[CLS] words [SEP] pads, visual tokens` through a BERT encoder.
+    """The multi-modal Transformer: `[CLS] words [SEP] padding, visual tokens` through a BERT encoder.
 
     Parameters
     ----------
@@ -56,16 +22,16 @@ class Fusion(nn.Module):
         Entries of the tokenizer.
     vision_width : int
         c, channels of the visual tokens.
-    learned_position : bool
-        Tokens on a grid are placed by a learned table (ViLT), not by the paper's sine.
     grid : int or None
-        Tokens on a side; None for regions, which are placed by their boxes as UNITER has it: a LayerNorm on the
-        projected features, one on the projected box, one on their sum.
+        Tokens on a side. None for regions, which UNITER's embedding places by their boxes: a LayerNorm on the projected
+        features, one on the projected box, one on their sum.
+    learned_position : bool
+        Tokens on a grid get a learned position table (ViLT) instead of the paper's sine.
 
     Notes
     -----
-    `bert` is a transformers `BertModel`: its weights load and save under their published names, and its attention
-    goes through the transformers attention interface, where the probes read it.
+    `bert` is a transformers `BertModel`: its weights load and save under their published names, and its attention goes
+    through the transformers attention interface, where the probes read it.
     """
 
     def __init__(
@@ -78,7 +44,7 @@ class Fusion(nn.Module):
         learned_position: bool = False,
     ) -> None:
         super().__init__()
-        config = BertConfig(
+        config = transformers.BertConfig(
             vocab_size=vocabulary,
             hidden_size=settings.width,
             num_hidden_layers=settings.layers,
@@ -89,7 +55,7 @@ class Fusion(nn.Module):
             max_position_embeddings=settings.positions,
             attn_implementation="sdpa",
         )
-        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
         self.mask_token = nn.Parameter(torch.empty(vision_width).normal_(std=0.02))
         self.vision_in = nn.Linear(vision_width, settings.width)
         self.vision_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
@@ -104,7 +70,7 @@ class Fusion(nn.Module):
         self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
 
     def embed_vision(self, visual: VisualTokens | Tensor, masked: Tensor | None = None) -> Tensor:
-        """(example, vision, c) -> (example, vision, d); masked tokens are replaced by a learned vector first."""
+        """(example, vision, c) -> (example, vision, d); a learned vector replaces masked tokens first."""
         visual = VisualTokens(visual, None) if isinstance(visual, Tensor) else visual
         features = visual.features
         if masked is not None:
@@ -127,18 +93,18 @@ class Fusion(nn.Module):
         ----------
         words : int64 Tensor, (example, word)
         word_tokens : bool Tensor, (example, word)
-            True at real positions.
+            False at padding.
         vision : Tensor or None, (example, vision, d)
-            From `embed_vision`; None for text alone.
+            From `embed_vision`; None for text only.
         vision_tokens : bool Tensor or None, (example, vision)
-            The real visual tokens; None where all are.
+            False at padding; None if there is none.
 
         Returns
         -------
         tuple of Tensor, (example, word + vision, d)
             The embedding, then the output of each layer.
         """
-        hidden, mask = self._embedded(words, word_tokens, vision, vision_tokens)
+        hidden, mask = self._joint_sequence(words, word_tokens, vision, vision_tokens)
         states = [hidden]
         for layer in self.bert.encoder.layer:
             states.append(layer(states[-1], mask))
@@ -147,37 +113,62 @@ class Fusion(nn.Module):
     def cls_output(
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, vision_tokens: Tensor | None = None
     ) -> Tensor:
-        """The last layer's output at [CLS], (example, d): that of `forward`, for less work.
+        """The last layer's output at [CLS], (example, d), as in `forward`, for less work.
 
-        The last layer answers one query instead of all: a fifth of a pass less with three layers.
+        The last layer computes one query instead of all: with three layers a fifth of the work is saved.
         """
-        hidden, mask = self._embedded(words, word_tokens, vision, vision_tokens)
+        hidden, mask = self._joint_sequence(words, word_tokens, vision, vision_tokens)
         *layers, last = self.bert.encoder.layer
         for layer in layers:
             hidden = layer(hidden, mask)
-        attention = last.attention.self
+        first, attention = hidden[:, :1], last.attention.self
         query, key, value = (
             states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-            for states in (attention.query(hidden[:, :1]), attention.key(hidden), attention.value(hidden))
+            for states in (attention.query(first), attention.key(hidden), attention.value(hidden))
         )
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=None if mask is None else mask[:, :, :1],
-            dropout_p=attention.dropout.p if self.training else 0.0,
-        )  # fmt: skip
-        attended = last.attention.output(mixed.transpose(1, 2).flatten(2), hidden[:, :1])
+        mask = None if mask is None else mask[:, :, :1]
+        dropout = attention.dropout.p if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        attended = last.attention.output(mixed.transpose(1, 2).flatten(2), first)
         return last.feed_forward_chunk(attended)[:, 0]
 
-    def _embedded(
+    def _joint_sequence(
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, vision_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The joint sequence, and the mask of its padding; None where there is none."""
-        hidden = self.bert.embeddings(input_ids=words)
-        tokens = word_tokens
+        """The embedded sequence and the mask of its padding, as the layers of BERT take them."""
+        hidden, tokens = self.bert.embeddings(input_ids=words), word_tokens
         if vision is not None:
-            hidden = torch.cat([hidden, vision], dim=1)
             if vision_tokens is None:
                 vision_tokens = tokens.new_ones(vision.shape[:2])
-            tokens = torch.cat([tokens, vision_tokens], dim=1)
-        if self.bert.config._attn_implementation == "sdpa":
-            return hidden, tokens[:, None, None]  # transformers asks first if nothing is padded: a GPU is waited for
-        return hidden, create_bidirectional_mask(config=self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
+            hidden, tokens = torch.cat([hidden, vision], dim=1), torch.cat([tokens, vision_tokens], dim=1)
+        config = self.bert.config
+        if config._attn_implementation == "sdpa":
+            return hidden, tokens[:, None, None]  # transformers first asks if anything is padded: a GPU has to wait
+        masks = transformers.masking_utils
+        return hidden, masks.create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=tokens)
+
+
+def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tensor:
+    """2-D sine position of a square grid, in DETR's form: y in the first half of the channels, x in the second.
+
+    Returns
+    -------
+    Tensor, (grid * grid, width)
+        Places run from 1 to `grid`, normalised to 2 pi; sine on even channels, cosine on odd ones.
+    """
+    place = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi
+    half = width // 2
+    scale = temperature ** (2 * (torch.arange(half) // 2) / half)
+    angle = place[:, None] / scale
+    code = torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)  # place channel
+    rows, columns = code[:, None].expand(-1, grid, -1), code[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+def box_vector(boxes: Tensor) -> Tensor:
+    """UNITER's seven numbers of a box: (..., 4) x0 y0 x1 y1 -> (..., 7), with width, height and area added.
+
+    All are shares of the image.
+    """
+    size = boxes[..., 2:] - boxes[..., :2]
+    return torch.cat([boxes, size, size.prod(dim=-1, keepdim=True)], dim=-1)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import transformers
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertTokenizerFast
 
 from vpworkbench.errors import CheckpointError
 from vpworkbench.model.fusion import Fusion
@@ -21,16 +21,16 @@ from vpworkbench.settings import ModelSettings, fault_lines
 
 
 class Joint(NamedTuple):
-    """What one forward gives; every objective, task and probe reads from here.
+    """The output of one forward; every objective, task and probe reads from here.
 
     Attributes
     ----------
     hidden : tuple of Tensor, (text, word + vision, d)
         The embedding, then each layer's output.
     words : int
-        Places of the words (special tokens and pads included); visual tokens stand behind them.
+        Number of word positions, special tokens and padding included; visual tokens follow them.
     visual : VisualTokens
-        Of the images, before any mask: the target of MFR.
+        The visual tokens of the images before any mask: the target of MFR.
     """
 
     hidden: tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Joint(NamedTuple):
 
     @property
     def cls(self) -> Tensor:
-        """(text, d), the output at [CLS]."""
+        """The output at [CLS], (text, d)."""
         return self.hidden[-1][:, 0]
 
     @property
@@ -59,16 +59,16 @@ class Joint(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A batch of image-text pairs ready for the model, and the sets V and L for the probes.
+    """Image-text pairs ready for the model, and the sets V and L for the probes.
 
     Attributes
     ----------
     forward : dict of Tensor
         Keyword arguments of `VisualParsingModel.forward`.
     vision, tokens : bool Tensor, (text, word + vision)
-        The visual places; the real (non-padding) places.
+        The visual tokens; all tokens that are not padding.
     language : bool Tensor, (text, word + vision)
-        The real words; [CLS] and [SEP] only where they count as language.
+        The words; [CLS] and [SEP] only if they count as language.
     """
 
     forward: dict[str, Tensor]
@@ -78,19 +78,19 @@ class Inputs(NamedTuple):
 
 
 class VisualParsingModel(nn.Module):
-    """Visual parser + fusion Transformer + heads for MLM, ITM and MFR, with a visual dictionary for MVM too.
+    """Visual side, fusion Transformer and heads for MLM, ITM and MFR; with a visual dictionary also for MVM.
 
     Parameters
     ----------
     settings
         Visual side, fusion and the longest text.
     tokenizer
-        Travels with the model; its size is the vocabulary.
+        Saved with the model; its size is the vocabulary.
     """
 
-    def __init__(self, settings: ModelSettings, tokenizer: BertTokenizerFast) -> None:
+    def __init__(self, settings: ModelSettings, tokenizer: transformers.BertTokenizerFast) -> None:
         super().__init__()
-        self.settings, self.words = settings, Words(tokenizer, settings.text_tokens)
+        self._settings, self.words = settings, Words(tokenizer, settings.text_tokens)
         self.visual = build_visual(settings.visual)
         self.fusion = Fusion(
             settings.fusion,
@@ -106,7 +106,12 @@ class VisualParsingModel(nn.Module):
         self.mvm = nn.Linear(width, settings.visual.dictionary) if settings.visual.dictionary else None
 
     @property
-    def tokenizer(self) -> BertTokenizerFast:
+    def settings(self) -> ModelSettings:
+        """The settings, with those of the visual side as they are now: a start freezes its batch norm."""
+        return self._settings.model_copy(update={"visual": self.visual.settings})
+
+    @property
+    def tokenizer(self) -> transformers.BertTokenizerFast:
         return self.words.tokenizer
 
     @property
@@ -128,8 +133,9 @@ class VisualParsingModel(nn.Module):
         images : uint8 Tensor, (image, 3, height, width), or packed regions
         words : int64 Tensor, (text, word)
         word_tokens : bool Tensor, (text, word)
+            False at padding.
         image_index : int64 Tensor or None, (text,)
-            Row of `images` of each text; None where text i belongs to image i.
+            Row of `images` of each text; None if text i belongs to image i.
         masked : bool Tensor or None, (text, vision)
             Visual tokens to hide.
         """
@@ -144,9 +150,9 @@ class VisualParsingModel(nn.Module):
         image_index: Tensor | None = None,
         masked: Tensor | None = None,
     ) -> Joint:
-        """The part behind the visual side: for tokens that were computed before."""
-        shown = visual.for_texts(image_index)
-        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(shown, masked), shown.tokens)
+        """`forward` from visual tokens that were computed before."""
+        paired = visual.for_texts(image_index)
+        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens)
         return Joint(hidden, words.shape[1], visual)
 
     def word_logits(self, states: Tensor) -> Tensor:
@@ -161,33 +167,29 @@ class VisualParsingModel(nn.Module):
         Parameters
         ----------
         images : uint8 Tensor (image, 3, height, width), or packed regions
+            `data.inputs.prepare` reads them from files.
         special_tokens
-            [CLS] and [SEP] count as language (the default of Eq. 5), or in neither modality.
-
-        Raises
-        ------
-        ValueError
-            If there are not as many images as texts, or none.
+            [CLS] and [SEP] count as language (the default of Eq. 5), or belong to neither modality.
         """
         if len(images) != len(texts) or not texts:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
         words, word_tokens = self.words.tensors(texts)
         if self.settings.visual.kind.pixels:
-            seen = torch.ones(len(images), self.settings.visual.tokens, dtype=torch.bool)
+            vision_tokens = torch.ones(len(images), self.settings.visual.tokens, dtype=torch.bool)
         else:
-            seen = images[..., -1].cpu() > 0  # the last channel of packed regions is 1 at real ones
-        specials = [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id]
-        counted = word_tokens
+            vision_tokens = images[..., -1].cpu() > 0  # the last channel of packed regions is 1 at real ones
+        language = word_tokens
         if special_tokens == "exclude":
-            counted = word_tokens & ~torch.isin(words, torch.tensor(specials))
-        inputs = Inputs(
-            forward={"images": images, "words": words, "word_tokens": word_tokens},
-            vision=torch.cat([torch.zeros_like(word_tokens), seen], dim=1),
-            tokens=torch.cat([word_tokens, seen], dim=1),
-            language=torch.cat([counted, torch.zeros_like(seen)], dim=1),
+            special = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id])
+            language = word_tokens & ~torch.isin(words, special)
+        no_words, no_vision = torch.zeros_like(word_tokens), torch.zeros_like(vision_tokens)
+        forward = {"images": images, "words": words, "word_tokens": word_tokens}
+        return Inputs(
+            forward={name: tensor.to(self.device) for name, tensor in forward.items()},
+            vision=torch.cat([no_words, vision_tokens], dim=1).to(self.device),
+            tokens=torch.cat([word_tokens, vision_tokens], dim=1).to(self.device),
+            language=torch.cat([language, no_vision], dim=1).to(self.device),
         )
-        forward = {name: tensor.to(self.device) for name, tensor in inputs.forward.items()}
-        return Inputs(forward, *(mask.to(self.device) for mask in inputs[1:]))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes.
@@ -195,7 +197,7 @@ class VisualParsingModel(nn.Module):
         Parameters
         ----------
         dtype
-            Of the weights in the file, e.g. `torch.float16` for one of half the size; loading widens them again.
+            Of the saved weights, such as `torch.float16` for a file of half the size; loading widens them again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,24 +216,17 @@ class VisualParsingModel(nn.Module):
         Raises
         ------
         CheckpointError
-            For a missing folder, another architecture, a pickle, a truncated or an unfitting file.
+            If a file is missing, damaged, a pickle, or belongs to another model.
         """
-        folder = Path(folder)
-        _read_settings(folder)
-        weights = folder / "model.safetensors"
+        model, weights = cls.from_config(folder), Path(folder) / "model.safetensors"
         if not weights.exists():
-            pickles = [
-                path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt") for path in folder.glob(pattern)
-            ]
+            pickles = [path.name for path in Path(folder).iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
             hint = f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors" if pickles else ""
             raise CheckpointError(f"{weights}: no such file{hint}")
-        model = cls.from_config(folder)
         try:
             missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise CheckpointError(
-                f"{weights}: does not fit {folder / 'config.json'} or is not whole: {error}"
-            ) from None
+            raise CheckpointError(f"{weights}: is damaged or does not fit its config.json: {error}") from None
         if missing or unexpected:
             raise CheckpointError(
                 f"{weights}: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}; a file of another model?"
@@ -240,15 +235,14 @@ class VisualParsingModel(nn.Module):
 
     @classmethod
     def from_config(cls, folder: str | Path) -> VisualParsingModel:
-        """The model of a checkpoint with random weights."""
-        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return cls(_read_settings(Path(folder)), tokenizer)
+        """The model of a saved folder with random weights."""
+        settings = _read_settings(Path(folder) / "config.json")
+        return cls(settings, transformers.BertTokenizerFast.from_pretrained(folder, local_files_only=True))
 
 
-def _read_settings(folder: Path) -> ModelSettings:
-    file = folder / "config.json"
+def _read_settings(file: Path) -> ModelSettings:
     if not file.exists():
-        raise CheckpointError(f"{folder}: no checkpoint there (no config.json); give the folder that a run wrote")
+        raise CheckpointError(f"{file.parent}: not a checkpoint (no config.json); give the folder that a run wrote")
     try:
         content = json.loads(file.read_text())
         if not isinstance(content, dict) or content.get("architecture") != "vpworkbench":

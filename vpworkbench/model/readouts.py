@@ -1,4 +1,4 @@
-"""What the heads say of prepared inputs: does a text match its image, which word is hidden."""
+"""Answers of the heads: does a text match its image, and which word is hidden."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ def match_probability(model: VisualParsingModel, inputs: Inputs) -> Tensor:
 
 @torch.no_grad()
 def fill_mask(model: VisualParsingModel, inputs: Inputs, *, top: int = 5) -> list[tuple[str, float]]:
-    """MLM: the likeliest words at the first [MASK] of the first text, with their probabilities.
-
-    Raises
-    ------
-    ValueError
-        If the text has no [MASK].
-    """
-    places = (inputs.forward["words"][0] == model.tokenizer.mask_token_id).nonzero()
-    if not len(places):
-        raise ValueError("the text has no [MASK] to fill; put one in place of a word")
-    logits = model.word_logits(model(**inputs.forward).text[0, places[0, 0]])
-    found = torch.softmax(logits, dim=-1).topk(top)
-    words = model.tokenizer.convert_ids_to_tokens(found.indices.tolist())
-    return list(zip(words, found.values.tolist(), strict=True))
+    """MLM: the most probable words for the first [MASK] of the first text, with their probabilities."""
+    masked = (inputs.forward["words"][0] == model.tokenizer.mask_token_id).nonzero()
+    if not len(masked):
+        raise ValueError("the text has no [MASK]; replace a word by [MASK]")
+    logits = model.word_logits(model(**inputs.forward).text[0, masked[0, 0]])
+    best = torch.softmax(logits, dim=-1).topk(top)
+    words = model.tokenizer.convert_ids_to_tokens(best.indices.tolist())
+    return list(zip(words, best.values.tolist(), strict=True))

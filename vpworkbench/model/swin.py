@@ -12,20 +12,10 @@ from vpworkbench.model.visual import PixelFamily, VisualTokens
 from vpworkbench.settings import VisualSettings
 
 
-class _Recorded(nn.Softmax):
-    """The softmax of an attention, keeping its last output; the caller takes it at once."""
-
-    weights: Tensor | None = None
-
-    def forward(self, scores: Tensor) -> Tensor:
-        self.weights = super().forward(scores)
-        return self.weights
-
-
 class SwinParser(PixelFamily):
-    """The visual parser (paper Sec. 3.1): a Swin Transformer and the attention of its last block.
+    """The visual parser: a Swin Transformer under timm's names, so that published checkpoints load.
 
-    Only the last block computes explicit weights; the others use fused attention.
+    Only the last block computes explicit attention weights; the others use fused attention.
     """
 
     def __init__(self, settings: VisualSettings) -> None:
@@ -42,27 +32,37 @@ class SwinParser(PixelFamily):
             global_pool="",
         )
         self.width = self.network.num_features
-        blocks = [module for module in self.modules() if isinstance(module, SwinTransformerBlock)]
-        for block in blocks:
-            block.attn.fused_attn = block is not blocks[-1]
-        self._softmax = blocks[-1].attn.softmax = _Recorded(dim=-1)
-        last = blocks[-1]
-        self.in_order = last.window_size == last.input_resolution and not any(last.shift_size)  # one window, no shift
+        *others, last = [module for module in self.modules() if isinstance(module, SwinTransformerBlock)]
+        for block in others:
+            block.attn.fused_attn = True
+        last.attn.fused_attn = False
+        self._softmax = last.attn.softmax = _RecordingSoftmax(dim=-1)
+        self.single_window = last.window_size == last.input_resolution and not any(last.shift_size)
         self.register_buffer("places", window_places(last), persistent=False)
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
         try:
             features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
-        finally:  # whatever happens: the weights hold all that the backward pass needs
+        finally:  # keep no weights between passes, not even after an error
             weights, self._softmax.weights = self._softmax.weights, None
-        if self.in_order:
+        if self.single_window:
             return VisualTokens(features, weights)
         return VisualTokens(features, scatter_windows(weights, self.places, features.shape[1]))
 
 
+class _RecordingSoftmax(nn.Softmax):
+    """The softmax of an attention; keeps its last output."""
+
+    weights: Tensor | None = None
+
+    def forward(self, scores: Tensor) -> Tensor:
+        self.weights = super().forward(scores)
+        return self.weights
+
+
 def window_places(block: SwinTransformerBlock) -> Tensor:
-    """Which token stands at each place of each window of a Swin block; int64 (window, place), m at padding.
+    """The token at each place of each window of a Swin block; int64 (window, place), m at padding.
 
     The block rolls its grid by the shift, pads it to whole windows (12 x 12 to 14 x 14 for windows of 7) and cuts.
     """
@@ -80,13 +80,15 @@ def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
     Parameters
     ----------
     weights : Tensor, (image * window, head, place, place)
-    places : Tensor, (window, place)
+    places : int64 Tensor, (window, place)
         From `window_places`.
+    tokens : int
+        m, the number of visual tokens.
 
     Returns
     -------
     Tensor, (image, head, vision, vision)
-        Zero outside a token's window; padded places dropped and rows renormalised to sum 1.
+        Zero outside a token's window; padding is dropped, and rows are renormalised to sum 1.
     """
     windows, area = places.shape
     weights = weights.unflatten(0, (-1, windows)).transpose(1, 2)  # image head window place place

@@ -1,7 +1,7 @@
-"""Image -> visual tokens: the Swin visual parser, grid CNN, patch projection and regions behind one interface.
+"""From an image to visual tokens: what every visual family returns, and the two families without a network of timm.
 
-Every family is a module that maps uint8 images (or regions) to `VisualTokens`; `config.families.FAMILIES` is the whole
-registry. The networks are timm's own and keep timm's names, so that published checkpoints load.
+A family is a module that maps a batch of images (or of regions) to `VisualTokens`; `settings.families.FAMILIES` lists
+them. `swin` and `grid` are files of their own, imported when such a model is built.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vpworkbench.settings import VisualSettings
 
 
 class VisualTokens(NamedTuple):
-    """What every visual family gives.
+    """The output of every visual family.
 
     Attributes
     ----------
@@ -25,13 +25,13 @@ class VisualTokens(NamedTuple):
     parsing : Tensor or None, (image, head, vision, vision)
         Attention of the parser's last block, rows summing to 1; None for families without one.
     tokens : bool Tensor or None, (image, vision)
-        The real places, padding excluded; None where all are.
+        True at real tokens, False at padding; None if there is no padding.
     boxes : Tensor or None, (image, vision, 4)
-        x0 y0 x1 y1 of regions as shares of the image; None for tokens on a grid.
+        x0 y0 x1 y1 of regions, as shares of the image; None for tokens on a grid.
     codes : int64 Tensor or None, (image, vision)
-        Which code of the visual dictionary each token became; None without one.
+        The code of the visual dictionary that replaced each token; None without a dictionary.
     positions : int64 Tensor or None, (image, vision)
-        Of tokens on a grid, where some are left out: row * grid + column of the others.
+        row * grid + column of each token, if some tokens of the grid were left out.
     """
 
     features: Tensor
@@ -42,19 +42,19 @@ class VisualTokens(NamedTuple):
     positions: Tensor | None = None
 
     def for_texts(self, image_index: Tensor | None) -> VisualTokens:
-        """The tokens of some images, repeated as asked; without the parsing attention."""
-        kept = self._replace(parsing=None)
+        """The tokens of the image of each text, without parsing attention; None: text i belongs to image i."""
+        tokens = self._replace(parsing=None)
         if image_index is None:
-            return kept
-        return VisualTokens(*(None if part is None else part[image_index] for part in kept))
+            return tokens
+        return VisualTokens(*(None if part is None else part[image_index] for part in tokens))
 
     def subset(self, positions: Tensor) -> VisualTokens:
-        """Some tokens of each image alone; `positions` (image, chosen), of images without padding."""
+        """Keep only these tokens of a grid without padding, `positions` (image, chosen); attention rows sum to 1."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         parsing = self.parsing
         if parsing is not None:
             parsing = parsing.permute(0, 2, 3, 1)[rows[..., None], positions[:, :, None], positions[:, None]]
-            parsing = parsing.permute(0, 3, 1, 2)
+            parsing = parsing.permute(0, 3, 1, 2)  # image head chosen chosen
             parsing = parsing / parsing.sum(dim=-1, keepdim=True).clamp(min=1e-12)
         codes = None if self.codes is None else self.codes[rows, positions]
         return VisualTokens(self.features[rows, positions], parsing, codes=codes, positions=positions)
@@ -66,21 +66,26 @@ class VisualTokens(NamedTuple):
         return self.tokens
 
     def mean(self) -> Tensor:
-        """(image, c), padding left out."""
+        """Mean over the real tokens, (image, channel)."""
         if self.tokens is None:
             return self.features.mean(dim=1)
         weights = self.tokens[..., None].to(self.features)
         return (self.features * weights).sum(dim=1) / weights.sum(dim=1)
 
     def largest(self) -> Tensor:
-        """(image, c), padding left out."""
+        """Largest value over the real tokens, (image, channel)."""
         if self.tokens is None:
             return self.features.amax(dim=1)
         return self.features.masked_fill(~self.tokens[..., None], -torch.inf).amax(dim=1)
 
 
+def build_visual(settings: VisualSettings) -> nn.Module:
+    """The visual side with random weights; nothing is downloaded."""
+    return settings.kind.build(settings)
+
+
 class PixelFamily(nn.Module):
-    """Common to all families: normalises uint8 pixels on the device where the model is."""
+    """Base of the families that read pixels: normalises uint8 images on the model's device."""
 
     width: int
 
@@ -89,10 +94,6 @@ class PixelFamily(nn.Module):
         self.settings = settings
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
-
-    def real_tokens(self, images: Tensor) -> Tensor:
-        """bool (image, vision): the visual tokens of these images that are no padding; all of them."""
-        return torch.ones(len(images), self.settings.tokens, dtype=torch.bool, device=images.device)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (image, 3, height, width) -> float, by the mean and std that the weights were trained with."""
@@ -103,7 +104,7 @@ class PixelFamily(nn.Module):
 
 
 class PatchProjection(PixelFamily):
-    """A linear projection of patches, independent of each other (ViLT's visual side)."""
+    """A linear projection of each patch (ViLT's visual side)."""
 
     def __init__(self, settings: VisualSettings) -> None:
         super().__init__(settings, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -111,26 +112,19 @@ class PatchProjection(PixelFamily):
         self.projection = nn.Conv2d(3, self.width, kernel_size=settings.stride, stride=settings.stride)
 
     def forward(self, images: Tensor) -> VisualTokens:
-        """uint8 (image, 3, height, width) -> tokens (image, m, c)."""
+        """uint8 (image, 3, height, width) -> tokens (image, vision, channel)."""
         return VisualTokens(self.projection(self.normalise(images)).flatten(2).transpose(1, 2), None)
 
 
 class RegionFeatures(nn.Module):
-    """Features of regions that a detector found before (UNITER, BUTD); the fusion embeds them with their boxes.
-
-    It has no weights: what it takes is what `data.regions.RegionFiles` stacks.
-    """
+    """Features of regions from a detector (UNITER, BUTD), as `data.regions.RegionFiles` packs them; no weights."""
 
     def __init__(self, settings: VisualSettings) -> None:
         super().__init__()
         self.settings, self.width = settings, settings.region_width
 
-    def real_tokens(self, images: Tensor) -> Tensor:
-        """bool (image, vision): the regions of these images that are no padding."""
-        return images[..., -1] > 0
-
     def forward(self, images: Tensor) -> VisualTokens:
-        """Packed regions (image, region, c + 5): features, box, whether it is real -> tokens (image, m, c)."""
+        """Packed regions (image, region, channel + 5): features, box, 1 if real -> tokens (image, region, channel)."""
         if images.dim() != 3 or images.shape[2] != self.width + 5:
             raise ValueError(
                 f"regions have shape {tuple(images.shape)}; this model takes (image, region, {self.width} + 5) as "
@@ -140,6 +134,6 @@ class RegionFeatures(nn.Module):
         return VisualTokens(features, None, real[..., 0] > 0, boxes)
 
 
-def build_visual(settings: VisualSettings) -> nn.Module:
-    """The visual side with random weights; nothing is fetched."""
-    return settings.kind.build(settings)
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """The batch norms inside a module."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

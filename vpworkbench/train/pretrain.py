@@ -15,7 +15,7 @@ from vpworkbench.data.splits import cache_root, load_splits
 from vpworkbench.errors import DataError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import build_visual
-from vpworkbench.model.weights import KeyReport, freeze_batch_norm, start_text, start_visual
+from vpworkbench.model.weights import KeyReport, start_text, start_visual
 from vpworkbench.model.words import build_tokenizer, build_vocabulary, wordpiece_tokenizer
 from vpworkbench.runs import Run
 from vpworkbench.settings import ModelSettings, PretrainSettings
@@ -118,10 +118,8 @@ def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tup
     torch.manual_seed(settings.seed)
     shape = ModelSettings(visual=settings.visual, fusion=settings.fusion, text_tokens=settings.data.text_tokens)
     model = VisualParsingModel(shape, tokenizer)
-    reports = []
-    if settings.init_visual:
-        reports.append(start_visual(model.visual, settings.init_visual, preset=settings.preset))
-        freeze_batch_norm(model)
-    if settings.init_text:
-        reports.append(start_text(model.fusion, settings.init_text))
-    return model, reports
+    reports = (
+        start_visual(model.visual, settings.init_visual, preset=settings.preset),
+        start_text(model.fusion, settings.init_text),
+    )
+    return model, [report for report in reports if report]

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.losses import code_mask, masked_visual_modeling
-from vpworkbench.model.dictionary import DECAY, Dictionary
+from vpworkbench.model.dictionary import Dictionary
 from vpworkbench.runs import open_run
 from vpworkbench.settings import VisualSettings, checked, pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients
@@ -46,14 +46,15 @@ def test_the_nearest_code_stands_for_a_token_and_the_gradient_passes_through(dic
     torch.testing.assert_close(given.grad, weights)
 
 
-def test_codes_move_to_the_mean_of_their_tokens(dictionary):
+def test_codes_move_a_hundredth_to_the_mean_of_their_tokens(dictionary):
+    """SOHO's moving average keeps 0.99 of a code."""
     dictionary.idle.zero_()
     before, given = dictionary.codes.clone(), features(4, 6)
     _, taken = dictionary(given)
     dictionary.update_codes(ALONE)
     for code in range(5):
         mine = given[taken == code]
-        expected = DECAY * before[code] + (1 - DECAY) * mine.mean(dim=0) if len(mine) else before[code]
+        expected = 0.99 * before[code] + 0.01 * mine.mean(dim=0) if len(mine) else before[code]
         torch.testing.assert_close(dictionary.codes[code], expected)
         assert dictionary.idle[code] == (0 if len(mine) else 1)
 

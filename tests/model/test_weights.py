@@ -125,7 +125,7 @@ def test_weights_of_another_network_are_told(tmp_path, caplog):
     for backbone in ("resnet26", "resnet10t"):
         visual = build_visual(VisualSettings(family="grid", backbone=backbone, image_px=64, stride=32))
         report = start_visual(visual, str(tmp_path / "r50.safetensors"), preset="tiny")
-        told = r"r50.safetensors: 30 of 70 tensors of the visual side are not there .*Set visual.backbone"
+        told = r"r50.safetensors: 30 of 70 tensors of the visual side are missing .*Set visual.backbone"
         assert bool(re.search(told, caplog.text)) == bool(report.missing) == (backbone == "resnet10t")
     cut = {name: tensor for name, tensor in donor.state_dict().items() if name.startswith(("conv1", "bn1", "layer1"))}
     save_file(cut, tmp_path / "cut.safetensors")
@@ -159,7 +159,7 @@ def test_a_resnet_as_timm_saves_it(tmp_path):
 
 
 def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
-    with pytest.raises(CheckpointError, match="none of model.safetensors"):
+    with pytest.raises(CheckpointError, match="none of model.safetensors, visual.safetensors, pytorch_model.bin"):
         start_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
 
 
@@ -248,10 +248,10 @@ def test_a_bert_that_lacks_a_layer_is_refused(tmp_path):
     save_file({name: t for name, t in whole.items() if "layer.3." not in name}, file, metadata={"format": "pt"})
     assert not start_text(small_fusion(), str(tmp_path)).missing  # the fusion has two
     save_file({name: t for name, t in whole.items() if "layer.1." not in name}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"16 tensors are not there \(encoder.layer.1.attention"):
+    with pytest.raises(CheckpointError, match=r"16 tensors are missing \(encoder.layer.1.attention"):
         start_text(small_fusion(), str(tmp_path))
     file.write_bytes(file.read_bytes()[:2_000])
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: no whole weights of a BERT"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: the weights of the BERT are not complete"):
         start_text(small_fusion(), str(tmp_path))
 
 
@@ -260,10 +260,10 @@ def test_models_that_are_no_bert_are_refused(tmp_path):
                            intermediate_size=64, max_position_embeddings=64)  # fmt: skip
     ElectraModel(config).save_pretrained(tmp_path)
     for read in (bert_tokenizer, lambda folder: start_text(small_fusion(), folder)):
-        with pytest.raises(CheckpointError, match="of kind 'electra', whose layers are not BERT's"):
+        with pytest.raises(CheckpointError, match="a model of kind 'electra'; only a BERT's layers fit"):
             read(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config.json: no configuration of a model .*cut off"):
+    with pytest.raises(CheckpointError, match=r"config.json: not a model's configuration .*cut off"):
         bert_tokenizer(str(tmp_path))
 
 
@@ -272,10 +272,10 @@ def test_a_table_of_words_is_cut_where_it_is_padded_and_refused_where_it_is_shor
     assert not start_text(fusion, str(tmp_path)).missing
     words = donor.embeddings.word_embeddings.weight
     torch.testing.assert_close(fusion.bert.embeddings.word_embeddings.weight, words[:38])
-    with pytest.raises(CheckpointError, match="its tokenizer has 42 entries, its table 40"):
+    with pytest.raises(CheckpointError, match="its tokenizer has 42 entries, its word embedding only 40"):
         start_text(small_fusion(42), str(tmp_path))
     (tmp_path / "vocab.txt").unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer of a BERT \(no vocabulary\); save it there too"):
+    with pytest.raises(CheckpointError, match=r"no BERT tokenizer \(no vocabulary\); save it"):
         bert_tokenizer(str(tmp_path))
 
 
