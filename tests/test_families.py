@@ -23,7 +23,7 @@ from vpworkbench.data.inputs import use_regions
 from vpworkbench.data.inputs import visual_input as input_of
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import TSV_FIELDS, RegionFiles, read_npz, write_regions
-from vpworkbench.data.splits import scenes_folder
+from vpworkbench.data.scene_cache import scenes_folder
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.explorer import explore
 from vpworkbench.losses import visual_mask

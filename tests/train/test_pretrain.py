@@ -12,7 +12,7 @@ from conftest import narrow_model
 from safetensors.torch import save_file
 
 from vpworkbench.data.captioned import read_pictures
-from vpworkbench.data.splits import scenes_folder
+from vpworkbench.data.scene_cache import scenes_folder
 from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import VisualTokens

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,15 +12,14 @@ from typing import NamedTuple, TypeVar
 from tqdm.auto import tqdm
 
 from vpworkbench.data.captioned import read_pictures
-from vpworkbench.data.files import SPLITS, annotation_files
+from vpworkbench.data.files import annotation_files
 from vpworkbench.data.images import ImageFile, Places, origins
 from vpworkbench.data.readers import UnknownFormatError, open_annotations
 from vpworkbench.data.records import Example, Picture, Record, images_of
+from vpworkbench.data.scene_cache import cached_scenes
 from vpworkbench.data.task_readers import FORMATS, TASK_READERS, VQA_ANSWERS
 from vpworkbench.errors import DataError
-from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import DataSettings, FinetuneSettings
-from vpworkbench.settings.scenes import SceneSettings
 
 log = logging.getLogger(__name__)
 
@@ -32,45 +29,28 @@ R = TypeVar("R", Picture, Example)
 
 
 def load_splits(settings: DataSettings) -> dict[str, list[Picture]]:
-    """`train`, `val` and `test` of all configured sets; scenes are generated first where they are not there yet."""
+    """`train`, `val` and `test` of all configured sets; scenes are generated first if they are not there yet."""
     sets = []
     for name in settings.sets:
         if name == "scenes":
-            sets.append(read_pictures(write_scenes(scenes_folder(settings.scenes), settings.scenes)))
+            sets.append(read_pictures(cached_scenes(settings.scenes)))
         else:
             sets.append(read_pictures(name, images=settings.images))
     excluded = [record for path in settings.exclude for record in evaluation_records(path, images=settings.images)]
     splits = split_pictures(sets, exclude=excluded)
     if not splits["train"]:
-        raise DataError(f"{', '.join(settings.sets)}: no training images; the splits are {sorted(SPLITS)}")
+        raise DataError(f"{', '.join(settings.sets)}: no training images; name a set, or a file, that has some")
     return splits
 
 
 def load_held_out(settings: DataSettings) -> list[Picture]:
-    """The `val` of `load_splits` alone: it does not depend on the scenes of training, of which one is generated."""
+    """The `val` of `load_splits`. It does not depend on the training scenes, so only one of these is generated."""
     scenes = settings.scenes.model_copy(update={"images": 1, "test": 0})
     return load_splits(settings.model_copy(update={"scenes": scenes}))["val"]
 
 
-def cache_root() -> Path:
-    """Where what can be made again is kept: `$VPW_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("VPW_CACHE") or Path.home() / ".cache" / "vpworkbench")
-
-
-def scenes_folder(settings: SceneSettings) -> Path:
-    """Where generated scenes are kept, by a hash of the settings."""
-    digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:10]
-    return cache_root() / f"scenes-{settings.image_px}px-{settings.difficulty}-{digest}"
-
-
 def evaluation_records(path: str | Path, *, images: Places = ()) -> list[Record]:
-    """The records of `val` and `test` in an annotation file of any format, or in all that a folder holds.
-
-    Raises
-    ------
-    DataError
-        Where there is none; for a broken file or a missing image.
-    """
+    """The records of `val` and `test` in an annotation file of any format, or in all files below a folder."""
     place = Path(path).expanduser()
     if not place.exists():
         raise DataError(f"{place}: no such file or folder; `exclude` takes sets whose val and test are not trained on")
@@ -92,10 +72,10 @@ def evaluation_records(path: str | Path, *, images: Places = ()) -> list[Record]
 def split_pictures(sets: Iterable[Sequence[Picture]], *, exclude: Sequence[Record] = ()) -> dict[str, list[Picture]]:
     """Join sets into `train`, `val` and `test`; training images that an evaluation split holds are dropped.
 
-    An image can be in several sets under several names, so copies are found by their ids in COCO and at Flickr, where
-    sets tell them, and by content; also round corners: if Visual Genome says that COCO's 5 is Flickr's 7, then COCO's 5
-    leaves for Flickr30k's 7. Copies in training become one picture with the texts of all: else one copy's caption could
-    serve as unmatched text of the other. How many were dropped and joined is logged.
+    An image can be in several sets under several names. Copies are found by their ids in COCO and at Flickr and by
+    content, also by way of a third set: if Visual Genome says that COCO's 5 is Flickr's 7, and Flickr30k tests on 7,
+    then COCO's 5 does not train. Copies in training become one picture with the texts of all: otherwise the caption of one
+    could serve as an unmatched text of the other. How many were dropped and joined is logged.
 
     Parameters
     ----------
@@ -157,7 +137,7 @@ def load_examples(settings: FinetuneSettings) -> TaskExamples:
         return TaskExamples(_captioned(settings), frozenset())
     data = settings.data
     if data == "scenes":
-        data = str(write_scenes(scenes_folder(settings.scenes), settings.scenes))
+        data = str(cached_scenes(settings.scenes))
     reader = TASK_READERS[settings.task]
     splits = reader(data, images=settings.images, **({"premise": True} if settings.premise else {}))
     for split in ("train", "val"):
@@ -192,36 +172,38 @@ def _captioned(settings: FinetuneSettings) -> dict[str, list[Picture]]:
 def without_leaks(
     training: Sequence[R], held_out: Sequence[Record], what: str
 ) -> tuple[list[R], dict[ImageFile, Hashable]]:
-    """The training records none of whose images is held out, and the mark of every image (see `photographs`).
+    """The training records without an image that is held out, and the mark of every image (see `photographs`).
 
-    How many are dropped is logged with the words of `what`: by the ids that the sets tell, and more by content.
+    Logs how many are dropped, described as `what`: first those found by ids, then those found by content too.
     """
-    records = [*training, *held_out]
-    content = image_contents(image for record in records for image in images_of(record))
-    dropped: list[set[int]] = []
-    for contents in ({}, content):
-        marks = photographs(records, contents)
-        held = {marks[image] for record in held_out for image in images_of(record)}
-        dropped.append(
-            {place for place, record in enumerate(training) if any(marks[image] in held for image in images_of(record))}
-        )
-    by_id, by_any = dropped
+    content = image_contents(image for record in (*training, *held_out) for image in images_of(record))
+    by_id, _ = _leaks(training, held_out, {})
+    all_leaks, marks = _leaks(training, held_out, content)
     if by_id:
         log.warning("%d %s, by their ids: dropped", len(by_id), what)
-    if by_any - by_id:
-        log.warning("%d %s, by content: dropped", len(by_any - by_id), what)
-    return [record for place, record in enumerate(training) if place not in by_any], marks
+    if by_content := all_leaks - by_id:
+        log.warning("%d %s, by content: dropped", len(by_content), what)
+    return [record for row, record in enumerate(training) if row not in all_leaks], marks
+
+
+def _leaks(
+    training: Sequence[Record], held_out: Sequence[Record], content: Mapping[ImageFile, Hashable]
+) -> tuple[set[int], dict[ImageFile, Hashable]]:
+    """Rows of the training records that have an image of a held-out record; the marks of all images."""
+    marks = photographs([*training, *held_out], content)
+    held = {marks[image] for record in held_out for image in images_of(record)}
+    return {row for row, one in enumerate(training) if any(marks[image] in held for image in images_of(one))}, marks
 
 
 def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]) -> dict[ImageFile, Hashable]:
-    """Marks that are equal for images of one photograph: with an id or the content in common, directly or by others.
+    """Marks that are equal for images of one photograph: with the same id or content, directly or through others.
 
     Parameters
     ----------
     content
-        What tells contents apart, see `image_contents`; images that it lacks are compared by their ids alone.
+        See `image_contents`; images that it lacks are compared by their ids only.
     """
-    parent: dict[Hashable, Hashable] = {}
+    parent: dict[Hashable, Hashable] = {}  # a forest of images, ids and contents: what is connected is one photograph
 
     def root(key: Hashable) -> Hashable:
         while parent.setdefault(key, key) != key:
@@ -230,18 +212,19 @@ def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]
 
     images: dict[ImageFile, None] = {}
     for record in records:
-        pair = len(images_of(record)) > 1  # of a pair only the names tell which id is whose
+        is_pair = len(images_of(record)) > 1  # then only the names state which id belongs to which image
         for image in images_of(record):
             images[image] = None
-            for key in (*(origins(image) if pair else record.origins), *([content[image]] if image in content else ())):
+            keys = [*(origins(image) if is_pair else record.origins)]
+            for key in keys + [content[image]] if image in content else keys:
                 parent[root(key)] = root(image)
     return {image: root(image) for image in images}
 
 
 def image_contents(images: Iterable[ImageFile]) -> dict[ImageFile, Hashable]:
-    """What tells the contents of images apart; only files that look alike at a glimpse are read twice."""
+    """A value for each image that images of the same content share; only files that may be equal are read twice."""
     files = list(dict.fromkeys(images))
     bar = tqdm(files, "comparing images", unit=" images", delay=2)
     glimpses = {image: image.glimpse() for image in bar}
-    alike = Counter(glimpses.values())
-    return {image: (glimpse, image.digest() if alike[glimpse] > 1 else b"") for image, glimpse in glimpses.items()}
+    count = Counter(glimpses.values())
+    return {image: (glimpse, image.digest() if count[glimpse] > 1 else b"") for image, glimpse in glimpses.items()}

@@ -11,7 +11,8 @@ from transformers import BertTokenizerFast
 
 from vpworkbench.data.inputs import PixelCache, visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.data.splits import cache_root, load_splits
+from vpworkbench.data.scene_cache import cache_root
+from vpworkbench.data.splits import load_splits
 from vpworkbench.errors import DataError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import build_visual

@@ -23,11 +23,11 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.nlvr1 import drawn_at
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import SCENES, write_regions
-from vpworkbench.data.splits import scenes_folder
+from vpworkbench.data.scene_cache import cached_scenes
 from vpworkbench.errors import DataError
 from vpworkbench.runs import open_folder
 from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES
-from vpworkbench.scenes.write import pair_sources, write_scenes
+from vpworkbench.scenes.write import pair_sources
 from vpworkbench.settings import RegionSettings
 from vpworkbench.system import draft
 from vpworkbench.train.scene_labels import AT_ONCE, LabelledBatch, LabelNetwork, label_accuracy, train_labels
@@ -53,7 +53,7 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise FileExistsError(f"{folder} exists and holds no regions; choose another folder")
     run = open_folder(folder, "regions", settings)
-    written = write_scenes(scenes_folder(settings.scenes), settings.scenes, progress=progress)
+    written = cached_scenes(settings.scenes, progress=progress)
     scenes = read_pictures(written)
     place, pictures = (Path(settings.source), given) if given else (written, scenes)
     counts = counts or [len(true_boxes(picture)) for picture in scenes]

@@ -22,14 +22,13 @@ from torch.utils.data import Dataset
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
-from vpworkbench.data.splits import scenes_folder
+from vpworkbench.data.scene_cache import cached_scenes
 from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.losses import Objective
 from vpworkbench.model.visual import build_visual
 from vpworkbench.probes.masks import objects_of_tokens
 from vpworkbench.runs import Run
 from vpworkbench.scenes.scene import COLOURS, SHAPES
-from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import RegionSettings, VisualInitSettings
 from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
@@ -199,7 +198,7 @@ def train_visual(run: Run, settings: VisualInitSettings) -> tuple[TokenClassifie
     `checkpoint/visual.safetensors` is a file for `init_visual`.
     """
     model = TokenClassifier(settings)  # an unknown backbone is reported before scenes are drawn
-    pictures = read_pictures(write_scenes(scenes_folder(settings.scenes), settings.scenes))
+    pictures = read_pictures(cached_scenes(settings.scenes))
     training, held_out = ([one for one in pictures if one.split == split] for split in ("train", "val"))
     read = partial(labelled_images, image_px=settings.visual.image_px, grid=settings.visual.grid)
     train_labels(model, training, read, run, settings, what="training the visual side")
