@@ -74,8 +74,8 @@ def split_pictures(sets: Iterable[Sequence[Picture]], *, exclude: Sequence[Recor
 
     An image can be in several sets under several names. Copies are found by their ids in COCO and at Flickr and by
     content, also by way of a third set: if Visual Genome says that COCO's 5 is Flickr's 7, and Flickr30k tests on 7,
-    then COCO's 5 does not train. Copies in training become one picture with the texts of all: otherwise the caption of one
-    could serve as an unmatched text of the other. How many were dropped and joined is logged.
+    then COCO's 5 does not train. Copies in training become one picture with the texts of all: otherwise the caption of
+    one could serve as an unmatched text of the other. How many were dropped and joined is logged.
 
     Parameters
     ----------
