@@ -10,7 +10,7 @@ help:
 	@echo "make demo       pre-train, probe and tour on generated scenes (about 10 minutes on 2 cores)"
 	@echo "make lab        JupyterLab, open on the tour"
 	@echo "make test       all tests but the slow ones;  make test-all: all"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, and the contracts of imports"
 
 install: .venv/installed
 
@@ -45,6 +45,7 @@ lab: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

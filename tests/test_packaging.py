@@ -1,8 +1,11 @@
 """pyproject.toml and environment.yml ask for the same things, and what is installed is new enough."""
 
+import ast
 import gc
 import importlib.metadata
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -37,6 +40,33 @@ def test_installed_packages_reach_the_floors(name, floor):
         return [int(part) for part in re.findall(r"\d+", version)]
 
     assert numbers(importlib.metadata.version(name)) >= numbers(floor)
+
+
+NOT_IMPORTED = {
+    "ipykernel": "papermill starts its kernels",
+    "pot": "tests of the alignment loss, and the alignment of photographs",
+    "torchvision": "timm imports it",
+}
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+
+
+def test_the_package_imports_what_it_depends_on():
+    imported = set()
+    for file in (REPOSITORY / "vpworkbench").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    dependencies = set(floors(PROJECT["dependencies"]))
+    assert {name for name in dependencies if IMPORT_NAMES.get(name, name) not in imported} == set(NOT_IMPORTED)
+
+
+def test_each_room_imports_only_from_the_floors_below():
+    """The contracts in pyproject.toml, which `make lint` runs too."""
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and " 0 broken" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_package_says_that_it_is_typed():

@@ -1,22 +1,22 @@
-"""The exceptions that callers catch; each message names the file or the setting, and the remedy."""
+"""The exceptions that callers catch; each message names the file or setting, the fault and the remedy."""
 
 from __future__ import annotations
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used: every fault on a line of its own, each with its remedy."""
+    """Settings that cannot be used: one line for each fault."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the record and the remedy."""
+    """Data that cannot be used."""
 
 
 class RegionsMissing(DataError):
-    """An image without features; everything else about it may be right."""
+    """An image without region features; the rest of its record may be sound."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names the file and the remedy."""
+    """A checkpoint that cannot be loaded."""
 
 
 class RunError(RuntimeError):
@@ -24,9 +24,9 @@ class RunError(RuntimeError):
 
 
 class TrainingError(RunError):
-    """Training that cannot go on; the message says at which step and what to do."""
+    """Training that cannot continue; the message names the step."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none; at most 200 characters."""
+    """The first line of an error's message, or its type without a message; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
