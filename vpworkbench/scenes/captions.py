@@ -13,36 +13,28 @@ from vpworkbench.scenes.language import NUMBERS, RELATIONS, decide, parse_phrase
 from vpworkbench.scenes.scene import Scene, Thing
 from vpworkbench.scenes.wording import pick, weighted
 
+PER_IMAGE = 5
 LONGEST = 16  # words of a caption
 
 
-def captions(scene: Scene, rng: np.random.Generator, count: int = 5) -> list[str]:
-    """Different true sentences; each mentions at least a colour and a shape, none a covered thing.
+def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """`PER_IMAGE` different sentences of at most `LONGEST` words that are true of a scene.
 
-    Parameters
-    ----------
-    scene : Scene
-        From `sample_scene`: at least two uncovered things of different colour or shape.
-    rng : numpy.random.Generator
-    count : int
-
-    Returns
-    -------
-    list of str
-        `count` sentences of at most `LONGEST` words for which `decide` is True.
+    Each mentions at least a colour and a shape, none a covered thing. The scene, as from `sample_scene`, has at least
+    two uncovered things of different colour or shape.
     """
     if not scene.pairs:
         raise ValueError("captions needs two uncovered things of different colour or shape")
     texts: list[str] = []
-    for attempt in range(60 * count):
+    for attempt in range(60 * PER_IMAGE):
         detail = min(1.0, 0.2 + 0.01 * attempt)  # few things: more words make more sentences
         written = (write(scene, rng, detail) for write in weighted(rng, _CAPTIONS))
         text = next(text for text in written if text is not None)
         if text not in texts and len(text.split()) <= LONGEST and decide(text, scene):
             texts.append(text)
-        if len(texts) == count:
+        if len(texts) == PER_IMAGE:
             return texts
-    raise ValueError(f"found only {len(texts)} of {count} captions; ask for fewer")
+    raise ValueError(f"found only {len(texts)} of {PER_IMAGE} captions: the scene has too few different things")
 
 
 def _noun(rng: np.random.Generator, thing: Thing, detail: float) -> str:

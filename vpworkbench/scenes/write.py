@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vpworkbench.scenes.captions import captions
+from vpworkbench.scenes.captions import PER_IMAGE, captions
 from vpworkbench.scenes.drawing import render
 from vpworkbench.scenes.layout import scene_of, scene_rng
 from vpworkbench.scenes.questions import questions, ten_answers
@@ -175,7 +175,8 @@ def _add_texts(part: _Part, scene: Scene, split: str, index: int, rng: np.random
     name, number = f"{split}-{index:06d}", SPLITS.index(split) * 10_000_000 + index
     texts = captions(scene, rng)
     sentences = [
-        {"raw": text, "tokens": text.split(), "imgid": number, "sentid": number * 5 + k} for k, text in enumerate(texts)
+        {"raw": text, "tokens": text.split(), "imgid": number, "sentid": number * PER_IMAGE + k}
+        for k, text in enumerate(texts)
     ]
     entry = {"filename": f"{name}.png", "imgid": number, "split": split}
     entry |= {"sentids": [sentence["sentid"] for sentence in sentences], "sentences": sentences}

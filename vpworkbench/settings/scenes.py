@@ -10,7 +10,7 @@ Difficulty = Literal["easy", "medium", "hard"]
 
 
 class SceneSettings(BaseModel):
-    """How many scenes of which kind; equal settings give equal files."""
+    """How many scenes, and of which kind; equal settings give equal files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -18,6 +18,6 @@ class SceneSettings(BaseModel):
     val: int = Field(400, ge=0, description="validation images")
     test: int = Field(400, ge=0, description="test images")
     image_px: int = Field(96, ge=32, le=1024, description="side of the square images")
-    difficulty: Difficulty = Field("easy", description="2-4, 3-6 or 4-8 things an image")
+    difficulty: Difficulty = Field("easy", description="2-4, 3-6 or 4-8 things per image")
     seed: int = Field(0, ge=0)
     generator: Literal[1] = Field(1, description="version of the generator")
