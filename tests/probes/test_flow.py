@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from vpworkbench.probes import check, crossing_share, flow_from_attention, hidden_states, inter_modality_flow
-from vpworkbench.probes.attention import ATTENTION, attention_configs, attention_handled
+from vpworkbench.probes.attention import ATTENTION, attention_configs, intercept_attention
 
 LAYERS, HEADS, LENGTH = 3, 4, 13
 TINY = dict(
@@ -98,8 +98,9 @@ def test_flow_equals_the_printed_formula_on_eager_maps(model, padding, special):
     attention = eager_attention(model, inputs)
     for start, stop in combinations_with_replacement(range(LAYERS), 2):
         for example in range(3):
-            there, back = naive_flow(attention[:, example], vision[example] & tokens[example],
-                                     language[example], start, stop)  # fmt: skip
+            there, back = naive_flow(
+                attention[:, example], vision[example] & tokens[example], language[example], start, stop
+            )
             where = example, start, stop
             assert abs(flow.text_to_vision[where] - there) <= 1e-5
             assert abs(flow.vision_to_text[where] - back) <= 1e-5
@@ -136,8 +137,7 @@ def test_rows_and_columns_equal_eager_attention(model, padding):
         rows = maps[:, :, picked[example]]
         columns = maps[..., picked[example]].transpose(-1, -2)
         torch.testing.assert_close(flow.rows[example], rows, atol=2e-5, rtol=0)
-        torch.testing.assert_close(flow.columns[example][..., real], columns[..., real],
-                                   atol=2e-5, rtol=0)  # fmt: skip
+        torch.testing.assert_close(flow.columns[example][..., real], columns[..., real], atol=2e-5, rtol=0)
         product = torch.eye(LENGTH)
         for layer in range(LAYERS):
             product = 0.5 * (torch.eye(LENGTH) + maps[layer].mean(0)) @ product
@@ -311,8 +311,7 @@ def test_towers_of_the_same_length_are_told_apart_by_name():
         inter_modality_flow(model, inputs, vision, tokens)
     flow = inter_modality_flow(model, inputs, vision, tokens, layers="encoder")
     assert flow.layers[0].startswith("encoder.layer.0") and len(flow.layers) == LAYERS
-    rule = lambda name: "tower" not in name  # noqa: E731
-    by_rule = inter_modality_flow(model, inputs, vision, tokens, layers=rule)
+    by_rule = inter_modality_flow(model, inputs, vision, tokens, layers=lambda name: "tower" not in name)
     torch.testing.assert_close(flow.flow, by_rule.flow, equal_nan=True)
 
 
@@ -356,7 +355,7 @@ def test_the_model_is_as_before_afterwards_also_after_an_exception(bert, setting
         torch.rand(1)
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), attention_handled(bert, fail):
+    with pytest.raises(RuntimeError, match="stop"), intercept_attention(bert, fail):
         assert bert.config._attn_implementation.startswith(ATTENTION)
         bert(**inputs)
     assert state_of(bert) == before

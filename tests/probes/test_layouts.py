@@ -16,15 +16,21 @@ from torch import nn
 
 from vpworkbench.data.inputs import prepare
 from vpworkbench.probes import check, hidden_states, inter_modality_flow, modality_masks, modality_nmi
-from vpworkbench.probes.layouts import FAMILIES as LAYOUTS
-from vpworkbench.probes.layouts import grid_boxes
+from vpworkbench.probes.layouts import LAYOUTS, grid_boxes
 
 IMAGE = 90  # id of an image place
 WIDE = 0.5  # range of the initial weights: near-uniform attention would hide mistakes
 TEXT = dict(
-    vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, initializer_range=WIDE, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=WIDE,
+    pad_token_id=0,
+)
 VIT = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=8
 )
@@ -53,9 +59,11 @@ def padded(count: int, words: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 def llava() -> Family:
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**VIT), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE,
+        vision_config=hf.CLIPVisionConfig(**VIT),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     ids, mask = padded(9)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 24, 24)}
     return Family(hf.LlavaForConditionalGeneration(config), inputs, grid_boxes(3, 3))
@@ -63,9 +71,11 @@ def llava() -> Family:
 
 def vipllava() -> Family:
     config = hf.VipLlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**VIT), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE,
+        vision_config=hf.CLIPVisionConfig(**VIT),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
         vision_feature_layers=[-1, 0],
-    )  # fmt: skip
+    )
     ids, mask = padded(9)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 24, 24)}
     return Family(hf.VipLlavaForConditionalGeneration(config), inputs, grid_boxes(3, 3))
@@ -73,12 +83,19 @@ def vipllava() -> Family:
 
 def paligemma() -> Family:
     config = hf.PaliGemmaConfig(
-        vision_config=hf.SiglipVisionConfig(**VIT, projection_dim=32), text_config=hf.GemmaConfig(**TEXT),
-        image_token_index=IMAGE, projection_dim=32, hidden_size=32,
-    )  # fmt: skip
+        vision_config=hf.SiglipVisionConfig(**VIT, projection_dim=32),
+        text_config=hf.GemmaConfig(**TEXT),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
     ids, mask = padded(9)
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 24, 24),
-              "token_type_ids": torch.zeros_like(ids)}  # fmt: skip
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": pixels(2, 3, 24, 24),
+        "token_type_ids": torch.zeros_like(ids),
+    }
     return Family(hf.PaliGemmaForConditionalGeneration(config), inputs, grid_boxes(3, 3))
 
 
@@ -92,38 +109,74 @@ def qwen(kind: str) -> Family:
         config = hf.Qwen2VLConfig(vision_config=dict(vision, embed_dim=16, hidden_size=32), text_config=text, **shared)
         model = hf.Qwen2VLForConditionalGeneration
     elif kind == "qwen2_5_vl":
-        tower = dict(vision, hidden_size=16, intermediate_size=32, out_hidden_size=32, window_size=16,
-                     fullatt_block_indexes=[1])  # fmt: skip
+        tower = dict(
+            vision, hidden_size=16, intermediate_size=32, out_hidden_size=32, window_size=16, fullatt_block_indexes=[1]
+        )
         config = hf.Qwen2_5_VLConfig(vision_config=tower, text_config=text, **shared)
         model = hf.Qwen2_5_VLForConditionalGeneration
     else:
-        tower = dict(vision, hidden_size=16, intermediate_size=32, out_hidden_size=32, num_position_embeddings=64,
-                     deepstack_visual_indexes=[0])  # fmt: skip
+        tower = dict(
+            vision,
+            hidden_size=16,
+            intermediate_size=32,
+            out_hidden_size=32,
+            num_position_embeddings=64,
+            deepstack_visual_indexes=[0],
+        )
         config = hf.Qwen3VLConfig(vision_config=tower, text_config=dict(text, head_dim=8), **shared)
         model = hf.Qwen3VLForConditionalGeneration
     ids = torch.tensor([[5, 92, *[IMAGE] * 6, 93, 6, 7, 8], [0, 0, 5, 92, *[IMAGE] * 4, 93, 6, 7, 8]])
     grids = torch.tensor([[1, 4, 6], [1, 4, 4]])
     inputs = {
-        "input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels(24 + 16, 3 * 2 * 4 * 4),
-        "image_grid_thw": grids, "mm_token_type_ids": (ids == IMAGE).int(),
-    }  # fmt: skip
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": pixels(24 + 16, 3 * 2 * 4 * 4),
+        "image_grid_thw": grids,
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
     return Family(model(config), inputs, grid_boxes(2, 3))
 
 
 def idefics3(kind: str) -> Family:
     tower = dict(VIT, image_size=16, patch_size=4)
     if kind == "smolvlm":
-        config = hf.SmolVLMConfig(vision_config=tower, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE,
-                                  scale_factor=2)  # fmt: skip
+        config = hf.SmolVLMConfig(
+            vision_config=tower, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+        )
         model = hf.SmolVLMForConditionalGeneration
     else:
-        config = hf.Idefics3Config(vision_config=tower, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE,
-                                   scale_factor=2)  # fmt: skip
+        config = hf.Idefics3Config(
+            vision_config=tower, text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2
+        )
         model = hf.Idefics3ForConditionalGeneration
     tile, around, line = [IMAGE] * 4, 80, 85  # 2 x 2 tokens a tile; 81... name rows and columns, 79 the whole
-    split = [around, 81, *tile, around, 82, *tile, around, 83, *tile, line,
-             around, 86, *tile, around, 87, *tile, around, 88, *tile, line, line,
-             around, 79, *tile, around]  # fmt: skip
+    split = [
+        around,
+        81,
+        *tile,
+        around,
+        82,
+        *tile,
+        around,
+        83,
+        *tile,
+        line,
+        around,
+        86,
+        *tile,
+        around,
+        87,
+        *tile,
+        around,
+        88,
+        *tile,
+        line,
+        line,
+        around,
+        79,
+        *tile,
+        around,
+    ]
     single = [around, 79, *tile, around]
     first = [5, *split, 6, 7]
     second = [5, *single, 6, *single, 8]
@@ -138,8 +191,11 @@ def idefics3(kind: str) -> Family:
 def internvl() -> Family:
     config = hf.InternVLConfig(
         vision_config=hf.InternVLVisionConfig(**dict(VIT, image_size=(16, 16), patch_size=(4, 4))),
-        text_config=hf.Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=4, downsample_ratio=0.5,
-    )  # fmt: skip
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
     ids, mask = padded(4)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 16, 16)}
     return Family(hf.InternVLForConditionalGeneration(config), inputs, grid_boxes(2, 2))
@@ -149,27 +205,52 @@ def gemma3() -> Family:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     text = hf.Gemma3TextConfig(**TEXT, sliding_window=6, layer_types=kinds)
     config = hf.Gemma3Config(
-        vision_config=hf.SiglipVisionConfig(**dict(VIT, image_size=32)), text_config=text, image_token_index=IMAGE,
-        mm_tokens_per_image=4, boi_token_index=91, eoi_token_index=92,
-    )  # fmt: skip
+        vision_config=hf.SiglipVisionConfig(**dict(VIT, image_size=32)),
+        text_config=text,
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+        boi_token_index=91,
+        eoi_token_index=92,
+    )
     ids, mask = padded(4, words=8)
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 32, 32),
-              "token_type_ids": (ids == IMAGE).long()}  # fmt: skip
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": pixels(2, 3, 32, 32),
+        "token_type_ids": (ids == IMAGE).long(),
+    }
     return Family(hf.Gemma3ForConditionalGeneration(config), inputs, grid_boxes(2, 2))
 
 
 def chameleon() -> Family:
     names = {"<image>": IMAGE} | {f"IMGIMG{chr(65 + i)}Z": 60 + i for i in range(10)}
-    codes = dict(num_embeddings=10, embed_dim=8, latent_channels=8, base_channels=32, resolution=8, num_res_blocks=1,
-                 channel_multiplier=[1, 1, 1], double_latent=False)  # fmt: skip
+    codes = dict(
+        num_embeddings=10,
+        embed_dim=8,
+        latent_channels=8,
+        base_channels=32,
+        resolution=8,
+        num_res_blocks=1,
+        channel_multiplier=[1, 1, 1],
+        double_latent=False,
+    )
     config = hf.ChameleonConfig(**TEXT, vq_config=codes, vocabulary_map=names)
     ids, mask = padded(4)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 8, 8)}
     return Family(hf.ChameleonForConditionalGeneration(config), inputs, grid_boxes(2, 2))
 
 
-ENCODER = {key: TEXT[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
-                                      "initializer_range", "num_hidden_layers")}  # fmt: skip
+ENCODER = {
+    key: TEXT[key]
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "initializer_range",
+        "num_hidden_layers",
+    )
+}
 
 
 def words(right: int = 2) -> dict[str, torch.Tensor]:
@@ -196,9 +277,13 @@ def visual_bert() -> Family:
 def flava() -> Family:
     own = dict(ENCODER, num_hidden_layers=2)
     config = hf.FlavaConfig(
-        text_config=own, image_config=dict(own, image_size=16, patch_size=8),
-        multimodal_config=dict(ENCODER), hidden_size=32, projection_dim=32, initializer_range=WIDE,
-    )  # fmt: skip
+        text_config=own,
+        image_config=dict(own, image_size=16, patch_size=8),
+        multimodal_config=dict(ENCODER),
+        hidden_size=32,
+        projection_dim=32,
+        initializer_range=WIDE,
+    )
     boxes = torch.cat([grid_boxes(1, 1), grid_boxes(2, 2)])
     return Family(hf.FlavaModel(config), words() | {"pixel_values": pixels(2, 3, 16, 16)}, boxes)
 
@@ -206,8 +291,11 @@ def flava() -> Family:
 def lxmert() -> Family:
     config = hf.LxmertConfig(
         **{key: value for key, value in ENCODER.items() if key != "num_hidden_layers"},
-        l_layers=1, x_layers=2, r_layers=1, visual_feat_dim=12,
-    )  # fmt: skip
+        l_layers=1,
+        x_layers=2,
+        r_layers=1,
+        visual_feat_dim=12,
+    )
     boxes = pixels(2, 5, 4).sort(dim=-1).values[..., [0, 1, 2, 3]]
     mask = torch.ones(2, 5)
     mask[0, 4:] = 0
@@ -218,9 +306,14 @@ def lxmert() -> Family:
 def bridgetower() -> Family:
     text = dict(ENCODER, num_hidden_layers=3, max_position_embeddings=40, hidden_size=64, initializer_factor=20)
     config = hf.BridgeTowerConfig(
-        hidden_size=64, num_attention_heads=4, num_hidden_layers=2, intermediate_size=48, initializer_factor=20,
-        text_config=text, vision_config=dict(hidden_size=64, num_hidden_layers=3, patch_size=8, image_size=16),
-    )  # fmt: skip
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        intermediate_size=48,
+        initializer_factor=20,
+        text_config=text,
+        vision_config=dict(hidden_size=64, num_hidden_layers=3, patch_size=8, image_size=16),
+    )
     boxes = torch.cat([grid_boxes(1, 1), grid_boxes(2, 2)])
     return Family(hf.BridgeTowerModel(config), words() | {"pixel_values": pixels(2, 3, 16, 16)}, boxes)
 
@@ -291,8 +384,10 @@ def eager_layers(family: Family) -> list[torch.Tensor]:
         text, image = slice(0, words), slice(words, length)
         layers = []
         for across, back, own, seen in zip(*(inner[part::4] for part in range(4)), strict=True):
-            layers += [blocks(length, (text, image, across), (image, text, back)),
-                       blocks(length, (text, text, own), (image, image, seen))]  # fmt: skip
+            layers += [
+                blocks(length, (text, image, across), (image, text, back)),
+                blocks(length, (text, text, own), (image, image, seen)),
+            ]
         return layers
     if kind == "bridgetower":
         model.set_attn_implementation("eager")
@@ -447,7 +542,7 @@ def test_internvl_takes_its_tiles_from_the_processor():
     inputs = {"input_ids": ids, "pixel_values": pixels(4, 3, 16, 16)}
     with pytest.raises(ValueError, match=r"images of \[3, 1\] tiles: pass tiles"):
         modality_masks(family.model, inputs)
-    with pytest.raises(ValueError, match="2 x 2 do not make the 3 tiles"):
+    with pytest.raises(ValueError, match="2 x 2 is not the 3 tiles"):
         modality_masks(family.model, inputs, tiles=[(2, 2), (1, 1)])
     masks = modality_masks(family.model, inputs, tiles=[(1, 2), (1, 1)])
     left, right = grid_boxes(2, 2, (0, 0, 0.5, 1)), grid_boxes(2, 2, (0.5, 0, 1, 1))
@@ -458,14 +553,14 @@ def test_internvl_takes_its_tiles_from_the_processor():
 def test_images_that_do_not_fit_the_ids_and_unknown_families():
     torch.manual_seed(0)
     family = llava()
-    with pytest.raises(ValueError, match="18 visual places, but a grid of patches makes 27 tokens of 3 images"):
+    with pytest.raises(ValueError, match="18 visual tokens, but a grid of patches makes 27 from 3 images"):
         modality_masks(family.model, family.inputs | {"pixel_values": pixels(3, 3, 24, 24)})
-    with pytest.raises(ValueError, match="attention_mask is .* the plain one"):
+    with pytest.raises(ValueError, match="attention_mask is .* pass the plain one"):
         modality_masks(family.model, family.inputs | {"attention_mask": torch.ones(2, 1, 15, 15)})
     with pytest.raises(ValueError, match="no input_ids"):
         modality_masks(family.model, {"pixel_values": pixels(2, 3, 24, 24)})
     bert = hf.BertModel(hf.BertConfig(**ENCODER))
-    with pytest.raises(ValueError, match=r"model_type 'bert'.*pass `vision` and `tokens`"):
+    with pytest.raises(ValueError, match=r"model_type 'bert'.*Build `vision` and `tokens`"):
         modality_masks(bert, words())
 
 

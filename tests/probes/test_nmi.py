@@ -50,9 +50,12 @@ def test_same_starts_give_scikit_learns_labels_and_nmi(dtype):
             for example in range(EXAMPLES):
                 real = tokens[example]
                 found, expected = sklearn_run(
-                    hidden[layer][example], vision[example], real,
-                    init=one[layer, example, 0].double().numpy(), n_init=1,
-                )  # fmt: skip
+                    hidden[layer][example],
+                    vision[example],
+                    real,
+                    init=one[layer, example, 0].double().numpy(),
+                    n_init=1,
+                )
                 assert (clusters.labels[example][real].numpy() == found.labels_).all()
                 assert (clusters.labels[example][~real] == -1).all()
                 assert clusters.inertia[example] == pytest.approx(found.inertia_, rel=1e-5)
@@ -77,8 +80,9 @@ def test_an_empty_cluster_takes_the_farthest_token_as_in_scikit_learn():
     far[:, :, 1] = 500.0
     clusters = cluster_tokens(hidden[0], tokens, starts=far)
     for example in range(EXAMPLES):
-        found, _ = sklearn_run(hidden[0][example], vision[example], tokens[example],
-                               init=far[example, 0].double().numpy(), n_init=1)  # fmt: skip
+        found, _ = sklearn_run(
+            hidden[0][example], vision[example], tokens[example], init=far[example, 0].double().numpy(), n_init=1
+        )
         assert (clusters.labels[example][tokens[example]].numpy() == found.labels_).all()
 
 
@@ -86,10 +90,12 @@ def test_own_starts_do_as_well_as_scikit_learns():
     hidden, vision, tokens = features(apart=0.6)
     ours = torch.stack([cluster_tokens(part, tokens).inertia for part in hidden], dim=1)
     theirs = [
-        [sklearn_run(hidden[layer][e], vision[e], tokens[e], n_init=10, random_state=0)[0].inertia_
-         for layer in range(LAYERS)]
+        [
+            sklearn_run(hidden[layer][e], vision[e], tokens[e], n_init=10, random_state=0)[0].inertia_
+            for layer in range(LAYERS)
+        ]
         for e in range(EXAMPLES)
-    ]  # fmt: skip
+    ]
     assert ours.mean() <= np.mean(theirs) * 1.01
 
 

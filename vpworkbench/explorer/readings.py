@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpworkbench.data.records import Picture
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
-from vpworkbench.probes.attention import AttentionCall, attention_handled, run_model
+from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
 from vpworkbench.probes.layers import LayerChoice, streams_of
 from vpworkbench.probes.layouts import patches_recorded
 from vpworkbench.subjects import Subject
@@ -246,7 +246,7 @@ def _attention(model: nn.Module, inputs: Any) -> Tensor:
             maps.append(2 * joint - torch.eye(tokens))
         return call.output()
 
-    with attention_handled(model, keep):
+    with intercept_attention(model, keep):
         run_model(model, inputs.forward)
     choice.close(model, inputs.forward)
     small = len(maps) * maps[0].numel() <= HALF_ABOVE

@@ -1,8 +1,9 @@
 """Probes of how vision and language fuse, for our model and for any transformers model."""
 
-from vpworkbench.probes.flow import Check, InterModalityFlow, check, inter_modality_flow
+from vpworkbench.probes.exactness import Check, check
+from vpworkbench.probes.flow import InterModalityFlow, inter_modality_flow
 from vpworkbench.probes.formula import crossing_share, flow_from_attention
-from vpworkbench.probes.hidden import hidden_states
+from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.layouts import ModalityMasks, modality_masks
 from vpworkbench.probes.masks import (
     BudgetShares,

@@ -1,8 +1,12 @@
-"""Reads attention and hidden states while a model runs, and leaves the model as it was.
+"""Intercepts every attention layer of a model while it runs, and leaves the model as it was.
 
-Transformers' models dispatch every attention layer by `config._attn_implementation`. Registered
-here is one more implementation, `ATTENTION`, which hands each layer's queries, keys, values and
-mask to a handler and otherwise computes what `sdpa` computes, on the same fused kernels and masks.
+Transformers' models dispatch each attention layer by `config._attn_implementation`. Registered here is one more
+implementation, `ATTENTION`. It wraps the layer's queries, keys, values and mask in an `AttentionCall`, and a handler
+computes the output. `call.output()` is what `sdpa` computes, on the same fused kernels and masks; a handler can also
+read the call, or change it with `dataclasses.replace` first.
+
+ViLT, VisualBERT, FLAVA and LXMERT compute attention in modules of their own, all in BERT's way. Their `forward` is
+replaced while a probe runs, so that their layers go through the same handler.
 """
 
 from __future__ import annotations
@@ -11,27 +15,30 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations import sdpa_attention
 from transformers.masking_utils import sdpa_mask
 
-from vpworkbench.probes.own_attention import own_attention_handled
-
 ATTENTION = "vpworkbench_probe"
-# The same for models set to eager attention, where a mask of None means that all is seen; in sdpa it may mean causal.
-AS_EAGER = f"{ATTENTION}_eager"
+# For models set to eager attention: there a mask of None means full attention, in sdpa it may mean causal attention.
+ATTENTION_AS_EAGER = f"{ATTENTION}_eager"
 
-# Additive masks in the field: -inf, the dtype's minimum, BERT's old -10,000 (-9,984 in bfloat16).
-_HIDDEN_BELOW = -5000.0
-# Of padded queries at a time: a small share of what a forward takes on a CPU, one call on a GPU.
+# Attention modules of transformers outside its interface. By name, because importing their files takes seconds.
+OWN_SELF_ATTENTION = ("ViltSelfAttention", "VisualBertSelfAttention", "FlavaSelfAttention")
+OWN_CROSS_ATTENTION = ("LxmertAttention",)
+
+# Additive masks in use: -inf, the smallest number of the dtype, BERT's old -10,000 (-9,984 in bfloat16).
+_MASKED_BELOW = -5000.0
+# Size of the padded copies made at a time: a small share of a forward's memory on a CPU, one call on a GPU.
 _PADDED_BYTES = {"cpu": 2**22, "cuda": 2**29}
-# What sdpa would silently leave out of the softmax; a probe on top would report another model.
-_REFUSED = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
+# Options that sdpa silently leaves out of the softmax: the probe would describe another model.
+_REFUSED_OPTIONS = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,17 @@ class AttentionCall:
 
     Attributes
     ----------
+    module, name : nn.Module, str
+        The layer, and its name in the model.
     query : Tensor, shape (example, head, query, channel)
     key, value : Tensor, shape (example, key head, key, channel)
-        Grouped-query models have fewer key heads than heads; they come unrepeated.
+        Grouped-query models have fewer key heads than heads.
     mask : Tensor or None, shape (example or 1, head or 1, query or 1, key)
-        bool, True where a query may look; or additive.
+        bool, True where a query may attend; or additive.
+    scaling : float
+        Factor of the scores.
     causal : bool
-        True where the mask is None because the kernel applies the causal one itself.
+        True where the mask is None and the kernel applies the causal mask itself.
     """
 
     module: nn.Module
@@ -60,19 +71,19 @@ class AttentionCall:
 
     @property
     def lengths(self) -> tuple[int, int, int]:
-        """Examples, queries and keys."""
+        """Numbers of examples, queries and keys."""
         return self.query.shape[0], self.query.shape[2], self.key.shape[2]
 
     def output(self) -> Tensor:
-        """What the model expects: (example, query, head, channel)."""
+        """The layer's output as the model expects it, (example, query, head, channel)."""
         return self._fused(self.query, self.key, self.value, self.mask)
 
-    def carry(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def output_and_columns(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output, and `softmax(Q K^T) columns` for every head, on the fused kernel.
 
-        The columns ride as extra values. The fused kernels want one width for queries, keys and values, so all three
-        are padded with zeros, which changes no score; 8 keeps them aligned. A few heads at a time: the padded copies
-        would else be the most memory that a forward takes.
+        The columns travel as extra channels of the values. Fused kernels want one width for queries, keys and values,
+        so all three are padded with zeros, which changes no score; a multiple of 8 keeps them aligned. A few heads are
+        computed at a time, because the padded copies could otherwise dominate the memory of the forward.
 
         Parameters
         ----------
@@ -92,14 +103,15 @@ class AttentionCall:
         output = self.query.new_empty(examples, queries, heads, channels)
         carried = self.query.new_empty(examples, queries, heads, count)
         for start in range(0, key_heads, at_once):
-            some = slice(start, start + at_once)
-            its = slice(start * group, (start + at_once) * group)
-            value = _widened(self.value[:, some], width)
+            of_keys = slice(start, start + at_once)
+            of_queries = slice(start * group, (start + at_once) * group)
+            query = _padded(self.query[:, of_queries], width)
+            key, value = _padded(self.key[:, of_keys], width), _padded(self.value[:, of_keys], width)
             value[..., channels : channels + count] = columns.to(value.dtype)[:, None]
-            mask = self.mask[:, its] if self.mask is not None and self.mask.shape[1] > 1 else self.mask
-            wide = self._fused(_widened(self.query[:, its], width), _widened(self.key[:, some], width), value, mask)
-            output[:, :, its] = wide[..., :channels]
-            carried[:, :, its] = wide[..., channels : channels + count]
+            mask = self.mask[:, of_queries] if self.mask is not None and self.mask.shape[1] > 1 else self.mask
+            wide = self._fused(query, key, value, mask)
+            output[:, :, of_queries] = wide[..., :channels]
+            carried[:, :, of_queries] = wide[..., channels : channels + count]
         return output, carried
 
     def weights(self, picked: Tensor | None = None) -> Tensor:
@@ -108,7 +120,7 @@ class AttentionCall:
         Parameters
         ----------
         picked : LongTensor, shape (example, picked), optional
-            Positions of queries; all of them where not given, which needs memory query x key.
+            Positions of queries. All of them by default, which needs memory query x key.
 
         Returns
         -------
@@ -122,22 +134,22 @@ class AttentionCall:
         query = self.query[example, :, picked].transpose(1, 2).to(dtype)
         key = self.key.repeat_interleave(query.shape[1] // self.key.shape[1], dim=1).to(dtype)
         scores = query @ key.transpose(2, 3) * self.scaling
-        mask = self._mask_rows(picked)
+        mask = self._mask_of(picked)
         if mask is not None and mask.dtype == torch.bool:
-            # not -inf: a padding query may see nothing, and its row would be nan
+            # not -inf: a padding query may attend to nothing, and its row would be nan
             scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
         elif mask is not None:
             scores = scores + mask
         return scores.softmax(dim=-1)
 
-    def uniform(self, columns: Tensor) -> Tensor:
-        """(example, key, column) -> (example, query, column): attention that spreads evenly over what each may see."""
+    def uniform_attention(self, columns: Tensor) -> Tensor:
+        """`columns`, (example, key, column), averaged over the keys that each query may attend to."""
         queries = self.lengths[1]
         if self.mask is None and not self.causal:
             return columns.mean(dim=1, keepdim=True).expand(-1, queries, -1)
         if self.mask is None:
-            seen = torch.arange(1, columns.shape[1] + 1, device=columns.device)
-            return columns.cumsum(dim=1) / seen[:, None]
+            keys = torch.arange(1, columns.shape[1] + 1, device=columns.device)
+            return columns.cumsum(dim=1) / keys[:, None]
         if self._same_for_every_query:
             allowed = _allowed(self.mask[:, :, 0]).to(columns)  # example head key
             share = allowed / allowed.sum(dim=-1, keepdim=True)
@@ -145,15 +157,15 @@ class AttentionCall:
         return self._uniform_by_zero_queries(columns)
 
     def can_attend(self, queries: Tensor, keys: Tensor) -> bool:
-        """Whether any of `queries` may look at any of `keys`; both (example, token) bool."""
+        """Whether any of `queries` may attend to any of `keys`; both bool (example, token)."""
         if not keys.any():
             return False
         if self.mask is None:
             before = keys.cumsum(dim=1) > 0 if self.causal else keys.any(dim=1, keepdim=True)
             return bool((before & queries).any())
         if self._same_for_every_query:
-            seen = (_allowed(self.mask[:, :, 0]) & keys[:, None]).flatten(1).any(dim=1)
-            return bool((seen & queries.any(dim=1)).any())
+            open_keys = (_allowed(self.mask[:, :, 0]) & keys[:, None]).flatten(1).any(dim=1)
+            return bool((open_keys & queries.any(dim=1)).any())
         masks = self.mask.expand(len(queries), -1, -1, -1)
         return any(
             bool(_allowed(mask[:, :, key])[:, query].any())
@@ -165,7 +177,7 @@ class AttentionCall:
         return self.mask is not None and (self.mask.shape[2] == 1 or self.mask.stride(2) == 0)
 
     def _uniform_by_zero_queries(self, columns: Tensor) -> Tensor:
-        """Equal scores are uniform weights, and the fused kernel needs no query x key memory."""
+        """Equal scores give uniform weights, and the fused kernel needs no query x key memory."""
         allowed = _allowed(self.mask)
         count = columns.shape[2]
         values = F.pad(columns, (0, -count % 8))[:, None].expand(-1, allowed.shape[1], -1, -1)
@@ -173,7 +185,7 @@ class AttentionCall:
         spread = F.scaled_dot_product_attention(queries, torch.zeros_like(values), values, attn_mask=allowed)
         return spread.mean(dim=1)[..., :count]
 
-    def _mask_rows(self, picked: Tensor) -> Tensor | None:
+    def _mask_of(self, picked: Tensor) -> Tensor | None:
         if self.mask is None:
             key = torch.arange(self.key.shape[2], device=picked.device)
             return (key <= picked[..., None])[:, None] if self.causal else None
@@ -183,53 +195,53 @@ class AttentionCall:
         return self.mask.expand(len(picked), -1, -1, -1)[example, :, picked].transpose(1, 2)
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return sdpa_attention_forward(
-            self.module, query, key, value, mask, scaling=self.scaling, is_causal=self.causal
-        )[0]
+        options = {"scaling": self.scaling, "is_causal": self.causal}
+        return sdpa_attention.sdpa_attention_forward(self.module, query, key, value, mask, **options)[0]
 
 
 Handler = Callable[[AttentionCall], Tensor]
+"""Computes the output of an attention layer, (example, query, head, channel); most return `call.output()`."""
 
 
 @contextmanager
-def attention_handled(model: nn.Module, handler: Handler, *, gradients: bool = False) -> Iterator[None]:
-    """In the block `handler` answers every attention layer of `model`, without gradients unless asked for.
+def intercept_attention(model: nn.Module, handler: Handler) -> Iterator[None]:
+    """In the block, `handler` computes every attention layer of `model`, without gradients.
 
-    Afterwards, also after an exception, the model's attention setting, cache setting, hooks and
-    training mode and the random state are as before.
+    Afterwards, also after an exception, the model's attention setting, cache setting, hooks and training mode and the
+    random state are as before.
     """
     refuse_randomness(model)
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
     configs = attention_configs(model)
     if not configs:
         raise ValueError(
-            f"{type(model).__name__} holds no transformers config, so its attention cannot be read "
-            "in the pass; pass its attention maps to flow_from_attention instead"
+            f"{type(model).__name__} holds no transformers config, so its attention layers cannot be intercepted; "
+            "pass its attention maps to flow_from_attention instead"
         )
-    with untouched(model), torch.set_grad_enabled(gradients):
+    with unchanged(model), torch.no_grad():
         for config in configs:
             eager = config.__dict__.get("_attn_implementation_internal") in (None, "eager")
-            config.__dict__["_attn_implementation_internal"] = AS_EAGER if eager else ATTENTION
+            config.__dict__["_attn_implementation_internal"] = ATTENTION_AS_EAGER if eager else ATTENTION
             if "use_cache" in config.__dict__:
                 config.__dict__["use_cache"] = False  # a cache would keep all keys and values
         token = _HANDLER.set((handler, names))
         try:
-            with own_attention_handled(model, _attend_own):
+            with _own_attention_replaced(model):
                 yield
         finally:
             _HANDLER.reset(token)
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore settings, hooks, training mode and random state of `model` when the block ends."""
     configs = [(config, dict(config.__dict__)) for config in attention_configs(model)]
     modules = [
         (module, module.training, set(module._forward_hooks), set(module._forward_pre_hooks))
         for module in model.modules()
     ]
-    captured = "_output_capturing_hooks_installed"  # where transformers adds hooks for good
-    unmarked = [module for module, *_ in modules if captured not in module.__dict__]
+    installed = "_output_capturing_hooks_installed"  # transformers adds hooks for good, and marks the module so
+    unmarked = [module for module, *_ in modules if installed not in module.__dict__]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -247,11 +259,21 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._forward_pre_hooks.pop(hook)
                 module._forward_pre_hooks_with_kwargs.pop(hook, None)
         for module in unmarked:
-            module.__dict__.pop(captured, None)
+            module.__dict__.pop(installed, None)
+
+
+def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """`model(**inputs)` without a cache; refuses inputs that a probe cannot serve."""
+    if inputs.get("past_key_values") is not None:
+        raise ValueError("past_key_values: a probe needs the whole sequence in one pass; leave it out")
+    if inputs.get("output_attentions"):
+        raise ValueError("output_attentions would store every attention map; leave it out")
+    cache = {"use_cache": False} if inputs.get("use_cache") else {}
+    return model(**{**inputs, **cache})
 
 
 def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """Every transformers config in `model` or its parts, nested ones too, once each."""
+    """Every transformers config in `model` and its parts, nested ones too, once each."""
     found: dict[int, PretrainedConfig] = {}
     waiting = [value for module in model.modules() for value in vars(module).values()]
     while waiting:
@@ -263,7 +285,7 @@ def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def refuse_randomness(model: nn.Module) -> None:
-    """Raise where dropout or a running statistic is on: it would read noise, or leave some."""
+    """Raise where dropout is active, or where a forward would update running statistics."""
     for name, module in model.named_modules():
         rate = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
         rate = rate or getattr(module, "drop_prob", 0) or 0  # timm's stochastic depth
@@ -273,17 +295,9 @@ def refuse_randomness(model: nn.Module) -> None:
             raise ValueError(f"{name} would update its statistics: call model.eval() first")
 
 
-def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """`model(**inputs)` with what a probe cannot serve refused by name, and the cache off."""
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: a probe needs the sequence in one pass; leave it out")
-    if inputs.get("output_attentions"):
-        raise ValueError("output_attentions stores what a probe does without; leave it out")
-    cache = {"use_cache": False} if inputs.get("use_cache") else {}
-    return model(**{**inputs, **cache})
+# ------------------------------------------------------------------------- from transformers' call to the handler
 
-
-# The running pass of this thread: its handler and the names of the model's modules by id.
+# The probe running in this thread: its handler, and the names of the model's modules by id.
 _HANDLER: ContextVar[tuple[Handler, dict[int, str]] | None] = ContextVar("handler", default=None)
 
 
@@ -299,50 +313,26 @@ def _attend(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function: the signature that transformers calls."""
-    handling = _HANDLER.get()
-    if handling is None:
+    """The registered attention function; the signature is that of transformers."""
+    if _HANDLER.get() is None:
         raise RuntimeError(f"attention {ATTENTION!r} only works within a probe; set it to 'sdpa'")
-    handler, names = handling
+    handler, names = _HANDLER.get()
     name = names.get(id(module), type(module).__name__)
-    for option, what in _REFUSED.items():
+    for option, meaning in _REFUSED_OPTIONS.items():
         if options.get(option) is not None:
             raise ValueError(
-                f"{name} uses {what} ({option}), which fused sdpa attention leaves out; pass its "
-                "eager attention maps to flow_from_attention instead"
+                f"{name} uses {meaning} ({option}), which fused sdpa attention leaves out; pass its eager attention "
+                "maps to flow_from_attention instead"
             )
     if dropout:
         raise ValueError(f"dropout is left on in {name} (rate {dropout}): call model.eval() first")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
-        attention_mask = _with_bias(position_bias, attention_mask, causal, query, key)
+        attention_mask = sdpa_attention.create_position_bias_mask(position_bias, attention_mask, causal, query, key)
         causal = False
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)
-    return handler(call), None
-
-
-def _attend_own(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """An attention outside the interface: always BERT's, scaled by the root of the channels and never causal."""
-    handler, names = _HANDLER.get()
-    name = names.get(id(module), type(module).__name__)
-    return handler(AttentionCall(module, name, query, key, value, mask, query.shape[-1] ** -0.5, causal=False))
-
-
-def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:
-    from transformers.integrations.sdpa_attention import create_position_bias_mask  # since 5.x
-
-    return create_position_bias_mask(bias, mask, causal, query, key)
-
-
-def _allowed(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > _HIDDEN_BELOW
-
-
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    """`tensor` with zeros behind its channels."""
-    return F.pad(tensor, (0, width - tensor.shape[-1]))
+    return handler(AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)), None
 
 
 def _attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -355,5 +345,55 @@ def _mask_as_eager(*args: Any, **kwargs: Any) -> Tensor | None:
 
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-AttentionInterface.register(AS_EAGER, _attend_as_eager)
-AttentionMaskInterface.register(AS_EAGER, _mask_as_eager)
+AttentionInterface.register(ATTENTION_AS_EAGER, _attend_as_eager)
+AttentionMaskInterface.register(ATTENTION_AS_EAGER, _mask_as_eager)
+
+
+@contextmanager
+def _own_attention_replaced(model: nn.Module) -> Iterator[None]:
+    """In the block, attention modules outside the interface call the handler; afterwards they are as before."""
+    forwards = dict.fromkeys(OWN_SELF_ATTENTION, _own_self_attention)
+    forwards |= dict.fromkeys(OWN_CROSS_ATTENTION, _own_attention)
+    changed = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in forwards and type(module).__module__.startswith("transformers.")
+    ]
+    for module in changed:
+        module.forward = partial(forwards[type(module).__name__], module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward  # the instance's own; the class's is in force again
+
+
+def _own_self_attention(
+    module: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+) -> tuple[Tensor]:
+    return _own_attention(module, hidden_states, hidden_states, attention_mask)
+
+
+def _own_attention(
+    module: nn.Module,
+    hidden_states: Tensor,
+    context: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor]:
+    """BERT's attention: three projections, heads, an additive mask, never causal."""
+
+    def heads(states: Tensor) -> Tensor:
+        return states.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
+
+    query, key, value = heads(module.query(hidden_states)), heads(module.key(context)), heads(module.value(context))
+    return (_attend(module, query, key, value, attention_mask, is_causal=False)[0].flatten(2),)
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
+
+
+def _padded(tensor: Tensor, width: int) -> Tensor:
+    """`tensor` with channels of zeros added up to `width`."""
+    return F.pad(tensor, (0, width - tensor.shape[-1]))

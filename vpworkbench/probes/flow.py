@@ -1,25 +1,37 @@
 """Inter-Modality Flow of a model (paper Sec. 3.2, Eq. 2-6): how much attention crosses between the modalities.
 
-`inter_modality_flow` takes one forward pass on fused attention, without any attention map: see `recorder`. `check`
-holds it to the formula as printed.
+A^{i,j} = A^j ... A^i (Eq. 4) is only ever summed over blocks. Summing its columns over L is the product with the
+indicator 1_L, so one column for each start layer i is carried through the layers,
+
+    u <- 0.5 (u + mean over heads of softmax(Q K^T / sqrt(d)) u),
+
+as one more channel of the values of fused attention. One forward pass gives every span of layers, without any attention
+map. `vpworkbench.probes.exactness` compares it with the formula as printed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from vpworkbench.probes.attention import AttentionCall, attention_handled, run_model, untouched
-from vpworkbench.probes.formula import crossing_share
-from vpworkbench.probes.layers import LayerChoice, LayerNames, streams_of
-from vpworkbench.probes.layouts import ShuffledPatches, patches_recorded
-from vpworkbench.probes.modality import Modalities, both_modalities
-from vpworkbench.probes.recorder import Recorder
+from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
+from vpworkbench.probes.formula import (
+    Modalities,
+    both_modalities,
+    crossing,
+    crossing_by_head,
+    crossing_by_token,
+    indicators,
+    with_vision,
+)
+from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, streams_of
+from vpworkbench.probes.layouts import patches_recorded
 
 
 @dataclass(frozen=True)
@@ -29,25 +41,24 @@ class InterModalityFlow:
     Attributes
     ----------
     text_to_vision, vision_to_text : Tensor, shape (example, layer, layer)
-        Share of attention from language queries to visual keys and the reverse, [b, i, j] from the
-        input of layer i to the output of layer j; nan where j < i. They add up to `flow`.
+        Share of attention from language queries to visual keys and the reverse, [b, i, j] from the input of layer i to
+        the output of layer j; nan where j < i. They add up to `flow`.
     null : Tensor, shape (example, layer, layer)
-        `flow` if every query spread its attention evenly over the keys its mask allows.
+        `flow` if every query spread its attention evenly over the keys that its mask allows.
     per_head : Tensor, shape (example, layer, head)
-        Within one layer, each head's inter over the heads' mean of inter + intra, so that the mean
-        over heads is `within_layer`.
+        Within one layer, each head's inter over the heads' mean of inter + intra; the mean is `within_layer`.
     layers : tuple of str
-        Names of the attention layers that counted.
+        Names of the attention layers.
     per_token : Tensor, shape (example, layer, layer, token), or None
         Share of each query's attention that crosses; nan at tokens in neither set.
     rows, columns : Tensor, shape (example, layer, head, picked, token), or None
-        Softmax weights of the picked queries (where does this token look) and of the picked keys
-        (who looks at this token), without residual.
+        Softmax weights of the picked queries (which tokens they attend to) and of the picked keys (which tokens attend
+        to them), without residual.
     rows_from_input, columns_from_input : Tensor, shape (example, layer, picked, token), or None
         The same rows and columns of A^{1,j} (Eq. 4).
     boxes : Tensor, shape (example, token, 4), or None
-        As of `modality_masks`, for a model that draws a new order of its patches in every forward (ViLT): rows and
-        columns refer to the order of this pass, which these boxes tell.
+        For ViLT, which draws a new order of its patches in every forward: the boxes of this pass, as in
+        `modality_masks`. Rows and columns follow them.
     """
 
     text_to_vision: Tensor
@@ -79,7 +90,7 @@ class InterModalityFlow:
 
     @property
     def excess(self) -> Tensor:
-        """Flow over null, (example, layer, layer): comparable across token counts; nan at 0."""
+        """Flow over null, (example, layer, layer): comparable across token counts; nan where the null is 0."""
         return self.flow / self.null.masked_fill(self.null == 0, torch.nan)
 
 
@@ -98,133 +109,54 @@ def inter_modality_flow(
 ) -> InterModalityFlow:
     """Share of attention that crosses the modalities, for every span of layers (paper Eq. 2-6).
 
-    One forward pass without gradients on fused attention; no attention map is stored. `check`
-    compares the pass with the plain forward and with the printed formula.
+    One forward pass without gradients on fused attention; no attention map is stored.
 
     Parameters
     ----------
     model : nn.Module
-        Any module whose attention layers go through transformers' attention interface, and the families with an
-        attention of their own that `own_attention` knows. Where a model has two streams (LXMERT, BridgeTower) the
-        sequence is the words, then the image.
+        Any module whose attention layers go through transformers' attention interface, and the families in
+        `probes.attention` that do not. For a model of two streams (LXMERT, BridgeTower) the sequence is the words, then
+        the image.
     inputs : mapping
-        Keyword arguments of `model`'s forward.
+        Keyword arguments of the model's forward.
     vision, tokens : BoolTensor, shape (example, token)
         Visual tokens and real (non-padding) positions of the sequence on which the attention runs.
     language : BoolTensor, shape (example, token), optional
-        `tokens & ~vision` where not given; positions in neither set count in neither sum.
+        `tokens & ~vision` by default; positions in neither set count in neither sum.
     rows, columns : LongTensor, shape (example, picked) or (picked,), optional
-        Tokens whose rows and columns of attention are wanted. Rows rolled out from the input cost
-        about one eager pass more, in bounded memory; everything else is nearly free.
+        Tokens whose rows and columns of attention are wanted. Rows rolled out from the input cost about one eager pass
+        more, in bounded memory; everything else is nearly free.
     per_token : bool
         Also return each token's own flow.
     starts : sequence of int, optional
-        Layers at which spans start, all of them where not given; spans of one layer are always
-        there. `starts=[0]` gives `from_input` and `within_layer` for the least work.
+        Layers at which spans start, by default all; spans of one layer are always included. `starts=[0]` gives
+        `from_input` and `within_layer` for the least work.
     layers : str, list of str or callable, optional
-        Names (or prefixes) of the attention layers in which the modalities meet, or a predicate on
-        names; needed only where layers elsewhere happen to have the same sequence length.
-
-    Raises
-    ------
-    ValueError
-        If the model's sequence is not that of `vision`, a modality is missing or never met by the
-        other, dropout is on, or an attention layer cannot be probed on fused kernels.
+        Names (or prefixes) of the attention layers in which the modalities meet, or a predicate on names; needed only
+        where other layers have the same sequence length.
     """
     sets = both_modalities(vision, tokens, language)
-    recorder = Recorder(
-        sets,
-        _choice(model, sets, layers),
-        rows=_picked(rows, sets, "rows"),
-        columns=_picked(columns, sets, "columns"),
-        per_token=per_token,
-        starts=starts,
-    )
-    with attention_handled(model, recorder), patches_recorded(model) as shuffled:
-        run_model(model, inputs)
-    recorder.choice.close(model, inputs)
+    options = {
+        "rows": _picked(rows, sets, "rows"),
+        "columns": _picked(columns, sets, "columns"),
+        "per_token": per_token,
+        "starts": starts,
+    }
+    with patches_recorded(model) as shuffled:
+        recorder = recorded_pass(model, inputs, sets, layers, **options)
     recorder.raise_if_undefined()
-    return _result(recorder, shuffled)
+    return recorder.result(shuffled.boxes(vision.shape[1]) if shuffled.order else None)
 
 
-def _result(recorder: Recorder, shuffled: ShuffledPatches) -> InterModalityFlow:
-    triangle, rows, columns = recorder.triangle, recorder.rows, recorder.columns
-    tokens = recorder.sets.tokens
-    return InterModalityFlow(
-        text_to_vision=triangle([there for there, _ in recorder.crossed]),
-        vision_to_text=triangle([back for _, back in recorder.crossed]),
-        null=triangle(recorder.null),
-        per_head=torch.stack(recorder.heads, dim=1),
-        layers=tuple(recorder.choice.names),
-        per_token=None if recorder.token_flows is None else triangle(recorder.token_flows),
-        rows=None if rows is None else torch.stack(rows.weights, dim=1),
-        columns=None if columns is None else torch.stack(columns.weights, dim=1),
-        rows_from_input=None if rows is None else rows.from_input(),
-        columns_from_input=None if columns is None else torch.stack(columns.from_input, dim=1),
-        boxes=shuffled.boxes(tokens.shape[1]) if shuffled.order else None,
-    )
-
-
-def _choice(model: nn.Module, sets: Modalities, layers: LayerNames | None) -> LayerChoice:
-    return LayerChoice(*sets.vision.shape, layers, streams_of(model))
-
-
-class Check(NamedTuple):
-    """What `check` found; both differences are the largest absolute ones."""
-
-    outputs: float  # probed forward against plain forward, over all floating point outputs
-    flow: float  # against the printed formula in float64
-    layers: int
-    tokens: int
-    examples: int  # of the shortened input on which the formula was worked out
-
-    def __str__(self) -> str:
-        return (
-            f"outputs differ by at most {self.outputs:.1e} from the plain forward, the flow by at "
-            f"most {self.flow:.1e} from the printed formula ({self.layers} layers, {self.tokens} "
-            f"tokens, {self.examples} examples)"
-        )
-
-
-def check(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    vision: Tensor,
-    tokens: Tensor,
-    *,
-    language: Tensor | None = None,
-    layers: LayerNames | None = None,
-    examples: int = 1,
-) -> Check:
-    """Compare a probed pass with the plain forward and with Eq. 2-6 as printed; prints the result.
-
-    The formula multiplies explicit attention maps in float64 and needs memory layer x token^2, so
-    it sees the first `examples` examples alone, where every tensor of `inputs` has one entry for
-    each example, and all of them otherwise. Parameters are those of `inter_modality_flow`.
-    """
-    with untouched(model), torch.no_grad():
-        plain = _floating(run_model(model, inputs))
-    sets = both_modalities(vision, tokens, language)
-    recorder = Recorder(sets, _choice(model, sets, layers))
-    with attention_handled(model, recorder):
-        probed = _floating(run_model(model, inputs))
-    recorder.choice.close(model, inputs)
-    # Attention maps that an eager model hands out are all that a probed one leaves away.
-    outputs = max((_difference(plain[at], tensor) for at, tensor in probed.items()), default=0.0)
-
-    tensors = [value for value in inputs.values() if torch.is_tensor(value)]
-    short, count = inputs, len(vision)
-    if all(len(value) == len(vision) for value in tensors):
-        count = min(examples, count)
-        short = {key: value[:count] if torch.is_tensor(value) else value for key, value in inputs.items()}
-    sets = Modalities(*(part[:count] for part in sets))
-    fused = inter_modality_flow(model, short, sets.vision, sets.tokens, language=sets.language,
-                                layers=layers)  # fmt: skip
-    printed = _printed_formula(model, short, sets, layers)
-    difference = _difference(fused.flow.nan_to_num(), printed)
-    result = Check(outputs, difference, len(fused.layers), vision.shape[1], len(sets.vision))
-    print(result)
-    return result
+def recorded_pass(
+    model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None = None, **options: Any
+) -> FlowRecorder:
+    """One forward pass with a `FlowRecorder` at every attention layer; `options` are those of the recorder."""
+    recorder = FlowRecorder(sets, LayerChoice(*sets.vision.shape, layers, streams_of(model)), **options)
+    with intercept_attention(model, recorder):
+        recorder.outputs = run_model(model, inputs)
+    recorder.choice.raise_unless_one_stack(model, inputs)
+    return recorder
 
 
 def _picked(picked: Tensor | Sequence[int] | None, sets: Modalities, name: str) -> Tensor | None:
@@ -243,56 +175,271 @@ def _picked(picked: Tensor | Sequence[int] | None, sets: Modalities, name: str) 
     return picked.long()
 
 
-def _printed_formula(
-    model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None
-) -> Tensor:
-    """Eq. 2-6 from explicit maps, the product formed; (example, layer, layer), 0 for j < i."""
-    choice = _choice(model, sets, layers)
-    tokens = sets.vision.shape[1]
-    products: list[Tensor] = []  # A^{i,j} for each start i, example query key
-    shares: list[Tensor] = []
-    layer = torch.empty(0)
+# --------------------------------------------------------------------------------------------------- the recursion
 
-    def multiply(call: AttentionCall) -> Tensor:
-        nonlocal layer
-        place = choice.place(call)
-        if place is None:
+
+class FlowRecorder:
+    """Handles every attention of one pass and keeps sums, never a map."""
+
+    outputs: Any = None  # of the model
+
+    def __init__(
+        self,
+        sets: Modalities,
+        choice: LayerChoice,
+        *,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        per_token: bool = False,
+        starts: Sequence[int] | None = None,
+    ) -> None:
+        self.sets, self.choice, self.starts = sets, choice, starts
+        self.rows = None if rows is None else PickedRows(rows)
+        self.columns = None if columns is None else PickedColumns(columns, sets.vision.shape[1])
+        self.spans: list[list[int]] = []  # per layer: start of each column carried through it
+        self.crossed: list[tuple[Tensor, Tensor]] = []  # per layer: (example, start) each
+        self.null: list[Tensor] = []  # per layer: (example, start)
+        self.heads: list[Tensor] = []  # per layer: (example, head)
+        self.token_flows: list[Tensor] | None = [] if per_token else None  # per layer: (example, token, start)
+        self._padded = not bool(sets.tokens.all())
+        self._two_sets: bool | None = None  # whether 1_V is carried beside 1_L; known at the first chosen layer
+        self._checked_masks: list[Tensor | None] = []
+        # Share of each token's attention that ends in L (and V), with the model's attention and with a uniform one.
+        self._ends_in = self._ends_in_uniform = torch.empty(0)  # example token (start set)
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        block = self.choice.block(call)
+        if block is None:
             return call.output()
-        identity = torch.eye(tokens, dtype=torch.float64, device=call.query.device)
-        if place.opens:
-            layer = identity.expand(len(sets.vision), -1, -1).clone()
-        layer[:, place.queries] /= 2  # Eq. 3
-        layer[:, place.queries, place.keys] += call.weights().mean(dim=1).double() / 2
-        if place.closes:
-            products[:] = [layer @ product for product in products] + [layer]
-            share = [
-                [crossing_share(*one) for one in zip(product, sets.vision, sets.language, strict=True)]
-                for product in products
-            ]
-            shares.append(torch.tensor(share, dtype=torch.float64).T)  # example start
-        return call.output()
+        self._move_to(call.query)
+        self._check_padding(call, block)
+        if block.is_first:
+            self._open_layer(call)
+        source = self._ends_in[:, block.keys]
+        extra = [] if self.columns is None else [self.columns.carried(source, block)]
+        # Rows of attention sum to one, so the mean can bypass the kernel: in half precision only differences between
+        # tokens are rounded.
+        mean = source.mean(dim=1, keepdim=True)
+        output, carried = call.output_and_columns(torch.cat([source - mean, *extra], dim=-1))
+        per_head, extras = carried.tensor_split([mean.shape[-1]], dim=-1)
+        self._add(call, block, per_head.to(mean) + mean[:, :, None])
+        if self.columns is not None:
+            self.columns.add(extras, block)
+        if self.rows is not None:
+            self.rows.add(call, block)
+        if block.is_last:
+            self._close_layer()
+        return output
 
-    with attention_handled(model, multiply):
-        run_model(model, inputs)
-    count = len(shares)
-    padded = [torch.nn.functional.pad(share, (0, count - share.shape[-1])) for share in shares]
-    return torch.stack(padded, dim=-1)
+    def result(self, boxes: Tensor | None) -> InterModalityFlow:
+        """What was recorded in the pass."""
+        rows, columns = self.rows, self.columns
+        return InterModalityFlow(
+            text_to_vision=self._triangle([to_vision for to_vision, _ in self.crossed]),
+            vision_to_text=self._triangle([to_text for _, to_text in self.crossed]),
+            null=self._triangle(self.null),
+            per_head=torch.stack(self.heads, dim=1),
+            layers=tuple(self.choice.names),
+            per_token=None if self.token_flows is None else self._triangle(self.token_flows),
+            rows=None if rows is None else torch.stack(rows.weights, dim=1),
+            columns=None if columns is None else torch.stack(columns.weights, dim=1),
+            rows_from_input=None if rows is None else rows.from_input(),
+            columns_from_input=None if columns is None else torch.stack(columns.from_input, dim=1),
+            boxes=boxes,
+        )
+
+    def raise_if_undefined(self) -> None:
+        """Refuse examples in which the modalities never meet, or attention is nan."""
+        apart = self._triangle(self.null).nan_to_num().amax(dim=(1, 2)) == 0
+        if apart.any():
+            raise ValueError(
+                f"in examples {apart.nonzero().flatten().tolist()} the mask never lets one modality attend to the "
+                "other: nothing can flow between them"
+            )
+        for layer, heads in enumerate(self.heads):
+            if heads.isnan().any():
+                broken = heads.isnan().any(dim=1).nonzero().flatten().tolist()
+                raise ValueError(
+                    f"attention is nan in {self.choice.names[layer]} (examples {broken}): the model's hidden states "
+                    "are nan there, or a real token can attend to nothing"
+                )
+
+    def _triangle(self, by_stop: list[Tensor]) -> Tensor:
+        """(example, [token,] start) for each last layer -> (example, layer, layer[, token])."""
+        layers, first = len(by_stop), by_stop[0]
+        square = first.new_full((len(first), layers, layers, *first.shape[1:-1]), torch.nan)
+        for stop, (starts, values) in enumerate(zip(self.spans, by_stop, strict=True)):
+            square[:, starts, stop] = values.movedim(-1, 1).to(square)
+        return square
+
+    def _move_to(self, query: Tensor) -> None:
+        if self.sets.vision.device != query.device:  # also between the devices of a split model
+            self.sets = Modalities(*(part.to(query.device) for part in self.sets))
+        self._ends_in, self._ends_in_uniform = self._ends_in.to(query.device), self._ends_in_uniform.to(query.device)
+
+    def _check_padding(self, call: AttentionCall, block: Block) -> None:
+        """1 - 1_L is 1_V only if no token in neither set, such as padding, is attended to."""
+        if any(call.mask is mask for mask in self._checked_masks) or self._two_sets:
+            return
+        self._checked_masks.append(call.mask)
+        padding = ~self.sets.tokens[:, block.keys]
+        attended = not self.sets.complete or call.can_attend(self.sets.tokens[:, block.queries], padding)
+        if not block.is_whole_layer:
+            attended = attended or self._padded  # the other attentions of the layer are not known yet
+        if attended and self._two_sets is False:
+            raise ValueError(
+                f"{call.name} attends to padding, which the layers before it mask: pass the positions that the model "
+                "treats as real as `tokens`"
+            )
+        self._two_sets = attended
+
+    def _open_layer(self, call: AttentionCall) -> None:
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+        fresh = indicators(self.sets, dtype)[..., : 2 if self._two_sets else 1]  # example token set
+        carried: list[int] = []
+        if self.spans:
+            kept = [i for i, start in enumerate(self.spans[-1]) if self.starts is None or start in self.starts]
+            carried = [self.spans[-1][i] for i in kept]
+            self._ends_in, self._ends_in_uniform = (
+                torch.cat([self._by_span(columns)[:, :, kept].flatten(2), fresh], dim=-1)
+                for columns in (self._ends_in, self._ends_in_uniform)
+            )
+        else:
+            self._ends_in = self._ends_in_uniform = fresh
+        self.spans.append([*carried, len(self.spans)])
+        # The layer's result starts as its input; each attention of the layer replaces the rows of its queries.
+        self._after, self._after_uniform = self._ends_in.clone(), self._ends_in_uniform.clone()
+        heads = call.query.shape[1]
+        self._within = fresh[:, :, None].expand(-1, -1, heads, -1).clone()  # example token head set
+
+    def _add(self, call: AttentionCall, block: Block, per_head: Tensor) -> None:
+        """per_head : Tensor, shape (example, query, head, start * set): attention times `_ends_in`."""
+        rows = block.queries
+        newest = self._by_span(per_head)[..., -1, :]
+        self._within[:, rows] = (self._within[:, rows] + newest) / 2
+        after = (self._after[:, rows] + per_head.mean(dim=2)) / 2
+        uniform = (self._after_uniform[:, rows] + call.uniform_attention(self._ends_in_uniform[:, block.keys])) / 2
+        self._after[:, rows] = self._without_empty_rows(after, rows)
+        self._after_uniform[:, rows] = self._without_empty_rows(uniform, rows)
+
+    def _close_layer(self) -> None:
+        self._ends_in, self._ends_in_uniform = self._after, self._after_uniform
+        self.heads.append(crossing_by_head(with_vision(self._within), self.sets))
+        ends_in = with_vision(self._by_span(self._ends_in))
+        self.crossed.append(crossing(ends_in, self.sets))
+        self.null.append(sum(crossing(with_vision(self._by_span(self._ends_in_uniform)), self.sets)))
+        if self.token_flows is not None:
+            self.token_flows.append(crossing_by_token(ends_in, self.sets))
+        for picked in (self.columns, self.rows):
+            if picked is not None:
+                picked.close_layer()
+
+    def _by_span(self, columns: Tensor) -> Tensor:
+        return columns.unflatten(-1, (-1, 2 if self._two_sets else 1))
+
+    def _without_empty_rows(self, columns: Tensor, rows: slice) -> Tensor:
+        """A padding query may have no key; some kernels return nan, and 0 * nan would spread it."""
+        if not self._padded:
+            return columns
+        return columns.masked_fill(~self.sets.tokens[:, rows, None] & columns.isnan(), 0.0)
 
 
-def _floating(outputs: Any, path: str = "") -> dict[str, Tensor]:
-    """All floating point tensors in a model's output, by where they stand in it."""
-    if torch.is_tensor(outputs):
-        return {path: outputs} if outputs.is_floating_point() else {}
-    if hasattr(outputs, "__dataclass_fields__") and not isinstance(outputs, Mapping):
-        outputs = vars(outputs)
-    if isinstance(outputs, Mapping):
-        parts = outputs.items()
-    elif isinstance(outputs, list | tuple):
-        parts = enumerate(outputs)
-    else:
-        return {}
-    return {at: tensor for name, part in parts for at, tensor in _floating(part, f"{path}.{name}").items()}
+# ------------------------------------------------------------------------------------------ picked rows and columns
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+class PickedColumns:
+    """Picked columns of attention: one-hot values, fresh at each layer and rolled out."""
+
+    def __init__(self, picked: Tensor, tokens: int) -> None:
+        self._onehot = one_hot(picked, tokens).transpose(1, 2)  # example token picked
+        self._rolled = self._onehot.float()
+        self._after: Tensor | None = None
+        self._fresh: Tensor | None = None  # example token head picked
+        self.weights: list[Tensor] = []
+        self.from_input: list[Tensor] = []
+
+    def carried(self, like: Tensor, block: Block) -> Tensor:
+        """(example, key, 2 * picked): fresh ones, then rolled ones."""
+        self._onehot, self._rolled = self._onehot.to(like), self._rolled.to(like)
+        return torch.cat([self._onehot[:, block.keys], self._rolled[:, block.keys]], dim=-1)
+
+    def add(self, carried: Tensor, block: Block) -> None:
+        """carried : Tensor, shape (example, query, head, 2 * picked)."""
+        fresh, rolled = carried.to(self._rolled).chunk(2, dim=-1)
+        if self._after is None:
+            self._after = self._rolled.clone()
+            self._fresh = fresh.new_zeros(len(fresh), self._rolled.shape[1], *fresh.shape[2:])
+        self._fresh[:, block.queries] += fresh
+        self._after[:, block.queries] = (self._after[:, block.queries] + rolled.mean(dim=2)) / 2
+
+    def close_layer(self) -> None:
+        """Keep the layer's columns, and roll its result on."""
+        self.weights.append(self._fresh.permute(0, 2, 3, 1))
+        self.from_input.append(self._after.transpose(1, 2))
+        self._rolled, self._after = self._after, None
+
+
+@dataclass
+class PickedRows:
+    """Picked rows of attention, from queries and keys; these are kept for the roll-out, linear in tokens."""
+
+    picked: Tensor
+    weights: list[Tensor] = field(default_factory=list)
+    _layers: list[list[tuple[AttentionCall, Block]]] = field(default_factory=list)
+    _open: list[tuple[AttentionCall, Block]] = field(default_factory=list)
+
+    def add(self, call: AttentionCall, block: Block) -> None:
+        """Keep one attention of the layer."""
+        self._open.append((call, block))
+
+    def close_layer(self) -> None:
+        """Compute the picked rows of the layer's joint matrix, (example, head, picked, token)."""
+        tokens, first = self._tokens, self._open[0][0]
+        joint = first.query.new_zeros(*self.picked.shape, tokens, first.query.shape[1], dtype=torch.float32)
+        joint = joint.permute(0, 3, 1, 2).contiguous()
+        for call, block in self._open:
+            self.picked = self.picked.to(call.query.device)
+            begin, end, _ = block.queries.indices(tokens)
+            inside = (self.picked >= begin) & (self.picked < end)
+            weights = call.weights((self.picked - begin).clamp(0, end - begin - 1))
+            joint[..., block.keys] += weights.to(joint) * inside[:, None, :, None]
+        self.weights.append(joint)
+        self._layers.append(self._open)
+        self._open = []
+
+    def from_input(self) -> Tensor:
+        """Rows of A^{1,j}, from the last factor to the first; (example, layer, picked, token)."""
+        examples, picked = self.picked.shape
+        onehot = one_hot(self.picked, self._tokens).to(self.weights[0])
+        rolled = onehot.new_empty(examples, 0, self._tokens)  # example (stop picked) token
+        for layer in reversed(self._layers):
+            rolled = torch.cat([onehot.to(rolled), rolled], dim=1)
+            rolled = self._times_layer(rolled.to(layer[0][0].query.device), layer)
+        return rolled.unflatten(1, (len(self._layers), picked))
+
+    @property
+    def _tokens(self) -> int:
+        calls = self._layers[0] if self._layers else self._open
+        ends = [block.keys.stop for _, block in calls]
+        return calls[0][0].lengths[2] if None in ends else max(ends)
+
+    def _times_layer(self, rows: Tensor, layer: list[tuple[AttentionCall, Block]]) -> Tensor:
+        """rows (example, row, token) times A of a layer, whose attentions each halve the state before them."""
+        product = torch.zeros_like(rows)
+        share = torch.ones(rows.shape[2], device=rows.device)  # of each query, not yet distributed
+        for call, block in reversed(layer):
+            share[block.queries] /= 2
+            weighed = rows[:, :, block.queries] * share[block.queries]
+            product[:, :, block.keys] += _rows_times_attention(weighed, call)
+        return product + rows * share
+
+
+def _rows_times_attention(rows: Tensor, call: AttentionCall, entries: int = 2**24) -> Tensor:
+    """rows (example, row, query) times attention, averaged over heads; by blocks of queries."""
+    examples, queries, keys = call.lengths
+    size = max(1, entries // (examples * call.query.shape[1] * keys))
+    product = rows.new_zeros(*rows.shape[:2], keys)
+    for some in torch.arange(queries, device=rows.device).split(size):
+        weights = call.weights(some.expand(examples, -1)).mean(dim=1)  # example some key
+        product += rows[:, :, some] @ weights.to(rows)
+    return product

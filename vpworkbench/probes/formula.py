@@ -1,15 +1,84 @@
-"""Inter-Modality Flow as the paper prints it (Sec. 3.2, Eq. 2-6), for attention maps at hand.
+"""The sets V and L, and Inter-Modality Flow as the paper prints it (Sec. 3.2, Eq. 2-6) for attention maps at hand.
 
-`flow_from_attention` is the definition. `vpworkbench.probes.flow` gives the same numbers for a model without any
-attention map.
+`flow_from_attention` is the definition. `vpworkbench.probes.flow` gives the same numbers without any attention map.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from vpworkbench.probes.modality import Modalities, both_modalities
+# ------------------------------------------------------------------------------------------------ the sets V and L
+
+
+class Modalities(NamedTuple):
+    """The sets V and L of a batch; all bool (example, token), padding in neither."""
+
+    vision: Tensor
+    language: Tensor
+    tokens: Tensor
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token belongs to one of the two sets."""
+        return bool((self.vision | self.language == self.tokens).all())
+
+    @property
+    def one_sided(self) -> Tensor:
+        """(example,) bool: True where V or L is empty."""
+        return ~(self.vision.any(dim=1) & self.language.any(dim=1))
+
+
+def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -> Modalities:
+    """The sets V and L; by default every token that is not visual is language.
+
+    Parameters
+    ----------
+    vision, tokens, language : BoolTensor, shape (example, token)
+        `vision` and `language` may cover padding, which is in neither set; they must not overlap.
+    """
+    for name, value in {"vision": vision, "tokens": tokens, "language": language}.items():
+        if value is None:
+            continue
+        if value.dtype != torch.bool or value.ndim != 2:
+            raise ValueError(f"{name} must be bool of shape (example, token), not {value.dtype} {tuple(value.shape)}")
+        if value.shape != vision.shape:
+            raise ValueError(
+                f"vision is {tuple(vision.shape)} but {name} is {tuple(value.shape)}: both must cover the sequence on "
+                "which the attention runs, (example, token)"
+            )
+    tokens, vision = tokens.to(vision.device), vision & tokens.to(vision.device)
+    language = ~vision if language is None else language.to(vision.device)
+    if (vision & language).any():
+        raise ValueError("vision and language overlap: a token belongs to one modality at most")
+    return Modalities(vision, language & tokens, tokens)
+
+
+def both_modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -> Modalities:
+    """As `modalities`, and refuse examples that lack one: their flow would be 0 in any model."""
+    sets = modalities(vision, tokens, language)
+    problems = {
+        "are all padding": ~sets.tokens.any(dim=1),
+        "have no visual token": ~sets.vision.any(dim=1),
+        "have no language token": ~sets.language.any(dim=1),
+    }
+    for problem, where in problems.items():
+        if where.any():
+            raise ValueError(
+                f"examples {where.nonzero().flatten().tolist()} {problem}; check `vision`, `tokens` and `language`, or "
+                "leave these examples out"
+            )
+    return sets
+
+
+def indicators(sets: Modalities, dtype: torch.dtype) -> Tensor:
+    """1_L and 1_V: (example, token, set)."""
+    return torch.stack([sets.language, sets.vision], dim=-1).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------- the definition
 
 
 def flow_from_attention(attention: Tensor, vision: Tensor, *, language: Tensor | None = None) -> Tensor:
@@ -22,37 +91,31 @@ def flow_from_attention(attention: Tensor, vision: Tensor, *, language: Tensor |
     vision : BoolTensor, shape (token,)
         True at visual tokens.
     language : BoolTensor, shape (token,), optional
-        Every other token where not given; tokens in neither set count in neither sum.
+        Every other token by default; tokens in neither set count in neither sum.
 
     Returns
     -------
     Tensor, shape (layer, layer)
         `flow[i, j]` in [0, 1], from the input of layer i to the output of layer j; nan where j < i.
-
-    Raises
-    ------
-    ValueError
-        If one modality has no token: the share would be 0 whatever the model does.
     """
     if attention.ndim != 4 or attention.shape[2:] != (len(vision), len(vision)):
         raise ValueError(
-            f"attention must be (layer, head, query, key) over the {len(vision)} tokens of "
-            f"`vision`, not {tuple(attention.shape)}"
+            f"attention must be (layer, head, query, key) over the {len(vision)} tokens of `vision`, not "
+            f"{tuple(attention.shape)}"
         )
-    given = None if language is None else language[None]
-    sets = both_modalities(vision[None], torch.ones_like(vision)[None], given)
+    sets = both_modalities(vision[None], torch.ones_like(vision)[None], None if language is None else language[None])
     weights = attention.mean(dim=1)  # layer query key
     flow = weights.new_full((len(weights), len(weights)), torch.nan)
     for start in range(len(weights)):
-        reach = indicators(sets, weights.dtype)[0]  # token set
+        ends_in = indicators(sets, weights.dtype)[0]  # token set: share of its attention that ends in L, in V
         for stop in range(start, len(weights)):
-            reach = (reach + weights[stop] @ reach) / 2  # the residual keeps half, Eq. 3
-            flow[start, stop] = sum(crossing(reach[None], sets))
+            ends_in = (ends_in + weights[stop] @ ends_in) / 2  # the residual keeps half, Eq. 3
+            flow[start, stop] = sum(crossing(ends_in[None], sets))
     return flow
 
 
 def crossing_share(matrix: Tensor, vision: Tensor, language: Tensor | None = None) -> Tensor:
-    """Eq. 5-6 for any matrix (query, key) of one example; rows that are nan do not count."""
+    """Eq. 5-6 for any matrix (query, key) of one example; nan entries do not count."""
     language = ~vision if language is None else language
     matrix = matrix.nan_to_num()
     same = vision[:, None] & vision | language[:, None] & language
@@ -60,51 +123,41 @@ def crossing_share(matrix: Tensor, vision: Tensor, language: Tensor | None = Non
     return matrix[cross].sum() / matrix[cross | same].sum()
 
 
-def indicators(sets: Modalities, dtype: torch.dtype) -> Tensor:
-    """1_L and 1_V: (example, token, set)."""
-    return torch.stack([sets.language, sets.vision], dim=-1).to(dtype)
+# ------------------------------------------------------------------------- Eq. 5-6 from each token's share in L and V
+# `ends_in` (example, token, ..., set) is the share of each query's attention that ends in L (0) and in V (1).
 
 
-def both(reach: Tensor) -> Tensor:
-    """Add the share that ends on vision where only the share that ends on language is carried."""
-    return reach if reach.shape[-1] == 2 else torch.cat([reach, 1 - reach], dim=-1)
+def with_vision(ends_in: Tensor) -> Tensor:
+    """Add the share that ends in V where only the share that ends in L is carried."""
+    return ends_in if ends_in.shape[-1] == 2 else torch.cat([ends_in, 1 - ends_in], dim=-1)
 
 
-def crossing(reach: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
-    """Eq. 5-6: text to vision and vision to text, each over inter + intra.
-
-    Parameters
-    ----------
-    reach : Tensor, shape (example, token, ..., set)
-        Share of each query's attention that ends on language (0) and on vision (1).
-
-    Returns
-    -------
-    tuple of two Tensor, shape (example, ...)
-    """
-    from_language, from_vision = _sums(reach, sets)
+def crossing(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
+    """Text to vision and vision to text, each over inter + intra; (example, ...) both."""
+    from_language, from_vision = _sums(ends_in, sets)
     total = (from_language + from_vision).sum(dim=-1)
     return from_language[..., 1] / total, from_vision[..., 0] / total
 
 
-def crossing_by_head(reach: Tensor, sets: Modalities) -> Tensor:
-    """Flow of each head, (example, head), from `reach` (example, token, head, set).
+def crossing_by_head(ends_in: Tensor, sets: Modalities) -> Tensor:
+    """Flow of each head, (example, head), from `ends_in` (example, token, head, set).
 
-    Inter over the heads' mean of inter + intra: where some attention ends in neither set the heads
-    weigh differently, and only so is their mean the flow of the layer.
+    Inter over the heads' mean of inter + intra, so that the mean over heads is the flow of the layer also where some
+    attention ends in neither set.
     """
-    from_language, from_vision = _sums(reach, sets)
+    from_language, from_vision = _sums(ends_in, sets)
     total = (from_language + from_vision).sum(dim=-1).mean(dim=1, keepdim=True)
     return (from_language[..., 1] + from_vision[..., 0]) / total
 
 
-def _sums(reach: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
-    """`reach` (example, token, ..., set) summed over the queries in L and over those in V."""
-    return tuple(torch.einsum("et,et...->e...", queries.to(reach), reach) for queries in (sets.language, sets.vision))
-
-
-def crossing_by_token(reach: Tensor, sets: Modalities) -> Tensor:
-    """Share of each token's own attention that crosses, (example, token, ...); else nan."""
-    to_language, to_vision = (reach / reach.sum(dim=-1, keepdim=True)).unbind(dim=-1)
+def crossing_by_token(ends_in: Tensor, sets: Modalities) -> Tensor:
+    """Share of each token's own attention that crosses, (example, token, ...); nan for tokens in neither set."""
+    to_language, to_vision = (ends_in / ends_in.sum(dim=-1, keepdim=True)).unbind(dim=-1)
     flow = torch.where(sets.vision[..., None], to_language, to_vision)
     return flow.masked_fill(~(sets.vision | sets.language)[..., None], torch.nan)
+
+
+def _sums(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
+    """`ends_in` summed over the queries in L, and over those in V; (example, ..., set) both."""
+    queries = (sets.language.to(ends_in), sets.vision.to(ends_in))
+    return tuple(torch.einsum("et,et...->e...", query, ends_in) for query in queries)

@@ -1,170 +1,167 @@
-"""Which attention layers of a pass count for a flow, and which part of the joint sequence each of them is."""
+"""The layers in which the modalities meet: their attention as one joint matrix, and their hidden states.
+
+Most models attend over one joint sequence. In a model of two streams the joint sequence is the words, then the image,
+and a layer consists of several attentions, each of them a block of the layer's joint matrix.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from vpworkbench.probes.attention import AttentionCall
+from vpworkbench.probes.attention import AttentionCall, intercept_attention, refuse_randomness, run_model, unchanged
 
 LayerNames = str | Sequence[str] | Callable[[str], bool]
+"""Names or prefixes of modules, or a predicate on names."""
 
 
-class Place(NamedTuple):
-    """One attention of one layer: rows `queries` and columns `keys` of that layer's joint matrix.
+class Block(NamedTuple):
+    """One attention of a layer: rows `queries` and columns `keys` of the layer's joint matrix.
 
-    Most layers are one attention over everything. In a model of two streams a layer of the joint sequence (words,
-    then image) takes several, and the attentions of a layer all read what the layer before it left.
+    The attentions of a layer all read the state that the layer before it left.
     """
 
     queries: slice
     keys: slice
-    opens: bool
-    closes: bool
+    is_first: bool
+    is_last: bool
 
     @property
-    def is_everything(self) -> bool:
-        """Whether this one attention is the layer."""
-        return self.opens and self.closes
+    def is_whole_layer(self) -> bool:
+        """Whether this attention is the only one of its layer."""
+        return self.is_first and self.is_last
 
 
 class Streams(NamedTuple):
-    """How a model of two streams, words (0) and image (1), goes: the attentions of its layers in their order."""
+    """A model of two streams, words (0) and image (1): the attentions of its layers in their order."""
 
-    inside: str  # regular expression: names of the modules that meet the other stream
-    order: tuple[tuple[int, int, bool, bool], ...]  # queries' stream, keys' stream, opens, closes
+    inside: str  # regular expression: names of the modules in which the streams meet
+    order: tuple[tuple[int, int, bool, bool], ...]  # stream of the queries, of the keys, is_first, is_last
 
 
-# One more model of two streams is one more line here.
+# One line for each model of two streams.
 TWO_STREAMS = {
     "LxmertXLayer": Streams(
         r"x_layers\.\d+\.",  # cross attention both ways, then each stream to itself: two layers
         ((0, 1, True, False), (1, 0, False, True), (0, 0, True, False), (1, 1, False, True)),
     ),
     "BridgeTowerBertCrossLayer": Streams(
-        r"cross_modal_(text|image)_layers\.\d+\.",  # both streams: to itself, then to what the other was
+        r"cross_modal_(text|image)_layers\.\d+\.",  # each stream to itself, then to the other one
         ((0, 0, True, False), (0, 1, False, False), (1, 1, False, False), (1, 0, False, True)),
     ),
 }
 
 
 def streams_of(model: nn.Module) -> Streams | None:
-    """How a model of two streams goes; None for one joint sequence."""
+    """The streams of a model that has two; None for one joint sequence."""
     kinds = {type(module).__name__ for module in model.modules()}
     return next((streams for kind, streams in TWO_STREAMS.items() if kind in kinds), None)
 
 
 @dataclass
 class LayerChoice:
-    """Which attention layers of a pass count: those in which the probed sequence attends to itself.
+    """Chooses the attention layers in which the probed sequence attends to itself; for one forward pass.
+
+    Other layers (a vision tower, cross attention to an encoder) run as usual.
 
     Parameters
     ----------
     examples, tokens : int
-        Size of the probed batch; other layers (a vision tower, cross attention) run plainly.
+        Size of the probed batch.
     layers : str, list of str or callable, optional
-        Names of modules (a prefix such as "language_model" will do) or a predicate on names, where
-        the length alone does not tell the layers apart.
+        Needed only where layers elsewhere have the same sequence length: a prefix such as "language_model" will do.
     streams : Streams, optional
-        Of a model of two streams.
+        For a model of two streams.
     """
 
     examples: int
     tokens: int
     layers: LayerNames | None = None
     streams: Streams | None = None
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the chosen layers
     _others: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
     _attentions: int = 0
     _words: int = 0  # length of the first of two streams
 
-    def place(self, call: AttentionCall) -> Place | None:
-        """Where in the joint sequence this attention stands, None if it does not count; remembers it for `close`."""
+    def block(self, call: AttentionCall) -> Block | None:
+        """The part of the joint matrix that this attention is; None if its layer is not chosen."""
         named = self.layers is None or is_named(call.name, self.layers)
         if named and self.streams and re.search(self.streams.inside, call.name):
-            return self._place_in_streams(call)
-        everything = call.lengths == (self.examples, self.tokens, self.tokens)
-        if named and not self.streams and everything:
+            return self._block_of_streams(call)
+        joint = call.lengths == (self.examples, self.tokens, self.tokens)
+        if named and not self.streams and joint:
             self.names.append(call.name)
-            return Place(slice(None), slice(None), opens=True, closes=True)
+            return Block(slice(None), slice(None), is_first=True, is_last=True)
         if named:
             self._others.append((call.name, call.lengths))
         return None
 
-    def _place_in_streams(self, call: AttentionCall) -> Place:
+    def _block_of_streams(self, call: AttentionCall) -> Block:
         examples, queries, keys = call.lengths
         if not self._attentions:
             self._words = queries
-        attends, attended, opens, closes = self.streams.order[self._attentions % len(self.streams.order)]
+        from_stream, to_stream, is_first, is_last = self.streams.order[self._attentions % len(self.streams.order)]
         self._attentions += 1
-        if opens:
+        if is_first:
             self.names.append(call.name)
         parts = slice(0, self._words), slice(self._words, self.tokens)
         lengths = [self._words, self.tokens - self._words]
-        if (examples, queries, keys) != (self.examples, lengths[attends], lengths[attended]):
+        if (examples, queries, keys) != (self.examples, lengths[from_stream], lengths[to_stream]):
             raise ValueError(
                 f"`vision` has {self.tokens} tokens in {self.examples} examples, but {call.name} attends from "
                 f"{queries} to {keys} tokens in {examples}: it must cover the words and then the image, as the two "
                 "streams of this model build them"
             )
-        return Place(parts[attends], parts[attended], opens, closes)
+        return Block(parts[from_stream], parts[to_stream], is_first, is_last)
 
-    def close(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """After the pass: raise where the layers that counted are not one stack of layers."""
+    def raise_unless_one_stack(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """After the pass: refuse chosen layers that are not one stack of layers on one sequence."""
         if self.streams and self._attentions:
             return
-        stacks = list(dict.fromkeys(stack(name) for name in self.names))
+        stacks = list(dict.fromkeys(_stack(name) for name in self.names))
         if not stacks:
-            raise ValueError(self._nothing_counted(model, inputs))
+            raise ValueError(self._nothing_chosen(model, inputs))
         if len(stacks) > 1 and self.layers is None:
             raise ValueError(
-                f"{len(stacks)} stacks of attention layers run on {self.tokens} tokens: "
-                f"{', '.join(stacks)}; name those in which the modalities meet, e.g. "
-                f"layers={stacks[-1].split('.*')[0]!r}"
+                f"{len(stacks)} stacks of attention layers run on {self.tokens} tokens: {', '.join(stacks)}; name "
+                f"those in which the modalities meet, e.g. layers={stacks[-1].split('.*')[0]!r}"
             )
-        changed = [(name, size) for name, size in self._others if stack(name) in stacks]
+        changed = [(name, size) for name, size in self._others if _stack(name) in stacks]
         if changed:
             name, (examples, queries, keys) = changed[0]
             raise ValueError(
-                f"{name} attends from {queries} to {keys} tokens in {examples} examples, but "
-                f"`vision` has {self.tokens} tokens in {self.examples}: a flow needs "
-                "one sequence throughout"
+                f"{name} attends from {queries} to {keys} tokens in {examples} examples, but `vision` has "
+                f"{self.tokens} tokens in {self.examples}: a flow needs one sequence throughout"
             )
 
-    def _nothing_counted(self, model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    def _nothing_chosen(self, model: nn.Module, inputs: Mapping[str, Any]) -> str:
         kind = type(model).__name__
         if not self._others:
-            chosen = "" if self.layers is None else f" chosen by layers={self.layers!r}"
+            chosen = "" if self.layers is None else f" named by layers={self.layers!r}"
             return (
-                f"no attention layer of {kind}{chosen} went through transformers' attention interface, and its own "
-                "attention is not one that is known here; pass its attention maps to flow_from_attention instead"
+                f"no attention layer of {kind}{chosen} goes through transformers' attention interface or is otherwise "
+                "known here; pass its attention maps to flow_from_attention instead"
             )
+        shapes = [f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value)]
+        lengths = [
+            f"{name}: {queries} queries x {keys} keys in {examples} examples"
+            for name, (examples, queries, keys) in sorted({(_stack(name), size) for name, size in self._others})
+        ]
         return (
-            f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built "
-            f"sequences of other lengths from the inputs ({', '.join(_shapes(inputs))}): "
-            f"{'; '.join(self._lengths_seen())}. What the model's forward adds to its inputs (image tokens, a class "
-            "token) belongs in `vision` and `tokens` too; where one modality only ever sits in the keys of a cross "
-            "attention, there is no joint sequence to probe"
+            f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built sequences of other "
+            f"lengths from the inputs ({', '.join(shapes)}): {'; '.join(lengths)}. Tokens that the model's forward "
+            "adds (image tokens, a class token) belong in `vision` and `tokens` too; a modality that is only in the "
+            "keys of a cross attention has no joint sequence to probe"
         )
 
-    def _lengths_seen(self) -> Iterator[str]:
-        sizes = {(stack(name), size) for name, size in self._others}
-        for name, (examples, queries, keys) in sorted(sizes):
-            yield f"{name}: {queries} queries x {keys} keys in {examples} examples"
 
-
-def _shapes(inputs: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in inputs.items():
-        if torch.is_tensor(value):
-            yield f"{name} {tuple(value.shape)}"
-
-
-def stack(name: str) -> str:
+def _stack(name: str) -> str:
     """Name of a module without its layer's number: equal for all layers of one stack."""
     return re.sub(r"\d+", "*", name)
 
@@ -175,3 +172,128 @@ def is_named(name: str, layers: LayerNames) -> bool:
         return bool(layers(name))
     prefixes = [layers] if isinstance(layers, str) else layers
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def visit_attention_maps(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    shape: tuple[int, int],
+    visit: Callable[[Tensor], None],
+    *,
+    layers: LayerNames | None = None,
+) -> None:
+    """Run `model` and pass the joint attention map of each chosen layer to `visit`, layer by layer.
+
+    The map W is (example, head, query, key), softmax weights in float32 or better, which takes memory token^2. In a
+    model of two streams 0.5 (I + W) is what the layer's attentions do together (Eq. 3); W is float64 there.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Examples and tokens of the joint sequence.
+    layers : str, list of str or callable, optional
+        See `LayerChoice`.
+    """
+    choice = LayerChoice(*shape, layers, streams_of(model))
+    mixed = torch.empty(0)  # 0.5 (I + W) of the layer, example head query key
+
+    def handler(call: AttentionCall) -> Tensor:
+        nonlocal mixed
+        block = choice.block(call)
+        if block is None:
+            return call.output()
+        weights = call.weights()
+        if block.is_whole_layer:
+            visit(weights)
+            return call.output()
+        identity = torch.eye(shape[1], dtype=torch.float64, device=weights.device)
+        if block.is_first:
+            mixed = identity.repeat(*weights.shape[:2], 1, 1)
+        mixed[:, :, block.queries] /= 2
+        mixed[:, :, block.queries, block.keys] += weights / 2
+        if block.is_last:
+            visit(2 * mixed - identity)
+        return call.output()
+
+    with intercept_attention(model, handler):
+        run_model(model, inputs)
+    choice.raise_unless_one_stack(model, inputs)
+
+
+# -------------------------------------------------------------------------------------------------- hidden states
+
+
+def hidden_states(
+    model: nn.Module, inputs: Mapping[str, Any], *, tokens: Tensor | None = None, layers: LayerNames | None = None
+) -> tuple[Tensor, ...]:
+    """Features at the input of the first layer and at the output of every layer.
+
+    A transformers model returns its own `output_hidden_states`. In any other module with a transformers encoder inside
+    (ours), they are read from the blocks of that encoder.
+
+    Parameters
+    ----------
+    tokens : BoolTensor, shape (example, token), optional
+    layers : str, list of str or callable, optional
+        Both choose one stack of layers where a model has several, see `LayerChoice`.
+
+    Returns
+    -------
+    tuple over layer + 1 of Tensor, shape (example, token, channel)
+    """
+    if isinstance(model, PreTrainedModel) and layers is None:
+        refuse_randomness(model)
+        with unchanged(model), torch.no_grad():
+            outputs = run_model(model, {**inputs, "output_hidden_states": True, "return_dict": True})
+        if streams_of(model):
+            return _joined_streams(model, outputs)
+        if outputs.get("hidden_states"):
+            return tuple(outputs["hidden_states"])
+    return _hidden_states_of_blocks(model, inputs, tokens, layers)
+
+
+def _joined_streams(model: nn.Module, outputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Words and image of the layers that meet, joined: LXMERT lists its streams separately, BridgeTower in pairs."""
+    words, image = outputs.get("language_hidden_states"), outputs.get("vision_hidden_states")
+    if words and image:
+        met = model.config.x_layers + 1
+        pairs = zip(words[-met:], image[-met:], strict=True)
+    else:
+        pairs = outputs["hidden_states"][2]
+    return tuple(torch.cat(pair, dim=1) for pair in pairs)
+
+
+def _hidden_states_of_blocks(
+    model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None, layers: LayerNames | None
+) -> tuple[Tensor, ...]:
+    attended: list[str] = []
+    states: dict[str, list[Tensor]] = {}  # name of a list of blocks -> input of its first, outputs
+
+    def handler(call: AttentionCall) -> Tensor:
+        fits = tokens is None or call.lengths[:2] == tuple(tokens.shape)
+        if fits and (layers is None or is_named(call.name, layers)):
+            attended.append(call.name)
+        return call.output()
+
+    def remember(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            outputs = states.setdefault(name, [])
+            if not outputs:
+                outputs.append(args[0] if args else kwargs["hidden_states"])
+            outputs.append(output if torch.is_tensor(output) else output[0])
+
+        return hook
+
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    with intercept_attention(model, handler):
+        for name, blocks in lists.items():
+            for block in blocks:
+                block.register_forward_hook(remember(name), with_kwargs=True)
+        run_model(model, inputs)
+    owners = {max((name for name in states if layer.startswith(name + ".")), key=len, default="") for layer in attended}
+    if len(owners) != 1 or not owners <= set(states):
+        raise ValueError(
+            f"{type(model).__name__} has {len(owners)} stacks of layers that match ({', '.join(sorted(owners))}); "
+            "choose one by `tokens` or `layers`"
+        )
+    return tuple(states[owners.pop()])

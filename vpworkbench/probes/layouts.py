@@ -1,7 +1,7 @@
-"""Which tokens of a known model family are visual, which are real, and where on the image each visual one lies.
+"""Which tokens of a model are visual, which are real, and where on the image each visual token is.
 
-One function for each way of laying images out in the sequence; `FAMILIES` names who lays them out so. Boxes are
-shares of the image that the model was given, after its processor: x0, y0, x1, y1 in [0, 1].
+One function for each way of laying out images in the sequence; `LAYOUTS` lists the model families of each. Boxes are
+x0, y0, x1, y1 as shares of the image that the model receives, after its processor.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import run_model, untouched
+from vpworkbench.probes.attention import run_model, unchanged
 
 Inputs = Mapping[str, Any]
 Tiles = Sequence[tuple[int, int]] | None
 
 
 class ModalityMasks(NamedTuple):
-    """What a probe needs to know of a batch.
+    """The modality and the place of each token of a batch, over the sequence that the model's attention runs on.
 
     Attributes
     ----------
     vision, tokens : BoolTensor, shape (example, token)
-        Visual places; real (non-padding) places. The sequence is the one that the model's attention runs on.
+        Visual tokens; real (non-padding) tokens.
     boxes : Tensor, shape (example, token, 4)
-        x0, y0, x1, y1 as shares of the image's width and height; nan where a token has no place on it (words,
-        learned queries, separators of rows).
+        nan where a token has no place on an image (words, learned queries, separators of rows).
     image : LongTensor, shape (example, token)
-        Which of the inputs' images, counted over the batch, a token lies on; -1 elsewhere.
+        Which of the inputs' images, counted over the batch, a token belongs to; -1 elsewhere.
     """
 
     vision: Tensor
@@ -41,29 +40,25 @@ class ModalityMasks(NamedTuple):
 
 
 def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None) -> ModalityMasks:
-    """Masks and geometry for the inputs of a known family; see `FAMILIES`.
+    """Masks and boxes for the inputs of a family in `LAYOUTS`.
+
+    Any other model whose configuration names the id of its image tokens gets masks without boxes.
 
     Parameters
     ----------
     inputs : mapping
         Keyword arguments of the model's forward, as its processor makes them.
     tiles : sequence of (rows, columns), optional
-        For each image, into how many tiles the processor cut it; needed where neither inputs nor ids tell (InternVL).
-
-    Raises
-    ------
-    ValueError
-        For an unknown family (its name, and what to build by hand), or where the ids hold another number of visual
-        places than the images make.
+        For each image, the tiles that the processor cut it into; needed only for InternVL, whose inputs do not show it.
     """
-    kind = _kind(model)
-    if kind in FAMILIES:
-        return FAMILIES[kind](model, inputs, tiles)
+    kind = _model_type(model)
+    if kind in LAYOUTS:
+        return LAYOUTS[kind](model, inputs, tiles)
     if _image_ids(model.config) and torch.is_tensor(inputs.get("input_ids")):
-        return _placeholders_alone(model, inputs, tiles)
+        return _without_boxes(model, inputs)
     raise ValueError(
-        f"{type(model).__name__} (model_type {kind!r}) is of no family whose layout is known here "
-        f"({', '.join(sorted(FAMILIES))}): pass `vision` and `tokens`, bool (example, token), yourself"
+        f"the layout of {type(model).__name__} (model_type {kind!r}) is not known here; known are "
+        f"{', '.join(sorted(LAYOUTS))}. Build `vision` and `tokens`, bool (example, token), yourself"
     )
 
 
@@ -78,11 +73,11 @@ def grid_boxes(rows: int, columns: int, within: tuple[float, float, float, float
 
 
 REGIONS_SIDE = 32
-"""Places on a side over which boxes that lie on no grid are drawn."""
+"""Side of the grid into which free boxes are drawn."""
 
 
 def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """What tokens have, drawn into their boxes: of a grid with `side` tokens a side that very grid.
+    """Rasterise a value of each token onto a grid of side x side cells.
 
     Parameters
     ----------
@@ -93,7 +88,7 @@ def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
     Returns
     -------
     Tensor, (..., side, side)
-        The largest value among the boxes that hold a place's centre; 0 where none does.
+        The largest value among the boxes that contain the centre of a cell; 0 where none does.
     """
     centre = (torch.arange(side, device=boxes.device) + 0.5) / side
     x0, y0, x1, y1 = (edge[..., None] for edge in boxes.unbind(-1))
@@ -104,23 +99,23 @@ def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 
 def tile_boxes(rows: int, columns: int, grid: tuple[int, int], *, thumbnail: bool) -> Tensor:
-    """Boxes of an image cut into tiles of a grid each, row by row, and a thumbnail of the whole behind them."""
+    """Boxes of an image cut into tiles with a grid each, row by row, then those of a thumbnail of the whole image."""
     tiles = [grid_boxes(*grid, tuple(tile.tolist())) for tile in grid_boxes(rows, columns)]
     return torch.cat([*tiles, grid_boxes(*grid)] if thumbnail else tiles)
 
 
-# ------------------------------------------------------------------------- images as places among the words' ids
+# ------------------------------------------------------------------------------- images as tokens among the words
 
 
-def _laid_out(inputs: Inputs, vision: Tensor, images: Sequence[Tensor], what: str) -> ModalityMasks:
-    """Hand the boxes of all images, in their order, to the visual places, in theirs."""
+def _laid_out(inputs: Inputs, vision: Tensor, images: Sequence[Tensor], source: str) -> ModalityMasks:
+    """Give the boxes of all images, in their order, to the visual tokens, in theirs."""
     boxes = torch.full((*vision.shape, 4), torch.nan, device=vision.device)
     image = torch.full(vision.shape, -1, dtype=torch.long, device=vision.device)
     made, places = sum(map(len, images)), int(vision.sum())
     if made != places:
         raise ValueError(
-            f"input_ids hold {places} visual places, but {what} makes {made} tokens of {len(images)} images: take "
-            "ids and images from one call of the processor"
+            f"input_ids hold {places} visual tokens, but {source} makes {made} from {len(images)} images: take ids and "
+            "images from one call of the processor"
         )
     if images:
         boxes[vision] = torch.cat(list(images)).to(boxes)
@@ -130,20 +125,18 @@ def _laid_out(inputs: Inputs, vision: Tensor, images: Sequence[Tensor], what: st
 
 
 def _real(inputs: Inputs, vision: Tensor) -> Tensor:
-    """The 2-D attention mask by name; all places where there is none."""
+    """The 2-D attention mask; all tokens where there is none."""
     mask = inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(vision)
     if mask.ndim != 2:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}: masks need the plain one, (example, token)")
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}: pass the plain one, (example, token)")
     return mask.bool()
 
 
 def _ids(inputs: Inputs) -> Tensor:
     if not torch.is_tensor(inputs.get("input_ids")):
-        raise ValueError(
-            "inputs hold no input_ids, by which image places are told: pass `vision` and `tokens` yourself"
-        )
+        raise ValueError("inputs hold no input_ids, which mark the image tokens: build `vision` and `tokens` yourself")
     return inputs["input_ids"]
 
 
@@ -153,7 +146,7 @@ def _image_ids(config: Any) -> list[int]:
 
 
 def _placeholder(model: nn.Module, inputs: Inputs) -> Tensor:
-    """bool (example, token): places that hold the id of an image token."""
+    """bool (example, token): True at the id of an image token."""
     return _ids(inputs) == _image_ids(model.config)[0]
 
 
@@ -185,7 +178,7 @@ def _pooled_grid(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMask
 
 
 def _codes(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """Chameleon: a code book halves each side once for every level but the first."""
+    """Chameleon: the code book halves each side once at every level but the first."""
     levels = len(model.config.vq_config.channel_multiplier) - 1
     rows, columns = (side // 2**levels for side in _pixels(inputs).shape[-2:])
     images = [grid_boxes(rows, columns)] * len(_pixels(inputs))
@@ -193,15 +186,16 @@ def _codes(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
 
 
 def _merged_grids(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """Qwen-VL: frames x rows x columns of patches, merged 2 x 2; images and videos each in their own places."""
+    """Qwen-VL: frames x rows x columns of patches, merged 2 x 2; images and videos have ids of their own."""
     merge = model.config.vision_config.spatial_merge_size
     ids, parts, count = _ids(inputs), [], 0
     for kind in ("image", "video"):
         grids = inputs.get(f"{kind}_grid_thw")
-        frames = [] if grids is None else [
+        frames = [
             grid_boxes(rows // merge, columns // merge)
-            for times, rows, columns in grids.tolist() for _ in range(times)
-        ]  # fmt: skip
+            for times, rows, columns in ([] if grids is None else grids.tolist())
+            for _ in range(times)
+        ]
         vision = ids == getattr(model.config, f"{kind}_token_id")
         part = _laid_out(inputs, vision, frames, f"{kind}_grid_thw")
         parts.append(part._replace(image=torch.where(vision, part.image + count, -1)))
@@ -222,10 +216,10 @@ def _runs(row: Tensor) -> list[tuple[int, int]]:
 
 
 def _written_tiles(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """Idefics3, SmolVLM: each tile is a run of places behind a token that names its row and column, `<row_1_col_2>`.
+    """Idefics3, SmolVLM: each tile is a run of image tokens after one that names its row and column, `<row_1_col_2>`.
 
-    A line break follows each row of tiles, so the gap between two runs tells whether a row ends there; the last run of
-    an image, the whole one, stands behind one and the same token everywhere.
+    A line break follows each row of tiles, so a longer gap between two runs ends a row. The last run of an image is the
+    whole image, and follows the same token everywhere.
     """
     ids, vision = _ids(inputs), _placeholder(model, inputs)
     scale = model.config.scale_factor
@@ -240,7 +234,7 @@ def _written_tiles(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMa
                 continue
             ends = sum(after[0] - before[1] > 2 for before, after in pairwise([*cut, (begin, end)]))
             if len(cut) % max(ends, 1):
-                raise ValueError(f"{len(cut)} tiles of an image in {ends} rows: its rows cannot be told from input_ids")
+                raise ValueError(f"input_ids hold an image of {len(cut)} tiles in {ends} rows, not a grid of tiles")
             tiled = [tile_boxes(ends, len(cut) // ends, (rows, columns), thumbnail=False)] if cut else []
             images.append(torch.cat([*tiled, grid_boxes(rows, columns)]))
             cut = []
@@ -248,7 +242,7 @@ def _written_tiles(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMa
 
 
 def _tiles_in_a_row(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """InternVL: all tiles of an image in one run, then the thumbnail; how they were cut only its processor knows."""
+    """InternVL: all tiles of an image in one run, then the thumbnail; only its processor knows the rows and columns."""
     scale = model.config.downsample_ratio
     rows, columns = (round(side * scale) for side in _patches(model, inputs))
     vision = _placeholder(model, inputs)
@@ -256,8 +250,8 @@ def _tiles_in_a_row(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityM
     counts = [length // (rows * columns) for length in lengths]
     if tiles is None and any(count > 1 for count in counts):
         raise ValueError(
-            f"images of {counts} tiles: pass tiles=[(rows, columns), ...] for the {len(counts)} images, as "
-            "the processor cut them (its get_optimal_tiled_canvas tells)"
+            f"images of {counts} tiles: pass tiles=[(rows, columns), ...] for the {len(counts)} images, as the "
+            "processor cut them (see its get_optimal_tiled_canvas)"
         )
     cuts = tiles or [(1, 1)] * len(counts)
     if len(cuts) != len(counts):
@@ -265,31 +259,31 @@ def _tiles_in_a_row(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityM
     images = []
     for (down, across), count in zip(cuts, counts, strict=True):
         if count not in (down * across, down * across + 1):
-            raise ValueError(f"tiles: {down} x {across} do not make the {count} tiles of an image")
+            raise ValueError(f"tiles: {down} x {across} is not the {count} tiles of an image")
         images.append(tile_boxes(down, across, (rows, columns), thumbnail=count > down * across))
     return _laid_out(inputs, vision, images, "each tile")
 
 
-def _placeholders_alone(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """Any other model that marks its image places by an id: masks without geometry."""
+def _without_boxes(model: nn.Module, inputs: Inputs) -> ModalityMasks:
+    """Any other model that marks its image tokens by an id."""
     vision = torch.isin(_ids(inputs), torch.tensor(_image_ids(model.config), device=_ids(inputs).device))
     boxes = torch.full((*vision.shape, 4), torch.nan, device=vision.device)
     return ModalityMasks(vision, _real(inputs, vision), boxes, torch.where(vision, 0, -1))
 
 
-# ------------------------------------------------------------------------------------- words, then the image
+# ----------------------------------------------------------------------------------------- words, then the image
 
 
 def _side_by_side(
     inputs: Inputs, boxes: Tensor, *, real: Tensor | None = None, image_first: bool = False, extra: int = 0
 ) -> ModalityMasks:
-    """Words and one image an example in one sequence.
+    """Words and one image for each example in one sequence.
 
     Parameters
     ----------
     boxes : Tensor, shape (example, vision, 4)
     real : BoolTensor, shape (example, vision), optional
-        Visual places that are no padding.
+        Visual tokens that are not padding.
     extra : int
         Tokens in front that belong to neither words nor image (a class token of the fusion).
     """
@@ -297,7 +291,8 @@ def _side_by_side(
     examples, count = boxes.shape[:2]
     mask = inputs.get("attention_mask")
     words = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    seen = torch.ones(examples, count, dtype=torch.bool, device=ids.device) if real is None else real.to(ids.device)
+    real = torch.ones(examples, count, dtype=torch.bool) if real is None else real
+    real = real.to(ids.device)
     image = torch.arange(examples, device=ids.device)[:, None].expand(-1, count)
     nowhere = torch.full((*words.shape, 4), torch.nan, device=ids.device)
 
@@ -306,10 +301,10 @@ def _side_by_side(
         return torch.cat([front, *((of_image, of_words) if image_first else (of_words, of_image))], dim=1)
 
     return ModalityMasks(
-        vision=joined(torch.zeros_like(words), torch.ones_like(seen), False),
-        tokens=joined(words, seen, True),
+        vision=joined(torch.zeros_like(words), torch.ones_like(real), False),
+        tokens=joined(words, real, True),
         boxes=joined(nowhere, boxes.to(nowhere), torch.nan),
-        image=joined(torch.full_like(ids, -1), torch.where(seen, image, -1), -1),
+        image=joined(torch.full_like(ids, -1), torch.where(real, image, -1), -1),
     )
 
 
@@ -325,7 +320,7 @@ def _ours(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
 
 
 def _regions(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """VisualBERT: words, then regions, whose boxes the model is not told."""
+    """VisualBERT: words, then regions, whose boxes the model does not receive."""
     features = inputs["visual_embeds"]
     boxes = torch.full((*features.shape[:2], 4), torch.nan)
     real = inputs.get("visual_attention_mask")
@@ -339,7 +334,7 @@ def _placed_regions(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityM
 
 
 def _with_class_token(inputs: Inputs, patch: int) -> Tensor:
-    """The tower's class token, which stands for the whole image, then the grid; (example, vision, 4)."""
+    """The tower's class token, with the whole image as its box, then the grid; (example, vision, 4)."""
     rows, columns = (side // patch for side in _pixels(inputs).shape[-2:])
     boxes = torch.cat([grid_boxes(1, 1), grid_boxes(rows, columns)])
     return boxes.expand(len(_pixels(inputs)), -1, -1)
@@ -358,11 +353,11 @@ def _bridgetower(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMask
     return _side_by_side(inputs, _with_class_token(inputs, model.config.vision_config.patch_size))
 
 
-# --------------------------------------------------------------------------------- patches in an order of their own
+# ----------------------------------------------------------------------------------------- patches in a random order
 
 
 class ShuffledPatches:
-    """The order in which a ViLT drew its patches in one forward."""
+    """The order that ViLT drew for its patches in one forward."""
 
     def __init__(self) -> None:
         self.order: list[tuple[Tensor, Tensor, tuple[int, int]]] = []  # (patch row and column, mask, grid)
@@ -381,12 +376,11 @@ class ShuffledPatches:
 
 @contextmanager
 def patches_recorded(model: nn.Module) -> Iterator[ShuffledPatches]:
-    """In the block, remember how ViLT orders its patches: it draws a new order in every forward, in eval mode too."""
-    shuffled, changed = ShuffledPatches(), []
-    for module in model.modules():
-        if type(module).__name__ == "ViltEmbeddings":
-            module.visual_embed = _remembering(module.visual_embed, shuffled)
-            changed.append(module)
+    """In the block, record the order of ViLT's patches: it draws a new one in every forward, in eval mode too."""
+    shuffled = ShuffledPatches()
+    changed = [module for module in model.modules() if type(module).__name__ == "ViltEmbeddings"]
+    for module in changed:
+        module.visual_embed = _recorded(module.visual_embed, shuffled)
     try:
         yield shuffled
     finally:
@@ -394,7 +388,7 @@ def patches_recorded(model: nn.Module) -> Iterator[ShuffledPatches]:
             del module.visual_embed
 
 
-def _remembering(embed: Callable[..., Any], shuffled: ShuffledPatches) -> Callable[..., Any]:
+def _recorded(embed: Callable[..., Any], shuffled: ShuffledPatches) -> Callable[..., Any]:
     def visual_embed(*args: Any, **kwargs: Any) -> Any:
         features, mask, (patches, grid) = embed(*args, **kwargs)
         shuffled.order.append((patches, mask, grid))
@@ -404,8 +398,8 @@ def _remembering(embed: Callable[..., Any], shuffled: ShuffledPatches) -> Callab
 
 
 def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """ViLT: words, a class token, patches in the order that a forward from this random state draws."""
-    with patches_recorded(model) as shuffled, untouched(model), torch.no_grad():
+    """ViLT: words, a class token, patches in the order that a forward draws from this random state."""
+    with patches_recorded(model) as shuffled, unchanged(model), torch.no_grad():
         run_model(model, inputs)
     if not shuffled.order:
         raise ValueError(f"{type(model).__name__} embedded no pixel_values: pass `vision` and `tokens` yourself")
@@ -413,14 +407,14 @@ def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     return _side_by_side(inputs, shuffled.boxes(mask.shape[1]), real=mask)
 
 
-def _kind(model: nn.Module) -> str:
+def _model_type(model: nn.Module) -> str:
     settings = getattr(model, "settings", None)
     return getattr(settings, "architecture", "") or getattr(getattr(model, "config", None), "model_type", "")
 
 
-Family = Callable[[nn.Module, Inputs, Tiles], ModalityMasks]
+Layout = Callable[[nn.Module, Inputs, Tiles], ModalityMasks]
 
-FAMILIES: dict[str, Family] = {
+LAYOUTS: dict[str, Layout] = {
     "vpworkbench": _ours,
     "llava": _whole_grid,
     "vipllava": _whole_grid,
@@ -439,4 +433,4 @@ FAMILIES: dict[str, Family] = {
     "flava": _flava,
     "bridgetower": _bridgetower,
 }
-"""`model_type` of a configuration -> how that family lays images out."""
+"""`model_type` of a configuration -> the layout of that family."""

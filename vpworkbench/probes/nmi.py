@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vpworkbench.probes.modality import Modalities, modalities
+from vpworkbench.probes.formula import Modalities, modalities
 
 _ITERATIONS, _TOLERANCE, _TRIALS = 300, 1e-4, 2  # scikit-learn's; 2 + log(k) trials of k-means++
 _CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}  # a processor's cache likes small ones
