@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from vpworkbench.data.inputs import prepare
-from vpworkbench.probes import bootstrap_interval, inter_modality_flow, modality_nmi
+from vpworkbench.probes import inter_modality_flow, modality_nmi
 from vpworkbench.probing import Probed, probe_dataset
+from vpworkbench.stats import bootstrap_interval
 
 
 def batches(model, scenes, count: int = 3, *, stop_before: int | None = None):

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.probes.flow import inter_modality_flow
-from vpworkbench.probes.layers import hidden_states
-from vpworkbench.probes.layers import LayerNames
+from vpworkbench.probes.layers import LayerNames, hidden_states
 from vpworkbench.probes.nmi import modality_nmi
 from vpworkbench.stats import bootstrap_interval
 from vpworkbench.subjects import Loadable, load

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from vpworkbench.data.records import Picture
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
-from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
-from vpworkbench.probes.layers import LayerChoice, streams_of
+from vpworkbench.probes.layers import visit_attention_maps
 from vpworkbench.probes.layouts import patches_recorded
 from vpworkbench.subjects import Subject
 
@@ -224,31 +223,12 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
 
 def _attention(model: nn.Module, inputs: Any) -> Tensor:
     """(layer, head, token, token) of the layers in which the modalities meet; of two streams put together."""
-    choice = LayerChoice(*inputs.vision.shape, streams=streams_of(model))
-    tokens = inputs.vision.shape[1]
     maps: list[Tensor] = []
-    joint = torch.empty(0)
 
-    def keep(call: AttentionCall) -> Tensor:
-        nonlocal joint
-        place = choice.place(call)
-        if place is None:
-            return call.output()
-        weights = call.weights()[0].float().cpu()
-        if place.is_everything:
-            maps.append(weights)
-            return call.output()
-        if place.opens:
-            joint = torch.eye(tokens).repeat(len(weights), 1, 1)
-        joint[:, place.queries] /= 2  # Eq. 3, for each of the attentions that make up a layer
-        joint[:, place.queries, place.keys] += weights / 2
-        if place.closes:
-            maps.append(2 * joint - torch.eye(tokens))
-        return call.output()
+    def keep(attention: Tensor) -> None:
+        maps.append(attention[0].float().cpu())
 
-    with intercept_attention(model, keep):
-        run_model(model, inputs.forward)
-    choice.close(model, inputs.forward)
+    visit_attention_maps(model, inputs.forward, tuple(inputs.vision.shape), keep)
     small = len(maps) * maps[0].numel() <= HALF_ABOVE
     return torch.stack([one if small else one.half() for one in maps])
 

@@ -151,7 +151,7 @@ def nmi(values: Samples, *, with_input: bool = False, over: str = "") -> go.Figu
     values : array, shape (example, layer), or mapping of model name to such arrays
         Mean over examples with a bootstrap 95% band; nan entries are left out.
     with_input : bool
-        The first entry is the input of layer 1, as in `probes.capture.hidden_states`: it is drawn at 0.
+        The first entry is the input of layer 1, as in `probes.hidden_states`: it is drawn at 0.
     over : str
         As of `flow_curves`.
     """

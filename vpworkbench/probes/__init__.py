@@ -16,19 +16,16 @@ from vpworkbench.probes.masks import (
     shares_at_budget,
     shares_on_objects,
 )
-from vpworkbench.probes.nmi import Clusters, Picture, cluster_tokens, modality_nmi, modality_pca
-from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.probes.nmi import Clusters, PrincipalComponents, cluster_tokens, modality_nmi, modality_pca
 
 __all__ = [
     "BudgetShares",
     "Check",
     "Clusters",
     "InterModalityFlow",
-    "Interval",
     "ModalityMasks",
     "ObjectShares",
-    "Picture",
-    "bootstrap_interval",
+    "PrincipalComponents",
     "check",
     "cluster_tokens",
     "crossing_share",

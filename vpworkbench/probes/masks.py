@@ -5,8 +5,8 @@ share of hidden tokens on the picked object says how well attention follows obje
 
 * `shares_on_objects`: the mask is as large as the picked object, and the pick itself does not count. A rule that
   follows objects perfectly scores 1 whatever their sizes, so rules and models can be compared.
-* `shares_at_budget`: the mask has the fixed size used in training. Small objects cannot fill it, so the largest share
-  that the budget allows stands beside the share.
+* `shares_at_budget`: the mask has the fixed size used in training. Small objects cannot fill it, so the
+  result also has the largest share that the budget allows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Do the features of the two modalities form two clusters? (paper Sec. 4.4, Fig. 5)
 
-For each sample and layer: k-means with k = 2 on the token features, then the normalised mutual
-information (NMI) between clusters and modalities. k-means only needs inner products, and a sample
-has fewer tokens than channels, so all restarts of all samples run at once on products of tokens.
+For each example and layer: k-means with k = 2 on the token features, then the normalised mutual information (NMI)
+between clusters and modalities. k-means only needs inner products, and an example has fewer tokens than channels: all
+restarts of all examples run at once on the products of tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from vpworkbench.probes.formula import Modalities, modalities
 
 _ITERATIONS, _TOLERANCE, _TRIALS = 300, 1e-4, 2  # scikit-learn's; 2 + log(k) trials of k-means++
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}  # a processor's cache likes small ones
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}  # of examples at a time; small enough for a processor's cache
 
 
 class Clusters(NamedTuple):
     """The best of all restarts, for every example."""
 
     labels: Tensor  # (example, token) 0 or 1; -1 at tokens left out
-    inertia: Tensor  # (example,) sum of squared distances to the own centre
+    inertia: Tensor  # (example,) sum of squared distances to the nearest centre
 
 
 def modality_nmi(
@@ -37,36 +37,31 @@ def modality_nmi(
     seed: int = 0,
     starts: Tensor | None = None,
 ) -> Tensor:
-    """NMI between two k-means clusters and the two modalities, per sample and layer (paper Fig. 5).
+    """NMI between two k-means clusters and the two modalities, per example and layer (paper Fig. 5).
 
-    The best of `restarts` runs of Lloyd's algorithm from k-means++, as scikit-learn's
-    `KMeans(2, n_init=10)`; from the same starts labels and NMI are the same.
+    The best of `restarts` runs of Lloyd's algorithm from k-means++, like scikit-learn's `KMeans(2, n_init=10)`; the
+    same starting centres give the same labels and NMI.
 
     Parameters
     ----------
     hidden_states : sequence over layers of Tensor, shape (example, token, channel)
-        See `vpworkbench.probes.attention.hidden_states`.
+        See `vpworkbench.probes.hidden_states`.
     vision, tokens : BoolTensor, shape (example, token)
     language : BoolTensor, shape (example, token), optional
-        `tokens & ~vision` where not given; tokens in neither set are left out.
+        `tokens & ~vision` by default; tokens in neither set are left out.
     restarts : int
     seed : int
-        Of the starts, which depend neither on batch mates nor on padding.
+        Seed of the starting centres, which depend neither on the other examples of the batch nor on padding.
     starts : Tensor, shape (layer, example, restart, 2, channel), optional
         Starting centres instead of k-means++.
 
     Returns
     -------
     Tensor, shape (example, layer)
-        float64 (float32 on devices without it), in [0, 1]: larger is more apart. nan, with a
-        warning and their number, for examples with fewer than two tokens or only one modality.
-
-    Raises
-    ------
-    ValueError
-        If features are nan or infinite, or shapes do not fit.
+        float64 (float32 on devices without it), in [0, 1]; 1 if the clusters are the modalities. nan, with a warning,
+        for examples with fewer than two tokens or only one modality.
     """
-    sets = _checked(hidden_states, vision, tokens, language)
+    sets = _checked_sets(hidden_states, vision, tokens, language)
     labels = [
         cluster_tokens(
             hidden,
@@ -91,7 +86,7 @@ def cluster_tokens(
     tokens : BoolTensor, shape (example, token)
         Tokens to be clustered.
     starts : Tensor, shape (example, restart, 2, channel), optional
-        Starting centres; k-means++ where not given.
+        Starting centres instead of k-means++.
     """
     parts = []
     for chunk in _chunks(hidden):
@@ -101,17 +96,16 @@ def cluster_tokens(
         if hidden.device.type != "mps":  # differences of squares below need the digits
             products = products.double()
         if starts is None:
-            begun = _plus_plus(products, real, restarts, seed)
+            first = _plus_plus(products, real, restarts, seed)
         else:
             centres = starts[chunk].to(products) - mean[:, None, None].to(products)
-            begun = _from_centres(centred.to(products), centres)
-        scale = _TOLERANCE / hidden.shape[-1]
-        parts.append(_lloyd(products, real, begun, scale))
+            first = _from_centres(centred.to(products), centres)
+        parts.append(_lloyd(products, real, first, _TOLERANCE / hidden.shape[-1]))
     return Clusters(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-class Picture(NamedTuple):
-    """Two principal components of the tokens of each sample and layer."""
+class PrincipalComponents(NamedTuple):
+    """Two principal components of the tokens of each example and layer."""
 
     coordinates: Tensor  # (example, layer, token, 2); nan at tokens left out
     explained: Tensor  # (example, layer, 2) share of the variance
@@ -119,15 +113,14 @@ class Picture(NamedTuple):
 
 def modality_pca(
     hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, *, language: Tensor | None = None
-) -> Picture:
-    """The picture behind the NMI: tokens on their first two principal components.
+) -> PrincipalComponents:
+    """Tokens on their first two principal components; parameters as for `modality_nmi`.
 
-    Deterministic: each component's sign makes its largest loading positive, as scikit-learn's does.
-    Parameters are those of `modality_nmi`.
+    The sign of each component makes its largest loading positive, as in scikit-learn.
     """
-    sets = _checked(hidden_states, vision, tokens, language)
+    sets = _checked_sets(hidden_states, vision, tokens, language)
     layers = [_two_components(hidden, sets.vision | sets.language) for hidden in hidden_states]
-    return Picture(*(torch.stack(part, dim=1) for part in zip(*layers, strict=True)))
+    return PrincipalComponents(*(torch.stack(part, dim=1) for part in zip(*layers, strict=True)))
 
 
 def _two_components(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,16 +134,18 @@ def _two_components(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return coordinates.masked_fill(~real[..., None], torch.nan), explained
 
 
-def _checked(hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, language: Tensor | None) -> Modalities:
+def _checked_sets(
+    hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, language: Tensor | None
+) -> Modalities:
     sets = modalities(vision, tokens, language)
     counted = sets.vision | sets.language
     if len(hidden_states) == 0:
-        raise ValueError("hidden_states is empty: give (example, token, channel) for each layer")
+        raise ValueError("hidden_states is empty: pass (example, token, channel) for each layer")
     for layer, hidden in enumerate(hidden_states):
         if hidden.ndim != 3 or hidden.shape[:2] != vision.shape:
             raise ValueError(
-                f"hidden_states[{layer}] is {tuple(hidden.shape)}, but vision covers "
-                f"{tuple(vision.shape)}: (example, token, channel) and (example, token) are needed"
+                f"hidden_states[{layer}] is {tuple(hidden.shape)}, but vision covers {tuple(vision.shape)}: pass "
+                "(example, token, channel) and (example, token)"
             )
         total = hidden.sum(dim=2, dtype=torch.promote_types(hidden.dtype, torch.float32))
         broken = ~total.isfinite() & counted.to(hidden.device)
@@ -160,16 +155,15 @@ def _checked(hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, la
     undefined = sets.one_sided | (counted.sum(dim=1) < 2)
     if undefined.any():
         warnings.warn(
-            f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or "
-            f"only one modality (examples {undefined.nonzero().flatten().tolist()}): their NMI "
-            "is nan",
+            f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or only one modality "
+            f"(examples {undefined.nonzero().flatten().tolist()}): their NMI is nan",
             stacklevel=3,
         )
     return sets
 
 
 def _chunks(hidden: Tensor) -> Iterator[slice]:
-    """Slices of examples whose features and products fit in a bounded memory."""
+    """Slices of examples whose features and products fit into `_CHUNK_BYTES`."""
     examples, tokens, channels = hidden.shape
     budget = _CHUNK_BYTES.get(hidden.device.type, 2**28)
     size = max(1, budget // (8 * tokens * (tokens + channels)))
@@ -177,11 +171,11 @@ def _chunks(hidden: Tensor) -> Iterator[slice]:
 
 
 def _centred(hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Features less their mean over real tokens, so that products lose no digits; 0 elsewhere.
+    """Features minus their mean over real tokens, so that products lose no digits; 0 elsewhere. Returns the mean too.
 
-    In place on one copy: copying is a third of the work otherwise. Returns the mean too.
+    In place on one copy, because copying would be a third of the work.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)  # as scikit-learn: the data's own
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
     padding = ~real[..., None]
     centred = hidden.detach().to(dtype, copy=True).masked_fill_(padding, 0)
     mean = centred.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1)
@@ -189,7 +183,7 @@ def _centred(hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Centres(NamedTuple):
-    """Two centres for each restart, as k-means sees them: by inner products alone."""
+    """Two centres for each restart, given by inner products only."""
 
     towards: Tensor  # (example, token, restart, 2) inner product of token and centre
     square: Tensor  # (example, restart, 2) squared length
@@ -202,16 +196,16 @@ def _from_centres(centred: Tensor, centres: Tensor) -> _Centres:
 
 
 def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Centres:
-    """Greedy k-means++ as scikit-learn's: of two candidates the second centre that leaves least.
+    """Greedy k-means++ as in scikit-learn: of two candidates for the second centre, the one that leaves less inertia.
 
-    All examples share the uniform draws; position in the batch and padding then do not matter.
+    All examples share the uniform draws, so that position in the batch and padding do not matter.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(restarts, 1 + _TRIALS, generator=generator, dtype=torch.float64).to(products)
     square = products.diagonal(dim1=1, dim2=2)  # example token
     count = real.sum(dim=1)
     order = (~real).long().argsort(dim=1, stable=True)  # real tokens first
-    # One first centre from each equal stretch of the tokens: restarts that start alike would end alike.
+    # The first centres are spread over the tokens: restarts that start alike would end alike.
     spread = (torch.arange(restarts).to(draws) + draws[:, 0]) / restarts
     nth = (spread * count[:, None]).long().clamp(max=real.shape[1] - 1)
     first = order.gather(1, nth)  # example restart
@@ -237,8 +231,7 @@ def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Cen
 class _Means(NamedTuple):
     """Two cluster means for each restart.
 
-    Centred tokens add up to 0, so the sum of cluster 0 is minus that of cluster 1, and the inner
-    products with one of them give everything.
+    Centred tokens add up to 0, so the sum of cluster 0 is minus that of cluster 1: inner products with one are enough.
     """
 
     towards: Tensor  # (example, token, restart) inner product of token and sum of cluster 1
@@ -249,32 +242,29 @@ class _Means(NamedTuple):
 def _lloyd(products: Tensor, real: Tensor, starts: _Centres, scale: float) -> Clusters:
     """Lloyd's algorithm for all restarts of all examples at once, with scikit-learn's rules.
 
-    Parameters
-    ----------
-    scale : float
-        Times the mean squared length of a token: shift of the centres at which a run stops.
+    A restart stops when its centres shift by less than `scale` times the mean squared length of a token.
     """
     square = products.diagonal(dim1=1, dim2=2)  # example token
     limit = (scale * square.sum(dim=1) / real.sum(dim=1).clamp(min=1))[:, None]
     members = _without_empty(_nearest(starts, real), real, square, starts)
     means = done = _means(products, real, members)
     running = _first_shift(starts, means, real, members) > limit  # example restart
-    alive = torch.arange(len(real), device=real.device)  # examples with a run still going
-    going = _Going(products, real, square, limit, members, running)
+    unsettled = torch.arange(len(real), device=real.device)  # examples with a restart still running
+    state = _State(products, real, square, limit, members, running)
     for _ in range(_ITERATIONS - 1):
-        keep = going.running.any(dim=1)
+        keep = state.running.any(dim=1)
         if not keep.any():
             break
-        if 2 * int(keep.sum()) <= len(alive):  # else the copy costs more than it saves
-            done = _put(done, alive, means)
-            alive, means = alive[keep], _Means(*(part[keep] for part in means))
-            going = _Going(*(part[keep] for part in going))
-        means, going = _step(means, going)
-    return _best(_put(done, alive, means), real, square)
+        if 2 * int(keep.sum()) <= len(unsettled):  # otherwise the copy costs more than it saves
+            done = _with_rows(done, unsettled, means)
+            unsettled, means = unsettled[keep], _Means(*(part[keep] for part in means))
+            state = _State(*(part[keep] for part in state))
+        means, state = _step(means, state)
+    return _best(_with_rows(done, unsettled, means), real, square)
 
 
-class _Going(NamedTuple):
-    """What a step of Lloyd's algorithm reads, for the examples that have not settled."""
+class _State(NamedTuple):
+    """The inputs of a step of Lloyd's algorithm, for the examples that have not settled."""
 
     products: Tensor  # (example, token, token)
     real: Tensor  # (example, token)
@@ -284,8 +274,8 @@ class _Going(NamedTuple):
     running: Tensor  # (example, restart) bool
 
 
-def _step(means: _Means, going: _Going) -> tuple[_Means, _Going]:
-    products, real, square, limit, members, running = going
+def _step(means: _Means, state: _State) -> tuple[_Means, _State]:
+    products, real, square, limit, members, running = state
     assigned = _nearer(means, real)
     count = assigned.sum(dim=1)
     if ((count == 0) | (count == real.sum(dim=1, keepdim=True))).any():
@@ -293,28 +283,28 @@ def _step(means: _Means, going: _Going) -> tuple[_Means, _Going]:
     moved = _means(products, real, assigned)
     changed = (assigned != members).any(dim=1)
     still = running & changed & (_shift(means, moved, assigned) > limit)
-    # a run that has stopped keeps its means while its neighbours go on
+    # a restart that has stopped keeps its means while others run
     means = _Means(
         torch.where(running[:, None], moved.towards, means.towards),
         torch.where(running, moved.square, means.square),
         torch.where(running[..., None], moved.share, means.share),
     )
-    return means, going._replace(members=assigned, running=still)
+    return means, state._replace(members=assigned, running=still)
 
 
-def _put(done: _Means, alive: Tensor, means: _Means) -> _Means:
-    """`done` with the examples in `alive` brought up to date."""
-    return _Means(*(old.index_copy(0, alive, new) for old, new in zip(done, means, strict=True)))
+def _with_rows(done: _Means, examples: Tensor, means: _Means) -> _Means:
+    """`done` with the rows of `examples` replaced."""
+    return _Means(*(old.index_copy(0, examples, new) for old, new in zip(done, means, strict=True)))
 
 
 def _nearest(centres: _Centres, real: Tensor) -> Tensor:
     """(example, token, restart) bool: True where the second centre is strictly nearer."""
-    away = centres.square[:, None] - 2 * centres.towards  # squared distance less the token's own
+    away = centres.square[:, None] - 2 * centres.towards  # squared distance minus the token's squared length
     return (away[..., 1] < away[..., 0]) & real[..., None]
 
 
 def _nearer(means: _Means, real: Tensor) -> Tensor:
-    """As `_nearest`, with both distances worked out into one comparison."""
+    """As `_nearest`, with both distances reduced to one comparison."""
     threshold = means.square * (means.share[..., 1] - means.share[..., 0]) / 2
     return (means.towards > threshold[:, None]) & real[..., None]
 
@@ -347,8 +337,8 @@ def _as_centres(means: _Means) -> _Centres:
 
 def _first_shift(old: _Centres, new: _Means, real: Tensor, members: Tensor) -> Tensor:
     """(example, restart): squared distance from the starts to the means of `members`."""
-    both = torch.stack([real[..., None] & ~members, members], dim=-1).to(old.towards)
-    between = (both * old.towards).sum(dim=1) * new.share
+    clusters = torch.stack([real[..., None] & ~members, members], dim=-1).to(old.towards)
+    between = (clusters * old.towards).sum(dim=1) * new.share
     return (_as_centres(new).square - 2 * between + old.square).sum(dim=-1)
 
 
@@ -363,7 +353,7 @@ def _shift(old: _Means, new: _Means, members: Tensor) -> Tensor:
 
 
 def _distances(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Tensor:
-    """(example, token, restart): squared distance to the own centre, 0 at padding."""
+    """(example, token, restart): squared distance to the token's centre, 0 at padding."""
     away = centres.square[:, None] - 2 * centres.towards
     own = torch.where(labels, away[..., 1], away[..., 0]) + square[..., None]
     return own.clamp(min=0) * real[..., None]
