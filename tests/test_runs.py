@@ -150,9 +150,8 @@ def test_progress_is_written_once_a_second_and_at_the_end(run, monkeypatch):
 def test_figures_share_one_script_and_need_no_network(run):
     figure = plotly.graph_objects.Figure(plotly.graph_objects.Scatter(y=[1, 2]))
     pages = [run.show(name, figure) and run.page(name) for name in ("loss", "flow")]
-    assert sorted(path.name for path in (run.folder / "figures").iterdir()) == [
-        "flow.html", "loss.html", "plotly.min.js",
-    ]  # fmt: skip
+    files = sorted(path.name for path in (run.folder / "figures").iterdir())
+    assert files == ["flow.html", "loss.html", "plotly.min.js"]
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert re.findall('<script[^>]*src="([^"]+)"', text) == ["plotly.min.js"]

@@ -18,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("runs_folder")
 
 # ------------------------------------------------------------------------------------------------- parameters
 
-DEFAULTS = {
-    "name": "", "data": "scenes", "steps": 200, "rate": 0.1, "widget": True, "ks": [1, 5], "overrides": {},
-}  # fmt: skip
+DEFAULTS = {"name": "", "data": "scenes", "steps": 200, "rate": 0.1, "widget": True, "ks": [1, 5], "overrides": {}}
 
 
 @pytest.mark.parametrize(

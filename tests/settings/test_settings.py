@@ -33,9 +33,7 @@ def test_presets_state_the_paper():
     assert paper.mask.budget == 7 and paper.loss.itm == 1 and paper.loss.mfr == 0.01 and paper.loss.vla == 0.1
     assert (paper.data.matched_per_image, paper.data.unmatched_per_image) == (2, 2)
     assert paper.train.images * 4 == 2048  # Sec. 4.1: batch size 2048, in pairs
-    assert paper.step_size() == {
-        "images_per_step": 512, "pairs_per_step": 2048, "tokens_per_step": 2048 * (40 + 144)
-    }  # fmt: skip
+    assert list(paper.step_size().values()) == [512, 2048, 2048 * (40 + 144)]  # images, pairs, tokens
     ablation = PRESETS["ablation-224"]
     assert ablation.visual.tokens == 49 and ablation.fusion.layers == 3
     assert ablation.mask.tokens_of(ablation.visual) == 7

@@ -72,18 +72,17 @@ def run_notebook(
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such notebook.
     SettingsError
-        For all wrong parameters at once, an unknown tag, or no run to execute again; nothing has started.
+        Before anything starts: for all wrong parameters at once, an unknown tag, or no run to execute again.
     RunError
-        If a cell fails, the kernel is killed, or another process is working on the run.
+        If a cell fails, the kernel is killed, or another process uses the run.
     KeyboardInterrupt
         After SIGINT or SIGTERM, which are passed on to the kernel: training writes a checkpoint first.
     """
     path = find_notebook(notebook)
     given = dict(parameters or {})
-    name = str(given.pop("name", "")) if not name else name
+    name = name or str(given.get("name", ""))
+    given.pop("name", None)
     if again and name and not given:
         given = _recorded_parameters(run_folder(path.stem, name) / path.name)
     defaults = notebook_parameters(path)
