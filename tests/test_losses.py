@@ -88,9 +88,11 @@ def test_transport_distance_ignores_padding():
     text, vision = torch.randn(1, 6, 16), torch.randn(1, 9, 16)
     plain = transport_distance(text, vision, torch.ones(1, 6, dtype=torch.bool), torch.ones(1, 9, dtype=torch.bool))
     longer = transport_distance(
-        torch.cat([text, torch.randn(1, 5, 16)], 1), torch.cat([vision, torch.randn(1, 2, 16)], 1),
-        torch.arange(11)[None] < 6, torch.arange(11)[None] < 9,
-    )  # fmt: skip
+        torch.cat([text, torch.randn(1, 5, 16)], 1),
+        torch.cat([vision, torch.randn(1, 2, 16)], 1),
+        torch.arange(11)[None] < 6,
+        torch.arange(11)[None] < 9,
+    )
     torch.testing.assert_close(longer, plain)
 
 

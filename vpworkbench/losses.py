@@ -1,7 +1,6 @@
 """Masks of visual tokens and the losses MLM, ITM, VLA, MFR and MVM: small pure functions (paper Sec. 3.3).
 
-A loss is a sum; the engine divides it once by the count of the whole optimiser step, so that accumulation changes
-nothing.
+A loss is a sum. The engine divides it once, by the count of the whole optimiser step, so accumulation changes nothing.
 """
 
 from __future__ import annotations
@@ -51,31 +50,26 @@ def visual_mask(
     select: Literal["row", "column", "symmetric"] = "row",
     vision_tokens: Tensor | None = None,
 ) -> Tensor:
-    """Hide one picked visual token and those that depend on it (paper Eq. 9, Fig. 2).
+    """Hide one picked visual token and the tokens related to it (paper Eq. 9, Fig. 2).
 
     Parameters
     ----------
     noise : Tensor, (text, vision)
         Uniform numbers; the largest marks the pick.
     budget : int
-        k, tokens to hide, the pick included.
+        k, the number of tokens to hide, the pick included.
     parsing : Tensor or None, (text, vision, vision)
-        Parsing attention W, rows summing to 1. None: the others are drawn at random.
+        Parsing attention W, rows summing to 1. None: the other tokens are drawn at random.
     select
-        Rank by A[pick, :], by A[:, pick] or by their sum, where A = 0.5 (I + W) as in Eq. 3. In a row of A the pick
-        comes first by itself (A_ii >= 0.5); in a column it is put first.
+        Rank tokens by A[pick, :], by A[:, pick] or by the sum, where A = 0.5 (I + W) as in Eq. 3. The pick comes first:
+        in a row of A by its value (A_ii >= 0.5), in a column by definition.
     vision_tokens : bool Tensor or None, (text, vision)
-        The real tokens of images with fewer than others; None where all are real.
+        False at padding; None if there is none.
 
     Returns
     -------
     bool Tensor, (text, vision)
-        Exactly k True in each row; with `vision_tokens` that share of the real tokens, rounded, at least one.
-
-    Raises
-    ------
-    ValueError
-        If k exceeds the number of tokens.
+        Exactly k True in each row; with padding the same share of the real tokens, rounded, at least one.
     """
     tokens = noise.shape[1]
     if not 1 <= budget <= tokens:
@@ -98,13 +92,13 @@ def visual_mask(
 
 
 def code_mask(noise: Tensor, codes: Tensor) -> Tensor:
-    """Hide all tokens that became one code (SOHO Sec. 3.3): a hidden token cannot be copied from one like it.
+    """Hide all tokens with one code (SOHO Sec. 3.3), so that no hidden token can be copied from one like it.
 
     Parameters
     ----------
     noise : Tensor, (text, vision)
-        Uniform numbers; of the first token of each code the largest marks the pick, so each code of an image is picked
-        as often as the others.
+        Uniform numbers. The largest among the first tokens of each code marks the pick: all codes of an image are
+        equally likely.
     codes : int64 Tensor, (text, vision)
 
     Returns
@@ -118,13 +112,13 @@ def code_mask(noise: Tensor, codes: Tensor) -> Tensor:
 
 
 def hide_pixels(images: Tensor, masked: Tensor) -> Tensor:
-    """Paint the squares of hidden visual tokens mid-grey, so that no neighbour has seen them.
+    """Paint the squares of hidden visual tokens mid-grey, so that their neighbours cannot encode them.
 
     Parameters
     ----------
     images : uint8 Tensor, (image, 3, height, width)
     masked : bool Tensor, (image, vision)
-        A square grid of tokens, row by row.
+        Tokens of a square grid, row by row.
     """
     side = round(masked.shape[1] ** 0.5)
     squares = masked.view(-1, 1, side, side)
@@ -138,74 +132,76 @@ def masked_language_modeling(logits: Tensor, labels: Tensor) -> Tensor:
     Parameters
     ----------
     logits : Tensor, (word, vocabulary)
-        At the hidden places of matched pairs.
+        At the hidden words of matched pairs.
     labels : int64 Tensor, (word,)
     """
-    return functional.cross_entropy(_wide(logits), labels, reduction="sum")
+    return functional.cross_entropy(at_least_float32(logits), labels, reduction="sum")
 
 
 def image_text_matching(logits: Tensor, matched: Tensor) -> Tensor:
     """Negative log likelihood of match or not (paper Eq. 8); logits (text, 2), matched bool (text,)."""
-    return functional.cross_entropy(_wide(logits), matched.long(), reduction="sum")
+    return functional.cross_entropy(at_least_float32(logits), matched.long(), reduction="sum")
 
 
 def cosine_cost(text: Tensor, vision: Tensor) -> Tensor:
     """1 - cosine of every word and visual token; (text, word, d), (text, vision, d) -> (text, word, vision)."""
-    text, vision = functional.normalize(_wide(text), dim=-1), functional.normalize(_wide(vision), dim=-1)
+    text, vision = (functional.normalize(at_least_float32(states), dim=-1) for states in (text, vision))
     return 1 - text @ vision.transpose(1, 2)
 
 
 @torch.no_grad()
-def transport_plan(cost: Tensor, words: Tensor, vision: Tensor, *, beta: float = 0.5, iterations: int = 50) -> Tensor:
+def transport_plan(
+    cost: Tensor, word_tokens: Tensor, vision_tokens: Tensor, *, beta: float = 0.5, iterations: int = 50
+) -> Tensor:
     """Plan of optimal transport by the inexact proximal point method (IPOT, Xie et al. 2020, paper ref. 42).
 
     Parameters
     ----------
-    cost : Tensor, (example, word, vision)
-    words, vision : bool Tensor, (example, word), (example, vision)
-        The places that take part; each set has uniform mass 1.
+    cost : Tensor, (text, word, vision)
+    word_tokens, vision_tokens : bool Tensor, (text, word), (text, vision)
+        The tokens to transport; each set has uniform mass 1.
     beta : float
         Proximal step; each of the `iterations` solves its problem by one Sinkhorn step.
 
     Returns
     -------
-    Tensor, (example, word, vision)
-        Zero at places that take no part; all zero where a set is empty.
+    Tensor, (text, word, vision)
+        Zero at all other tokens; all zero if a set is empty.
     """
-    both = words[:, :, None] & vision[:, None, :]
+    both = word_tokens[:, :, None] & vision_tokens[:, None, :]
     kernel = torch.where(both, (-cost / beta).exp(), 0)
-    count_words = words.sum(dim=1, keepdim=True).clamp(min=1).to(cost)
-    count_vision = vision.sum(dim=1, keepdim=True).clamp(min=1).to(cost)
+    count_words = word_tokens.sum(dim=1, keepdim=True).clamp(min=1).to(cost)
+    count_vision = vision_tokens.sum(dim=1, keepdim=True).clamp(min=1).to(cost)
     plan = both.to(cost)
-    right = vision / count_vision
+    right = vision_tokens / count_vision
     tiny = torch.finfo(cost.dtype).tiny
     for _ in range(iterations):
         step = kernel * plan
-        left = words / (count_words * torch.bmm(step, right[..., None])[..., 0]).clamp(min=tiny)
-        right = vision / (count_vision * torch.bmm(left[:, None], step)[:, 0]).clamp(min=tiny)
+        left = word_tokens / (count_words * torch.bmm(step, right[..., None])[..., 0]).clamp(min=tiny)
+        right = vision_tokens / (count_vision * torch.bmm(left[:, None], step)[:, 0]).clamp(min=tiny)
         plan = left[..., None] * step * right[:, None, :]
     return plan
 
 
-def transport_distance(text: Tensor, vision: Tensor, words: Tensor, seen: Tensor) -> Tensor:
+def transport_distance(text: Tensor, vision: Tensor, word_tokens: Tensor, vision_tokens: Tensor) -> Tensor:
     """OT distance between the words and the visual tokens of each pair; the gradient goes through the cost only.
 
     Parameters
     ----------
-    text, vision : Tensor, (example, word, d), (example, vision, d)
-    words, seen : bool Tensor, (example, word), (example, vision)
-        The places that take part: no [CLS], [SEP] or pads.
+    text, vision : Tensor, (text, word, d), (text, vision, d)
+    word_tokens, vision_tokens : bool Tensor, (text, word), (text, vision)
+        False at [CLS], [SEP] and padding.
 
     Returns
     -------
-    Tensor, (example,), in [0, 2]
+    Tensor, (text,), in [0, 2]
     """
     cost = cosine_cost(text, vision)
-    return (transport_plan(cost.detach(), words, seen) * cost).sum(dim=(1, 2))
+    return (transport_plan(cost.detach(), word_tokens, vision_tokens) * cost).sum(dim=(1, 2))
 
 
 def token_alignment(distance: Tensor, matched: Tensor) -> Tensor:
-    """VLA: matched pairs near, unmatched far: sum over matched - sum over unmatched (Sec. 3.3)."""
+    """VLA draws matched pairs together and pushes unmatched ones apart: the difference of their sums (Sec. 3.3)."""
     return torch.where(matched, distance, -distance).sum()
 
 
@@ -217,16 +213,16 @@ def masked_feature_regression(
     Parameters
     ----------
     predicted, target : Tensor, (hidden, c)
-        At the hidden tokens of matched pairs. No gradient reaches the target: the parser must not chase its masks.
+        At the hidden tokens of matched pairs. No gradient reaches the target: the parser must not chase its own masks.
     reduction
-        Over channels; Eq. 9 prints the sum, c times the default.
+        Over channels. Eq. 9 prints the sum, which is c times the mean.
     """
-    error = (_wide(predicted) - _wide(target.detach())).square()
+    error = (at_least_float32(predicted) - at_least_float32(target.detach())).square()
     return (error.mean(dim=-1) if reduction == "mean" else error.sum(dim=-1)).sum()
 
 
 def masked_visual_modeling(logits: Tensor, codes: Tensor, masked: Tensor) -> Tensor:
-    """Negative log likelihood of the code of the hidden tokens (SOHO Eq. 5), a mean for each pair, summed over pairs.
+    """Negative log likelihood of the code of the hidden tokens (SOHO Eq. 5): a mean for each pair, summed over pairs.
 
     Parameters
     ----------
@@ -234,12 +230,12 @@ def masked_visual_modeling(logits: Tensor, codes: Tensor, masked: Tensor) -> Ten
         Of matched pairs.
     codes : int64 Tensor, (text, vision)
     masked : bool Tensor, (text, vision)
-        The hidden tokens, at least one of each pair; all of one code.
+        The hidden tokens of each pair, at least one; all have one code.
     """
-    each = functional.cross_entropy(_wide(logits).transpose(1, 2), codes, reduction="none")
+    each = functional.cross_entropy(at_least_float32(logits).transpose(1, 2), codes, reduction="none")
     return ((each * masked).sum(dim=1) / masked.sum(dim=1)).sum()
 
 
-def _wide(values: Tensor) -> Tensor:
-    """At least float32: sums over many terms lose too much in bfloat16."""
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision -> float32: sums over many terms lose too much in bfloat16."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

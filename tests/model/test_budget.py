@@ -27,8 +27,14 @@ def test_products_of_the_fusion_and_of_patches_by_hand(scenes):
 
 def test_numbers_are_short():
     assert [short(number) for number in (0, 36, 3.3125, 0.35379, 147_648, 1_209_186, 4.5e9)] == [
-        "0", "36", "3.31", "0.354", "148 k", "1.21 M", "4.5 G"
-    ]  # fmt: skip
+        "0",
+        "36",
+        "3.31",
+        "0.354",
+        "148 k",
+        "1.21 M",
+        "4.5 G",
+    ]
 
 
 def test_regions_cost_nothing_but_their_embedding(scenes):
@@ -39,8 +45,9 @@ def test_regions_cost_nothing_but_their_embedding(scenes):
 @pytest.mark.parametrize("family, parameters, multiply_adds", [("swin", 27.5e6, 4.5e9), ("grid", 23.5e6, 4.1e9)])
 def test_the_backbones_of_table_5(scenes, family, parameters, multiply_adds):
     ablation = preset("ablation-224")
-    settings = ModelSettings(visual=ablation.visual.with_overrides({"family": family}), fusion=ablation.fusion,
-                             text_tokens=40)  # fmt: skip
+    settings = ModelSettings(
+        visual=ablation.visual.with_overrides({"family": family}), fusion=ablation.fusion, text_tokens=40
+    )
     found = budget(VisualParsingModel(settings, narrow_model(scenes).tokenizer))
     assert found.visual_parameters == pytest.approx(parameters, rel=0.02)
     assert found.visual_multiply_adds == pytest.approx(multiply_adds, rel=0.03)

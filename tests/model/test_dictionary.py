@@ -99,8 +99,10 @@ def test_every_code_of_an_image_is_picked_as_often_and_hidden_as_a_whole():
     codes = torch.tensor([[3, 3, 3, 3, 7, 1]]).expand(3_000, -1)
     masked = code_mask(torch.rand(3_000, 6, generator=torch.Generator().manual_seed(0)), codes)
     hidden = [codes[0][row].unique().tolist() for row in masked]
-    assert all(len(some) == 1 and int(row.sum()) == int((codes[0] == some[0]).sum())
-               for some, row in zip(hidden, masked, strict=True))  # fmt: skip
+    assert all(
+        len(some) == 1 and int(row.sum()) == int((codes[0] == some[0]).sum())
+        for some, row in zip(hidden, masked, strict=True)
+    )
     shares = [sum(some == [code] for some in hidden) / 3_000 for code in (3, 7, 1)]
     assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
 
@@ -124,9 +126,19 @@ def test_what_needs_a_dictionary_says_so():
 
 
 def few(**overrides: object):
-    small = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0,
-             "train.images": 4, "train.log_every": 2, "fusion.width": 32, "fusion.heads": 2, "fusion.layers": 1,
-             "fusion.feed_forward": 64, "visual.dictionary": 16}  # fmt: skip
+    small = {
+        "data.scenes.images": 60,
+        "data.scenes.val": 20,
+        "data.scenes.test": 10,
+        "data.workers": 0,
+        "train.images": 4,
+        "train.log_every": 2,
+        "fusion.width": 32,
+        "fusion.heads": 2,
+        "fusion.layers": 1,
+        "fusion.feed_forward": 64,
+        "visual.dictionary": 16,
+    }
     return pretrain_settings(visual="grid", init_visual="", steps=4, checkpoint_every=2, overrides=small | overrides)
 
 

@@ -16,9 +16,13 @@ SETTINGS = FusionSettings(layers=3, width=48, heads=4, feed_forward=96, position
 def test_text_alone_equals_bert():
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=50, hidden_size=48, num_hidden_layers=5, num_attention_heads=4,
-        intermediate_size=96, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+    )
     bert = BertModel(config, add_pooling_layer=False).eval()
     fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()
     first = {

@@ -30,9 +30,14 @@ def timm_twin(visual) -> tuple[SwinTransformer, list[torch.Tensor]]:
     """timm's own network with the same weights, all blocks unfused; the softmax outputs it makes."""
     settings = visual.settings
     twin = SwinTransformer(
-        img_size=settings.image_px, patch_size=4, embed_dim=settings.width, depths=settings.depths,
-        num_heads=settings.heads, window_size=settings.window, num_classes=0,
-    ).eval()  # fmt: skip
+        img_size=settings.image_px,
+        patch_size=4,
+        embed_dim=settings.width,
+        depths=settings.depths,
+        num_heads=settings.heads,
+        window_size=settings.window,
+        num_classes=0,
+    ).eval()
     twin.load_state_dict(visual.network.state_dict())
     made: list[torch.Tensor] = []
     last = twin.layers[-1].blocks[-1].attn
@@ -106,9 +111,12 @@ def test_scatter_drops_padding():
 
 @pytest.mark.parametrize(
     "name, parameters, multiply_adds, bare_parameters",
-    [("resnet50", 25.6e6, 4.1e9, 23.5e6), ("resnet101", 44.5e6, 7.8e9, 42.5e6),
-     ("swin_tiny_patch4_window7_224", 28.0e6, 4.5e9, 27.5e6)],
-)  # fmt: skip
+    [
+        ("resnet50", 25.6e6, 4.1e9, 23.5e6),
+        ("resnet101", 44.5e6, 7.8e9, 42.5e6),
+        ("swin_tiny_patch4_window7_224", 28.0e6, 4.5e9, 27.5e6),
+    ],
+)
 def test_table_5_parameters_and_flops(name, parameters, multiply_adds, bare_parameters):
     network = timm.create_model(name, pretrained=False).eval()
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0.02)
@@ -142,12 +150,18 @@ def test_wrong_image_size_names_both():
         build_visual(VisualSettings())(images(2, 64))
 
 
-@pytest.mark.parametrize("backbone, stride, message",
-    [("resnet5000", 16, r"Unknown model.*did you mean 'resnet50\w*'"), ("resnet10t", 12, "no such stride"),
-     ("vgg11", 16, "no such stride"), ("efficientnet_b0", 12, r"map of \[3, 3\]"),
-     ("densenet121", 16, "'output_stride'"), ("vit_tiny_patch16_224", 16, "'output_stride'"),
-     ("vit_tiny_patch16_224", 32, "Input height")],
-)  # fmt: skip
+@pytest.mark.parametrize(
+    "backbone, stride, message",
+    [
+        ("resnet5000", 16, r"Unknown model.*did you mean 'resnet50\w*'"),
+        ("resnet10t", 12, "no such stride"),
+        ("vgg11", 16, "no such stride"),
+        ("efficientnet_b0", 12, r"map of \[3, 3\]"),
+        ("densenet121", 16, "'output_stride'"),
+        ("vit_tiny_patch16_224", 16, "'output_stride'"),
+        ("vit_tiny_patch16_224", 32, "Input height"),
+    ],
+)
 def test_what_is_no_grid_of_a_cnn_is_refused(backbone, stride, message):
     settings = VisualSettings(family="grid", backbone=backbone, stride=stride, image_px=96)
     wanted = f"visual.backbone '{backbone}', visual.stride {stride}: .*{message}.*a CNN with `output_stride`"

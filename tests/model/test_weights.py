@@ -103,8 +103,9 @@ def test_weights_of_a_cnn_do_not_start_patches():
         start_visual(build_visual(VisualSettings(family="patch")), "efficientnet-lite0", preset="tiny")
 
 
-@pytest.mark.parametrize("backbone, kind, depths", [("resnet18", "basic", [2, 2, 2, 2]),
-                                                    ("resnet26", "bottleneck", [2, 2, 2, 2])])  # fmt: skip
+@pytest.mark.parametrize(
+    "backbone, kind, depths", [("resnet18", "basic", [2, 2, 2, 2]), ("resnet26", "bottleneck", [2, 2, 2, 2])]
+)
 def test_hugging_faces_resnet_gives_its_features(tmp_path, backbone, kind, depths):
     torch.manual_seed(0)
     widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
@@ -193,8 +194,17 @@ def test_file_of_another_model_is_refused():
 
 
 def bert(folder, **sizes):
-    config = BertConfig(**{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
-                           "intermediate_size": 64, "max_position_embeddings": 64} | sizes)  # fmt: skip
+    config = BertConfig(
+        **{
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        }
+        | sizes
+    )
     model = BertModel(config)
     model.save_pretrained(folder)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(35))]
@@ -209,8 +219,10 @@ def test_fusion_takes_the_first_layers_of_a_bert(tmp_path):
     report = start_text(fusion, str(tmp_path))
     assert not report.missing and any(name.startswith("pooler") for name in report.unexpected)
     for layer in range(2):
-        torch.testing.assert_close(fusion.bert.encoder.layer[layer].attention.self.query.weight,
-                                   donor.encoder.layer[layer].attention.self.query.weight)  # fmt: skip
+        torch.testing.assert_close(
+            fusion.bert.encoder.layer[layer].attention.self.query.weight,
+            donor.encoder.layer[layer].attention.self.query.weight,
+        )
 
 
 def test_a_bert_with_its_heads_of_pretraining_starts_a_fusion_too(tmp_path):
@@ -256,8 +268,14 @@ def test_a_bert_that_lacks_a_layer_is_refused(tmp_path):
 
 
 def test_models_that_are_no_bert_are_refused(tmp_path):
-    config = ElectraConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                           intermediate_size=64, max_position_embeddings=64)  # fmt: skip
+    config = ElectraConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     ElectraModel(config).save_pretrained(tmp_path)
     for read in (bert_tokenizer, lambda folder: start_text(small_fusion(), folder)):
         with pytest.raises(CheckpointError, match="a model of kind 'electra'; only a BERT's layers fit"):
@@ -325,8 +343,11 @@ def centre_crop(pixels: np.ndarray) -> torch.Tensor:
 
 @needs_weights
 def test_efficientnet_lite0_recognises_dogs(real_data):
-    pictures = [p for p in read_pictures(real_data / "flickr1k")
-                if all(re.search(r"\bdogs?\b", text.lower()) for text in p.captions)][:100]  # fmt: skip
+    pictures = [
+        p
+        for p in read_pictures(real_data / "flickr1k")
+        if all(re.search(r"\bdogs?\b", text.lower()) for text in p.captions)
+    ][:100]
     assert len(pictures) == 100
     right = dog_share("tf_efficientnet_lite0", [0.5] * 3, [0.5] * 3, pictures)
     wrong = dog_share("efficientnet_lite0", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], pictures)

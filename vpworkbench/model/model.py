@@ -197,7 +197,7 @@ class VisualParsingModel(nn.Module):
         Parameters
         ----------
         dtype
-            Of the saved weights, such as `torch.float16` for a file of half the size; loading widens them again.
+            Type of the saved weights, such as `torch.float16` for a file of half the size; loading widens them again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The visual families as values: what settings must know of one before its network is imported.
+"""The visual families as values: what the settings need to know about each before its network is imported.
 
-A fifth takes one class and one line: `FAMILIES["mine"] = Family(MyClass, step=lambda visual: visual.stride)`.
+A new family is one class and one line: `FAMILIES["mine"] = Family(MyClass, step=lambda visual: visual.stride)`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ class Family:
     Attributes
     ----------
     network : class or str
-        Called with the `VisualSettings`, gives a module that maps a batch of images to `VisualTokens`, with these as
-        `settings` and `width`, the channels of a token; as `module:class` it is imported where a model is built, not
-        where settings are read.
+        Takes the `VisualSettings` and returns a module that maps a batch of images to `VisualTokens`, with attributes
+        `settings` and `width` (channels of a token). `module:class` is imported when a model is built, not before.
     step : callable or None
-        Pixels from one token to the next, by the settings; None for tokens on no grid: they are `visual.regions` at
-        most, and come with boxes, which the fusion embeds and the explorer draws (0 0 1 1 for one without a place).
+        Pixels from one token to the next, by the settings. None for tokens without a grid: there are at most
+        `visual.regions` of them, each with a box that the fusion embeds and the explorer draws (0 0 1 1: anywhere).
     pixels : bool
-        Whether it reads images, and then gives as many tokens of each; else the features of `visual.region_files`.
+        True if it reads images, False if it reads the features in `visual.region_files`.
     parsing : bool
-        Whether its tokens come with a parsing attention, which attention masks need.
+        True if its tokens come with a parsing attention, which attention masks need.
     dictionary : bool
-        Whether it can put the codes of a visual dictionary (`visual.dictionary`) in the place of its tokens.
+        True if codes of a visual dictionary (`visual.dictionary`) can replace its tokens.
     """
 
     network: Callable[[Any], Any] | str
@@ -40,23 +39,23 @@ class Family:
 
     @property
     def on_grid(self) -> bool:
-        """Whether its tokens are the squares of an image."""
+        """True if its tokens are the squares of an image."""
         return self.step is not None
 
     def build(self, settings: Any) -> Any:
-        """The network with random weights; nothing is fetched."""
+        """The network with random weights; nothing is downloaded."""
         if isinstance(self.network, str):
             module, name = self.network.split(":")
             return getattr(import_module(module), name)(settings)
         return self.network(settings)
 
 
+def _swin_step(visual: Any) -> int:
+    return visual.patch_px * 2 ** (len(visual.depths) - 1)
+
+
 FAMILIES: dict[str, Family] = {
-    "swin": Family(
-        "vpworkbench.model.swin:SwinParser",
-        step=lambda visual: visual.patch_px * 2 ** (len(visual.depths) - 1),
-        parsing=True,
-    ),
+    "swin": Family("vpworkbench.model.swin:SwinParser", step=_swin_step, parsing=True),
     "grid": Family("vpworkbench.model.grid:GridFeatures", step=lambda visual: visual.stride, dictionary=True),
     "patch": Family("vpworkbench.model.visual:PatchProjection", step=lambda visual: visual.stride),
     "regions": Family("vpworkbench.model.visual:RegionFeatures", step=None, pixels=False),
