@@ -231,6 +231,47 @@ def test_schedule_warms_up_and_decays_at_25_and_35_of_40():
     assert factors == pytest.approx([1 / 500, 0.5, 1, 1, 0.1, 0.1, 0.01])
 
 
+def recorded_steps(scenes, monkeypatch, name: str, **optim) -> list[tuple[list[dict], list[list[torch.Tensor]]]]:
+    """A fit of twelve steps: for each step the groups of the optimiser, and the gradients, as AdamW gets them."""
+    steps, update = [], torch.optim.AdamW.step
+
+    def step(self, *arguments, **options):
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        gradients = [[p.grad.clone() for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        steps.append((groups, gradients))
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    chosen = settings().with_overrides({"train.steps": 12} | {f"optim.{key}": value for key, value in optim.items()})
+    run, model = open_run("01_pretrain", chosen, name=name), narrow_model(scenes)
+    batches = group_batches(scenes, model, chosen.data, images=2, seed=0)
+    fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
+    assert len(steps) == 12
+    return steps
+
+
+def test_every_step_has_the_rate_of_the_schedule(scenes, monkeypatch):
+    """Three steps of warm-up, a tenth from half of the run, a hundredth from three quarters; written out."""
+    factors = [1 / 3, 2 / 3, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]
+    rates = {"lr_visual": 3e-5, "lr_fusion": 2e-4, "warmup": 3, "decay": 0.1, "decay_at": (0.5, 0.75)}
+    steps = recorded_steps(scenes, monkeypatch, "rates", **rates)
+    for factor, (groups, _) in zip(factors, steps, strict=True):
+        assert sorted({group["lr"] for group in groups}) == pytest.approx([3e-5 * factor, 2e-4 * factor])
+
+
+def test_gradients_are_clipped_to_the_norm(scenes, monkeypatch):
+    """Over all parameters together; gradients of a smaller norm are left as they are."""
+
+    def norms(name: str, clip: float) -> list[float]:
+        steps = recorded_steps(scenes, monkeypatch, name, clip=clip)
+        return [
+            torch.stack([g.square().sum() for group in grads for g in group]).sum().sqrt().item() for _, grads in steps
+        ]
+
+    assert norms("clipped", 1e-3) == pytest.approx([1e-3] * 12, rel=1e-3)
+    assert min(norms("free", 1e6)) > 0.1
+
+
 def test_decay_leaves_out_biases_norms_and_position_tables(model):
     groups = build_optimiser(model, OptimSettings()).param_groups
     rates = {(group["rate"], group["weight_decay"]) for group in groups}
