@@ -305,5 +305,13 @@ def test_what_a_worker_cannot_read_is_named(scenes_folder, tmp_path):
     chosen, model = settings(), narrow_model(scenes)
     batches = group_batches(broken, model, chosen.data, images=8, seed=0)
     with pytest.raises(DataError, match=r"\A\S*cut/\S+\.(png|jpg): cannot be decoded \(.*\); restore it[^\n]*\Z"):
-        fit(model, Pretraining(chosen), batches, open_run("01_pretrain", chosen, name="broken"), optim=chosen.optim,
-            train=chosen.train, seed=0, workers=1)  # fmt: skip
+        fit(
+            model,
+            Pretraining(chosen),
+            batches,
+            open_run("01_pretrain", chosen, name="broken"),
+            optim=chosen.optim,
+            train=chosen.train,
+            seed=0,
+            workers=1,
+        )

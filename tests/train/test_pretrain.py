@@ -45,11 +45,17 @@ def few(**parameters):
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"masking": "none"}, {"masking": "random"}, {"masking": "attention"}, {"visual": "grid", "init_visual": ""},
-     {"visual": "patch", "init_visual": ""}, {"overrides": {"mask.where": "pixels"}},
-     {"overrides": {"data.grouped": False}},
-     {"overrides": {"loss.vla": 0.0, "mask.select": "symmetric", "fusion.visual_type": True}}],
-)  # fmt: skip
+    [
+        {"masking": "none"},
+        {"masking": "random"},
+        {"masking": "attention"},
+        {"visual": "grid", "init_visual": ""},
+        {"visual": "patch", "init_visual": ""},
+        {"overrides": {"mask.where": "pixels"}},
+        {"overrides": {"data.grouped": False}},
+        {"overrides": {"loss.vla": 0.0, "mask.select": "symmetric", "fusion.visual_type": True}},
+    ],
+)
 def test_trains_and_is_probed(parameters):
     settings = few(**parameters)
     run, prepared = open_run("01_pretrain", settings), prepare(settings)
@@ -183,8 +189,13 @@ def test_batch_norm_of_weights_that_were_taken_over_stays_frozen(tmp_path):
     assert scratch.train().visual.network.bn1.training and not scratch.visual.settings.frozen_norm
 
 
-@pytest.mark.parametrize("make", [lambda given: prepare(pretrain_settings(init_visual="", **given)),
-                                  lambda given: train_visual(None, visual_init_settings(**given))])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda given: prepare(pretrain_settings(init_visual="", **given)),
+        lambda given: train_visual(None, visual_init_settings(**given)),
+    ],
+)
 def test_a_wrong_backbone_is_told_before_scenes_are_drawn(tmp_path, monkeypatch, make):
     monkeypatch.setenv("VPW_CACHE", str(tmp_path))
     with pytest.raises(SettingsError, match="visual.backbone 'resnet5000'.*did you mean"):

@@ -20,12 +20,26 @@ from vpworkbench.train.engine import accumulate_gradients, fit
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.processes import join
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
+# accelerate needs --multi_gpu, as it starts one process on CPUs without MPI; ours stay on CPUs all the same
+ACCELERATE = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+LAUNCHERS = {
+    "train.processes": [],
+    "torchrun": "-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+    "accelerate launch": f"-m accelerate.commands.launch {ACCELERATE} --main_process_port 0".split(),
+}
 
 
 def settings(**changes):
-    few = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0, "train.images": 8, "train.accumulate": 4,
-           "train.log_every": 2, "optim.warmup": 2}  # fmt: skip
+    few = {
+        "visual.width": 32,
+        "visual.heads": (2, 4),
+        "data.workers": 0,
+        "train.images": 8,
+        "train.accumulate": 4,
+        "train.log_every": 2,
+        "optim.warmup": 2,
+    }
     return pretrain_settings(steps=6, init_visual="", overrides=few | changes)
 
 
@@ -94,9 +108,8 @@ def test_two_processes_are_as_one(scenes, scenes_folder, tmp_path, monkeypatch):
         train(scenes, steps=3)
     code = "import sys, pathlib, test_processes; test_processes.launched(pathlib.Path(sys.argv[1]))"
     (tmp_path / "job.py").write_text(code)
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(tmp_path / "job.py"), str(tmp_path)]  # fmt: skip
+    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "train")))
+    command = [sys.executable, *LAUNCHERS["torchrun"], str(tmp_path / "job.py"), str(tmp_path)]
     environment = os.environ | {"TEST_SCENES": str(scenes_folder), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[:6000]
@@ -147,30 +160,19 @@ def test_processes_must_divide_a_step_and_do_not_name_a_run():
     assert two.model_dump(mode="json") == settings().model_dump(mode="json")
 
 
-LAUNCHERS = {
-    "train.processes": [],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    # --multi_gpu, for accelerate starts one process on CPUs without MPI; ours stay on CPUs all the same
-    "accelerate launch": [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-    ],
-}  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_vpw_train_in_two_processes_by_every_launcher(scenes_folder, tmp_path, launcher):
     """The first as the notebook does it."""
-    few = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20,
-           "data.scenes.test": 10, "train.device": "cpu"}  # fmt: skip
+    few = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0}
+    few |= {"train.images": 4, "train.device": "cpu"}
     if launcher == "train.processes":
         few |= {"train.processes": 2}
-    command = [sys.executable, *LAUNCHERS[launcher], "-m", "vpworkbench.cli", "train", "01_pretrain", "--name", "a",
-               "-p", "steps=2", "-p", f"overrides={json.dumps(few)}"]  # fmt: skip
+    train_run = "-m vpworkbench.cli train 01_pretrain --name a -p steps=2 -p".split()
+    command = [sys.executable, *LAUNCHERS[launcher], *train_run, f"overrides={json.dumps(few)}"]
     environment = os.environ | {"VPW_RUNS": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[:6000]
     assert json.loads((tmp_path / "01_pretrain/a/checkpoint/progress.json").read_text()) == {"step": 2}
-    told = 3 if launcher == "train.processes" else 2  # each process names the folder, and the one that started them
-    assert done.stdout.count(str(tmp_path / "01_pretrain" / "a")) == told
+    named = 3 if launcher == "train.processes" else 2  # each process names the folder, and the one that started them
+    assert done.stdout.count(str(tmp_path / "01_pretrain" / "a")) == named

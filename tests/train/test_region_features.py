@@ -115,8 +115,10 @@ def test_regions_are_for_models_that_read_them(regions, tmp_path, caplog):
     assert subjects.load(str(run), regions=str(tmp_path / "moved")).model.settings.visual.region_files == str(
         tmp_path / "moved"
     )
-    for opened in (lambda: subjects.load("", regions=str(regions)),
-                   lambda: subjects.load_all(["", ""], regions=str(regions))):  # fmt: skip
+    for opened in (
+        lambda: subjects.load("", regions=str(regions)),
+        lambda: subjects.load_all(["", ""], regions=str(regions)),
+    ):
         with pytest.raises(SettingsError, match="^regions: .* pixels; leave it empty"):
             opened()
     write_regions(tmp_path / "wide" / "1.npz", np.zeros((1, 24)), np.array([[0, 0, 5, 5]]), (9, 9))
@@ -204,8 +206,13 @@ def test_a_crop_shows_its_box_and_a_little_around_it(scenes):
 
 
 def test_boxes_of_nlvr1_are_in_the_order_of_the_file():
-    boxes = read_boxes([[{"type": "square", "color": "Black", "x_loc": 10, "y_loc": 20, "size": 30}],
-                        [{"type": "circle", "color": "Black", "x_loc": 90, "y_loc": 0, "size": 20}], []])  # fmt: skip
+    boxes = read_boxes(
+        [
+            [{"type": "square", "color": "Black", "x_loc": 10, "y_loc": 20, "size": 30}],
+            [{"type": "circle", "color": "Black", "x_loc": 90, "y_loc": 0, "size": 20}],
+            [],
+        ]
+    )
     assert drawn_at(boxes, 0) == [(10, 20, 40, 50), (240, 0, 250, 20)]  # cut at the wall
     assert drawn_at(boxes, 3) == [(90, 0, 100, 20), (310, 20, 340, 50)]  # boxes 1, 2, 0
 

@@ -79,8 +79,9 @@ class Oracle(LabelNetwork):
 def test_accuracy_leaves_out_the_background(scenes):
     labels = read(scenes[:8]).labels
     assert label_accuracy(Oracle(labels), scenes[:8], read, unscored=BACKGROUND) == {
-        "colour_accuracy": 1.0, "shape_accuracy": 0.0,
-    }  # fmt: skip
+        "colour_accuracy": 1.0,
+        "shape_accuracy": 0.0,
+    }
     share = (labels[..., 1] == BACKGROUND).double().mean().item()
     assert label_accuracy(Oracle(labels), scenes[:8], read)["shape_accuracy"] == pytest.approx(share)
 

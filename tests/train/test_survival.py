@@ -30,8 +30,14 @@ FRESH.set_forkserver_preload(["vpworkbench.train.pretrain", "vpworkbench.train.e
 
 
 def settings(steps: int = 8, **changes):
-    few = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0, "train.images": 4, "train.log_every": 3,
-           "optim.warmup": 2}  # fmt: skip
+    few = {
+        "visual.width": 32,
+        "visual.heads": (2, 4),
+        "data.workers": 0,
+        "train.images": 4,
+        "train.log_every": 3,
+        "optim.warmup": 2,
+    }
     return pretrain_settings(steps=steps, init_visual="", overrides=few | changes)
 
 
@@ -45,8 +51,9 @@ def train(scenes_folder, root, chosen, name="a", memory_mib=0, kind=GroupBatches
     batches = group_batches(scenes, model, chosen.data, images=chosen.train.images, seed=0)
     batches.__class__ = kind
     if memory_mib:  # beyond what one image takes, with all that torch reserves once
-        accumulate_gradients(model, Pretraining(chosen), batches[0].micro_batches(chosen.train.images)[0], 1,
-                             contextlib.nullcontext)  # fmt: skip
+        accumulate_gradients(
+            model, Pretraining(chosen), batches[0].micro_batches(chosen.train.images)[0], 1, contextlib.nullcontext
+        )
         model.zero_grad()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_mib * 2**20,) * 2)
@@ -183,8 +190,13 @@ def run_of(scenes, name, probe=None, batches=None, optim=None, **changes):
 @pytest.mark.usefixtures("runs_folder")
 def test_the_last_and_the_best_are_kept(scenes):
     losses = iter([3.0, 1.0, 2.0])
-    changes = {"train.checkpoint_every": 2, "train.keep_last": 3, "train.log_every": 2, "train.probe_every": 2,
-               "train.keep_best": True}  # fmt: skip
+    changes = {
+        "train.checkpoint_every": 2,
+        "train.keep_last": 3,
+        "train.log_every": 2,
+        "train.probe_every": 2,
+        "train.keep_best": True,
+    }
     run = run_of(scenes, "kept", lambda model: {"held_out_loss": next(losses), "flow": 0.5}, steps=6, **changes)
     folder = run.folder / "checkpoint"
     assert sorted(path.name for path in folder.glob("*-*")) == ["best-000004", "step-000002", "step-000004"]

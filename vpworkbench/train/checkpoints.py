@@ -122,7 +122,7 @@ class Checkpoints:
             ) from error
 
     def _found(self, kind: str) -> list[Path]:
-        """`step-*` or `best-*`, oldest first; copies under other names, such as `step-old`, are left alone."""
+        """`step-*` or `best-*`, oldest first; ignores copies under other names, such as `step-old`."""
         numbers = {folder: folder.name.partition("-")[2] for folder in self.folder.glob(f"{kind}-*")}
         return sorted((folder for folder, number in numbers.items() if number.isdecimal()), key=_number)
 

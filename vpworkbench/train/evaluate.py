@@ -28,7 +28,7 @@ class HeldOut(NamedTuple):
     itm_accuracy : Interval
         Share of right match / no match decisions, on equal numbers of both; chance 0.5.
     itm_other_image : Interval
-        The same texts and labels with another image: above 0.5, the words alone give the label away.
+        The same texts and labels with another image: above 0.5, the label can be read off the text.
     mlm_with_image, mlm_other_image : Interval
         Share of single hidden words that are predicted right, with the image and with another one.
     mlm_ratio : Interval
