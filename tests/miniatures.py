@@ -56,9 +56,14 @@ def karpathy(folder: Path, record: Change = None) -> Path:
         raw = f"A dog  runs {number} ."
         sentence = {"raw": raw, "tokens": raw.lower().split(), "imgid": number, "sentid": number}
         images.append(
-            {"filename": f"10{number}.jpg", "imgid": number, "split": split, "sentids": [number],
-             "sentences": [sentence]}
-        )  # fmt: skip
+            {
+                "filename": f"10{number}.jpg",
+                "imgid": number,
+                "split": split,
+                "sentids": [number],
+                "sentences": [sentence],
+            }
+        )
     images[1] = changed(images[1], record)
     return written(folder / "dataset_mine.json", {"images": images, "dataset": "flickr30k"})
 
@@ -70,10 +75,17 @@ def coco(folder: Path, *, image: Change = None, caption: Change = None, subset: 
         name = f"COCO_{subset}_{number:012d}.jpg" if subset.endswith("2014") else f"{number:012d}.jpg"
         picture(folder / subset / name, (number, 80, 0))
         images.append(
-            {"license": 5, "file_name": name, "coco_url": f"http://mscoco.org/images/{number}", "height": 4, "width": 6,
-             "date_captured": "2013-11-14 16:28:13", "id": number,
-             "flickr_url": f"http://farm4.staticflickr.com/3153/70{number}_164f0c0b83_z.jpg"}
-        )  # fmt: skip
+            {
+                "license": 5,
+                "file_name": name,
+                "coco_url": f"http://mscoco.org/images/{number}",
+                "height": 4,
+                "width": 6,
+                "date_captured": "2013-11-14 16:28:13",
+                "id": number,
+                "flickr_url": f"http://farm4.staticflickr.com/3153/70{number}_164f0c0b83_z.jpg",
+            }
+        )
         captions += [
             {"image_id": number, "id": 10 * number + k, "caption": f"A very clean  bathroom {number} {k}.\n"}
             for k in (0, 1)
@@ -89,10 +101,17 @@ def visual_genome(folder: Path, *, image: Change = None, region: Change = None, 
     for number, place in ((1, "VG_100K_2"), (2, "VG_100K")):
         picture(folder / place / f"{number}.jpg", (number, 0, 70))
         regions = [
-            {"region_id": 1380 + 10 * number + k, "width": 82, "height": 139, "image_id": number, "x": 421, "y": 57,
-             "phrase": phrase}
+            {
+                "region_id": 1380 + 10 * number + k,
+                "width": 82,
+                "height": 139,
+                "image_id": number,
+                "x": 421,
+                "y": 57,
+                "phrase": phrase,
+            }
             for k, phrase in enumerate((f"the clock  is {number}", "a man", "a man"))
-        ]  # fmt: skip
+        ]
         images.append({"regions": regions, "id": number})
         url = f"https://cs.stanford.edu/people/rak248/{place}/{number}.jpg"
         known.append({"width": 6, "url": url, "height": 4, "image_id": number, "coco_id": None, "flickr_id": None})
@@ -105,10 +124,13 @@ def visual_genome(folder: Path, *, image: Change = None, region: Change = None, 
 
 
 NLVR1 = {
-    "sentence": "There is a black  circle", "label": "true", "identifier": "7-0", "directory": "2",
+    "sentence": "There is a black  circle",
+    "label": "true",
+    "identifier": "7-0",
+    "directory": "2",
     "evals": {"r0": "true"},
     "structured_rep": [[{"y_loc": 10, "type": "circle", "color": "Black", "x_loc": 10, "size": 20}], [], []],
-}  # fmt: skip
+}
 
 
 def nlvr1(folder: Path, record: Change = None) -> Path:
@@ -128,11 +150,23 @@ def vqa(folder: Path, *, question: Change = None, answer: Change = None, subset:
     ten = [{"answer": "down", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
     one = [{"answer": "yes", "answer_confidence": "maybe", "answer_id": 1}]
     told = [
-        {"question_type": "where is", "multiple_choice_answer": "down", "answers": ten, "image_id": 262148,
-         "answer_type": "other", "question_id": 262148000},
-        {"question_type": "is he", "multiple_choice_answer": "yes", "answers": one, "image_id": 262148,
-         "answer_type": "yes/no", "question_id": 262148001},
-    ]  # fmt: skip
+        {
+            "question_type": "where is",
+            "multiple_choice_answer": "down",
+            "answers": ten,
+            "image_id": 262148,
+            "answer_type": "other",
+            "question_id": 262148000,
+        },
+        {
+            "question_type": "is he",
+            "multiple_choice_answer": "yes",
+            "answers": one,
+            "image_id": 262148,
+            "answer_type": "yes/no",
+            "question_id": 262148001,
+        },
+    ]
     header = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": subset}
     told[1] = changed(told[1], answer)
     written(folder / f"v2_mscoco_{subset}_annotations.json", header | {"annotations": told})
@@ -141,10 +175,17 @@ def vqa(folder: Path, *, question: Change = None, answer: Change = None, subset:
 
 
 NLVR2 = {
-    "validation": {"7": "True"}, "sentence": "The left image  has two dogs.", "left_url": "http://a/b.jpg",
-    "writer": 3, "label": "True", "right_url": "http://a/c.jpg", "synset": "dog", "query": "dogs",
-    "identifier": "dev-850-0-0", "extra_validations": {},
-}  # fmt: skip
+    "validation": {"7": "True"},
+    "sentence": "The left image  has two dogs.",
+    "left_url": "http://a/b.jpg",
+    "writer": 3,
+    "label": "True",
+    "right_url": "http://a/c.jpg",
+    "synset": "dog",
+    "query": "dogs",
+    "identifier": "dev-850-0-0",
+    "extra_validations": {},
+}
 
 
 def nlvr2(folder: Path, record: Change = None) -> Path:
@@ -155,10 +196,14 @@ def nlvr2(folder: Path, record: Change = None) -> Path:
 
 
 SNLI_VE = {
-    "Flickr30K_ID": "3416050480", "annotator_labels": ["neutral", "entailment"], "captionID": "3416050480.jpg#4",
-    "gold_label": "neutral", "pairID": "3416050480.jpg#4r1n", "sentence1": "A person on a horse.",
+    "Flickr30K_ID": "3416050480",
+    "annotator_labels": ["neutral", "entailment"],
+    "captionID": "3416050480.jpg#4",
+    "gold_label": "neutral",
+    "pairID": "3416050480.jpg#4r1n",
+    "sentence1": "A person on a horse.",
     "sentence2": "A person  is training his horse.",
-}  # fmt: skip
+}
 
 
 def snli_ve(folder: Path, record: Change = None) -> Path:

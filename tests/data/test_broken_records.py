@@ -165,11 +165,14 @@ def test_a_broken_record_is_named_with_its_file(tmp_path, name, changes, message
 
 
 LOST = {
-    "karpathy": {"record": {"filename": "gone.jpg"}}, "coco": {"image": {"file_name": "gone.jpg"}},
-    "vg": {"image": {"id": 7, "regions": []}}, "nlvr1": {"record": {"identifier": "gone"}},
-    "vqa": {"question": {"image_id": 7}, "answer": {"image_id": 7}}, "nlvr2": {"record": {"identifier": "gone-8-0-0"}},
+    "karpathy": {"record": {"filename": "gone.jpg"}},
+    "coco": {"image": {"file_name": "gone.jpg"}},
+    "vg": {"image": {"id": 7, "regions": []}},
+    "nlvr1": {"record": {"identifier": "gone"}},
+    "vqa": {"question": {"image_id": 7}, "answer": {"image_id": 7}},
+    "nlvr2": {"record": {"identifier": "gone-8-0-0"}},
     "snli-ve": {"record": {"Flickr30K_ID": "9"}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -23,9 +23,10 @@ def test_karpathy(tmp_path):
     path = karpathy(tmp_path)
     pictures = read_pictures(path)
     assert told(pictures) == {
-        "100.jpg": ("train", ("A dog runs 0 .",)), "101.jpg": ("val", ("A dog runs 1 .",)),
+        "100.jpg": ("train", ("A dog runs 0 .",)),
+        "101.jpg": ("val", ("A dog runs 1 .",)),
         "102.jpg": ("train", ("A dog runs 2 .",)),
-    }  # fmt: skip
+    }
     assert pictures[2].image.pixels().shape == (4, 6, 3) and pictures[0].scene is None
     assert pictures[0].origins == {"flickr:100"}
     assert told(read_pictures(tmp_path)) == told(pictures)
@@ -42,8 +43,15 @@ def test_karpathys_captions_count_twice_where_they_are_searched(tmp_path):
 def test_karpathy_of_coco_has_its_ids_and_folders(tmp_path):
     for folder in ("train2014", "val2014"):  # the same name in both, as in no release: `filepath` decides
         picture(tmp_path / folder / "COCO_val2014_000000000042.jpg", (len(folder), 0, 0))
-    record = {"filepath": "val2014", "sentids": [1], "filename": "COCO_val2014_000000000042.jpg", "imgid": 0,
-              "split": "restval", "sentences": [{"raw": "x"}], "cocoid": 42}  # fmt: skip
+    record = {
+        "filepath": "val2014",
+        "sentids": [1],
+        "filename": "COCO_val2014_000000000042.jpg",
+        "imgid": 0,
+        "split": "restval",
+        "sentences": [{"raw": "x"}],
+        "cocoid": 42,
+    }
     (only,) = read_pictures(written(tmp_path / "dataset_coco.json", {"images": [record], "dataset": "coco"}))
     assert (only.split, only.origins) == ("train", {"coco:42"})
     assert only.image.folder.name == "val2014"
@@ -155,17 +163,17 @@ def test_own_tables_by_the_split_in_their_names(tmp_path):
     for split in ("train", "validation"):
         picture(tmp_path / f"{split}.png")
         (tmp_path / f"{split}.csv").write_text(f"image,text\n{split}.png,a b c\n")
-    assert told(read_pictures(tmp_path)) == {
-        "train.png": ("train", ("a b c",)), "validation.png": ("val", ("a b c",)),
-    }  # fmt: skip
+    assert told(read_pictures(tmp_path)) == {"train.png": ("train", ("a b c",)), "validation.png": ("val", ("a b c",))}
 
 
 def test_an_image_in_two_splits_of_a_table_is_two_pictures(tmp_path):
     """The one that trains is dropped when sets are joined, as in every set."""
     pictures = read_pictures(table(tmp_path, {"split": "val"}))
     assert [(picture.id, picture.split) for picture in pictures] == [
-        ("photos/é 1.jpg", "train"), ("photos/é 1.jpg (val)", "val"), ("photos/2.jpg", "val")
-    ]  # fmt: skip
+        ("photos/é 1.jpg", "train"),
+        ("photos/é 1.jpg (val)", "val"),
+        ("photos/2.jpg", "val"),
+    ]
 
 
 def test_paths_that_are_no_set(tmp_path):

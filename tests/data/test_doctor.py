@@ -38,9 +38,17 @@ def test_generated_scenes_are_sound(scenes_folder):
 
 @pytest.mark.parametrize(
     "write, kind",
-    [(karpathy, "karpathy"), (coco, "coco"), (visual_genome, "vg"), (nlvr1, "nlvr1"), (vqa, "vqa"), (nlvr2, "nlvr2"),
-     (snli_ve, "snli-ve"), (table, "table (captions)")],
-)  # fmt: skip
+    [
+        (karpathy, "karpathy"),
+        (coco, "coco"),
+        (visual_genome, "vg"),
+        (nlvr1, "nlvr1"),
+        (vqa, "vqa"),
+        (nlvr2, "nlvr2"),
+        (snli_ve, "snli-ve"),
+        (table, "table (captions)"),
+    ],
+)
 def test_every_format_by_its_file_and_by_its_folder(tmp_path, write, kind):
     path = write(tmp_path)
     for place in (path, tmp_path):
@@ -56,9 +64,13 @@ def test_every_format_by_its_file_and_by_its_folder(tmp_path, write, kind):
 
 @pytest.mark.parametrize(
     "rows, kind",
-    [(QUESTIONS, "table (vqa)"), (PAIRS, "table (nlvr2)"), (RELATIONS, "table (snli-ve)"),
-     ([{key: value for key, value in row.items() if key != "label"} for row in QUESTIONS], "table (captions)")],
-)  # fmt: skip
+    [
+        (QUESTIONS, "table (vqa)"),
+        (PAIRS, "table (nlvr2)"),
+        (RELATIONS, "table (snli-ve)"),
+        ([{key: value for key, value in row.items() if key != "label"} for row in QUESTIONS], "table (captions)"),
+    ],
+)
 def test_what_a_table_is_for_is_told_by_its_labels(tmp_path, rows, kind):
     assert list(diagnose(table(tmp_path, rows=rows)).tables) == [kind]
 
@@ -80,8 +92,16 @@ def test_all_faults_of_all_files_at_once(tmp_path):
     (tmp_path / "captions" / "dataset_cut.json").write_text('{"images": [')
     coco(tmp_path / "coco", caption={"image_id": 7})
     found = diagnose(tmp_path)
-    told = ["questions[1]: question", "is none of the questions", "line 2: label", "gone.jpg or gone.png missing",
-            "cannot be decoded", "leaves the image folder", "cut.json: not JSON", "image_id 7 is none"]  # fmt: skip
+    told = [
+        "questions[1]: question",
+        "is none of the questions",
+        "line 2: label",
+        "gone.jpg or gone.png missing",
+        "cannot be decoded",
+        "leaves the image folder",
+        "cut.json: not JSON",
+        "image_id 7 is none",
+    ]
     assert len(found.errors) == len(told)
     assert all(any(part in error for error in found.errors) for part in told)
     assert all(str(tmp_path) in error for error in found.errors)
@@ -106,7 +126,7 @@ def test_overlaps_duplicates_and_long_texts_are_warnings(tmp_path):
     assert found.warnings == [
         "karpathy: 1 texts of train are longer than 40 tokens and will be cut",
         "karpathy: 1 images are in train and in val",
-        "karpathy: 2 image files are copies of others",
+        "karpathy: 2 image files are copies of other files",
         "karpathy: 1 texts are said of the same image again",
     ]
 
@@ -140,8 +160,10 @@ def test_answers_out_of_vocabulary(tmp_path):
     picture(tmp_path / "1.jpg")
     picture(tmp_path / "2.jpg", (9, 0, 0))
     rows = [{"image": "1.jpg", "text": f"what {k}?", "label": "red", "split": "train"} for k in range(3)]
-    rows += [{"image": "2.jpg", "text": f"what {k}?", "label": label, "split": "val"}
-             for k, label in enumerate(("Red.", "blue"))]  # fmt: skip
+    rows += [
+        {"image": "2.jpg", "text": f"what {k}?", "label": label, "split": "val"}
+        for k, label in enumerate(("Red.", "blue"))
+    ]
     path = lines(tmp_path / "mine.jsonl", *rows)
     found = diagnose(path, answer_count=4)
     assert found.tables["table (vqa)"]["train"]["unanswerable"] == 0
@@ -205,9 +227,10 @@ def test_exit_codes_table_and_json(tmp_path, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1].endswith("sound, 0 errors, 0 warnings")
     assert [line.split() for line in shown[1:4]] == [
-        ["karpathy", "records", "images", "texts", "too", "long"], ["train", "2", "2", "2", "0"],
+        ["karpathy", "records", "images", "texts", "too", "long"],
+        ["train", "2", "2", "2", "0"],
         ["val", "1", "1", "1", "0"],
-    ]  # fmt: skip
+    ]
 
 
 def test_every_error_is_printed(tmp_path, capsys):

@@ -21,10 +21,15 @@ from vpworkbench.errors import DataError
 
 def test_formats_are_told_by_content_whatever_the_name(tmp_path):
     files = {
-        "karpathy": karpathy(tmp_path), "coco": coco(tmp_path), "vg": visual_genome(tmp_path), "vqa": vqa(tmp_path),
-        "nlvr2": nlvr2(tmp_path), "snli-ve": snli_ve(tmp_path), "table": table(tmp_path, kind="jsonl"),
+        "karpathy": karpathy(tmp_path),
+        "coco": coco(tmp_path),
+        "vg": visual_genome(tmp_path),
+        "vqa": vqa(tmp_path),
+        "nlvr2": nlvr2(tmp_path),
+        "snli-ve": snli_ve(tmp_path),
+        "table": table(tmp_path, kind="jsonl"),
         "vqa-answers": tmp_path / "v2_mscoco_val2014_annotations.json",
-    }  # fmt: skip
+    }
     for kind, file in files.items():
         renamed = file.rename(file.with_name(f"{kind}.renamed"))
         assert open_annotations(renamed, FORMATS).format.name == kind
@@ -48,10 +53,18 @@ def test_a_task_is_no_captioned_set_and_the_reverse(tmp_path):
 
 @pytest.mark.parametrize(
     "name, split",
-    [("captions_val2014.json", "val"), ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "test"), ("dev.json", "val"),
-     ("snli_ve_train.jsonl", "train"), ("test1.json", "test"), ("mine.csv", ""), ("retrain.csv", ""),
-     ("Validation.csv", "val"), ("trainval.json", "")],
-)  # fmt: skip
+    [
+        ("captions_val2014.json", "val"),
+        ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "test"),
+        ("dev.json", "val"),
+        ("snli_ve_train.jsonl", "train"),
+        ("test1.json", "test"),
+        ("mine.csv", ""),
+        ("retrain.csv", ""),
+        ("Validation.csv", "val"),
+        ("trainval.json", ""),
+    ],
+)
 def test_splits_by_the_name_of_a_file(tmp_path, name, split):
     assert split_named(tmp_path / name) == split
 
@@ -85,12 +98,19 @@ def test_byte_order_marks_and_line_ends_change_nothing(tmp_path, write, change):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(b"", "the file is empty"), (b" \n", "the file is empty"), (b"\xff\xfe{\0}\0", "cannot be read as UTF-8"),
-     (b'{"images": [', "not JSON .*file complete"), (b"<html>", "not JSON"), (b'{"a": 1, "a": 2}', "key 'a' twice"),
-     (b"[" * 5_000, "not JSON"), (b'{"images": [' + b"9" * 5_000 + b"]}", "not JSON .*digits"),
-     (b'[{"regions": [], "id": 1}] x', "more text after the end of its list"),
-     (b'[{"regions": [], "id": 1}', r"\[1\]: not JSON")],
-)  # fmt: skip
+    [
+        (b"", "the file is empty"),
+        (b" \n", "the file is empty"),
+        (b"\xff\xfe{\0}\0", "cannot be read as UTF-8"),
+        (b'{"images": [', "not JSON .*file complete"),
+        (b"<html>", "not JSON"),
+        (b'{"a": 1, "a": 2}', "key 'a' twice"),
+        (b"[" * 5_000, "not JSON"),
+        (b'{"images": [' + b"9" * 5_000 + b"]}", "not JSON .*digits"),
+        (b'[{"regions": [], "id": 1}] x', "more text after the end of its list"),
+        (b'[{"regions": [], "id": 1}', r"\[1\]: not JSON"),
+    ],
+)
 def test_files_that_are_no_json(tmp_path, content, message):
     (tmp_path / "dataset_x.json").write_bytes(content)
     picture(tmp_path / "1.jpg")
@@ -131,11 +151,16 @@ def test_cut_lines_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [('image,text\n1.jpg,"a', "line 2: not CSV .*correct the quotes"), ("image,text\n1.jpg,a,b\n", "line 2: 3 cells"),
-     ("image,text,text\n", "column 'text' twice"), ("image;text\n1.jpg;a\n", "its keys are image;text"),
-     ("image,text\n", "holds no record"), ("1.jpg,a\n2.jpg,b\n", "its keys are 1.jpg, a"),
-     ('image,text\n1.jpg,"a"b\n', "line 2: not CSV")],
-)  # fmt: skip
+    [
+        ('image,text\n1.jpg,"a', "line 2: not CSV .*correct the quotes"),
+        ("image,text\n1.jpg,a,b\n", "line 2: 3 cells"),
+        ("image,text,text\n", "column 'text' twice"),
+        ("image;text\n1.jpg;a\n", "its keys are image;text"),
+        ("image,text\n", "holds no record"),
+        ("1.jpg,a\n2.jpg,b\n", "its keys are 1.jpg, a"),
+        ('image,text\n1.jpg,"a"b\n', "line 2: not CSV"),
+    ],
+)
 def test_broken_csv(tmp_path, content, message):
     picture(tmp_path / "1.jpg")
     (tmp_path / "mine.csv").write_text(content)
@@ -218,11 +243,15 @@ def test_an_unpacked_zip_is_not_a_second_set(tmp_path):
     assert index.find("1.png").in_zip and index.places == [tmp_path / "images.zip"]
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda path: None, "no such folder or zip"), (lambda path: path.write_bytes(b"PK no"), "not a complete zip"),
-    (lambda path: path.mkdir(), "is a folder with the name of a zip"),
-    (lambda path: path.write_bytes(b""), "not a complete zip"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "no such folder or zip"),
+        (lambda path: path.write_bytes(b"PK no"), "not a complete zip"),
+        (lambda path: path.mkdir(), "is a folder with the name of a zip"),
+        (lambda path: path.write_bytes(b""), "not a complete zip"),
+    ],
+)
 def test_places_that_hold_no_images(tmp_path, make, message):
     make(tmp_path / "images.zip")
     with pytest.raises(DataError, match=f"images.zip: {message}"):
@@ -239,8 +268,10 @@ def test_no_images_beside(tmp_path):
 
 
 def test_images_of_other_sets_in_the_folder_above_are_not_taken(tmp_path):
-    path = written(tmp_path / "set" / "dataset_x.json", {"images": [
-        {"filename": "1.jpg", "split": "val", "sentences": [{"raw": "x"}]}]})  # fmt: skip
+    path = written(
+        tmp_path / "set" / "dataset_x.json",
+        {"images": [{"filename": "1.jpg", "split": "val", "sentences": [{"raw": "x"}]}]},
+    )
     picture(tmp_path / "other" / "1.jpg")
     picture(tmp_path / "set" / "images" / "2.jpg")
     with pytest.raises(DataError, match="image 1.jpg missing"):
@@ -256,12 +287,18 @@ def test_a_folder_without_rights(tmp_path):
 
 @pytest.mark.parametrize(
     "name, told, found",
-    [("train2014/COCO_train2014_000000000009.jpg", {}, {"coco:9"}), ("val2017/000000000139.jpg", {}, {"coco:139"}),
-     ("photos/000000000139.jpg", {}, set()), ("a.jpg", {"coco": 0}, {"coco:0"}),
-     ("a.jpg", {"flickr": "1000268201_693b08cb0e.jpg"}, {"flickr:1000268201"}), ("a.jpg", {"flickr": 7}, {"flickr:7"}),
-     ("a.jpg", {"flickr": "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg"}, {"flickr:8119368305"}),
-     ("a.jpg", {"flickr": "train-000001"}, set()), ("a.jpg", {"flickr": ""}, set())],
-)  # fmt: skip
+    [
+        ("train2014/COCO_train2014_000000000009.jpg", {}, {"coco:9"}),
+        ("val2017/000000000139.jpg", {}, {"coco:139"}),
+        ("photos/000000000139.jpg", {}, set()),
+        ("a.jpg", {"coco": 0}, {"coco:0"}),
+        ("a.jpg", {"flickr": "1000268201_693b08cb0e.jpg"}, {"flickr:1000268201"}),
+        ("a.jpg", {"flickr": 7}, {"flickr:7"}),
+        ("a.jpg", {"flickr": "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg"}, {"flickr:8119368305"}),
+        ("a.jpg", {"flickr": "train-000001"}, set()),
+        ("a.jpg", {"flickr": ""}, set()),
+    ],
+)
 def test_ids_that_sets_have_in_common(tmp_path, name, told, found):
     assert origins(ImageFile(tmp_path, name), **told) == found
     assert origins(ImageFile(tmp_path / f"{name.split('/')[0]}.zip", name.split("/")[-1]), **told) == found

@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, Field, StrictInt
 from vpworkbench.data import nlvr1
 from vpworkbench.data.files import SPLITS, read_list, remark, report_fault
 from vpworkbench.data.images import ImageFile, Places, origins
-from vpworkbench.data.readers import Annotations, Format, Text, convert, one_line, open_annotations
+from vpworkbench.data.readers import Annotations, Format, Text, convert, has_lists, one_line, open_annotations
 from vpworkbench.data.records import Picture
 from vpworkbench.data.tables import TABLE_TITLE, Row, is_table, read_rows, true_or_false
 from vpworkbench.errors import DataError
@@ -309,44 +309,24 @@ def pictures_of(rows: Iterable[Row]) -> Iterator[Picture]:
 # ------------------------------------------------------------------------------------------------- the formats
 
 
-def _lists(content: Any, *names: str) -> bool:
-    return all(isinstance(content.get(name), list) for name in names)
-
-
 KARPATHY = Format(
-    name="karpathy",
-    title="Karpathy's JSON (dataset_*.json)",
+    "karpathy",
+    "Karpathy's JSON (dataset_*.json)",
     layout="document",
-    recognises=lambda content: _lists(content, "images") and not _lists(content, "annotations"),
+    recognises=lambda keys: has_lists(keys, "images") and not has_lists(keys, "annotations"),
     read=_karpathy,
 )
 COCO = Format(
-    name="coco",
-    title="COCO captions (captions_*.json)",
+    "coco",
+    "COCO captions (captions_*.json)",
     layout="document",
-    recognises=lambda content: _lists(content, "images", "annotations") and "categories" not in content,  # no boxes
+    recognises=lambda keys: has_lists(keys, "images", "annotations") and "categories" not in keys,  # no boxes
     read=_coco,
 )
 VISUAL_GENOME = Format(
-    name="vg",
-    title="Visual Genome (region_descriptions.json)",
-    layout="list",
-    recognises=lambda first: "regions" in first,
-    read=_visual_genome,
+    "vg", "Visual Genome (region_descriptions.json)", "list", lambda keys: "regions" in keys, read=_visual_genome
 )
-NLVR1 = Format(
-    name="nlvr1",
-    title="NLVR v1 JSON lines",
-    layout="lines",
-    recognises=lambda first: "structured_rep" in first,
-    read=_nlvr1,
-)
-TABLE = Format(
-    name="table",
-    title=TABLE_TITLE,
-    layout="lines",
-    recognises=is_table,
-    read=lambda annotations: pictures_of(read_rows(annotations)),
-)
+NLVR1 = Format("nlvr1", "NLVR v1 JSON lines", "lines", lambda keys: "structured_rep" in keys, read=_nlvr1)
+TABLE = Format("table", TABLE_TITLE, "lines", is_table, read=lambda table: pictures_of(read_rows(table)))
 
 CAPTIONED: tuple[Format[Picture], ...] = (KARPATHY, COCO, VISUAL_GENOME, NLVR1, TABLE)

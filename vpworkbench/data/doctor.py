@@ -309,7 +309,7 @@ def _repetitions(splits: Splits, content: Mapping[ImageFile, Hashable]) -> list[
     ]
     files = {image for record in records for image in images_of(record)}
     if copies := len(files) - len({marks[image] for image in files}):
-        warnings.append(f"{copies} image files are copies of others")
+        warnings.append(f"{copies} image files are copies of other files")
     said = Counter(
         (tuple(marks[image] for image in images_of(record)), text) for record in records for text in _texts(record)
     )

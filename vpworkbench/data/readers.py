@@ -179,6 +179,11 @@ def unique(records: Iterable[R], file: Path) -> list[R]:
     return list(found.values())
 
 
+def has_lists(content: Mapping[str, Any], *names: str) -> bool:
+    """Whether a document has lists under these keys."""
+    return all(isinstance(content.get(name), list) for name in names)
+
+
 def one_line(text: str) -> str:
     """A text with single spaces and without line breaks."""
     return " ".join(text.split())

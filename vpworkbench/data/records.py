@@ -1,4 +1,4 @@
-"""What one example is: an image on disk, and the texts true of it."""
+"""Records: an image with its texts, for pre-training and retrieval; an example of a downstream task."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpworkbench.scenes.scene import Scene
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One image and what is said of it.
+    """One image and its texts.
 
     Attributes
     ----------
@@ -25,7 +25,7 @@ class Picture:
     split : str
         `train`, `val` or `test`.
     captions, foils : tuple of str
-        Texts stated as true, and as false, of the image.
+        Texts that are true, and texts that are false, as the set states.
     scene : Scene or None
         The ground truth of a generated image; None elsewhere.
     boxes : tuple of Box
@@ -44,7 +44,7 @@ class Picture:
     origins: frozenset[str] = frozenset()
 
     def object_map(self) -> np.ndarray:
-        """uint8 (height, width) of a generated image: 0 background, i + 1 where `scene.things[i]` is seen."""
+        """uint8 (height, width) of a generated image: i + 1 where `scene.things[i]` is visible, 0 in the background."""
         folder = self.image.folder.with_name("object_maps.zip")
         data = ImageFile(folder, self.image.name.replace("images/", "object_maps/", 1)).read()
         with Image.open(io.BytesIO(data)) as image:
@@ -74,7 +74,7 @@ class Example:
     Attributes
     ----------
     id : str
-        As the release numbers it; unique within its file.
+        From the release; unique within its file.
     images : tuple of ImageFile
         One, or two for a statement about a pair.
     text : str
@@ -82,17 +82,17 @@ class Example:
     split : str
         `train`, `val` or `test`.
     label : str or None
-        `True` / `False`, `entailment` and so on; None where the release withholds it, and for questions.
+        `True`, `False`, `entailment` and so on; None if the release withholds it, and for questions.
     answers : tuple of str
-        People's answers to a question, as they wrote them; empty where the release withholds them.
+        Ten people's answers to a question, as they wrote them; empty if the release withholds them.
     answer : str
-        The one that stands for them, as the release tells it; empty: the most given one.
+        The answer that the release chose among these; empty if it chose none.
     kind : str
         VQA's answer type.
     boxes : tuple of Box
-        What NLVR v1's structured representation draws; empty elsewhere.
+        What an NLVR v1 image shows, its structured representation; empty elsewhere.
     origins : frozenset of str
-        As a picture's; none where there are two images.
+        See `Picture`; empty for two images.
     """
 
     id: str
@@ -116,5 +116,5 @@ def images_of(record: Record) -> tuple[ImageFile, ...]:
 
 
 def _is_among(text: str, texts: tuple[str, ...]) -> bool:
-    """Case does not count: the tokenizer would make the same words of both."""
+    """Whether `text` is one of `texts`; case does not count, because the tokenizer ignores it."""
     return text.lower() in (other.lower() for other in texts)

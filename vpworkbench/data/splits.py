@@ -93,7 +93,7 @@ def split_pictures(sets: Iterable[Sequence[Picture]], *, exclude: Sequence[Recor
         copies.setdefault(photograph[picture.image], []).append(picture)
     joined = [first if not rest else _merged(first, rest) for first, *rest in copies.values()]
     if more := len(kept) - len(joined):
-        log.warning("%d training images are copies of others: joined with them", more)
+        log.warning("%d training images are copies, joined with their originals", more)
     return splits | {"train": joined}
 
 

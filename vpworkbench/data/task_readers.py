@@ -30,7 +30,7 @@ from vpworkbench.data.captioned import (
 )
 from vpworkbench.data.files import read_list, read_text, report_fault
 from vpworkbench.data.images import ImageIndex, Places, origins
-from vpworkbench.data.readers import Annotations, Format, Text, convert, one_line, open_annotations, unique
+from vpworkbench.data.readers import Annotations, Format, Text, convert, has_lists, one_line, open_annotations, unique
 from vpworkbench.data.records import Example
 from vpworkbench.data.tables import TRUE_FALSE, Row, read_rows, true_or_false
 from vpworkbench.errors import DataError
@@ -387,49 +387,40 @@ def _relation(label: str) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- the formats
 
+VQA_QUESTIONS = Format("vqa", "VQA v2 questions", "document", lambda keys: has_lists(keys, "questions"), read=_vqa)
 VQA_ANSWERS = Format(
-    name="vqa-answers",
-    title="VQA v2 annotations",
+    "vqa-answers",
+    "VQA v2 annotations",
     layout="document",
-    recognises=lambda content: isinstance(content.get("annotations"), list) and "images" not in content,
+    recognises=lambda keys: has_lists(keys, "annotations") and not has_lists(keys, "images"),
     read=lambda annotations: (),  # they are read with their questions
     has_images=False,
 )
+NLVR2_STATEMENTS = Format(
+    "nlvr2",
+    "NLVR2 JSON lines",
+    layout="lines",
+    recognises=lambda keys: "identifier" in keys and ("sentence" in keys or "left_url" in keys),
+    read=_nlvr2,
+)
+NLVR1_STATEMENTS = replace(NLVR1, read=_nlvr1)
+SNLI_VE_HYPOTHESES = Format(
+    "snli-ve",
+    "SNLI-VE JSON lines",
+    layout="lines",
+    recognises=lambda keys: not {"Flickr30K_ID", "Flikr30kID", "gold_label"}.isdisjoint(keys),
+    read=_snli_ve,
+)
+
 VQA = TaskFiles(
-    Format(
-        name="vqa",
-        title="VQA v2 questions",
-        layout="document",
-        recognises=lambda content: isinstance(content.get("questions"), list),
-        read=_vqa,
-    ),
-    names=tuple(f"v2_OpenEnded_*_{split}*_questions.json" for split in ("train", "val", "test")),
-    truth=_answer,
+    VQA_QUESTIONS, tuple(f"v2_OpenEnded_*_{split}*_questions.json" for split in ("train", "val", "test")), truth=_answer
 )
 NLVR2 = TaskFiles(
-    Format(
-        name="nlvr2",
-        title="NLVR2 JSON lines",
-        layout="lines",
-        recognises=lambda first: "identifier" in first and ("sentence" in first or "left_url" in first),
-        read=_nlvr2,
-    ),
-    names=("train.json", "dev.json", "test1.json"),
-    subfolder="nlvr2",
-    truth=_true_or_false,
-    images=2,
+    NLVR2_STATEMENTS, ("train.json", "dev.json", "test1.json"), truth=_true_or_false, images=2, subfolder="nlvr2"
 )
-NLVR1_TASK = TaskFiles(replace(NLVR1, read=_nlvr1), names=NLVR1_FILES, truth=_true_or_false)
+NLVR1_TASK = TaskFiles(NLVR1_STATEMENTS, NLVR1_FILES, truth=_true_or_false)
 SNLI_VE = TaskFiles(
-    Format(
-        name="snli-ve",
-        title="SNLI-VE JSON lines",
-        layout="lines",
-        recognises=lambda first: not {"Flickr30K_ID", "Flikr30kID", "gold_label"}.isdisjoint(first),
-        read=_snli_ve,
-    ),
-    names=("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),
-    truth=_relation,
+    SNLI_VE_HYPOTHESES, ("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"), truth=_relation
 )
 TASK_FILES = {task.name: task for task in (NLVR1_TASK, SNLI_VE, NLVR2, VQA)}
 """VQA is the last, because any label is an answer."""
