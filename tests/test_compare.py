@@ -142,7 +142,7 @@ def test_what_is_no_model_is_refused_before_any_is_probed(tmp_path):
     wanted = "lxmert takes regions, not pixels, and none are given: give `regions`.*2048 channels"
     with pytest.raises(CheckpointError, match=wanted):
         subjects.load(str(tmp_path))
-    with pytest.raises(CheckpointError, match="'nowhere.tsv' is not there"):
+    with pytest.raises(CheckpointError, match="'nowhere.tsv' does not exist"):
         subjects.load(str(tmp_path), regions="nowhere.tsv")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vilt"}))
     with pytest.raises(CheckpointError, match=str(tmp_path)):
