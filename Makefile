@@ -1,5 +1,5 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
-.PHONY: install demo test test-all lab lint clean
+.PHONY: install demo test test-all lab lint clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -10,7 +10,8 @@ help:
 	@echo "make demo       pre-train, probe and tour on generated scenes (about 10 minutes on 2 cores)"
 	@echo "make lab        JupyterLab, open on the tour"
 	@echo "make test       all tests but the slow ones;  make test-all: all"
-	@echo "make lint       ruff, and the contracts of imports"
+	@echo "make lint       ruff, the formatter, and the order of imports"
+	@echo "make bench-probes, bench-train, bench-retrieval, bench-explorer, bench-gpu: what things cost on this machine"
 
 install: .venv/installed
 
@@ -46,6 +47,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# OPTIONS="--presets ablation-224 --images 2" and the like go to the benchmark.
+bench-%: install
+	$(BIN)/python -m benchmarks.$* $(OPTIONS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -2,11 +2,12 @@
 
 A headless Chromium shows JupyterLab; the times are taken by the page itself, so browser, kernel and what lies between
 count, and the driver does not.
+
+    make bench-explorer        or        python -m benchmarks.explorer --help
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -23,13 +24,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
+import typer
 from PIL import Image
+from tqdm import tqdm
 
+from benchmarks.measure import report
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import SettingsError
@@ -41,17 +45,18 @@ from vpworkbench.settings import ModelSettings, preset
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WORDS = [f"word{number}" for number in range(500)]
-TARGETS_MS = {
-    "click a token": (80, 150), "k": (80, 150), "head of the mask": (80, 150), "layer and head": (80, 150),
-    "layer of the tokens (plotly)": (120, 200), "map of 600 x 600": (100, 200), "sentence, ablation-224": (1_500, None),
-}  # fmt: skip
-"""Median and 95th percentile that an event may take on two CPU cores; the floor has none."""
+TARGETS_MS = {name: (80, 150) for name in ("click a token", "k", "head of the mask", "layer and head")} | {
+    "layer of the tokens (plotly)": (120, 200),
+    "map of 600 x 600": (100, 200),
+    "sentence, ablation-224": (1_500, None),
+}
+"""Median and 95th percentile that an event may take on two CPU cores; the bare slider has none."""
 GRIDS = {64: 6, 128: 10, 184: 12, 256: 14}
 """Tokens of a page, and on a side of its image; the rest are words."""
 
 CELLS = {
     "wide": """
-from vpworkbench.bench_explorer import wide
+from benchmarks.explorer import wide
 view = wide()
 view
 """,
@@ -71,7 +76,7 @@ other.observe(lambda change: maps.update(values=values[change.new % 8]), "value"
 display(slider, label, other, maps)
 """,
     "ablation": """
-from vpworkbench.bench_explorer import ablation
+from benchmarks.explorer import ablation
 view = ablation()
 view
 """,
@@ -105,12 +110,8 @@ CLOCK = """() => {
 }"""
 
 
-def explorer_bench(
-    *,
-    events: int = 20,
-    tokens: Sequence[int] = tuple(GRIDS),
-    scripts: str | Path = "",
-    progress: Callable[[str, int, int], None] | None = None,
+def measure_explorer(
+    *, events: int = 20, tokens: Sequence[int] = tuple(GRIDS), scripts: str | Path = ""
 ) -> dict[str, Any]:
     """Measure the explorer of models with random weights in JupyterLab, and its page against bertviz and CircuitsVis.
 
@@ -138,20 +139,16 @@ def explorer_bench(
     measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, _browser() as browser, _jupyter(Path(folder)) as address:
         page, first_s, all_s = _open(browser, address, Path(folder), "wide", ["wide", "more"], ".large .vpw")
-        for number, (name, (target, way, act)) in enumerate(_actions(page).items()):
+        for name, (target, way, act) in tqdm(_actions(page).items(), desc="events", unit="kind"):
             measured[name] = _times(page, target, way, act, events)
-            if progress:
-                progress("events", number + 1, len(TARGETS_MS) + 1)
         _close(page)
         page, *_ = _open(browser, address, Path(folder), "ablation", ["ablation"], ".vpw-panels")
         measured["sentence, ablation-224"] = _edits(page, max(5, events // 3))
         _close(page)
-        pages = _pages(browser, Path(folder), tokens, Path(scripts) if scripts else None, progress)
-    return {
-        "device": f"cpu, {os.cpu_count()} cores", "torch": torch.__version__,
-        "first_view_s": first_s, "all_views_s": all_s,
-        "events": {name: _told(times) for name, times in measured.items()}, "pages": pages,
-    }  # fmt: skip
+        pages = _pages(browser, Path(folder), tokens, Path(scripts) if scripts else None)
+    sizes = {"device": f"cpu, {os.cpu_count()} cores", "torch": torch.__version__}
+    opened = {"first_view_s": first_s, "all_views_s": all_s}
+    return sizes | opened | {"events": {name: _quantiles(times) for name, times in measured.items()}, "pages": pages}
 
 
 def wide(layers: int = 12, grid: int = 12, words: int = 40) -> Explorer:
@@ -228,18 +225,16 @@ def _actions(page: Any) -> dict[str, tuple[str, str, Callable[[], None]]]:
 
         return once
 
+    layer = slide(".vpw-explorer", 1, ("ArrowLeft", "ArrowRight"))  # it starts at the last layer
     return {
         "click a token": (".vpw-panels", "version", click_token),
         "k": (".vpw-panels", "version", slide(".vpw-explorer", 0)),
         "head of the mask": (".vpw-panels", "version", choose_head),
         "layer and head": (".vpw-explorer .vpw-reader", "version", in_tab("Words", click_head)),
-        "layer of the tokens (plotly)": (
-            ".vpw-explorer .js-plotly-plot", "plotly",
-            in_tab("Flow", slide(".vpw-explorer", 1, ("ArrowLeft", "ArrowRight"))),  # it stands at the last layer
-        ),
+        "layer of the tokens (plotly)": (".vpw-explorer .js-plotly-plot", "plotly", in_tab("Flow", layer)),
         "map of 600 x 600": (".large .vpw", "version", slide(".jp-Notebook", -1)),
         "floor: slider to label": (".floor", "text", slide(".jp-Notebook", -2)),
-    }  # fmt: skip
+    }
 
 
 def _times(page: Any, target: str, way: str, act: Callable[[], None], events: int) -> list[float]:
@@ -273,7 +268,7 @@ def _edits(page: Any, events: int) -> list[float]:
     return times[2:]
 
 
-def _told(times: Sequence[float]) -> dict[str, Any]:
+def _quantiles(times: Sequence[float]) -> dict[str, Any]:
     rounded = [round(one, 1) for one in times]
     return {"median": statistics.median(times), "p95": float(np.quantile(times, 0.95)), "ms": rounded}
 
@@ -305,9 +300,10 @@ def _jupyter(folder: Path) -> Iterator[str]:
     own = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
     own |= {"JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_TOKEN": token}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
-    flags = ["--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-             f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True",
-             *(["--allow-root"] if os.geteuid() == 0 else [])]  # fmt: skip
+    server = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "root_dir": folder}
+    flags = ["--no-browser", "--LabApp.expose_app_in_browser=True"]
+    flags += [f"--ServerApp.{name}={value}" for name, value in server.items()]
+    flags += ["--allow-root"] if os.geteuid() == 0 else []
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *flags], env=os.environ | own, **silent)
     try:
@@ -368,12 +364,12 @@ def _close(page: Any) -> None:
 
 
 def _pages(
-    browser: Any, folder: Path, tokens: Sequence[int], scripts: Path | None, progress: Callable[..., None] | None
+    browser: Any, folder: Path, tokens: Sequence[int], scripts: Path | None
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Build each tool's page of the same attention, and see when it draws first."""
     makers = {"ours": _ours} | {name: make for name, make in PEERS.items() if find_spec(name)}
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in makers}
-    for number, length in enumerate(tokens):
+    for length in tqdm(tokens, desc="pages", unit="length"):
         view = wide(grid=GRIDS[length], words=length - GRIDS[length] ** 2)
         for name, make in makers.items():
             path, began = folder / f"{name}-{length}.html", time.monotonic()
@@ -382,8 +378,6 @@ def _pages(
             found[name][length]["first_drawing_s"] = _first_drawing(browser, path, DRAWN[name], scripts)
             path.unlink()
         view.close()
-        if progress:
-            progress("pages", number + 1, len(tokens))
     return found
 
 
@@ -438,8 +432,8 @@ def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -
         page.route(re.compile("^https?:"), serve)
     try:
         page.goto(path.as_uri(), wait_until="commit", timeout=60_000)
-        told = page.wait_for_function(f"{drawn} && performance.now()", timeout=60_000)
-        return round(told.json_value() / 1000, 3)
+        drawn_ms = page.wait_for_function(f"{drawn} && performance.now()", timeout=60_000)
+        return round(drawn_ms.json_value() / 1000, 3)
     except Error:
         return None
     finally:
@@ -449,15 +443,36 @@ def _first_drawing(browser: Any, path: Path, drawn: str, scripts: Path | None) -
 # ------------------------------------------------------------------------------------------------------ report
 
 
-def write_report(result: dict[str, Any], folder: Path) -> Path:
-    """Write `bench.json` and the figure; the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+def event_figure(result: dict[str, Any]) -> go.Figure:
+    """Milliseconds from an event to new data, one box for each kind of event."""
     figure = go.Figure()
     for number, (name, part) in enumerate(result["events"].items()):
         figure.add_box(x=part["ms"], name=name, marker_color=PALETTE[number % len(PALETTE)], showlegend=False)
     figure.update_xaxes(title_text="milliseconds from the event to new data on the element", type="log")
-    alt = "Milliseconds from an event to new data on the element, a box for each kind of event."
-    page = folder / "explorer.html"
-    finish(figure, alt=alt, width=900, height=460).write_html(page, include_plotlyjs="directory")
-    return page
+    alt = "Milliseconds from an event to new data on the element, one box for each kind of event."
+    return finish(figure, alt=alt, width=900, height=460)
+
+
+def main(
+    events: Annotated[int, typer.Option(help="events of each kind; the first two do not count", min=3)] = 20,
+    tokens: Annotated[str, typer.Option(help="lengths at which pages are compared")] = "64,128,184,256",
+    scripts: Annotated[
+        str, typer.Option(help="folder of the scripts that bertviz and CircuitsVis load; empty: from the network")
+    ] = "",
+) -> None:
+    """The explorer in JupyterLab, from event to drawing, and its page against bertviz and CircuitsVis."""
+    lengths = [int(length) for length in tokens.split(",") if length]
+    result = measure_explorer(events=events, tokens=lengths, scripts=scripts)
+    for name, part in result["events"].items():
+        targets = ", ".join(f"{target:,}" for target in TARGETS_MS.get(name, ()) if target)
+        print(f"{name:30} median {part['median']:8.1f} ms, p95 {part['p95']:8.1f} ms; target {targets or 'none'}")
+    print(f"run-all to the first view drawn: {result['first_view_s']} s, all views: {result['all_views_s']} s")
+    for name, pages in result["pages"].items():
+        for length, part in pages.items():
+            size = f"built in {part['build_s']:.2f} s, {part['bytes'] / 1e6:.1f} MB"
+            print(f"{name:12} N {length}: {size}, first drawing {part['first_drawing_s']} s")
+    report("explorer", result, event_figure(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,25 +1,25 @@
-"""What a score matrix costs: pairs a second of `retrieval.score_matrix` against a plain loop over pairs.
+"""What a score matrix costs: pairs per second of `score_matrix` against a plain loop over pairs.
 
-Routes take turns in one process, so that a machine's other work falls on all alike; ratios are within a turn.
+make bench-retrieval        or        python -m benchmarks.retrieval --help
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import plotly.graph_objects as go
 import torch
+import typer
 from PIL import Image
 from torch import Tensor
 
-from vpworkbench.bench import _in_turns, _synchronise
+from benchmarks.measure import device_name, in_turns, medians, peak_mib, report, start_peak, synchronise
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
@@ -40,7 +40,7 @@ FLICKR30K_TEST = (1_000, 5_000)  # images, captions
 VOCABULARY = 1_000
 
 
-def retrieval_bench(
+def measure_retrieval(
     *,
     name: str = "ablation-224",
     images: int = 4,
@@ -48,8 +48,6 @@ def retrieval_bench(
     naive_pairs: int = 32,
     repeats: int = 5,
     device: str = "cpu",
-    partial: tuple[str, int, int] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a preset's model with random weights, on noise and on captions of the lengths of Flickr 8k's.
 
@@ -63,59 +61,59 @@ def retrieval_bench(
         captions to an image, so the encoding weighs less there.
     naive_pairs : int
         Of the same matrix, that the plain loop computes in a turn.
-    partial : (preset, images, captions) or None
-        A real part of a large matrix by `score_matrix` alone; the time of Flickr30k's test set, 1,000 x 5,000, is
-        extrapolated from it.
 
     Returns
     -------
     dict
-        `pairs_per_s` and `ratio` (to naive) by route, `largest_difference` of the scores; `partial`; sizes.
+        `pairs_per_s` and `ratio` (to naive) by route, `largest_difference` of the scores; sizes.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = _model(name, device)
         pictures, texts = _noise(Path(folder), model, images), _captions(model, captions)
         routes, pairs, found = _routes(model, pictures, texts, naive_pairs)
-        for number, route in enumerate(routes.values()):
+        for route in routes.values():
             route()
-            if progress:
-                progress("warming up", number + 1, len(routes))
-        seconds = _in_turns(routes, repeats)
+        seconds = in_turns(routes, repeats)
     rates = {route: [pairs[route] / one for one in times] for route, times in seconds.items()}
     result: dict[str, Any] = {
-        "preset": name, "device": _device(device), "torch": torch.__version__, "dtype": _dtype(device),
-        "images": images, "captions": captions, "naive_pairs": pairs["naive"], "repeats": repeats,
-        "pairs_per_s": {route: statistics.median(times) for route, times in rates.items()},
+        "preset": name,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dtype": "bfloat16 autocast" if device == "cuda" else "float32",
+        "images": images,
+        "captions": captions,
+        "naive_pairs": pairs["naive"],
+        "repeats": repeats,
+        "pairs_per_s": medians(rates),
         "ratio": {
             route: statistics.median(one / base for one, base in zip(times, rates["naive"], strict=True))
             for route, times in rates.items()
         },
         "largest_difference": float(np.abs(found["ours"].flat[: pairs["naive"]] - found["naive"]).max()),
-    }  # fmt: skip
-    if partial:
-        result["partial"] = partial_run(*partial, device=device)
+    }
     return result
 
 
-def partial_run(name: str, images: int, captions: int, *, device: str, pairs: int = 4096) -> dict[str, Any]:
+def score_part(name: str, images: int, captions: int, *, device: str, pairs: int = 4096) -> dict[str, Any]:
     """Score some images of a large set with all its captions; what Flickr30k's test set would take at that rate."""
     with tempfile.TemporaryDirectory() as folder:
         model = _model(name, device)
         pictures, texts = _noise(Path(folder), model, images), _captions(model, captions)
         options = {"pairs": pairs, "bf16": device == "cuda"}
         score_matrix(model, pictures[:1], texts[: 2 * pairs], **options)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        _synchronise()
+        start_peak(device)
+        synchronise()
         began = time.perf_counter()
         score_matrix(model, pictures, texts, **options)
-        _synchronise()
+        synchronise()
         seconds = time.perf_counter() - began
     rate, (all_images, all_captions) = images * captions / seconds, FLICKR30K_TEST
     measured = {"preset": name, "images": images, "captions": captions, "pairs_at_once": pairs, "seconds": seconds}
-    if device == "cuda":
-        measured["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return measured | {"pairs_per_s": rate, "extrapolated_minutes": all_images * all_captions / rate / 60}
+    return measured | {
+        "peak_mib": peak_mib(device),
+        "pairs_per_s": rate,
+        "extrapolated_minutes": all_images * all_captions / rate / 60,
+    }
 
 
 def _routes(
@@ -183,31 +181,32 @@ def _noise(folder: Path, model: TaskModel, count: int) -> list[Picture]:
     return [Picture(str(number), ImageFile(folder, f"{number}.png"), "test", ()) for number in range(count)]
 
 
-def _device(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def _dtype(device: str) -> str:
-    return "bfloat16 autocast" if device == "cuda" else "float32"
-
-
-def write_report(result: dict[str, Any], folder: Path) -> Path:
-    """`retrieval.json`, and `retrieval.html` with the figure, in `folder`; the figure's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "retrieval.json").write_text(json.dumps(result, indent=2) + "\n")
-    page = folder / "retrieval.html"
-    rate_figure(result).write_html(page, include_plotlyjs="directory")
-    return page
-
-
 def rate_figure(result: dict[str, Any]) -> go.Figure:
-    """Pairs a second by route, each with how many times as fast as the plain loop it is."""
+    """Pairs per second by route, and how many times the plain loop's."""
     rates, ratios = result["pairs_per_s"], result["ratio"]
     figure = go.Figure()
-    figure.add_bar(
-        x=[f"{route}<br>{ROUTES[route]}" for route in rates], y=list(rates.values()), width=0.5,
-        text=[f"{rates[route]:.3g}/s, {ratios[route]:.1f} x" for route in rates], marker={"color": PALETTE[0]},
-    )  # fmt: skip
-    figure.update_yaxes(title_text="pairs a second", rangemode="tozero")
-    told = ", ".join(f"{route} {rates[route]:.3g} ({ratios[route]:.1f} times naive)" for route in rates)
-    return finish(figure, title=f"Scoring pairs, {result['preset']} ({result['device']})", alt=f"Pairs/s: {told}.")
+    names = [f"{route}<br>{ROUTES[route]}" for route in rates]
+    labels = [f"{rates[route]:.3g}/s, {ratios[route]:.1f} x" for route in rates]
+    figure.add_bar(x=names, y=list(rates.values()), text=labels, width=0.5, marker={"color": PALETTE[0]})
+    figure.update_yaxes(title_text="pairs per second", rangemode="tozero")
+    speeds = ", ".join(f"{route} {rates[route]:.3g} ({ratios[route]:.1f} times naive)" for route in rates)
+    return finish(figure, title=f"Scoring pairs, {result['preset']} ({result['device']})", alt=f"Pairs/s: {speeds}.")
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="preset whose sizes are measured")] = "ablation-224",
+    images: Annotated[int, typer.Option(help="images of the matrix of one turn", min=1)] = 4,
+    captions: Annotated[int, typer.Option(help="captions of that matrix", min=1)] = 100,
+    repeats: Annotated[int, typer.Option(help="turns of every route", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Scoring all pairs against the plain loop over pairs: JSON and a figure."""
+    result = measure_retrieval(name=preset, images=images, captions=captions, repeats=repeats, device=device)
+    for route, rate in result["pairs_per_s"].items():
+        print(f"{route:12} {rate:10.3g} pairs/s, {result['ratio'][route]:.2f} times naive")
+    print(f"largest difference of scores {result['largest_difference']:.1e}")
+    report("retrieval", result, rate_figure(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

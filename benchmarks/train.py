@@ -1,28 +1,37 @@
-"""What a training step costs: pairs a second, where its time goes, model FLOPs utilisation, memory.
+"""What a training step costs: pairs per second, where its time goes, model FLOPs utilisation, memory.
 
-Ratios are of steps that take turns in one process, so that a machine's other work falls on all alike.
+make bench-train        or        python -m benchmarks.train --help
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import plotly.graph_objects as go
 import torch
+import typer
 from plotly.subplots import make_subplots
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from vpworkbench.bench import _in_turns, _status, _synchronise
+from benchmarks.measure import (
+    autocast,
+    device_name,
+    in_turns,
+    peak_flops,
+    peak_mib,
+    ratio,
+    report,
+    start_peak,
+    synchronise,
+)
 from vpworkbench.data.batches import Batch
 from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
@@ -31,12 +40,10 @@ from vpworkbench.train.engine import accumulate_gradients, build_optimiser
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16, by the maker; of another device the best rate of a large product, measured."""
 PHASES = ("data wait", "forward", "backward", "optimiser")
 
 
-def train_bench(
+def measure_training(
     names: Sequence[str] = ("tiny",),
     *,
     images: int = 4,
@@ -44,7 +51,6 @@ def train_bench(
     device: str = "cpu",
     workers: int = 1,
     vilt: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure pre-training steps of presets on generated scenes; bfloat16 on a GPU, float32 on a CPU.
 
@@ -62,49 +68,32 @@ def train_bench(
     -------
     dict
         For each preset `pairs_per_s`, `images_per_s`, `phases` (shares of a step's time), `mfu` of the step, the
-        parser and the fusion, `peak_mib`, and `ratios`: pairs a second over encoding an image for each text
-        (`grouped`), share of VLA in a step, pairs a second over ViLT's.
+        parser and the fusion, `peak_mib`, and `ratios`: pairs per second over encoding an image for each text
+        (`grouped`), share of VLA in a step, pairs per second over ViLT's.
     """
-    peak = peak_flops(device)
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__, "repeats": repeats, "images": images, "peak_flops": peak, "presets": {},
-    }  # fmt: skip
-    for number, name in enumerate(names):
-        result["presets"][name] = _measured(name, images, repeats, device, workers, peak, vilt)
-        if progress:
-            progress("measuring", number + 1, len(names))
+    highest = peak_flops(device)
+    result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "peak_flops": highest}
+    result |= {"repeats": repeats, "images": images, "presets": {}}
+    for name in tqdm(names, desc="measuring", unit="preset"):
+        result["presets"][name] = _measured(name, images, repeats, device, workers, highest, vilt)
     return result
 
 
-def peak_flops(device: str) -> float:
-    """FLOPs a second that the device can do at most, as MFU has it."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        if known := [flops for part, flops in PEAK_FLOPS.items() if part in name]:
-            return known[0]
-    side = 8192 if device == "cuda" else 1024
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    one, other = torch.randn(2, side, side, device=device).to(dtype)
-    times = _in_turns({"product": lambda: one @ other}, 5)["product"]
-    return 2 * side**3 / min(times)
-
-
 def _measured(
-    name: str, images: int, repeats: int, device: str, workers: int, peak: float, vilt: bool
+    name: str, images: int, repeats: int, device: str, workers: int, highest: float, vilt: bool
 ) -> dict[str, Any]:
-    few = {"data.scenes.images": max(32, 2 * images), "data.scenes.val": 2, "data.scenes.test": 2,
-           "train.images": images, "train.accumulate": 1, "train.epochs": 0, "train.steps": 1}  # fmt: skip
-    settings = preset(name).with_overrides(few | {"init_visual": ""})
+    scenes = {"data.scenes.images": max(32, 2 * images), "data.scenes.val": 2, "data.scenes.test": 2}
+    one_step = {"train.images": images, "train.accumulate": 1, "train.epochs": 0, "train.steps": 1}
+    settings = preset(name).with_overrides(scenes | one_step | {"init_visual": ""})
     prepared = prepare(settings)
     model, objective = prepared.model.to(device).train(), Pretraining(settings)
     batches = group_batches(prepared.splits["train"], model, settings.data, images=images, seed=0)
     batch = batches[0]
     pairs = len(batch.matched)
 
-    _forget_peak(device)
+    start_peak(device)
     phases = _phases(model, objective, batches, settings, repeats, device, workers)
-    peak_mib = _peak_mib(device)
+    peak = peak_mib(device)
     step_s = sum(phases.values())
 
     without = Pretraining(settings)
@@ -120,26 +109,23 @@ def _measured(
         routes |= {"ViLT, two forwards": lambda: peer.step(2), "ViLT, one forward": lambda: peer.step(1)}
     for route in routes.values():
         route()
-    seconds = _in_turns(routes, repeats)
+    seconds = in_turns(routes, repeats)
 
-    def over(other: str) -> float:
-        return statistics.median(b / a for a, b in zip(seconds["grouped"], seconds[other], strict=True))
-
-    ratios = {"grouped": over("image for each text"), "vla_share": 1 - over("without VLA")}
-    ratios |= {name: over(name) for name in routes if name.startswith("ViLT")}
+    ratios = {route: ratio(seconds, route, "grouped") for route in routes}
     return {
-        "pairs": pairs, "pairs_per_s": pairs / step_s, "images_per_s": images / step_s,
+        "pairs": pairs,
+        "pairs_per_s": pairs / step_s,
+        "images_per_s": images / step_s,
         "phases": {name: value / step_s for name, value in phases.items()},
-        "mfu": _utilisation(model, objective, batch, device, peak, repeats), "peak_mib": peak_mib, "ratios": ratios,
-    }  # fmt: skip
-
-
-def _autocast(device: str) -> Any:
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+        "mfu": _utilisation(model, objective, batch, device, highest, repeats),
+        "peak_mib": peak,
+        "ratios": {"grouped": ratios["image for each text"], "vla_share": 1 - ratios["without VLA"]}
+        | {route: ratios[route] for route in routes if route.startswith("ViLT")},
+    }
 
 
 def _step(model: VisualParsingModel, objective: Pretraining, batch: Batch, device: str) -> None:
-    accumulate_gradients(model, objective, batch, 1, lambda: _autocast(device))
+    accumulate_gradients(model, objective, batch, 1, lambda: autocast(device))
     model.zero_grad(set_to_none=True)
 
 
@@ -149,9 +135,14 @@ def _image_for_each_text(batch: Batch) -> Batch:
 
 
 def _phases(
-    model: VisualParsingModel, objective: Pretraining, batches: Any, settings: PretrainSettings, repeats: int,
-    device: str, workers: int,
-) -> dict[str, float]:  # fmt: skip
+    model: VisualParsingModel,
+    objective: Pretraining,
+    batches: Any,
+    settings: PretrainSettings,
+    repeats: int,
+    device: str,
+    workers: int,
+) -> dict[str, float]:
     """Median seconds of each phase of a step; the device is waited for between them."""
     optimiser = build_optimiser(model, settings.optim)
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(repeats + 2), num_workers=workers))
@@ -161,18 +152,18 @@ def _phases(
         batch = next(loader)
         marks.append(time.perf_counter())
         counts = objective.counts(batch)
-        with _autocast(device):
+        with autocast(device):
             sums = objective.losses(model, batch.to(device))
         loss = sum(objective.weights[name] * value / max(counts[name], 1) for name, value in sums.items())
-        _synchronise()
+        synchronise()
         marks.append(time.perf_counter())
         loss.backward()
-        _synchronise()
+        synchronise()
         marks.append(time.perf_counter())
         nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        _synchronise()
+        synchronise()
         marks.append(time.perf_counter())
         if step >= 2:  # the first ones warm up
             for name, start, end in zip(PHASES, marks, marks[1:], strict=False):
@@ -181,19 +172,19 @@ def _phases(
 
 
 def _utilisation(
-    model: VisualParsingModel, objective: Pretraining, batch: Batch, device: str, peak: float, repeats: int
+    model: VisualParsingModel, objective: Pretraining, batch: Batch, device: str, highest: float, repeats: int
 ) -> dict[str, float]:
     """Share of the device's peak that forward and backward reach: of the whole step, the parser, the fusion."""
     moved = batch.to(device)
-    with _autocast(device), torch.no_grad():
+    with autocast(device), torch.no_grad():
         visual = model.visual(moved.images)
 
     def parser() -> None:
-        with _autocast(device):
+        with autocast(device):
             model.visual(moved.images).features.sum().backward()
 
     def fusion() -> None:
-        with _autocast(device):
+        with autocast(device):
             inputs = {"image_index": moved.image_index}
             model.fuse(visual, moved.words, moved.word_tokens, **inputs).hidden[-1].sum().backward()
 
@@ -202,8 +193,8 @@ def _utilisation(
     for name, route in routes.items():
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts products
             route()
-        seconds = statistics.median(_in_turns({name: route}, repeats)[name])
-        found[name] = counter.get_total_flops() / seconds / peak
+        seconds = statistics.median(in_turns({name: route}, repeats)[name])
+        found[name] = counter.get_total_flops() / seconds / highest
     model.zero_grad(set_to_none=True)
     return found
 
@@ -219,14 +210,16 @@ class Vilt(nn.Module):
         self.words, self.itm = nn.Linear(768, len(ours.tokenizer)), nn.Linear(768, 2)
         sides = (384, 384)
         pixels = nn.functional.interpolate(batch.images.float() / 127.5 - 1, sides)[batch.image_index]
-        for name, value in {"pixels": pixels, "ids": batch.words, "real": batch.word_tokens.long(),
-                            "labels": batch.labels, "matched": batch.matched.long()}.items():  # fmt: skip
-            self.register_buffer(name, value)
+        self.register_buffer("pixels", pixels)
+        self.register_buffer("ids", batch.words)
+        self.register_buffer("real", batch.word_tokens.long())
+        self.register_buffer("labels", batch.labels)
+        self.register_buffer("matched", batch.matched.long())
 
     def step(self, forwards: int) -> None:
         """Forward and backward for MLM and, in a forward of its own where there are two, for ITM."""
         device = self.pixels.device.type
-        with _autocast(device):
+        with autocast(device):
             for forward in range(forwards):
                 seen = self.vilt(input_ids=self.ids, attention_mask=self.real, pixel_values=self.pixels)
                 losses: list[Tensor] = []
@@ -239,30 +232,10 @@ class Vilt(nn.Module):
         self.zero_grad(set_to_none=True)
 
 
-def _forget_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib(device: str) -> float:
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else _status("VmHWM") / 2**10
-
-
-def write_report(result: dict[str, Any], folder: Path) -> Path:
-    """`train.json`, and `train.html` with the figure, in `folder`; the figure's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.json").write_text(json.dumps(result, indent=2) + "\n")
-    page = folder / "train.html"
-    step_figure(result).write_html(page, include_plotlyjs="directory")
-    return page
-
-
 def step_figure(result: dict[str, Any]) -> go.Figure:
-    """Where the time of a step goes, and pairs a second, by preset."""
+    """Shares of a step's time, and pairs per second, by preset."""
     names = list(result["presets"])
-    figure = make_subplots(1, 2, subplot_titles=("Share of a step's time", "Pairs a second"), horizontal_spacing=0.12)
+    figure = make_subplots(1, 2, subplot_titles=("Share of a step's time", "Pairs per second"), horizontal_spacing=0.12)
     for colour, phase in zip(PALETTE, PHASES, strict=False):
         shares = [part["phases"][phase] for part in result["presets"].values()]
         figure.add_bar(x=names, y=shares, name=phase, marker={"color": colour}, row=1, col=1)
@@ -270,5 +243,29 @@ def step_figure(result: dict[str, Any]) -> go.Figure:
     figure.add_bar(x=names, y=rates, marker={"color": PALETTE[0]}, showlegend=False, row=1, col=2)
     figure.update_layout(barmode="stack")
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02], col=1)
-    told = ", ".join(f"{name} {rate:.3g}" for name, rate in zip(names, rates, strict=True))
-    return finish(figure, title=f"What a training step costs ({result['device']})", alt=f"Pairs a second: {told}.")
+    speeds = ", ".join(f"{name} {rate:.3g}" for name, rate in zip(names, rates, strict=True))
+    return finish(figure, title=f"What a training step costs ({result['device']})", alt=f"Pairs per second: {speeds}.")
+
+
+def main(
+    presets: Annotated[str, typer.Option(help="presets, comma-separated")] = "tiny",
+    images: Annotated[int, typer.Option(help="images in a step", min=2)] = 4,
+    repeats: Annotated[int, typer.Option(help="steps behind each median", min=1)] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    workers: Annotated[int, typer.Option(help="processes that prepare batches", min=0)] = 1,
+    vilt: Annotated[bool, typer.Option(help="time Hugging Face's ViLT-B/32 on the same pairs")] = False,
+) -> None:
+    """Pairs per second, shares of a step's time, model FLOPs utilisation, memory: JSON and a figure."""
+    names = presets.split(",")
+    result = measure_training(names, images=images, repeats=repeats, device=device, workers=workers, vilt=vilt)
+    for name, part in result["presets"].items():
+        phases = ", ".join(f"{phase} {share:.1%}" for phase, share in part["phases"].items())
+        used = ", ".join(f"{piece} {share:.1%}" for piece, share in part["mfu"].items())
+        ratios = ", ".join(f"{route} {value:.3g}" for route, value in part["ratios"].items())
+        print(f"{name}: {part['pairs_per_s']:.3g} pairs/s, {part['images_per_s']:.3g} images/s; {phases}")
+        print(f"  MFU: {used}; peak {part['peak_mib']:.0f} MiB; ratios: {ratios}")
+    report("train", result, step_figure(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,77 +1,105 @@
-"""What a probe costs: the measure works, and holds where timing is quiet."""
+"""The benchmarks run at small sizes; their claims hold where timing is quiet (slow)."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from vpworkbench.bench import _deaths, _installed, nmi_bench, probe_bench, write_report
-from vpworkbench.bench_retrieval import partial_run, retrieval_bench
-from vpworkbench.cli import main
+from benchmarks import probes, retrieval, train
+from benchmarks.measure import in_own_process, in_turns, ratio
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(module, *arguments: str):
+    """A benchmark's command, in this process."""
+    import typer
+
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_turns_go_both_ways_and_ratios_are_within_a_turn():
+    order = []
+    seconds = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"] and {len(times) for times in seconds.values()} == {3}
+    assert ratio({"slow": [4.0, 30.0, 8.0], "fast": [2.0, 10.0, 1.0]}, "slow", "fast") == 3.0
+
+
+def _product(one: int, other: int) -> int:
+    return one * other
+
+
+def test_a_measurement_has_a_process_of_its_own():
+    assert in_own_process(_product, 6, 7) == 42
 
 
 @pytest.mark.slow
-def test_bench_reports_every_route(tmp_path):
-    shown = []
-    result = probe_bench(lengths=[64], repeats=2, layers=1, longest=0, nmi=False, progress=lambda *s: shown.append(s))
+def test_probes_are_measured_on_every_route(runs_folder):
+    done = run(probes, "--tokens", "64", "--repeats", "2", "--layers", "1", "--longest", "0")
+    assert done.exit_code == 0, done.output
+    result = json.loads((runs_folder / "bench" / "probes" / "probes.json").read_text())
     assert [part["padded"] for part in result["timed"]] == [False, True]
-    assert all(
-        part["ratio"]["plain"] == 1 and set(part["ratio"]) >= {"plain", "flow", "maps"} for part in result["timed"]
-    )
-    assert {part["route"] for part in result["peak_mib"]} == set(_installed())
-    assert all(part["mib"] >= 0 for part in result["peak_mib"])
-    assert ("timing", 2, 2) in shown
-    page = write_report(result | {"nmi": {}}, tmp_path)
-    assert page.exists() and json.loads((tmp_path / "probes.json").read_text())["timed"] == result["timed"]
-
-
-def test_nmi_is_timed_against_scikit_learn():
-    found = nmi_bench(layers=2, samples=3, tokens=20, channels=16, repeats=1)
-    assert set(found) == {"ours", "scikit_learn", "speedup"} and min(found.values()) > 0
+    assert all(part["ratio"]["plain"] == 1 and {"flow", "maps"} <= set(part["ratio"]) for part in result["timed"])
+    assert {part["route"] for part in result["peak_mib"]} == set(result["timed"][0]["ratio"])
+    assert result["nmi"]["speedup"] > 1 and (runs_folder / "bench" / "probes" / "probes.html").exists()
 
 
 @pytest.mark.parametrize("given, message", [("300,many", "whole numbers"), ("10", "at least 40")])
-def test_wrong_lengths_are_refused(given, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "probes", "--tokens", given])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_wrong_lengths_are_refused(given, message):
+    done = run(probes, "--tokens", given)
+    assert done.exit_code == 2 and message in done.output
 
 
 @pytest.mark.slow
-def test_flow_pass_costs_a_tenth_at_most():
-    """Medians of five turns in one process; memory grows by a tenth at most, NMI is five times scikit-learn."""
-    result = probe_bench(lengths=[600, 1200], repeats=5, longest=0)
+def test_a_flow_pass_costs_at_most_a_tenth():
+    """Medians of five turns; memory grows by at most a tenth, NMI is five times as fast as scikit-learn."""
+    result = probes.measure_probes(lengths=[600, 1200], repeats=5, longest=0)
     for part in result["timed"]:
         assert part["ratio"]["flow"] <= 1.10, part
     peaks = {(part["tokens"], part["route"]): part["mib"] for part in result["peak_mib"]}
     assert peaks[1200, "flow"] <= 1.10 * peaks[1200, "plain"], peaks
-    assert result["nmi"]["speedup"] >= 5, result["nmi"]
+    assert probes.measure_nmi()["speedup"] >= 5
 
 
 @pytest.mark.slow
-def test_maps_die_before_the_flow_pass():
-    deaths = _deaths(2, 0.5, 2_400, None)
-    assert deaths["maps"] and (deaths["flow"] is None or deaths["flow"] > deaths["maps"])
+def test_maps_fail_before_the_flow_pass():
+    fails = {route: probes.failing_length(route, 2, 0.5, 2_400) for route in ("maps", "flow")}
+    assert fails["maps"] and (fails["flow"] is None or fails["flow"] > fails["maps"])
 
 
-def test_retrieval_is_timed_against_the_plain_loop_and_scores_the_same(runs_folder, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench", "retrieval", "--preset", "tiny", "--images", "2", "--captions", "20", "--repeats", "2"])
-    assert stop.value.code == 0 and "times naive" in capsys.readouterr().out
+def test_retrieval_scores_what_the_plain_loop_scores(runs_folder):
+    done = run(retrieval, "--preset", "tiny", "--images", "2", "--captions", "20", "--repeats", "1")
+    assert done.exit_code == 0 and "times naive" in done.output, done.output
     result = json.loads((runs_folder / "bench" / "retrieval" / "retrieval.json").read_text())
-    assert set(result["pairs_per_s"]) == set(result["ratio"]) == {"naive", "images once", "ours"}
-    assert result["ratio"]["naive"] == 1 and result["largest_difference"] <= 1e-5
-    assert (runs_folder / "bench" / "retrieval" / "retrieval.html").exists()
-
-
-def test_a_part_of_a_large_matrix_tells_how_long_the_whole_takes():
-    part = partial_run("tiny", 2, 30, device="cpu")
-    assert part["pairs_per_s"] == pytest.approx(60 / part["seconds"])
-    assert part["extrapolated_minutes"] == pytest.approx(5e6 / part["pairs_per_s"] / 60)
+    assert set(result["pairs_per_s"]) == {"naive", "images once", "ours"} and result["largest_difference"] <= 1e-5
 
 
 @pytest.mark.slow
 def test_retrieval_is_three_times_as_fast_as_the_plain_loop():
-    result = retrieval_bench(name="ablation-224", images=2, captions=100)
+    result = retrieval.measure_retrieval(name="ablation-224", images=2, captions=100)
     assert result["ratio"]["ours"] >= 3 and result["largest_difference"] <= 1e-5, result
+
+
+@pytest.mark.slow
+def test_training_phases_fill_a_step(runs_folder):
+    done = run(train, "--images", "2", "--repeats", "1")
+    assert done.exit_code == 0, done.output
+    tiny = json.loads((runs_folder / "bench" / "train" / "train.json").read_text())["presets"]["tiny"]
+    assert tiny["pairs"] == 8 and 0 < tiny["mfu"]["step"] < 1 and tiny["ratios"]["grouped"] > 1
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_dry(runs_folder, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert done.returncode == 0 and set(parts) == {"flow", "training", "ranking", "nmi", "tests"}
+    assert not [name for name, part in parts.items() if "error" in part], parts
+    assert all(part["wall_s"] > 0 for part in parts.values())

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import narrow_model
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from vpworkbench.bench_train import train_bench, write_report
+
 from vpworkbench.errors import SettingsError
 from vpworkbench.runs import open_run
 from vpworkbench.settings import pretrain_settings
