@@ -145,9 +145,8 @@ def probes(place: Place) -> Results:
     for specials in ("language", "exclude"):
         inputs = prepared(pictures[:16], special_tokens=specials)
         sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
-        yield (
-            f"flow, specials {specials}",
-            flow_of(shipped, inputs.forward, sets, rows=[0, 2], columns=[1, 20], per_token=True),
+        yield f"flow, specials {specials}", flow_of(
+            shipped, inputs.forward, sets, rows=[0, 2], columns=[1, 20], per_token=True
         )
         hidden = found("hidden_states")(shipped, inputs.forward, tokens=inputs.tokens)
         yield f"hidden states, specials {specials}", hidden

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import narrow_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from vpworkbench.bench_train import train_bench, write_report
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.runs import open_run
@@ -171,16 +170,6 @@ def test_a_run_keeps_its_name_with_another_number_of_processes():
         pretrain_settings(overrides={"train.keep_best": True})
     with pytest.raises(SettingsError, match="probe_every 30 must be a multiple of log_every 20"):
         pretrain_settings(overrides={"train.probe_every": 30})
-
-
-def test_the_bench_of_training_adds_up(tmp_path):
-    result = train_bench(["tiny"], images=2, repeats=1, workers=0)
-    part = result["presets"]["tiny"]
-    assert part["pairs"] == 8 and part["pairs_per_s"] == pytest.approx(4 * part["images_per_s"])
-    assert sum(part["phases"].values()) == pytest.approx(1)
-    assert set(part["ratios"]) == {"grouped", "vla_share"} and 0 < part["mfu"]["step"]
-    page = write_report(result, tmp_path)
-    assert page.exists() and (tmp_path / "train.json").exists()
 
 
 @pytest.mark.gpu
