@@ -27,8 +27,9 @@ from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import ModelSettings, preset
-from vpworkbench.tasks.retrieval import score_matrix
-from vpworkbench.tasks.task import LABELS, TaskModel
+from vpworkbench.tasks.retrieval import RETRIEVAL
+from vpworkbench.tasks.score_matrix import score_matrix
+from vpworkbench.tasks.task import TaskModel
 
 ROUTES = {
     "naive": "the whole model on every pair",
@@ -164,7 +165,7 @@ def _model(name: str, device: str) -> TaskModel:
     torch.manual_seed(0)
     tokenizer = build_tokenizer([f"w{number}" for number in range(VOCABULARY)] * 2)
     shape = ModelSettings(visual=settings.visual, fusion=settings.fusion, text_tokens=settings.data.text_tokens)
-    return TaskModel(VisualParsingModel(shape, tokenizer), "retrieval", LABELS["retrieval"]).to(device).eval()
+    return TaskModel(VisualParsingModel(shape, tokenizer), RETRIEVAL, ("unmatched", "matched")).to(device).eval()
 
 
 def _captions(model: TaskModel, count: int) -> list[str]:

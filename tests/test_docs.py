@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from vpworkbench.cli import app
 from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
-from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings, finetune_settings
+from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings
+from vpworkbench.tasks.settings import finetune_settings
 
 REPOSITORY = Path(__file__).parents[1]
 STATUSES = {"stated", "inferred", "ours", "not yet"}

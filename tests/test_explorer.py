@@ -41,6 +41,7 @@ from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Subject
+from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 
 EVIL = '<img src=x onerror="hacked()">'
@@ -267,7 +268,7 @@ def test_answers(view: Explorer, model: VisualParsingModel, scenes: list[Picture
 
 
 def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Picture]) -> None:
-    task = TaskModel(model, "vqa", ("yes", "no", "red")).eval()
+    task = TaskModel(model, TASKS["vqa"], ("yes", "no", "red")).eval()
     view = explore(task, scenes[:2])
     view.say("is there a ball?")
     best, share = next(iter(task.predict(scenes[0].image, "is there a ball?").items()))
@@ -278,7 +279,7 @@ def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Pict
 
 
 def test_a_statement_about_two_images_has_no_answer_here(model: VisualParsingModel, scenes: list[Picture]) -> None:
-    view = explore(TaskModel(model, "nlvr2", ("False", "True")), scenes[:2])
+    view = explore(TaskModel(model, TASKS["nlvr2"], ("False", "True")), scenes[:2])
     assert "No answer: it judges statements about two images" in view.tables()["answers"].answer[0]
     view.close()
 

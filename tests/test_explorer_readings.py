@@ -24,6 +24,7 @@ from vpworkbench.probes import flow_from_attention, inter_modality_flow, modalit
 from vpworkbench.probes.layouts import grid_boxes
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
 from vpworkbench.subjects import Subject, load
+from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 
 IMAGE = 90  # id of an image place
@@ -239,7 +240,7 @@ def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:
 
 
 def test_subjects(model: VisualParsingModel, scenes: list[Picture]) -> None:
-    task = TaskModel(model, "nlvr1", ("False", "True"))
+    task = TaskModel(model, TASKS["nlvr1"], ("False", "True"))
     found = load(task)
     assert found.base is model and found.task_model is task and "nlvr1" in found.name
     assert load(found) is found

@@ -38,7 +38,6 @@ from vpworkbench.settings import (
     FusionSettings,
     VisualSettings,
     checked,
-    finetune_settings,
     pretrain_settings,
     visual_init_settings,
 )
@@ -47,6 +46,7 @@ from vpworkbench.studies import examples
 from vpworkbench.studies.baselines import baselines
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_run, load_task
+from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.train.finetune import evaluate_split, finetune, prepare_task
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain

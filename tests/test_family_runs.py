@@ -18,9 +18,10 @@ from vpworkbench.jobs.parameters import check_parameters, find_notebook, noteboo
 from vpworkbench.model.visual import build_visual
 from vpworkbench.probing import SPANS, Probed
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
-from vpworkbench.settings import FamilyRunsSettings, RegionSettings, VisualSettings, finetune_settings
+from vpworkbench.settings import FamilyRunsSettings, RegionSettings, VisualSettings
 from vpworkbench.stats import Interval
 from vpworkbench.studies import families as family_runs
+from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.train.region_features import RegionNetwork
 
 

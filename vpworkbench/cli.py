@@ -195,7 +195,7 @@ def predict(
     from vpworkbench.data.inputs import use_regions
     from vpworkbench.errors import SettingsError
     from vpworkbench.subjects import load_task
-    from vpworkbench.train.finetune import predict_table
+    from vpworkbench.tasks.predict import predict_table
 
     if (image or text) if table else (place or not image or not text):
         raise SettingsError("give --image and --text, or --table and, if its images are elsewhere, --place")

@@ -19,6 +19,7 @@ from vpworkbench.huggingface import ProcessedRegions, is_pretrained, open_pretra
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
+from vpworkbench.tasks.predict import load_task_model
 from vpworkbench.tasks.task import TaskModel
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def _load(source: Loadable, regions: str) -> Subject:
     if isinstance(source, Subject):
         return source
     if isinstance(source, TaskModel):
-        return _ours(f"model, {source.task}", source.base, task_model=source.eval())
+        return _ours(f"model, {source.task.name}", source.base, task_model=source.eval())
     if isinstance(source, VisualParsingModel):
         return _ours("model", source)
     if not isinstance(source, str | None):
@@ -142,8 +143,8 @@ def _load(source: Loadable, regions: str) -> Subject:
         return _of_transformers(source, regions)
     name = (Path(source).name if "/" in source else source) or "shipped"
     if folder := _task_folder(source):
-        model = TaskModel.from_pretrained(folder)
-        return _ours(f"{name}, {model.task}", model.base, task_model=model)
+        model = load_task_model(folder)
+        return _ours(f"{name}, {model.task.name}", model.base, task_model=model)
     try:
         model, settings = load_run(source)
     except CheckpointError as ours:
@@ -194,7 +195,7 @@ def load_task(checkpoint: str | Path) -> TaskModel:
     CheckpointError
         If there is none.
     """
-    return TaskModel.from_pretrained(_task_folder(str(checkpoint)) or Path(checkpoint).expanduser())
+    return load_task_model(_task_folder(str(checkpoint)) or Path(checkpoint).expanduser())
 
 
 def _task_folder(source: str) -> Path | None:

@@ -10,10 +10,11 @@ from miniatures import coco, karpathy, lines, picture, snli_ve, table, visual_ge
 
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.inputs import Pixels
-from vpworkbench.data.splits import evaluation_records, load_examples, load_held_out, load_splits, split_pictures
+from vpworkbench.data.splits import evaluation_records, load_held_out, load_splits, split_pictures
 from vpworkbench.errors import DataError
-from vpworkbench.settings import DataSettings, finetune_settings
+from vpworkbench.settings import DataSettings
 from vpworkbench.settings.scenes import SceneSettings
+from vpworkbench.tasks.settings import finetune_settings, load_examples
 
 
 def ids(pictures):

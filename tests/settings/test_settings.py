@@ -18,10 +18,10 @@ from vpworkbench.settings import (
     ProbeSettings,
     VisualInitSettings,
     checked,
-    finetune_settings,
     pretrain_settings,
     visual_init_settings,
 )
+from vpworkbench.tasks.settings import finetune_settings
 
 
 def test_presets_state_the_paper():

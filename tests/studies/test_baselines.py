@@ -17,7 +17,8 @@ from vpworkbench.data.nlvr1 import Item
 from vpworkbench.data.records import Example
 from vpworkbench.runs import open_run
 from vpworkbench.studies.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
-from vpworkbench.tasks.task import METRICS, TaskModel
+from vpworkbench.tasks import TASKS
+from vpworkbench.tasks.task import TaskModel
 from vpworkbench.train.finetune import PreparedTask, prepare_task
 
 
@@ -51,7 +52,7 @@ def test_words_and_image_alone_answer_what_they_can(coloured, model, alone, othe
     texts = [example.text for example in coloured] if alone == "text only" else shown
     told = [replace(example, answers=("yes" if "red" in text else "no",) * 10)
             for example, text in zip(coloured, texts, strict=True)]  # fmt: skip
-    prepared = PreparedTask({"train": told[:160], "val": told[160:]}, TaskModel(model, "vqa", ("no", "yes")))
+    prepared = PreparedTask({"train": told[:160], "val": told[160:]}, TaskModel(model, TASKS["vqa"], ("no", "yes")))
     found = {name: result.scores.mean() for name, result in baselines(prepared, few(task="vqa"))["val"].items()}
     assert found[alone] > 0.95 and found[other] < 0.85
 
@@ -59,7 +60,7 @@ def test_words_and_image_alone_answer_what_they_can(coloured, model, alone, othe
 def test_a_product_answers_what_neither_words_nor_image_can_alone(coloured, model):
     settings = few(task="vqa")
     splits = {"train": coloured[:160], "val": coloured[160:]}
-    prepared = PreparedTask(splits, TaskModel(model, "vqa", ("no", "yes")))
+    prepared = PreparedTask(splits, TaskModel(model, TASKS["vqa"], ("no", "yes")))
     before = torch.get_rng_state()
     found = {name: result.scores.mean() for name, result in baselines(prepared, settings)["val"].items()}
     assert found["text x pooled features"] > 0.95
@@ -85,7 +86,7 @@ def test_maxent_learns_to_compare_what_is_drawn_with_what_is_said():
 def finished(**parameters) -> None:
     settings = few(task="vqa", **parameters)
     run = open_run("04_finetune", settings, name=f"{settings.pretrained}-{settings.seed}-{settings.answer_count}")
-    run.write_summary(**{METRICS["vqa"]: 0.5 + 0.2 * settings.pretrained + 0.1 * settings.seed})
+    run.write_summary(**{TASKS["vqa"].metric: 0.5 + 0.2 * settings.pretrained + 0.1 * settings.seed})
 
 
 def test_runs_are_compared_that_differ_in_start_and_seed_alone(runs_folder):

@@ -14,6 +14,7 @@ from vpworkbench import figures
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.records import Example
 from vpworkbench.studies.review import PREVIEW_PX, Reviewed, review
+from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel, TaskResult
 
 HOSTILE = '<img src=x onerror=alert(1)> & "it\'s"'
@@ -27,7 +28,9 @@ def examples(scenes, count=6, sides=1) -> list[Example]:
 
 
 def result(scores) -> TaskResult:
-    return TaskResult("nlvr1", np.array(scores), {str(n): "True" if s else "False" for n, s in enumerate(scores)})
+    return TaskResult(
+        TASKS["nlvr1"], np.array(scores), {str(n): "True" if s else "False" for n, s in enumerate(scores)}
+    )
 
 
 def rolled_out(model, pixels, text) -> np.ndarray:
@@ -48,7 +51,7 @@ def rolled_out(model, pixels, text) -> np.ndarray:
 @pytest.mark.parametrize("task, sides", [("nlvr1", 1), ("nlvr2", 2)])
 def test_as_many_right_as_wrong_with_the_rolled_out_attention_of_cls(scenes, task, sides):
     given, scores = examples(scenes, sides=sides), [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
-    model = TaskModel(narrow_model(scenes), task, ("False", "True"))
+    model = TaskModel(narrow_model(scenes), TASKS[task], ("False", "True"))
     found = review(model, given, result(scores), count=4)
     assert [one.right for one in found] == [True, True, False, False]
     assert [one.text for one in found] == [given[n].text for n in (0, 2, 1, 3)]
@@ -60,12 +63,12 @@ def test_as_many_right_as_wrong_with_the_rolled_out_attention_of_cls(scenes, tas
 def test_previews_are_small_and_keep_their_proportions(scenes, tmp_path):
     Image.new("RGB", (800, 200), "red").save(tmp_path / "wide.png")
     wide = Example("0", (ImageFile(tmp_path, "wide.png"),), "a red square", "val", "True")
-    (one,) = review(TaskModel(narrow_model(scenes), "nlvr1", ("False", "True")), [wide], result([1.0]))
+    (one,) = review(TaskModel(narrow_model(scenes), TASKS["nlvr1"], ("False", "True")), [wide], result([1.0]))
     assert one.images[0].shape == (PREVIEW_PX // 4, PREVIEW_PX, 3) and (one.images[0] == [255, 0, 0]).all()
 
 
 def test_nothing_to_show_and_scores_of_other_examples(scenes):
-    model = TaskModel(narrow_model(scenes), "nlvr1", ("False", "True"))
+    model = TaskModel(narrow_model(scenes), TASKS["nlvr1"], ("False", "True"))
     assert review(model, [], result([])) == []
     with pytest.raises(ValueError, match="1 scores for 2 examples"):
         review(model, examples(scenes, 2), result([1.0]))

@@ -19,26 +19,19 @@ from vpworkbench.errors import DataError
 from vpworkbench.metrics import recall_at
 from vpworkbench.runs import Run, open_run
 from vpworkbench.scenes.language import decide
-from vpworkbench.settings import finetune_settings
+from vpworkbench.settings import RetrievalSettings
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_task
-from vpworkbench.tasks.retrieval import (
-    CUTOFFS,
-    Matching,
-    RetrievalBatches,
-    captions_of,
-    chance,
-    evaluate_retrieval,
-    retrieval_result,
-    score_matrix,
-)
-from vpworkbench.tasks.task import LABELS, TaskModel
-from vpworkbench.train.finetune import evaluate_split, finetune, load_examples, prepare_task
+from vpworkbench.tasks.retrieval import CUTOFFS, RETRIEVAL, Matching, RetrievalBatches, chance, retrieval_result
+from vpworkbench.tasks.score_matrix import score_matrix
+from vpworkbench.tasks.settings import finetune_settings, load_examples
+from vpworkbench.tasks.task import TaskModel, texts_of
+from vpworkbench.train.finetune import evaluate_split, finetune, prepare_task
 
 
 @pytest.fixture
 def model(scenes) -> TaskModel:
-    return TaskModel(narrow_model(scenes), "retrieval", LABELS["retrieval"]).eval()
+    return TaskModel(narrow_model(scenes), RETRIEVAL, ("unmatched", "matched")).eval()
 
 
 @pytest.fixture
@@ -47,9 +40,12 @@ def photographs(scenes) -> list[Picture]:
     return [Picture(picture.id, picture.image, "train", picture.captions) for picture in scenes]
 
 
-def batches(model, pictures, **options):
-    given = {"images": 6, "inputs": Pixels(96), "negatives": 2, "seed": 1} | options
-    return RetrievalBatches(pictures, model.words, **given)
+def evaluated(model, pictures):
+    return RETRIEVAL.evaluate(model, pictures, finetune_settings(task="retrieval"))
+
+
+def batches(model, pictures, images=6):
+    return RetrievalBatches(pictures, model.words, RetrievalSettings(), inputs=Pixels(96), images=images, seed=1)
 
 
 def test_negatives_are_false_of_their_image(model, scenes):
@@ -59,9 +55,9 @@ def test_negatives_are_false_of_their_image(model, scenes):
         texts = model.base.tokenizer.batch_decode(batch.words, skip_special_tokens=True)
         shown = [next(p for p in scenes if (p.image.pixels(96) == pixels.permute(1, 2, 0).numpy()).all())
                  for pixels in batch.images]  # fmt: skip
-        for image, text, matched in zip(batch.image_index, batch.text_index, batch.matched, strict=True):
-            assert (texts[text] in shown[image].captions) == bool(matched)
-            assert decide(texts[text], shown[image].scene) is bool(matched)
+        for image, text, matched in zip(batch.image_index, texts, batch.matched, strict=True):
+            assert (text in shown[image].captions) == bool(matched)
+            assert decide(text, shown[image].scene) is bool(matched)
         assert batch.matched.sum() == 6 and len(batch.matched) <= 18
     again = batches(model, scenes[:40])[3]
     assert torch.equal(again.words, some[3].words) and torch.equal(again.image_index, some[3].image_index)
@@ -75,7 +71,7 @@ def test_captions_said_of_several_images_are_no_negatives(model, scenes):
 
 
 def test_scores_are_those_of_the_whole_model_pair_by_pair(model, scenes):
-    pictures, captions = scenes[:5], captions_of(scenes[:5])
+    pictures, captions = scenes[:5], texts_of(scenes[:5])
     seen = []
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     scores = score_matrix(model, pictures, captions, pairs=7)
@@ -104,12 +100,12 @@ def test_the_last_layer_at_cls_alone_is_that_of_the_whole_forward(model):
 
 
 def test_bf16_is_refused_on_a_cpu(model, scenes):
-    with pytest.raises(ValueError, match="for a GPU"):
-        score_matrix(model, scenes[:2], captions_of(scenes[:2]), bf16=True)
+    with pytest.raises(ValueError, match="need a GPU"):
+        score_matrix(model, scenes[:2], texts_of(scenes[:2]), bf16=True)
 
 
 def test_a_stopped_matrix_goes_on(model, scenes, tmp_path):
-    pictures, captions = scenes[:40], captions_of(scenes[:40])[:30]
+    pictures, captions = scenes[:40], texts_of(scenes[:40])[:30]
     whole = score_matrix(model, pictures, captions)
 
     def stop(what, done, total):
@@ -159,7 +155,7 @@ def test_recall_is_that_of_sorted_lists(photographs):
 def test_a_caption_that_an_image_has_twice_is_two_queries(model, photographs, tmp_path):
     text = photographs[1].captions[0]
     pictures = [photographs[0], replace(photographs[1], captions=(text, text)), photographs[2]]
-    found, first = evaluate_retrieval(model, pictures), len(pictures[0].captions)
+    found, first = evaluated(model, pictures), len(pictures[0].captions)
     assert found.scores.shape[1] == len(found.image[1]) == sum(len(picture.captions) for picture in pictures)
     np.testing.assert_allclose(found.scores[:, first], found.scores[:, first + 1], atol=1e-6)
     assert found.image[1][first] == found.image[1][first + 1] == (found.scores[:, first].argmax() == 1)
@@ -180,7 +176,7 @@ def test_a_tie_counts_against_the_model(photographs):
 
 def test_chance_is_what_random_orders_give(photographs):
     pictures, rng = photographs[:6], np.random.default_rng(0)
-    captions, expected = captions_of(pictures), chance(pictures)
+    captions, expected = texts_of(pictures), chance(pictures)
     draws = [retrieval_result(rng.normal(size=(6, len(captions))), pictures) for _ in range(400)]
     for cutoff, way in itertools.product(CUTOFFS, ("text", "image")):
         drawn = np.mean([getattr(draw, way)[cutoff].mean() for draw in draws])
@@ -228,7 +224,7 @@ def test_matching_weighs_both_kinds_alike_however_it_is_accumulated(model, scene
 
 def test_the_head_starts_as_that_of_pretraining(scenes):
     base = narrow_model(scenes)
-    model = TaskModel(base, "retrieval", LABELS["retrieval"])
+    model = TaskModel(base, RETRIEVAL, ("unmatched", "matched"))
     assert torch.equal(model.head.weight, base.itm.weight) and model.head.weight is not base.itm.weight
 
 
@@ -249,17 +245,17 @@ def test_a_stopped_run_ends_with_the_same_weights_and_scores(runs_folder):
     assert finetune(*whole, settings) == 3
     stopped = open_run("04_finetune", settings, name="stopped")
     with pytest.raises(KeyboardInterrupt):
-        finetune(Stopping(stopped.folder, settings), prepare_task(settings), settings)
+        finetune(Stopping(stopped.folder), prepare_task(settings), settings)
     resumed = stopped, prepare_task(settings)
     assert finetune(*resumed, settings) == 3
     results = [evaluate_split(*one, settings, "val") for one in (whole, resumed)]
     np.testing.assert_array_equal(results[0].scores, results[1].scores)
-    np.testing.assert_array_equal(evaluate_retrieval(load_task("whole"), whole[1].splits["val"]).scores,
+    np.testing.assert_array_equal(evaluated(load_task("whole"), whole[1].splits["val"]).scores,
                                   results[0].scores)  # fmt: skip
     lines = [(run.folder / "metrics.jsonl").read_text().count("\n") for run, _ in (whole, resumed)]
     assert lines == [3, 3]
     rows = (stopped.folder / "predictions-val.csv").read_text().splitlines()
-    assert len(rows) == 10 + len(captions_of(whole[1].splits["val"])) and rows[0].startswith("TR,val-000000.png,")
+    assert len(rows) == 10 + len(texts_of(whole[1].splits["val"])) and rows[0].startswith("TR,val-000000.png,")
 
 
 def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path):
@@ -298,7 +294,7 @@ def test_schedule_of_the_paper():
 
 def test_searches_are_reviewed_with_the_image_found_and_the_own(model, scenes):
     pictures = scenes[:6]
-    result = evaluate_retrieval(model, pictures)
+    result = evaluated(model, pictures)
     for one in review(model, pictures, result, count=8):
         assert len(one.images) == len(one.attention) == 2
         assert one.right == (one.predicted == one.wanted)

@@ -13,8 +13,10 @@ from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.language import decide
-from vpworkbench.settings import finetune_settings
-from vpworkbench.tasks.retrieval import RetrievalBatches, captions_of, owners_of
+from vpworkbench.settings import RetrievalSettings
+from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
+from vpworkbench.tasks.settings import finetune_settings
+from vpworkbench.tasks.task import texts_of
 from vpworkbench.train.dual import (
     DualBatches,
     DualEncoder,
@@ -27,8 +29,8 @@ from vpworkbench.train.dual import (
 from vpworkbench.train.finetune import finetune, prepare_task
 
 
-def batches(model, pictures, images=6, **options):
-    return RetrievalBatches(pictures, model.words, images=images, inputs=Pixels(96), negatives=2, seed=1, **options)
+def batches(model, pictures, images=6):
+    return RetrievalBatches(pictures, model.words, RetrievalSettings(), inputs=Pixels(96), images=images, seed=1)
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_hinges_take_the_hardest_negative_of_either_side(cosine):
 def test_a_caption_that_fits_two_images_is_no_negative_of_either(model, scenes):
     twins = [Picture(str(n), scenes[n].image, "train", ("a red square" if n < 3 else f"{n} rings",)) for n in range(6)]
     batch = DualBatches(batches(model, twins))[0]
-    said = batches(model, twins).chosen(0)[1]
+    said = batches(model, twins).draw(0)[1]
     for row, text in enumerate(said):
         assert [bool(one) for one in batch.negative[row]] == [other != text for other in said]
 
@@ -112,7 +114,7 @@ def test_both_are_trained_once_and_kept(scenes, tmp_path):
     pictures, pairs = scenes[60:70], batches(build_dual(settings), scenes[:30], images=8)
     found = dual_scores(pairs, pictures, settings, folder=tmp_path)
     assert set(found) == {"frozen dual projection", "trained dual encoder"}
-    assert all(scores.shape == (10, len(captions_of(pictures))) for scores in found.values())
+    assert all(scores.shape == (10, len(texts_of(pictures))) for scores in found.values())
     assert not np.array_equal(*found.values())
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     again = dual_scores(pairs, pictures, settings, folder=tmp_path)
@@ -124,7 +126,7 @@ def test_both_are_trained_once_and_kept(scenes, tmp_path):
 def test_nearest_captions_are_those_of_the_sorted_cosines(dual, scenes):
     pictures = scenes[:9]
     features, owner = dual.features(pictures), owners_of(pictures)
-    found, scores = features.nearest(dual.projection, owner, 0.2), features.scores(dual.projection)
+    found, scores = dual.projection.nearest(features, owner, 0.2), dual.projection.scores(features)
     for row, places in enumerate(found):
         others = [place for place in np.argsort(-scores[row]) if owner[place] != row]
         assert len(places) == 9 and list(places) == others[:9]
@@ -133,15 +135,15 @@ def test_nearest_captions_are_those_of_the_sorted_cosines(dual, scenes):
 def test_hard_negatives_come_from_the_nearest_captions(model, scenes):
     some = batches(model, scenes[:30])
     some.near = np.arange(150).reshape(30, 5)[::-1]  # of picture 0 those of picture 29
-    captions = captions_of(scenes[:30])
+    captions = texts_of(scenes[:30])
     for step in range(4):
-        batch, rows = some[step], some.chosen(step)[0]
+        batch, rows = some[step], some.draw(step)[0]
         texts = model.tokenizer.batch_decode(batch.words, skip_special_tokens=True)
-        for image, text, matched in zip(batch.image_index, batch.text_index, batch.matched, strict=True):
+        for image, text, matched in zip(batch.image_index, texts, batch.matched, strict=True):
             picture = some.pictures[rows[image]]
             near = [captions[place] for place in some.near[rows[image]]]
-            assert texts[text] in (picture.captions if matched else near)
-            assert decide(texts[text], picture.scene) is bool(matched)
+            assert text in (picture.captions if matched else near)
+            assert decide(text, picture.scene) is bool(matched)
         assert (~batch.matched).sum() > 6
 
 

@@ -25,7 +25,8 @@ from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.explorer import explore
 from vpworkbench.runs import open_folder, open_run
 from vpworkbench.scenes.write import write_scenes
-from vpworkbench.settings import PretrainSettings, RegionSettings, TrainSettings, finetune_settings, pretrain_settings
+from vpworkbench.settings import PretrainSettings, RegionSettings, TrainSettings, pretrain_settings
+from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.train.finetune import prepare_task
 from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.region_features import crops, make_regions, true_boxes

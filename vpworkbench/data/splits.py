@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
@@ -17,9 +17,9 @@ from vpworkbench.data.images import ImageFile, Places, origins
 from vpworkbench.data.readers import UnknownFormatError, open_annotations
 from vpworkbench.data.records import Example, Picture, Record, images_of
 from vpworkbench.data.scene_cache import cached_scenes
-from vpworkbench.data.task_readers import FORMATS, TASK_READERS, VQA_ANSWERS
+from vpworkbench.data.task_readers import FORMATS, VQA_ANSWERS
 from vpworkbench.errors import DataError
-from vpworkbench.settings import DataSettings, FinetuneSettings
+from vpworkbench.settings import DataSettings
 
 log = logging.getLogger(__name__)
 
@@ -103,67 +103,6 @@ def _merged(first: Picture, rest: Sequence[Picture]) -> Picture:
     foils = dict.fromkeys(text for picture in (first, *rest) for text in picture.foils if text not in captions)
     known = first.origins.union(*(picture.origins for picture in rest))
     return replace(first, captions=tuple(captions), foils=tuple(foils), origins=known)
-
-
-# --------------------------------------------------------------------------------------------------- tasks
-
-
-class TaskExamples(NamedTuple):
-    """The examples of a task.
-
-    Attributes
-    ----------
-    splits : dict
-        `train`, `val` and `test`; training examples whose image an evaluation split holds are dropped.
-    shared : frozenset of str
-        Ids of test examples about an image that the release has in training or validation too.
-    """
-
-    splits: dict[str, list[Example]] | dict[str, list[Picture]]
-    shared: frozenset[str]
-
-
-def load_examples(settings: FinetuneSettings) -> TaskExamples:
-    """Read the files of a task and keep the images of evaluation splits out of training.
-
-    `data` is `scenes` or what the task's reader takes (see `task_readers`); for retrieval, any captioned set.
-
-    Raises
-    ------
-    DataError
-        For files that are missing or broken, or a split without examples that training needs.
-    """
-    if settings.task == "retrieval":
-        return TaskExamples(_captioned(settings), frozenset())
-    data = settings.data
-    if data == "scenes":
-        data = str(cached_scenes(settings.scenes))
-    reader = TASK_READERS[settings.task]
-    splits = reader(data, images=settings.images, **({"premise": True} if settings.premise else {}))
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise DataError(f"{settings.data}: no examples of {settings.task} in {split}; it needs some")
-    held_out = [*splits["val"], *splits["test"]]
-    kept, marks = without_leaks(splits["train"], held_out, "training examples are about images of val or test")
-    if not kept:
-        raise DataError(f"{settings.data}: every image of train is in val or test too; split by image")
-    elsewhere = {marks[image] for split in ("train", "val") for example in splits[split] for image in example.images}
-    shared = {example.id for example in splits["test"] if any(marks[image] in elsewhere for image in example.images)}
-    return TaskExamples(splits | {"train": kept}, frozenset(shared))
-
-
-def _captioned(settings: FinetuneSettings) -> dict[str, list[Picture]]:
-    """All captioned training images, and the first ones of the other splits."""
-    splits = load_splits(DataSettings(sets=(settings.data,), images=settings.images, scenes=settings.scenes))
-    most = {"train": None, "val": settings.retrieval.search_images or None}
-    splits = {
-        split: [picture for picture in pictures if picture.captions][: most.get(split, most["val"])]
-        for split, pictures in splits.items()
-    }
-    for split in ("val", "test"):
-        if len(splits[split]) < 2:
-            raise DataError(f"{settings.data}: {len(splits[split])} captioned images in {split}; a search needs two")
-    return splits
 
 
 # --------------------------------------------------------------------------------------------------- leaks

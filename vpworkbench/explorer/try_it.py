@@ -153,11 +153,11 @@ class TryView:
 def _answers(reading: Reading) -> list[tuple[str, str]]:
     """What one model is asked, and its answer."""
     picture, text, base, task = reading.picture, reading.text, reading.subject.base, reading.subject.task_model
-    if task is not None and task.task == "nlvr2":
-        return [("nlvr2", "No answer: it judges statements about two images, and here there is one.")]
+    if task is not None and task.task.images > 1:
+        return [(task.task.name, "No answer: it judges statements about two images, and here there is one.")]
     if task is not None:
         told = _listed(list(task.predict(picture.image, text).items())[:5])
-        return [(f"{task.task}: its answer", told)]
+        return [(f"{task.task.name}: its answer", told)]
     if base is None:
         return []
     share = match_probability(base, prepare(base, [picture], [text]))[0]

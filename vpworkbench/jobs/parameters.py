@@ -22,7 +22,7 @@ CHECKS = {
     "01_pretrain": "vpworkbench.settings:pretrain_settings",
     "02_probe": "vpworkbench.settings:ProbeSettings",
     "03_compare_models": "vpworkbench.settings:CompareSettings",
-    "04_finetune": "vpworkbench.settings:finetune_settings",
+    "04_finetune": "vpworkbench.tasks.settings:finetune_settings",
     "05_explore_masks": "vpworkbench.settings:ExploreSettings",
     "06_runs": "vpworkbench.settings:RunsSettings",
     "08_families": "vpworkbench.settings:FamilyRunsSettings",

@@ -12,11 +12,10 @@ from vpworkbench.settings.notebooks import (
     FamilyRunsSettings,
     ProbeSettings,
     RunsSettings,
-    finetune_settings,
     pretrain_settings,
     visual_init_settings,
 )
-from vpworkbench.settings.presets import PRESETS, TASK_PRESETS, preset
+from vpworkbench.settings.presets import PRESETS, preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.training import (
     DataSettings,

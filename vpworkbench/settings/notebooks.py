@@ -12,18 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings, checked, nearest
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
 from vpworkbench.settings.families import FAMILIES
-from vpworkbench.settings.presets import TASK_PRESETS
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
-from vpworkbench.settings.training import (
-    DataSettings,
-    FinetuneSettings,
-    PretrainSettings,
-    TrainSettings,
-    VisualInitSettings,
-)
+from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
 
 REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
 
@@ -178,43 +171,6 @@ def visual_init_settings(
     settings = settings.with_overrides(values | (overrides or {}))
     sizes = settings.visual.sized(visual_tokens) if visual_tokens else {}
     return settings.with_overrides({f"visual.{name}": value for name, value in sizes.items()})
-
-
-def finetune_settings(
-    *,
-    task: str = "vqa",
-    preset: str = "tiny",
-    data: str = "scenes",
-    checkpoint: str = "",
-    regions: str = "",
-    pretrained: bool = True,
-    steps: int = 40,
-    epochs: float = 0,
-    seed: int = 0,
-    checkpoint_every: int = 0,
-    overrides: dict[str, Any] | None = None,
-) -> FinetuneSettings:
-    """Settings of a run from the parameters of `04_finetune`; for steps and epochs see `pretrain_settings`."""
-    if preset not in TASK_PRESETS:
-        raise SettingsError(f"preset: no preset {preset!r}{nearest(preset, TASK_PRESETS)} (known: tiny, paper)")
-    if task not in TASK_PRESETS[preset]:
-        known = ", ".join(TASK_PRESETS[preset])
-        raise SettingsError(f"task: no task {task!r}{nearest(task, TASK_PRESETS[preset])} (known: {known})")
-    overrides = overrides or {}
-    parts = {name: part.model_dump() for name, part in TASK_PRESETS[preset][task].items()}
-    base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
-    values = {
-        "data": data,
-        "checkpoint": checkpoint,
-        "regions": regions,
-        "pretrained": pretrained,
-        "seed": seed,
-        "train.checkpoint_every": checkpoint_every,
-    }
-    settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
-    if settings.data != "scenes" or "scenes.images" in overrides:
-        return settings
-    return settings.with_overrides({"scenes.images": scenes_needed(settings.scenes, settings.train)})
 
 
 def train_length(steps: int, epochs: float) -> dict[str, float]:

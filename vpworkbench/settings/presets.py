@@ -1,11 +1,11 @@
-"""Presets are values: complete settings under a name, for pre-training and for the downstream tasks."""
+"""Presets are values: complete settings of pre-training under a name. Each task lists its own schedules."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import Settings, nearest
+from vpworkbench.settings.base import nearest
 from vpworkbench.settings.model import FusionSettings, VisualSettings
 from vpworkbench.settings.training import (
     TRAINING_SCENES,
@@ -13,7 +13,6 @@ from vpworkbench.settings.training import (
     MaskSettings,
     OptimSettings,
     PretrainSettings,
-    RetrievalSettings,
     TrainSettings,
 )
 
@@ -60,38 +59,6 @@ PRESETS: dict[str, PretrainSettings] = {
         train=TrainSettings(epochs=40, images=512, accumulate=64),
     ),
 }
-
-_TINY_TASK = {
-    "optim": OptimSettings(lr_visual=1e-4, lr_fusion=5e-4, warmup=50, decay_at=(0.6, 0.85)),
-    "train": TrainSettings(steps=1_000, images=32),
-}
-TASK_PRESETS: dict[str, dict[str, dict[str, Settings]]] = {
-    "tiny": {task: _TINY_TASK for task in ("vqa", "nlvr2", "nlvr1", "snli-ve")}
-    | {"retrieval": _TINY_TASK | {"retrieval": RetrievalSettings(search_images=100)}},
-    "paper": {
-        "vqa": {
-            "optim": OptimSettings(decay_at=(65 / 100, 75 / 100)),
-            "train": TrainSettings(epochs=100, images=512, accumulate=64),
-        },
-        "nlvr2": {
-            "optim": OptimSettings(decay_at=tuple(epoch / 80 for epoch in (60, 65, 70, 75, 78, 79)), decay=0.5),
-            "train": TrainSettings(epochs=80, images=512, accumulate=64),
-        },
-        "nlvr1": {
-            "optim": OptimSettings(decay_at=tuple(epoch / 80 for epoch in (60, 65, 70, 75, 78, 79)), decay=0.5),
-            "train": TrainSettings(epochs=80, images=512, accumulate=64),
-        },
-        "snli-ve": {
-            "optim": OptimSettings(lr_visual=5e-5, decay_at=(15 / 25, 20 / 25, 23 / 25)),
-            "train": TrainSettings(epochs=25, images=512, accumulate=64),
-        },
-        "retrieval": {
-            "optim": OptimSettings(lr_visual=5e-5, decay_at=(5 / 10,), decay=0.5),
-            "train": TrainSettings(epochs=10, images=32, accumulate=4),
-        },
-    },
-}
-"""Schedules of paper Sec. 4.2 and smaller ones; `train.images` counts examples here."""
 
 
 def preset(name: str) -> PretrainSettings:

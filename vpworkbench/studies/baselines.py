@@ -1,11 +1,11 @@
-"""What a score is worth: beside the most frequent label, half of the input, the drawn structure, no pre-training."""
+"""What a score is worth: simple models beside it, and the same model from scratch."""
 
 from __future__ import annotations
 
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,18 @@ from vpworkbench.data import nlvr1
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, Picture
-from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root
 from vpworkbench.settings import FinetuneSettings
 from vpworkbench.stats import Interval, student_interval
-from vpworkbench.tasks.retrieval import RetrievalResult, chance, retrieval_result
-from vpworkbench.tasks.task import METRICS, TaskResult, score
+from vpworkbench.tasks import TASKS
+from vpworkbench.tasks.retrieval import Retrieval, RetrievalResult, chance, retrieval_result
+from vpworkbench.tasks.task import Progress, TaskResult, right_answer, texts_of
 from vpworkbench.train.dual import dual_scores
-from vpworkbench.train.finetune import PreparedTask, pair_batches
+from vpworkbench.train.finetune import PreparedTask
 
-Progress = Callable[[str, int, int], None]
-WORDS = r"(?u)\b\w+\b"
-SETTLED = {"tol": 1e-2, "max_iter": 500}  # of regressions: the last digits cost half a minute and generalise no better
+WORD = r"(?u)\b\w+\b"
+REGRESSION = {"tol": 1e-2, "max_iter": 500}  # a smaller tolerance costs half a minute and generalises no better
 NUMBERS = {word: number for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"), 1)}
 NUMBERS |= {str(number): number for number in range(1, 8)}
 
@@ -50,95 +49,90 @@ def baselines(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, TaskResult] | dict[str, RetrievalResult]]:
-    """The most frequent label, the text alone, the image alone, the text times pooled features; of NLVR v1 MaxEnt too.
+    """The results of simple models, which are trained once and scored on every split.
 
-    Of retrieval chance, and two dual encoders (`dual`). Each is trained once, for all splits.
+    They are the most frequent label, text only, image only, and text times pooled features; for NLVR v1 MaxEnt on the
+    drawn structure too. For retrieval: chance, and two dual encoders.
 
     Parameters
     ----------
     most : int
-        Training examples that each of them sees, at most.
+        Largest number of training examples for each of them.
     folder : Path or None
         Keeps the dual encoders.
 
     Returns
     -------
     dict
-        Of each split but training, by name what each scores; empty where the answers of the split are withheld.
+        For each split except training: name -> result; empty if the answers of the split are withheld.
     """
-    held_out = [split for split in prepared.splits if split != "train"]
-    splits = {split: prepared.splits[split] if prepared.is_answered(split) else [] for split in held_out}
-    with tempfile.TemporaryDirectory() as scratch:
-        if settings.task == "retrieval":
-            place = folder or Path(scratch)
-            return {split: _duals(prepared, settings, pictures, place, progress) if pictures else {}
-                    for split, pictures in splits.items()}  # fmt: skip
-    asked = [example for examples in splits.values() for example in examples]
-    told = _told(prepared, settings, asked, most, progress) if asked else {}
-    found: dict[str, dict[str, TaskResult]] = {split: {} for split in splits}
-    for name, labels in told.items():
-        given = iter(labels)  # by place: two splits may share ids
-        for split, examples in splits.items():
-            predicted = {example.id: str(next(given)) for example in examples}
-            if examples:
-                found[split][name] = TaskResult(settings.task, score(settings.task, examples, predicted), predicted)
+    splits = {split: records for split, records in prepared.splits.items() if split != "train"}
+    scored = {split: records for split, records in splits.items() if prepared.is_answered(split)}
+    found: dict[str, dict[str, Any]] = {split: {} for split in splits}
+    if isinstance(prepared.model.task, Retrieval):
+        with tempfile.TemporaryDirectory() as scratch:
+            for split, pictures in scored.items():
+                found[split] = _searches(prepared, settings, pictures, folder or Path(scratch), progress)
+        return found
+    examples = [example for part in scored.values() for example in part]
+    predictions = _classify(prepared, settings, examples, most, progress) if examples else {}
+    for name, labels in predictions.items():
+        remaining = iter(labels)  # by place: two splits may share ids
+        for split, part in scored.items():
+            predicted = {example.id: str(next(remaining)) for example in part}
+            task = prepared.model.task
+            found[split][name] = TaskResult(task, task.scores(part, predicted), predicted)
     return found
 
 
-def _duals(
+def _searches(
     prepared: PreparedTask,
     settings: FinetuneSettings,
     pictures: Sequence[Picture],
     folder: Path,
     progress: Progress | None,
 ) -> dict[str, RetrievalResult]:
-    found = dual_scores(pair_batches(prepared, settings), pictures, settings, folder=folder, progress=progress)
-    return {"chance": chance(pictures)} | {name: retrieval_result(one, pictures) for name, one in found.items()}
+    batches = prepared.model.task.batches(prepared.splits["train"], prepared.model, settings)
+    scores = dual_scores(batches, pictures, settings, folder=folder, progress=progress)
+    return {"chance": chance(pictures)} | {name: retrieval_result(one, pictures) for name, one in scores.items()}
 
 
-def _told(
+def _classify(
     prepared: PreparedTask,
     settings: FinetuneSettings,
     examples: Sequence[Example],
     most: int,
     progress: Progress | None,
 ) -> dict[str, Sequence[str]]:
-    """By baseline the label that it gives to each example."""
+    """For each baseline, the label that it gives to each example."""
     rng = np.random.default_rng(settings.seed)
     training = prepared.splits["train"]
-    frequent = Counter(map(_label, training)).most_common(1)[0][0]
+    frequent = Counter(map(right_answer, training)).most_common(1)[0][0]
     training = [training[number] for number in rng.permutation(len(training))[:most]]
-    labels = [_label(example) for example in training]
-    text = make_pipeline(CountVectorizer(ngram_range=(1, 2), token_pattern=WORDS), LogisticRegression(**SETTLED))
-    text.fit([example.text for example in training], labels)
-    features = image_features(
-        prepared.model.base, [example.images for example in [*training, *examples]], progress=progress
-    )
-    image = make_pipeline(StandardScaler(), LogisticRegression(**SETTLED))
-    image.fit(features[: len(training)], labels)
-    told = {
+    labels, texts, new_texts = list(map(right_answer, training)), texts_of(training), texts_of(examples)
+    text = make_pipeline(CountVectorizer(ngram_range=(1, 2), token_pattern=WORD), LogisticRegression(**REGRESSION))
+    text.fit(texts, labels)
+    images = [example.images for example in [*training, *examples]]
+    features = image_features(prepared.model.base, images, progress=progress)
+    features, new_features = features[: len(training)], features[len(training) :]
+    image = make_pipeline(StandardScaler(), LogisticRegression(**REGRESSION))
+    image.fit(features, labels)
+    fused = text_times_features(texts, features, labels, new_texts, new_features, seed=settings.seed)
+    predictions = {
         "most frequent": [frequent] * len(examples),
-        "text only": list(text.predict([example.text for example in examples])),
-        "image only": list(image.predict(features[len(training) :])),
-        "text x pooled features": text_times_features(
-            [example.text for example in training], features[: len(training)], labels,
-            [example.text for example in examples], features[len(training) :], seed=settings.seed,
-        ),
-    }  # fmt: skip
+        "text only": list(text.predict(new_texts)),
+        "image only": list(image.predict(new_features)),
+        "text x pooled features": fused,
+    }
     if all(example.boxes for example in [*training, *examples]):
-        told["MaxEnt on structure"] = list(maxent_on_structure(training, labels, examples))
-    return told
-
-
-def _label(example: Example) -> str:
-    """The label, or what most people answered."""
-    return example.label if example.label is not None else most_given(example.answers)
+        predictions["MaxEnt on structure"] = list(maxent_on_structure(training, labels, examples))
+    return predictions
 
 
 class ProductFusion(nn.Module):
-    """Text and image, a vector each, multiplied: BUTD (Anderson et al. 2018), or MUTAN with an identity for its core.
+    """A text vector times an image vector: BUTD (Anderson et al. 2018), or MUTAN with the identity as its core.
 
-    BUTD reads words by a GRU and pools regions by attention; here words are counted and tokens are pooled evenly.
+    BUTD reads words with a GRU and pools regions by attention; here words are counted and tokens are averaged.
     """
 
     def __init__(self, words: int, features: int, labels: int, width: int = 256) -> None:
@@ -162,25 +156,25 @@ def text_times_features(
     epochs: int = 30,
     seed: int = 0,
 ) -> list[str]:
-    """Labels that a `ProductFusion` gives to the new ones, trained on the others.
+    """Labels for new examples by a `ProductFusion` trained on the others.
 
     Parameters
     ----------
     features, new_features : array, (example, feature)
-        Of `image_features`.
+        The result of `image_features`.
     """
     scaler = StandardScaler()
-    counter = CountVectorizer(ngram_range=(1, 2), token_pattern=WORDS, max_features=5_000, dtype=np.float32)
+    counter = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD, max_features=5_000, dtype=np.float32)
     known, target = np.unique(labels, return_inverse=True)
     words = torch.from_numpy(counter.fit_transform(texts).toarray())
-    seen = torch.from_numpy(scaler.fit_transform(features)).float()
-    with torch.random.fork_rng(devices=[]):  # a baseline must not change what is trained behind it
+    vision = torch.from_numpy(scaler.fit_transform(features)).float()
+    with torch.random.fork_rng(devices=[]):  # a baseline must not change what is trained after it
         torch.manual_seed(seed)
-        model = ProductFusion(words.shape[1], seen.shape[1], len(known))
+        model = ProductFusion(words.shape[1], vision.shape[1], len(known))
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         for _ in range(epochs):
             for rows in torch.randperm(len(words)).split(64):
-                loss = nn.functional.cross_entropy(model(words[rows], seen[rows]), torch.from_numpy(target)[rows])
+                loss = nn.functional.cross_entropy(model(words[rows], vision[rows]), torch.from_numpy(target)[rows])
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -191,21 +185,22 @@ def text_times_features(
 
 
 def maxent_on_structure(training: Sequence[Example], labels: Sequence[str], examples: Sequence[Example]) -> np.ndarray:
-    """Maximum entropy on the statement's words crossed with facts of `boxes`: the label of each of `examples`.
+    """The label of each of `examples`, by maximum entropy on the statement's words crossed with facts about `boxes`.
 
-    The strength of its prior is chosen by five folds of the training statements.
+    The strength of the prior is chosen by five-fold cross-validation on the training statements.
     """
-    once = {(example.text, example.boxes): (example, label) for example, label in zip(training, labels, strict=True)}
+    unique = {(example.text, example.boxes): (example, label) for example, label in zip(training, labels, strict=True)}
     hasher = FeatureHasher(2**18, input_type="string", alternate_sign=False)
     priors = {"C": [0.001, 0.003, 0.01, 0.03, 0.1]}
     classifier = GridSearchCV(LogisticRegression(max_iter=300), priors, cv=KFold(5, shuffle=True, random_state=0))
-    classifier.fit(hasher.transform(_crossed(example) for example, _ in once.values()), [y for _, y in once.values()])
+    facts = hasher.transform(_crossed(example) for example, _ in unique.values())
+    classifier.fit(facts, [label for _, label in unique.values()])
     return classifier.predict(hasher.transform(map(_crossed, examples)))
 
 
 def _crossed(example: Example) -> list[str]:
-    """Each word with each fact about the kinds of item that the statement names."""
-    words = re.findall(WORDS, example.text.lower())
+    """Each word of the statement with each fact about the kinds of item that it names."""
+    words = re.findall(WORD, example.text.lower())
     facts = list(_facts(words, example.boxes))
     return [f"{word}|{fact}" for word, fact in product(sorted({*words, ""}), facts)]
 
@@ -229,12 +224,9 @@ def _facts(words: Sequence[str], boxes: Sequence[nlvr1.Box]) -> Iterator[str]:
 
 @torch.no_grad()
 def image_features(
-    model: VisualParsingModel,
-    images: Sequence[tuple[ImageFile, ...]],
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
+    model: VisualParsingModel, images: Sequence[tuple[ImageFile, ...]], *, progress: Progress | None = None
 ) -> np.ndarray:
-    """Mean and largest visual features of each example's images, side by side; (example, feature)."""
+    """Mean and maximum over visual tokens, concatenated over the images of each example; (example, feature)."""
     files = list(dict.fromkeys(image for group in images for image in group))
     pooled: dict[ImageFile, np.ndarray] = {}
     for start in range(0, len(files), 64):
@@ -249,39 +241,38 @@ def image_features(
 
 
 def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
-    """Finished runs of `04_finetune` that differ from these settings in nothing but `seed` and `pretrained`.
+    """Finished runs of `04_finetune` whose settings differ from these only in `seed` and `pretrained`.
 
-    What leaves a run's result as it is, how often it is saved and logged and who prepares its batches, may differ too.
+    Settings that do not change a run's result (checkpoint and log intervals, workers) are ignored.
 
     Returns
     -------
     DataFrame
-        `pretrained`, `seed`, `score` (of the validation split), one row a run, equal runs once.
+        `pretrained`, `seed`, `score` (on validation), one row for each run; equal runs once.
     """
-    wanted, rows = _of_any_seed(settings.model_dump(mode="json")), {}
+    wanted, rows, metric = _without_seed(settings.model_dump(mode="json")), {}, TASKS[settings.task].metric
     for folder in sorted((runs_root() / "04_finetune").glob("*")):
         if not (folder / "summary.json").exists():
             continue
-        there = read_json(folder / "config.json")["settings"]
-        if _of_any_seed(there) == wanted:
-            rows[there["pretrained"], there["seed"]] = read_json(folder / "summary.json")[METRICS[settings.task]]
-    return pd.DataFrame(
-        [(*key, value) for key, value in sorted(rows.items(), reverse=True)], columns=["pretrained", "seed", "score"]
-    )
+        run = read_json(folder / "config.json")["settings"]
+        if _without_seed(run) == wanted:
+            rows[run["pretrained"], run["seed"]] = read_json(folder / "summary.json")[metric]
+    table = [(*key, value) for key, value in sorted(rows.items(), reverse=True)]
+    return pd.DataFrame(table, columns=["pretrained", "seed", "score"])
 
 
-def _of_any_seed(settings: dict[str, Any]) -> dict[str, Any]:
+def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
     train = {name: value for name, value in settings["train"].items() if name not in ("checkpoint_every", "log_every")}
     return settings | {"seed": 0, "pretrained": True, "workers": 0, "train": train}
 
 
 def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:
-    """Mean score over seeds, pre-trained and from scratch, with 95% t intervals; and of their difference, by seed.
+    """Mean score over seeds, pre-trained and from scratch, and their difference by seed; 95% intervals (Student's t).
 
     Parameters
     ----------
     runs
-        Of `runs_by_start`. Bounds are nan where there are fewer than two seeds.
+        The result of `runs_by_start`. Bounds are nan if there are fewer than two seeds.
     """
     by_seed = runs.pivot(index="seed", columns="pretrained", values="score")
     names = {True: "pre-trained", False: "from scratch"}

@@ -21,11 +21,12 @@ from vpworkbench.errors import SettingsError
 from vpworkbench.model.budget import Budget, budget
 from vpworkbench.probing import Probed, probe
 from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
-from vpworkbench.settings import FamilyRunsSettings, RegionSettings, TrainSettings, finetune_settings, pretrain_settings
+from vpworkbench.settings import FamilyRunsSettings, RegionSettings, TrainSettings, pretrain_settings
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.stats import Interval, flatten, over_seeds, seeds_and_samples_interval
 from vpworkbench.subjects import load, token_counts
+from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.tasks.task import evaluate_task
 from vpworkbench.train.finetune import finetune, prepare_task
 from vpworkbench.train.pretrain import prepare, pretrain

@@ -12,11 +12,10 @@ from PIL import Image
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, Picture
-from vpworkbench.metrics import most_given
 from vpworkbench.probes import inter_modality_flow, modality_masks
 from vpworkbench.probes.layouts import REGIONS_SIDE, painted
-from vpworkbench.tasks.retrieval import RetrievalResult, captions_of, owners_of
-from vpworkbench.tasks.task import TaskModel, TaskResult
+from vpworkbench.tasks.retrieval import RetrievalResult, owners_of
+from vpworkbench.tasks.task import TaskModel, TaskResult, right_answer, texts_of
 
 PREVIEW_PX = 160
 
@@ -27,13 +26,13 @@ class Reviewed(NamedTuple):
     Attributes
     ----------
     wanted : str
-        The label, or what most people answered; empty where the release withholds it.
+        The right answer; empty where the release withholds it.
     score : float
         Official score in [0, 1]; nan where the answer is withheld.
     images : tuple of uint8 array, (height, width, 3)
     attention : tuple of array, (row, column)
-        What of [CLS]'s attention, rolled out from the input to the last layer (paper Eq. 4), falls on each visual
-        token, for each image.
+        For each image, the share of [CLS]'s attention on each visual token, rolled out from the input to the last
+        layer (paper Eq. 4).
     """
 
     text: str
@@ -56,56 +55,56 @@ def review(
     *,
     count: int = 48,
 ) -> list[Reviewed]:
-    """As many right as wrong examples, in file order; fewer where there are not as many.
+    """The first right and the first wrong examples, half of `count` each, or fewer where there are fewer.
 
-    Of retrieval they are captions: each with the image that was found first, and its own behind that.
+    For retrieval they are captions, each with the image that was found first and, after it, its own.
 
     Parameters
     ----------
     result
         Of the model on the same examples.
-    count : int
-        Right and wrong ones together, at most.
     """
     if isinstance(result, RetrievalResult):
-        examples, result = _searches(examples, result)
-    if len(examples) != len(result.scores):
-        raise ValueError(f"{len(result.scores)} scores for {len(examples)} examples")
-    right = [example for example, score in zip(examples, result.scores, strict=True) if score >= 0.5]
-    wrong = [example for example, score in zip(examples, result.scores, strict=True) if score < 0.5]
-    scores = dict(zip((example.id for example in examples), result.scores, strict=True))
+        examples, predicted, scores = _searches(examples, result)
+    else:
+        predicted, scores = result.predicted, result.scores
+    if len(examples) != len(scores):
+        raise ValueError(f"{len(scores)} scores for {len(examples)} examples")
+    scored = list(zip(examples, map(float, scores), strict=True))
+    right = [(example, score) for example, score in scored if score >= 0.5]
+    wrong = [(example, score) for example, score in scored if score < 0.5]
     chosen = [*right[: count // 2], *wrong[: count // 2]]
-    sides = len(chosen[0].images) if chosen else 0
-    attention = [_looked_at(model, chosen, side) for side in range(sides)]
+    sides = len(chosen[0][0].images) if chosen else 0
+    attention = [_attention(model, [example for example, _ in chosen], side) for side in range(sides)]
     return [
         Reviewed(
             text=example.text,
-            wanted=example.label or most_given(example.answers),
-            predicted=result.predicted[example.id],
-            score=float(scores[example.id]),
+            wanted=right_answer(example),
+            predicted=predicted[example.id],
+            score=score,
             images=tuple(_preview(image) for image in example.images),
             attention=tuple(maps[number] for maps in attention),
         )
-        for number, example in enumerate(chosen)
+        for number, (example, score) in enumerate(chosen)
     ]
 
 
-def _searches(pictures: Sequence[Picture], result: RetrievalResult) -> tuple[list[Example], TaskResult]:
-    """Each caption as an example about the image that is found first and about its own."""
+def _searches(pictures: Sequence[Picture], result: RetrievalResult) -> tuple[list[Example], dict[str, str], np.ndarray]:
+    """Each caption as an example about the image found first and its own; the ids found; 1 where they are the same."""
     owners, found = owners_of(pictures), result.scores.argmax(axis=0)
-    searches = [
-        Example(f"{pictures[own].id} {number}", (pictures[best].image, pictures[own].image), text, pictures[own].split,
-                label=pictures[own].id)
-        for number, (text, own, best) in enumerate(zip(captions_of(pictures), owners, found, strict=True))
-    ]  # fmt: skip
-    told = {search.id: pictures[best].id for search, best in zip(searches, found, strict=True)}
-    return searches, TaskResult("retrieval", (owners == found).astype(float), told)
+    examples, predicted = [], {}
+    for number, (text, own, best) in enumerate(zip(texts_of(pictures), owners, found, strict=True)):
+        picture, images = pictures[own], (pictures[best].image, pictures[own].image)
+        example = Example(f"{picture.id} {number}", images, text, picture.split, label=picture.id)
+        examples.append(example)
+        predicted[example.id] = pictures[best].id
+    return examples, predicted, owners == found
 
 
-def _looked_at(model: TaskModel, examples: Sequence[Example], side: int) -> np.ndarray:
-    """(example, row, column) of one image of each example; regions are drawn into their boxes."""
+def _attention(model: TaskModel, examples: Sequence[Example], side: int) -> np.ndarray:
+    """The map of one image of each example, (example, row, column); regions are drawn into their boxes."""
     visual, found = model.base.settings.visual, []
-    side_tokens = visual.grid if visual.kind.on_grid else REGIONS_SIDE
+    tokens_per_side = visual.grid if visual.kind.on_grid else REGIONS_SIDE
     for start in range(0, len(examples), 16):
         part = examples[start : start + 16]
         pixels = visual_input(visual).stack([example.images[side] for example in part])
@@ -113,7 +112,7 @@ def _looked_at(model: TaskModel, examples: Sequence[Example], side: int) -> np.n
         flow = inter_modality_flow(model.base, inputs.forward, inputs.vision, inputs.tokens, rows=[0], starts=[0])
         masks = modality_masks(model.base, inputs.forward)
         boxes = masks.boxes.masked_fill(~(masks.vision & masks.tokens)[..., None], torch.nan)
-        found.append(painted(flow.rows_from_input[:, -1, 0], boxes, side_tokens).float().cpu())
+        found.append(painted(flow.rows_from_input[:, -1, 0], boxes, tokens_per_side).float().cpu())
     return torch.cat(found).numpy()
 
 

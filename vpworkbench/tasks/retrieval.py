@@ -1,161 +1,175 @@
-"""Image-text retrieval (paper Sec. 4.2, Table 4): the ITM head scores every image with every caption.
-
-Visual tokens are computed once and kept, captions of one length go together, and pairs stream through the fusion in
-large batches; both directions are read off one score matrix.
-"""
+"""Image-text retrieval (paper Table 4): the ITM head scores pairs; both directions are read from one score matrix."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.data.steps import Sampler, TensorBatch
+from vpworkbench.data.splits import load_splits
+from vpworkbench.data.steps import ImageBatch, Sampler
 from vpworkbench.errors import DataError
 from vpworkbench.losses import Objective
 from vpworkbench.metrics import recall_at
+from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import Words
+from vpworkbench.settings import DataSettings, FinetuneSettings, OptimSettings, RetrievalSettings, TrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval, flatten, mean_of_independent
-from vpworkbench.system import write_atomically
-from vpworkbench.tasks.task import TaskModel
+from vpworkbench.tasks.classification import fixed_labels
+from vpworkbench.tasks.score_matrix import score_matrix
+from vpworkbench.tasks.splits import TaskExamples
+from vpworkbench.tasks.task import TINY, Task, TaskModel, texts_of
 
 CUTOFFS = (1, 5, 10)
-IMAGES_AT_ONCE = 32
-FEWEST_TEXTS = 16
+
+
+class Retrieval(Task):
+    """A task whose records are captioned pictures, and whose score is the recall of a search."""
+
+    def load(self, settings: FinetuneSettings) -> TaskExamples:
+        """All captioned training images, and the first `search_images` of validation and test."""
+        splits = load_splits(DataSettings(sets=(settings.data,), images=settings.images, scenes=settings.scenes))
+        most = settings.retrieval.search_images or None
+        captioned = {split: [one for one in pictures if one.captions] for split, pictures in splits.items()}
+        captioned |= {split: captioned[split][:most] for split in ("val", "test")}
+        for split in ("val", "test"):
+            if len(captioned[split]) < 2:
+                count = len(captioned[split])
+                raise DataError(f"{settings.data}: {count} captioned images in {split}; a search needs two")
+        return TaskExamples(captioned)
+
+    def build_head(self, base: VisualParsingModel, labels: int) -> nn.Module:
+        """A copy of the ITM head."""
+        head = super().build_head(base, labels)
+        head.load_state_dict(base.itm.state_dict())
+        return head
+
+    def objective(self) -> Matching:
+        return Matching()
+
+    def batches(self, examples: Sequence[Picture], model: TaskModel, settings: FinetuneSettings) -> RetrievalBatches:
+        inputs = visual_input(model.base.settings.visual)
+        size, seed = settings.train.images, settings.seed
+        return RetrievalBatches(examples, model.words, settings.retrieval, inputs=inputs, images=size, seed=seed)
+
+    def evaluate(
+        self,
+        model: TaskModel,
+        examples: Sequence[Picture],
+        settings: FinetuneSettings,
+        *,
+        file: Path | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> RetrievalResult:
+        """Score all pairs of the pictures and all their captions; `file` keeps the matrix."""
+        options = {"pairs": settings.retrieval.pairs, "bf16": settings.train.bf16}
+        scores = score_matrix(model, examples, texts_of(examples), **options, file=file, progress=progress)
+        return retrieval_result(scores, examples)
+
+
+# ------------------------------------------------------------------------------------------------------ training
 
 
 @dataclass(frozen=True)
-class PairBatch(TensorBatch):
-    """Images, texts, and which pairs of them are scored, in the order of the images.
+class PairBatch(ImageBatch):
+    """Images, and pairs of them with texts, in image order.
 
     Attributes
     ----------
-    images : uint8 Tensor, (image, 3, height, width)
-    words, word_tokens : Tensor, (text, word)
-    image_index, text_index : int64 Tensor, (pair,)
+    words : int64 Tensor, (pair, word)
+    word_tokens : bool Tensor, (pair, word)
     matched : bool Tensor, (pair,)
     """
 
-    images: Tensor
     words: Tensor
     word_tokens: Tensor
-    image_index: Tensor
-    text_index: Tensor
     matched: Tensor
-
-    def micro_batches(self, count: int) -> list[PairBatch]:
-        """Split by images, each with its pairs: no image is encoded twice."""
-        parts = []
-        for rows in torch.arange(len(self.images)).chunk(count):
-            first, last = int(rows[0]), int(rows[-1])
-            pairs = (self.image_index >= first) & (self.image_index <= last)
-            said, text_index = self.text_index[pairs].unique(return_inverse=True)
-            parts.append(
-                PairBatch(self.images[first : last + 1], self.words[said], self.word_tokens[said],
-                          self.image_index[pairs] - first, text_index, self.matched[pairs])
-            )  # fmt: skip
-        return parts
 
 
 class RetrievalBatches(Dataset):
     """Images with one caption each, and unmatched pairs from the same batch; a pure function of seed and step.
 
-    A negative is never a caption of the same image, nor one that is said of it in the same words; where there is
-    ground truth it is false of the image. An epoch shows each image once.
+    An unmatched text is never a caption of the same image, nor identical to one; where there is ground truth, it is
+    false of the image. An epoch shows each image once.
 
     Attributes
     ----------
     pictures : list of Picture
         Those that have captions.
     near : int array or None, (picture, caption)
-        Set from outside (`dual.near_captions`): unmatched captions are drawn from these, places among all captions of
-        the pictures, and not from the batch.
+        If set, unmatched captions are drawn from these places among all captions, instead of from the batch.
     """
 
     def __init__(
         self,
         pictures: Sequence[Picture],
         words: Words,
+        settings: RetrievalSettings,
         *,
-        images: int,
         inputs: VisualInput,
-        negatives: int,
+        images: int,
         seed: int,
-        flip: bool = False,
     ) -> None:
         self.pictures = [picture for picture in pictures if picture.captions]
         if images < 2 or len(self.pictures) < images:
-            raise DataError(
-                f"{len(self.pictures)} captioned images: a batch of {images} needs as many, and at least two"
-            )
+            raise DataError(f"{len(self.pictures)} captioned images: a batch of {images} needs as many, at least two")
         self.sampler = Sampler(self.pictures, images, seed=(seed, 0))
-        self.words, self.inputs = words, inputs
-        self.negatives, self.seed, self.flip = negatives, seed, flip
+        self.words, self.settings, self.inputs, self.seed = words, settings, inputs, seed
         self.near: np.ndarray | None = None
-        self._captions = captions_of(self.pictures)
+        self._captions = texts_of(self.pictures)
 
-    def of(self, images: int) -> RetrievalBatches:
-        """The same pairs in batches of another size."""
-        return RetrievalBatches(self.pictures, self.words, images=images, inputs=self.inputs,
-                                negatives=self.negatives, seed=self.seed, flip=self.flip)  # fmt: skip
+    def with_images(self, images: int) -> RetrievalBatches:
+        """The same pictures in batches of another size."""
+        return RetrievalBatches(
+            self.pictures, self.words, self.settings, inputs=self.inputs, images=images, seed=self.seed
+        )
 
-    def chosen(self, step: int) -> tuple[list[int], list[str], np.random.Generator]:
-        """Rows of the pictures of a step, a caption of each, and what further draws are made from."""
+    def draw(self, step: int) -> tuple[list[int], list[str], np.random.Generator]:
+        """Rows of the pictures of a step, a caption of each, and the generator of further draws."""
         rng = np.random.default_rng((self.seed, 1, step))
         rows = self.sampler.rows(step)
         captions = [self.pictures[row].captions for row in rows]
         return rows, [texts[int(rng.integers(len(texts)))] for texts in captions], rng
 
     def __getitem__(self, step: int) -> PairBatch:
-        rows, texts, rng = self.chosen(step)
+        rows, texts, rng = self.draw(step)
         pairs = []
         for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
-            pairs.append((place, text, True))
             others = texts if self.near is None else [self._captions[other] for other in self.near[row]]
+            pairs.append((place, text, True))
             pairs += [(place, other, False) for other in self._unmatched(self.pictures[row], others, rng)]
-        image_index, said, matched = zip(*pairs, strict=True)
-        places = {text: place for place, text in enumerate(dict.fromkeys(said))}
-        words, word_tokens = self.words.tensors(list(places))
-        return PairBatch(
-            images=self.pixels([self.pictures[row] for row in rows], rng),
-            words=words,
-            word_tokens=word_tokens,
-            image_index=torch.tensor(image_index),
-            text_index=torch.tensor([places[text] for text in said]),
-            matched=torch.tensor(matched),
-        )
+        image_index, pair_texts, matched = zip(*pairs, strict=True)
+        words, word_tokens = self.words.tensors(pair_texts)
+        images = self.stack([self.pictures[row] for row in rows], rng)
+        return PairBatch(images, torch.tensor(image_index), words, word_tokens, torch.tensor(matched))
 
     def _unmatched(self, picture: Picture, texts: Sequence[str], rng: np.random.Generator) -> list[str]:
-        """Of these texts some that are false of a picture."""
-        fitting = [text for text in dict.fromkeys(texts) if picture.denies(text)]
-        return [fitting[place] for place in rng.permutation(len(fitting))[: self.negatives]]
+        """Some of these texts that are false of a picture."""
+        false = [text for text in dict.fromkeys(texts) if picture.denies(text)]
+        return [false[place] for place in rng.permutation(len(false))[: self.settings.negatives]]
 
-    def pixels(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
-        """uint8 (image, 3, height, width), half of them mirrored where that is asked for."""
+    def stack(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
+        """uint8 (image, 3, height, width), half of them mirrored if `flip` is set."""
         images = self.inputs.stack(pictures)
-        if self.flip:
+        if self.settings.flip:
             mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
             images[mirrored] = images[mirrored].flip(-1)
         return images
 
 
 class Matching(Objective):
-    """Binary cross entropy of match or not by the ITM head, matched and unmatched pairs weighing the same."""
+    """Binary cross entropy of match or no match; matched and unmatched pairs have equal weight."""
 
     weights = {"matched": 0.5, "unmatched": 0.5}
 
@@ -166,149 +180,29 @@ class Matching(Objective):
     def losses(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
         visual, index = model.base.visual(batch.images), batch.image_index
         vision = model.base.fusion.embed_vision(visual)
-        seen = None if visual.tokens is None else visual.tokens[index]
-        words, word_tokens = batch.words[batch.text_index], batch.word_tokens[batch.text_index]
-        logits = model.head(model.base.fusion.cls_output(words, word_tokens, vision[index], seen))
+        vision_tokens = None if visual.tokens is None else visual.tokens[index]
+        logits = model.head(model.base.fusion.cls_output(batch.words, batch.word_tokens, vision[index], vision_tokens))
         each = functional.cross_entropy(logits.float(), batch.matched.long(), reduction="none")
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
 
 
-# ---------------------------------------------------------------------------------------------- the score matrix
-
-
-@torch.no_grad()
-def score_matrix(
-    model: TaskModel,
-    pictures: Sequence[Picture],
-    captions: Sequence[str],
-    *,
-    pairs: int = 512,
-    bf16: bool = False,
-    file: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> np.ndarray:
-    """Match score of every image with every caption, float32 (image, caption): logit of match less that of not.
-
-    Parameters
-    ----------
-    pairs : int
-        In one pass of the fusion, about.
-    bf16 : bool
-        bfloat16 autocast, on a GPU only: scores then agree to two or three digits.
-    file : Path or None
-        `.npy` that keeps the rows that are done (nan elsewhere): a stopped call goes on there. The `.json` beside it
-        says of which weights, images and captions.
-
-    Raises
-    ------
-    ValueError
-        If the file holds the scores of other weights, images or captions, or bf16 is asked for on a CPU.
-    """
-    if bf16 and model.device.type != "cuda":
-        raise ValueError("bf16 scores are for a GPU; leave it off on a CPU")
-    model.eval()
-    scores = _kept(file, (len(pictures), len(captions)), model, pictures, captions)
-    todo = [row for row in range(len(pictures)) if np.isnan(scores[row]).any()]
-    groups = [[part.to(model.device) for part in group] for group in _alike(model.words, captions)]
-    autocast = torch.autocast("cuda", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
-    done = len(pictures) - len(todo)
-    with autocast, tqdm(total=scores.size, initial=done * len(captions), desc="scoring", unit="pair", unit_scale=True,
-                        smoothing=0) as bar:  # fmt: skip
-        for start in range(0, len(todo), IMAGES_AT_ONCE):
-            rows = todo[start : start + IMAGES_AT_ONCE]
-            pixels = visual_input(model.base.settings.visual).stack([pictures[row] for row in rows])
-            visual = model.base.visual(pixels.to(model.device))
-            vision, seen = model.base.fusion.embed_vision(visual), visual.not_padding()
-            block = vision.new_empty(len(rows), len(captions), dtype=torch.float32)
-            for columns, words, word_tokens in groups:
-                for some in torch.arange(len(rows), device=model.device).split(max(1, pairs // len(words))):
-                    block[some[:, None], columns] = _scores(model, vision[some], seen[some], words, word_tokens)
-                    bar.update(len(some) * len(words))
-            scores[rows] = block.cpu().numpy()
-            done += len(rows)
-            if isinstance(scores, np.memmap):
-                scores.flush()
-            if progress:
-                progress("scoring images", done, len(pictures))
-    return np.array(scores)
-
-
-def _scores(model: TaskModel, vision: Tensor, seen: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
-    """(image, text) of all pairs of some images and some texts."""
-    images, texts = len(vision), len(words)
-    cls = model.base.fusion.cls_output(
-        words.repeat(images, 1),
-        word_tokens.repeat(images, 1),
-        vision.repeat_interleave(texts, dim=0),
-        seen.repeat_interleave(texts, dim=0),
-    )
-    logits = model.head(cls).float()
-    return (logits[:, 1] - logits[:, 0]).view(images, texts)
-
-
-def _alike(words: Words, captions: Sequence[str], most: int = 64) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Captions of one length together: places, ids, real tokens. Lengths that few have share a group, padded."""
-    order = sorted(range(len(captions)), key=lambda place: len(words.ids(captions[place])))
-    group: list[int] = []
-    for place, following in zip(order, [*order[1:], None], strict=True):
-        group.append(place)
-        ends = following is None or len(words.ids(captions[following])) > len(words.ids(captions[place]))
-        if following is None or len(group) == most or (ends and len(group) >= FEWEST_TEXTS):
-            yield torch.tensor(group), *words.tensors([captions[place] for place in group])
-            group = []
-
-
-def _kept(
-    file: Path | None, shape: tuple[int, int], model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]
-) -> np.ndarray:
-    if file is None:
-        return np.full(shape, np.nan, dtype=np.float32)
-    told, about = file.with_suffix(".json"), _about(model, pictures, captions)
-    if file.exists() and told.exists():
-        before = json.loads(told.read_text())
-        if other := [name for name in about if before.get(name) != about[name]]:
-            raise ValueError(f"{file}: scores of other {', '.join(other)}; delete it, or take another file")
-        return np.load(file, mmap_mode="r+")
-    kept = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    kept[:] = np.nan
-    write_atomically(told, json.dumps(about, indent=2) + "\n")
-    return kept
-
-
-def _about(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]) -> dict[str, str]:
-    """Hashes of all that the scores depend on."""
-    weights = hashlib.blake2b(digest_size=8)
-    for tensor in model.state_dict().values():
-        weights.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-
-    def digest(lines: Sequence[str]) -> str:
-        return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
-
-    return {
-        "weights": weights.hexdigest(),
-        "images": digest([picture.image.name for picture in pictures]),
-        "captions": digest(captions),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------- recall
+# -------------------------------------------------------------------------------------------------------- recall
 
 
 class RetrievalResult(NamedTuple):
-    """Recall of both directions, by query: 1 where one of the K best is right.
+    """Recall in both directions, for each query: 1 where one of the K best is right.
 
     Attributes
     ----------
     text : dict
-        K -> array, (image,): the texts of an image are looked for (TR).
+        K -> array, (image,): text retrieval (TR), the queries are images.
     image : dict
-        K -> array, (caption,): the image of a text is looked for (IR).
+        K -> array, (caption,): image retrieval (IR), the queries are captions.
     by_truth : RetrievalResult or None
-        The same where a caption is right for every image that it is known to be true of: the official metric counts a
-        caption's own image alone, so a scene's "there is a red square", found in another scene that has one, is an
-        error to it. On generated scenes alone the two can be told apart.
+        The same, if a caption counts as right for every image that it is known to be true of. The official metric
+        accepts only a caption's own image, so "there is a red square", found for another scene that has one, is an
+        error. Only generated scenes can tell the two apart.
     scores : array or None, (image, caption)
-        What it was made from.
     pictures : tuple of Picture
     """
 
@@ -319,27 +213,24 @@ class RetrievalResult(NamedTuple):
     pictures: tuple[Picture, ...] = ()
 
     def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
-        """`TR R@1` and so on, means with bootstrap 95% intervals over queries."""
-        both = {"TR": self.text, "IR": self.image}
+        """`TR R@1` and so on: means with bootstrap 95% intervals over queries."""
         return {
             f"{way} R@{cutoff}": bootstrap_interval(found, seed)
-            for way, recalls in both.items() for cutoff, found in recalls.items()
-        }  # fmt: skip
+            for way, recalls in (("TR", self.text), ("IR", self.image))
+            for cutoff, found in recalls.items()
+        }
 
     def interval(self, *, seed: int = 0) -> Interval:
-        """Mean of the recalls, each direction and cutoff weighing the same, with its 95% interval."""
+        """Mean of the recalls, with equal weight for each direction and cutoff, and its 95% interval."""
         ways = [bootstrap_interval(np.mean(list(found.values()), axis=0), seed) for found in (self.text, self.image)]
         return mean_of_independent(ways)  # images and texts as if drawn independently
 
     def summary(self, examples: Sequence[Picture] = (), *, seed: int = 0) -> dict[str, float]:
-        """Flat: `mean_recall`, `tr_r1` and so on, bounds under `_low` and `_high`; `tr_r1_by_truth` where it is known.
+        """`mean_recall`, `tr_r1` and so on, with `_low` and `_high`; `tr_r1_by_truth` where it is known.
 
-        Parameters
-        ----------
-        examples
-            Not needed, as they are at hand; `TaskResult` wants them.
+        `examples` is unused: `TaskResult` needs it here.
         """
-        intervals = {"mean_recall": self.interval(seed=seed), **self.intervals(seed=seed)}
+        intervals = {RETRIEVAL.metric: self.interval(seed=seed), **self.intervals(seed=seed)}
         flat = flatten({name.lower().replace(" r@", "_r"): interval for name, interval in intervals.items()})
         if self.by_truth is not None:
             for way, found in (("tr", self.by_truth.text), ("ir", self.by_truth.image)):
@@ -347,14 +238,12 @@ class RetrievalResult(NamedTuple):
         return flat
 
     def save(self, path: str | Path) -> None:
-        """Write the ten best of every query, as csv: `TR`, an image's id and texts, or `IR`, a text and images' ids."""
-        captions, names = captions_of(self.pictures), [picture.id for picture in self.pictures]
+        """Write the ten best of every query as csv: `TR`, an image's id, texts; or `IR`, a text, images' ids."""
+        captions, names = texts_of(self.pictures), [picture.id for picture in self.pictures]
+        ways = ("TR", names, captions, self.scores), ("IR", captions, names, self.scores.T)
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")
-            for way, queries, candidates, scores in (
-                ("TR", names, captions, self.scores),
-                ("IR", captions, names, self.scores.T),
-            ):
+            for way, queries, candidates, scores in ways:
                 best = np.argsort(-scores, axis=1, kind="stable")[:, : max(CUTOFFS)]
                 for query, row in zip(queries, best, strict=True):
                     table.writerow([way, query, *(candidates[place] for place in row)])
@@ -363,12 +252,7 @@ class RetrievalResult(NamedTuple):
 def retrieval_result(
     scores: np.ndarray, pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS
 ) -> RetrievalResult:
-    """Recall from a score matrix whose captions are those of the pictures, in their order.
-
-    Parameters
-    ----------
-    scores : array, (image, caption)
-    """
+    """Recall from match scores, (image, caption), whose columns are the captions of the pictures in order."""
     owner = owners_of(pictures)
     if scores.shape != (len(pictures), len(owner)):
         raise ValueError(f"scores are {scores.shape}, but the pictures have {len(owner)} captions")
@@ -379,19 +263,14 @@ def retrieval_result(
 
     by_truth = None
     if any(picture.scene is not None for picture in pictures):
-        captions = captions_of(pictures)
+        captions = texts_of(pictures)
         by_truth = recall(own | np.array([[picture.affirms(text) for text in captions] for picture in pictures]))
     return recall(own)._replace(by_truth=by_truth, scores=np.asarray(scores), pictures=tuple(pictures))
 
 
-def evaluate_retrieval(model: TaskModel, pictures: Sequence[Picture], **options: Any) -> RetrievalResult:
-    """Score all pairs of the pictures and all their captions; `options` are those of `score_matrix`."""
-    return retrieval_result(score_matrix(model, pictures, captions_of(pictures), **options), pictures)
-
-
 def chance(pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS) -> RetrievalResult:
-    """The recall that is expected of a random order; each query's is a probability."""
-    images, captions = len(pictures), sum(len(picture.captions) for picture in pictures)
+    """The expected recall of a random order; each query has a probability."""
+    images, captions = len(pictures), len(texts_of(pictures))
     text, image = {}, {}
     for cutoff in cutoffs:
         shown = min(cutoff, captions)
@@ -402,10 +281,19 @@ def chance(pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS) -> Ret
 
 
 def owners_of(pictures: Sequence[Picture]) -> np.ndarray:
-    """Row of the picture of each caption, (caption,)."""
+    """Row of the picture that each caption belongs to, (caption,)."""
     return np.repeat(np.arange(len(pictures)), [len(picture.captions) for picture in pictures])
 
 
-def captions_of(pictures: Sequence[Picture]) -> list[str]:
-    """All captions, in the order of their pictures."""
-    return [text for picture in pictures for text in picture.captions]
+RETRIEVAL = Retrieval(
+    name="retrieval",
+    labels=fixed_labels("unmatched", "matched"),
+    metric="mean_recall",
+    schedules={
+        "tiny": TINY | {"retrieval": RetrievalSettings(search_images=100)},
+        "paper": {
+            "optim": OptimSettings(lr_visual=5e-5, decay_at=(5 / 10,), decay=0.5),
+            "train": TrainSettings(epochs=10, images=32, accumulate=4),
+        },
+    },
+)

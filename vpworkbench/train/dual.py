@@ -1,7 +1,7 @@
-"""Dual encoders, what retrieval is compared with: image and text become one vector each, and a cosine compares them.
+"""Dual encoders, the baseline of retrieval: an image and a text become one vector each, compared by their cosine.
 
-Two of them: linear projections of frozen features under a contrastive loss, and a dual encoder that is trained as a
-whole with the hardest negative of its batch (VSE++, Faghri et al. 2018, a row of the paper's Table 4).
+The frozen one projects the features of the start linearly, under a contrastive loss. The trained one fine-tunes all
+weights with the hardest negative of its batch (VSE++, Faghri et al. 2018; a row of the paper's Table 4).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +29,18 @@ from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.subjects import load_run
-from vpworkbench.tasks.retrieval import RetrievalBatches, captions_of, owners_of
+from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
+from vpworkbench.tasks.task import Progress, texts_of
 from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
 
-Progress = Callable[[str, int, int], None]
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
 FROZEN_TRAIN = TrainSettings(epochs=30, images=128, log_every=10)
-"""Of the projections of frozen features: seconds. More epochs overfit 800 photographs."""
+"""Schedule of the projections of frozen features: seconds. More epochs overfit 800 photographs."""
+LARGEST_SCALE = 100
+
+
+# ------------------------------------------------------------------------------------------------- the two baselines
 
 
 def dual_scores(
@@ -46,29 +51,54 @@ def dual_scores(
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
-    """Cosines of every image with every caption, float32 (image, caption), by the frozen and by the trained one.
+    """Cosine of every image with every caption, float32 (image, caption), by the frozen and the trained dual encoder.
 
     Parameters
     ----------
     batches
-        The training pairs; the trained one takes its images and captions, as many steps and the rates of `settings`.
+        The training pairs. The trained one takes as many steps as `settings` says, at those rates.
     folder : Path
-        Keeps what is trained, `dual-frozen/` and `dual-trained/`: another call goes on there, or only scores.
+        Keeps what is trained, in `dual-frozen/` and `dual-trained/`: another call continues there, or only scores.
     """
     dual = build_dual(settings)
     train_projection(dual, batches, folder, settings, progress=progress)
-    found = {"frozen dual projection": dual.features(pictures, progress=progress).scores(dual.projection)}
-    run = Run(folder / "dual-trained")
-    run.folder.mkdir(parents=True, exist_ok=True)
-    fit(dual, HardestNegative(), DualBatches(batches), run, optim=settings.optim, train=settings.train,
-        seed=settings.seed, workers=settings.workers, what="dual encoder, hardest negatives")  # fmt: skip
-    return found | {"trained dual encoder": dual.features(pictures, progress=progress).scores(dual.projection)}
+    frozen = dual.projection.scores(dual.features(pictures, progress=progress))
+    options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
+    objective, run = PairLoss(max_of_hinges), _run(folder / "dual-trained")
+    fit(dual, objective, DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
+    trained = dual.projection.scores(dual.features(pictures, progress=progress))
+    return {"frozen dual projection": frozen, "trained dual encoder": trained}
+
+
+def near_captions(
+    batches: RetrievalBatches, settings: FinetuneSettings, *, folder: Path, progress: Progress | None = None
+) -> np.ndarray:
+    """The share `retrieval.hard` of all training captions that is nearest to each image, by the frozen projections.
+
+    Parameters
+    ----------
+    folder : Path
+        Keeps the result as `near.npy`, and the projections.
+
+    Returns
+    -------
+    int64 array, (picture, caption)
+        Places of training captions, nearest first; never an image's own.
+    """
+    file = folder / "near.npy"
+    if not file.exists():
+        dual = build_dual(settings)
+        features = dual.features(batches.pictures, progress=progress)
+        train_projection(dual, batches, folder, settings, features=features)
+        owner, share = owners_of(batches.pictures), settings.retrieval.hard
+        np.save(file, dual.projection.nearest(features, owner, share))
+    return np.load(file)
 
 
 def build_dual(settings: FinetuneSettings) -> DualEncoder:
-    """The visual side and the text encoder that the checkpoint's pre-training began with.
+    """The visual side and the text encoder that the checkpoint's pre-training started from.
 
-    Where it began with none (from scratch), the checkpoint's own: its visual side, its fusion on words alone.
+    If it started from scratch: the checkpoint's own visual side, and its fusion applied to words only.
     """
     base, start = load_run(settings.checkpoint)
     visual, text = base.visual, base.fusion.bert
@@ -90,38 +120,28 @@ def train_projection(
     features: Features | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Fit the projections to frozen features of the training pairs; what `folder` holds of it is taken from there."""
-    run = Run(folder / "dual-frozen")
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Fit the projections to frozen features of the training pairs, or load what `folder` has of it."""
+    run = _run(folder / "dual-frozen")
     if features is None and not (run.folder / "checkpoint" / "progress.json").exists():
         features = dual.features(batches.pictures, progress=progress)
-    many = batches.of(min(FROZEN_TRAIN.images, len(batches.pictures)))
-    fit(dual.projection, Contrastive(), DualBatches(many, features), run, optim=FROZEN_OPTIM, train=FROZEN_TRAIN,
-        seed=settings.seed, what="frozen dual projection")  # fmt: skip
+    pairs = DualBatches(batches.with_images(min(FROZEN_TRAIN.images, len(batches.pictures))), features)
+    options = {"optim": FROZEN_OPTIM, "train": FROZEN_TRAIN, "seed": settings.seed}
+    fit(dual.projection, PairLoss(dual.projection.contrast), pairs, run, **options, what="frozen dual projection")
 
 
-def near_captions(
-    batches: RetrievalBatches, settings: FinetuneSettings, *, folder: Path, progress: Progress | None = None
-) -> np.ndarray:
-    """The share `retrieval.hard` of all captions that comes nearest to each image, by the frozen projections.
+def _run(folder: Path) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(folder)
 
-    Parameters
-    ----------
-    folder : Path
-        Keeps them as `near.npy`, and the projections.
 
-    Returns
-    -------
-    int64 array, (picture, caption)
-        Places of captions in training, nearest first; never an image's own.
-    """
-    file = folder / "near.npy"
-    if not file.exists():
-        dual = build_dual(settings)
-        features = dual.features(batches.pictures, progress=progress)
-        train_projection(dual, batches, folder, settings, features=features)
-        np.save(file, features.nearest(dual.projection, owners_of(batches.pictures), settings.retrieval.hard))
-    return np.load(file)
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+class Features(NamedTuple):
+    """Pooled images (image, c) and their captions (caption, d), in the order of the pictures."""
+
+    images: Tensor
+    texts: Tensor
 
 
 class Projection(nn.Module):
@@ -132,7 +152,7 @@ class Projection(nn.Module):
     vision_width, text_width, width : int
         Channels of pooled images, of pooled texts, and of the common space.
     dropout : float
-        Of the features, in training.
+        Dropout of the features in training.
     """
 
     def __init__(self, vision_width: int, text_width: int, width: int = 256, dropout: float = 0.5) -> None:
@@ -143,9 +163,35 @@ class Projection(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosines in [-1, 1], (image, text), of pooled features (image, c) and (text, d)."""
-        seen = functional.normalize(self.image(self.dropout(images)).float(), dim=-1)
-        said = functional.normalize(self.text(self.dropout(texts)).float(), dim=-1)
-        return seen @ said.T
+        vision = functional.normalize(self.image(self.dropout(images)).float(), dim=-1)
+        language = functional.normalize(self.text(self.dropout(texts)).float(), dim=-1)
+        return vision @ language.T
+
+    def contrast(self, cosine: Tensor, negative: Tensor) -> Tensor:
+        """`symmetric_contrastive` at the learned scale."""
+        return symmetric_contrastive(cosine, self.log_scale.exp().clamp(max=LARGEST_SCALE), negative)
+
+    @torch.no_grad()
+    def scores(self, features: Features) -> np.ndarray:
+        """Cosines of all pairs, float32 (image, caption)."""
+        device = self.log_scale.device
+        return self.eval()(features.images.to(device), features.texts.to(device)).cpu().numpy()
+
+    def nearest(self, features: Features, owner: np.ndarray, share: float) -> np.ndarray:
+        """Places of the share of captions that is nearest to each image, without its own; int64 (image, caption).
+
+        Parameters
+        ----------
+        owner : int array, (caption,)
+            Image of each caption.
+        """
+        most = max(1, min(round(share * len(owner)), len(owner) - int(np.bincount(owner).max())))
+        found = []
+        for start in range(0, len(features.images), 256):
+            scores = self.scores(Features(features.images[start : start + 256], features.texts))
+            scores[owner == np.arange(start, start + len(scores))[:, None]] = -np.inf
+            found.append(torch.from_numpy(scores).topk(most, dim=1).indices.numpy())
+        return np.concatenate(found)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `model.safetensors`."""
@@ -153,15 +199,7 @@ class Projection(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """A visual side and a text encoder, each pooled to one vector by the mean over its tokens, and projected.
-
-    Parameters
-    ----------
-    visual
-        Of any family (`visual.build_visual`).
-    text
-        A BERT: what it makes of words alone is averaged.
-    """
+    """A visual side of any family and a BERT, each pooled by the mean over its tokens, and projected."""
 
     def __init__(self, visual: nn.Module, text: BertModel, words: Words) -> None:
         super().__init__()
@@ -169,7 +207,7 @@ class DualEncoder(nn.Module):
         self.projection = Projection(visual.width, text.config.hidden_size)
 
     def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
-        """Cosines, (image, text); images as of `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
+        """Cosines, (image, text); images as in `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
         return self.projection(self.pooled_images(images), self.pooled_texts(words, word_tokens))
 
     def pooled_images(self, images: Tensor) -> Tensor:
@@ -177,23 +215,22 @@ class DualEncoder(nn.Module):
         return self.visual(images).mean()
 
     def pooled_texts(self, words: Tensor, word_tokens: Tensor) -> Tensor:
-        """Mean of the words' outputs, padding left out, (text, d)."""
+        """Mean of the words' outputs without padding, (text, d)."""
         states = self.text(input_ids=words, attention_mask=word_tokens.long()).last_hidden_state
         weights = word_tokens[..., None].to(states)
         return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
     @torch.no_grad()
     def features(self, pictures: Sequence[Picture], *, progress: Progress | None = None) -> Features:
-        """Pooled images and captions, computed once."""
+        """Pooled images and captions."""
         self.eval()
-        device, captions = self.projection.log_scale.device, captions_of(pictures)
-        images = []
+        device, captions = self.projection.log_scale.device, texts_of(pictures)
+        images, texts = [], []
         for start in range(0, len(pictures), 64):
             pixels = visual_input(self.visual.settings).stack(pictures[start : start + 64])
             images.append(self.pooled_images(pixels.to(device)).cpu())
             if progress:
                 progress(f"reading {len(pictures)} images", min(start + 64, len(pictures)), len(pictures))
-        texts = []
         for start in range(0, len(captions), 128):
             words = self.words.tensors(captions[start : start + 128])
             texts.append(self.pooled_texts(*(part.to(device) for part in words)).cpu())
@@ -204,50 +241,20 @@ class DualEncoder(nn.Module):
         save_weights(self, folder)
 
 
-@dataclass(frozen=True)
-class Features:
-    """Pooled images (image, c) and their captions (caption, d), in the order of the pictures."""
-
-    images: Tensor
-    texts: Tensor
-
-    def scores(self, projection: Projection) -> np.ndarray:
-        """Cosines of all pairs, float32 (image, caption)."""
-        device = projection.log_scale.device
-        with torch.no_grad():
-            return projection.eval()(self.images.to(device), self.texts.to(device)).cpu().numpy()
-
-    def nearest(self, projection: Projection, owner: np.ndarray, share: float) -> np.ndarray:
-        """Places of the share of captions that comes nearest to each image, its own left out; (image, caption).
-
-        Parameters
-        ----------
-        owner : int array, (caption,)
-            Image of each caption.
-        """
-        most = max(1, min(round(share * len(owner)), len(owner) - int(np.bincount(owner).max())))
-        found = []
-        for start in range(0, len(self.images), 256):
-            scores = Features(self.images[start : start + 256], self.texts).scores(projection)
-            scores[owner == np.arange(start, start + len(scores))[:, None]] = -np.inf
-            found.append(torch.from_numpy(scores).topk(most, dim=1).indices.numpy())
-        return np.concatenate(found)
-
-
-# -------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------------ losses and batches
 
 
 def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Tensor:
-    """InfoNCE in both directions: cross entropy of the own text among all texts, and of the own image; summed.
+    """InfoNCE in both directions, summed: cross entropy of the own text among all texts, and of the own image.
 
     Parameters
     ----------
     cosine : Tensor, (pair, pair)
-        Of image and text; a pair's own on the diagonal.
+        Rows are images, columns texts; a pair's own text is on the diagonal.
     scale : Tensor, ()
         1 / temperature.
     negative : bool Tensor, (pair, pair)
-        Which texts may count against an image; the diagonal does not matter.
+        True where a text is known to be false of an image; the diagonal is ignored.
     """
     own = torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)
     logits = (scale * cosine).masked_fill(~(negative | own), -torch.inf)
@@ -259,7 +266,7 @@ def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Te
 def max_of_hinges(cosine: Tensor, negative: Tensor, *, margin: float = 0.2) -> Tensor:
     """VSE++: how far the hardest negative comes within the margin of the own pair, in both directions; summed.
 
-    Parameters as of `symmetric_contrastive`.
+    Parameters as in `symmetric_contrastive`.
     """
     own = cosine.diagonal()
     others = cosine.masked_fill(~negative | torch.eye(len(cosine), dtype=torch.bool, device=cosine.device), -torch.inf)
@@ -268,81 +275,55 @@ def max_of_hinges(cosine: Tensor, negative: Tensor, *, margin: float = 0.2) -> T
     return (texts + images).sum()
 
 
-class Contrastive(Objective):
-    """`symmetric_contrastive` of a batch."""
+class PairLoss(Objective):
+    """A loss of the cosines of all pairs of a batch."""
 
     weights = {"loss": 1.0}
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss = loss
 
     def counts(self, batch: DualBatch) -> dict[str, int]:
         return {"loss": len(batch.negative)}
 
-    def losses(self, model: Projection, batch: DualBatch) -> dict[str, Tensor]:
-        scale = model.log_scale.exp().clamp(max=100)
-        return {"loss": symmetric_contrastive(model(*batch.inputs), scale, batch.negative)}
-
-
-class HardestNegative(Contrastive):
-    """`max_of_hinges` of a batch."""
-
-    def losses(self, model: DualEncoder, batch: DualBatch) -> dict[str, Tensor]:
-        return {"loss": max_of_hinges(model(*batch.inputs), batch.negative)}
-
-
-# ------------------------------------------------------------------------------------------------------- batches
+    def losses(self, model: nn.Module, batch: DualBatch) -> dict[str, Tensor]:
+        return {"loss": self.loss(model(*batch.inputs), batch.negative)}
 
 
 @dataclass(frozen=True)
 class DualBatch(TensorBatch):
-    """As many images as texts, pair i in row i of both, and which text may count against which image.
+    """Equal numbers of images and texts, pair i in row i of both.
 
     Attributes
     ----------
     inputs : tuple of Tensor
-        Of the model's forward.
+        Arguments of the model's forward.
     negative : bool Tensor, (image, text)
-        False for a caption of the same image, or one that is, or may be, true of it.
+        True where the text is known to be false of the image; see `RetrievalBatches`.
     """
 
     inputs: tuple[Tensor, ...]
     negative: Tensor
 
     def micro_batches(self, count: int) -> list[DualBatch]:
-        """The batch as a whole: every pair is held against all others."""
+        """The whole batch, because each pair is compared with all others."""
         return [self]
 
 
 class DualBatches(Dataset):
-    """The images and captions of `RetrievalBatches`, each pair once: pixels, or features where those are given."""
+    """The images and captions of `RetrievalBatches`, each pair once: as pixels and words, or as given features."""
 
     def __init__(self, batches: RetrievalBatches, features: Features | None = None) -> None:
-        self.batches, self.features = batches, features
-        self.sampler = batches.sampler
-        self._first = np.cumsum([0, *(len(picture.captions) for picture in batches.pictures)])  # caption of a picture
+        self.batches, self.features, self.sampler = batches, features, batches.sampler
+        counts = [len(picture.captions) for picture in batches.pictures]
+        self._first_caption = np.cumsum([0, *counts])
 
     def __getitem__(self, step: int) -> DualBatch:
-        rows, texts, rng = self.batches.chosen(step)
+        rows, texts, rng = self.batches.draw(step)
         pictures = [self.batches.pictures[row] for row in rows]
         negative = torch.tensor([[picture.denies(text) for text in texts] for picture in pictures])
         if self.features is None:
-            return DualBatch((self.batches.pixels(pictures, rng), *self.batches.words.tensors(texts)), negative)
-        places = [
-            self._first[row] + picture.captions.index(text)
-            for row, picture, text in zip(rows, pictures, texts, strict=True)
-        ]
-        return DualBatch((self.features.images[rows], self.features.texts[places]), negative)
-
-
-__all__ = [
-    "Contrastive",
-    "DualBatches",
-    "DualEncoder",
-    "Features",
-    "HardestNegative",
-    "Projection",
-    "build_dual",
-    "dual_scores",
-    "max_of_hinges",
-    "near_captions",
-    "symmetric_contrastive",
-    "train_projection",
-]
+            return DualBatch((self.batches.stack(pictures, rng), *self.batches.words.tensors(texts)), negative)
+        captions = [picture.captions.index(text) for picture, text in zip(pictures, texts, strict=True)]
+        images, texts = self.features.images[rows], self.features.texts[self._first_caption[rows] + captions]
+        return DualBatch((images, texts), negative)

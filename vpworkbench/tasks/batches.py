@@ -1,0 +1,124 @@
+"""Examples as tensors, and the objective of classification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.inputs import VisualInput
+from vpworkbench.data.records import Example
+from vpworkbench.data.steps import Sampler, TensorBatch
+from vpworkbench.losses import Objective
+from vpworkbench.model.words import Words
+
+WATCHED = 32  # training examples whose score is logged
+
+
+@dataclass(frozen=True)
+class TaskBatch(TensorBatch):
+    """Examples as tensors.
+
+    Attributes
+    ----------
+    images : uint8 Tensor, (image, 3, height, width)
+    image_index : int64 Tensor, (example, side)
+        Rows of `images` that each example is about.
+    words : int64 Tensor, (example, word)
+    word_tokens : bool Tensor, (example, word)
+    targets : Tensor, (example,) or (example, label)
+        See `Task.targets`.
+    """
+
+    images: Tensor
+    image_index: Tensor
+    words: Tensor
+    word_tokens: Tensor
+    targets: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of `TaskModel`."""
+        return self.images, self.image_index, self.words, self.word_tokens
+
+    def micro_batches(self, count: int) -> list[TaskBatch]:
+        """Split by examples; each part holds only the images of its examples."""
+        parts = []
+        for rows in torch.arange(len(self.words)).chunk(count):
+            used, index = self.image_index[rows].unique(return_inverse=True)
+            texts = self.words[rows], self.word_tokens[rows]
+            parts.append(TaskBatch(self.images[used], index, *texts, self.targets[rows]))
+        return parts
+
+
+class TaskBatches(Dataset):
+    """Batches of examples by step.
+
+    Parameters
+    ----------
+    targets : callable
+        examples -> Tensor, see `Task.targets`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        words: Words,
+        inputs: VisualInput,
+        targets: Callable[[Sequence[Example]], Tensor],
+        size: int,
+        seed: int,
+    ) -> None:
+        self.sampler = Sampler(examples, size, seed=(seed,))
+        self.words, self.inputs, self.targets = words, inputs, targets
+
+    def __getitem__(self, step: int) -> TaskBatch:
+        return self.batch(self.sampler[step])
+
+    def batch(self, examples: Sequence[Example]) -> TaskBatch:
+        """These examples as one batch."""
+        images, image_index = each_image_once([example.images for example in examples], self.inputs)
+        words, word_tokens = self.words.tensors([example.text for example in examples])
+        return TaskBatch(images, image_index, words, word_tokens, self.targets(examples))
+
+
+def each_image_once(groups: Sequence[Sequence[Any]], inputs: VisualInput) -> tuple[Tensor, Tensor]:
+    """The different images of all groups, and the row of each group's images among them, int64 (group, side).
+
+    Files are equal if their names are; any other image is equal only to itself.
+    """
+    keys = [[image if isinstance(image, ImageFile) else id(image) for image in group] for group in groups]
+    pairs = zip(keys, groups, strict=True)
+    images = {key: image for row, group in pairs for key, image in zip(row, group, strict=True)}
+    rows = {key: row for row, key in enumerate(images)}
+    return inputs.stack(list(images.values())), torch.tensor([[rows[key] for key in row] for row in keys])
+
+
+class Classification(Objective):
+    """A task's loss per example, and its score on the first examples of a step."""
+
+    weights = {"loss": 1.0}
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss = loss
+
+    def counts(self, batch: TaskBatch) -> dict[str, int]:
+        return {"loss": len(batch.words)}
+
+    def losses(self, model: nn.Module, batch: TaskBatch) -> dict[str, Tensor]:
+        return {"loss": self.loss(model(*batch.inputs).float(), batch.targets)}
+
+    @torch.no_grad()
+    def watch(self, model: nn.Module, batch: TaskBatch) -> dict[str, float]:
+        training = model.training
+        few = batch.micro_batches(max(1, len(batch.words) // WATCHED))[0]
+        best = model.eval()(*few.inputs).argmax(dim=-1)
+        model.train(training)
+        right = few.targets.gather(1, best[:, None]) if few.targets.ndim == 2 else best == few.targets
+        return {"training_score": right.float().mean().item()}

@@ -1,0 +1,36 @@
+"""True or false of two photographs, NLVR2 (paper Table 2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from vpworkbench.data.records import Example
+from vpworkbench.data.task_readers import read_nlvr2
+from vpworkbench.metrics import NLVR2_IDENTIFIER, consistency
+from vpworkbench.settings import OptimSettings, TrainSettings
+from vpworkbench.tasks.classification import fixed_labels
+from vpworkbench.tasks.task import TINY, Task
+
+PAPER = {
+    "optim": OptimSettings(decay_at=tuple(epoch / 80 for epoch in (60, 65, 70, 75, 78, 79)), decay=0.5),
+    "train": TrainSettings(epochs=80, images=512, accumulate=64),
+}
+
+
+def consistency_of_statements(examples: Sequence[Example], predicted: Mapping[str, str]) -> dict[str, float]:
+    """Consistency over released identifiers, which say which examples share a statement; custom tables have none."""
+    released = (one for one in examples if one.label and re.search(NLVR2_IDENTIFIER, one.id))
+    labels = {example.id: example.label for example in released}
+    return {"consistency": consistency(predicted, labels)} if labels else {}
+
+
+NLVR2 = Task(
+    name="nlvr2",
+    read=lambda path, settings: read_nlvr2(path, images=settings.images),
+    images=2,
+    labels=fixed_labels("False", "True"),
+    more_scores=consistency_of_statements,
+    schedules={"tiny": TINY, "paper": PAPER},
+    own_settings=("pairing",),
+)

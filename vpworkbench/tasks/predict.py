@@ -1,0 +1,91 @@
+"""Fine-tuned models: load one from its folder, and predict a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vpworkbench.data.captioned import TABLE
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.readers import open_annotations, unique
+from vpworkbench.data.tables import Row, read_unsplit_rows
+from vpworkbench.errors import CheckpointError, DataError
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.tasks import TASKS
+from vpworkbench.tasks.task import TaskModel
+
+
+def load_task_model(folder: str | Path, *, device: torch.device | str = "cpu") -> TaskModel:
+    """A model that `TaskModel.save_pretrained` wrote, offline, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or its files are not whole.
+    """
+    folder = Path(folder)
+    try:
+        content = json.loads((folder / "task.json").read_text())
+        base = VisualParsingModel.from_config(folder)
+        model = TaskModel(base, TASKS[content["task"]], content["label2ans"], pairing=content["pairing"])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: no whole fine-tuned model ({error}); give a run of 04_finetune") from None
+    return model.to(device).eval()
+
+
+def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str | Path] = ()) -> pd.DataFrame:
+    """The most likely label for each row of a csv or json lines of `image`, `text` and, for NLVR2, `image2`.
+
+    Parameters
+    ----------
+    images : sequence of path
+        Folders and zips of the images; empty: beside the table.
+
+    Returns
+    -------
+    DataFrame
+        `id`, `image`, `text`, `prediction`, `probability`, in the order of the table.
+
+    Raises
+    ------
+    DataError
+        Before anything is predicted: for a broken row, an image that is missing or cannot be read, a wrong number of
+        images.
+    """
+    opened = open_annotations(table, [TABLE], images)
+    rows = unique(read_unsplit_rows(opened), opened.file)
+    _check_images(rows, model)
+    predicted = model.predict_all([row.images for row in rows], [row.text for row in rows])
+    best = [next(iter(probabilities.items())) for probabilities in predicted]
+    columns = {
+        "id": [row.id for row in rows],
+        "image": [" ".join(image.name for image in row.images) for row in rows],
+        "text": [row.text for row in rows],
+        "prediction": [label for label, _ in best],
+        "probability": [round(probability, 4) for _, probability in best],
+    }
+    return pd.DataFrame(columns)
+
+
+def _check_images(rows: Sequence[Row], model: TaskModel) -> None:
+    task = model.task
+    wanted = "one image: leave image2 empty" if task.images == 1 else "two images: fill image and image2"
+    decoded: set[ImageFile] = set()
+    for row in rows:
+        if len(row.images) != task.images:
+            raise DataError(f"{row.where}: {len(row.images)} images, but {task.name} takes {wanted}")
+        for image in (one for one in row.images if one not in decoded):
+            try:
+                image.pixels()
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}") from None
+            decoded.add(image)

@@ -1,0 +1,158 @@
+"""Every image scored with every caption: the matrix from which retrieval is read.
+
+Visual tokens are computed once and kept, captions of one length share a batch, and pairs pass the fusion in large
+batches. A stopped matrix continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vpworkbench.data.inputs import visual_input
+from vpworkbench.data.records import Picture
+from vpworkbench.model.words import Words
+from vpworkbench.system import write_atomically
+from vpworkbench.tasks.task import TaskModel
+
+IMAGES_AT_ONCE = 32
+FEWEST_TEXTS, MOST_TEXTS = 16, 64  # captions of one length in a batch
+
+TextBatch = tuple[Tensor, Tensor, Tensor]
+"""Columns of the matrix, int64 (text,); token ids, int64 (text, word); real tokens, bool (text, word)."""
+
+
+@torch.no_grad()
+def score_matrix(
+    model: TaskModel,
+    pictures: Sequence[Picture],
+    captions: Sequence[str],
+    *,
+    pairs: int = 512,
+    bf16: bool = False,
+    file: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> np.ndarray:
+    """Match score of every image with every caption, float32 (image, caption): logit of match minus logit of no match.
+
+    Parameters
+    ----------
+    pairs : int
+        Pairs in one pass of the fusion, approximately.
+    bf16 : bool
+        bfloat16 autocast, on a GPU only: scores then agree to two or three digits.
+    file : Path or None
+        `.npy` that keeps finished rows (nan elsewhere), so that a stopped call can continue. The `.json` beside it
+        identifies the weights, images and captions.
+
+    Raises
+    ------
+    ValueError
+        If the file holds the scores of other weights, images or captions, or for bf16 on a CPU.
+    """
+    if bf16 and model.device.type != "cuda":
+        raise ValueError("bf16 scores need a GPU; leave it off on a CPU")
+    model.eval()
+    scores = _open_scores(file, model, pictures, captions)
+    missing = [row for row in range(len(pictures)) if np.isnan(scores[row]).any()]
+    batches = [tuple(part.to(model.device) for part in batch) for batch in _batches_by_length(model.words, captions)]
+    done = len(pictures) - len(missing)
+    autocast = torch.autocast("cuda", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
+    look = {"desc": "scoring", "unit": "pair", "unit_scale": True, "smoothing": 0}
+    bar = tqdm(total=scores.size, initial=done * len(captions), **look)
+    with autocast, bar:
+        for start in range(0, len(missing), IMAGES_AT_ONCE):
+            rows = missing[start : start + IMAGES_AT_ONCE]
+            scores[rows] = _score_rows(model, [pictures[row] for row in rows], batches, pairs, bar).cpu().numpy()
+            done += len(rows)
+            if isinstance(scores, np.memmap):
+                scores.flush()
+            if progress:
+                progress("scoring images", done, len(pictures))
+    return np.array(scores)
+
+
+def _score_rows(
+    model: TaskModel, pictures: Sequence[Picture], batches: Sequence[TextBatch], pairs: int, bar: tqdm
+) -> Tensor:
+    """Rows of the matrix for some images, which are encoded once; float32 (image, caption)."""
+    pixels = visual_input(model.base.settings.visual).stack(pictures)
+    visual = model.base.visual(pixels.to(model.device))
+    vision, vision_tokens = model.base.fusion.embed_vision(visual), visual.not_padding()
+    captions = sum(len(columns) for columns, _, _ in batches)
+    scores = vision.new_empty(len(pictures), captions, dtype=torch.float32)
+    for columns, words, word_tokens in batches:
+        for some in torch.arange(len(pictures), device=model.device).split(max(1, pairs // len(words))):
+            scores[some[:, None], columns] = _score_block(model, vision[some], vision_tokens[some], words, word_tokens)
+            bar.update(len(some) * len(words))
+    return scores
+
+
+def _score_block(model: TaskModel, vision: Tensor, vision_tokens: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
+    """(image, text) for all pairs of some embedded images and some texts."""
+    images, texts = len(vision), len(words)
+    cls = model.base.fusion.cls_output(
+        words.repeat(images, 1),
+        word_tokens.repeat(images, 1),
+        vision.repeat_interleave(texts, dim=0),
+        vision_tokens.repeat_interleave(texts, dim=0),
+    )
+    logits = model.head(cls).float()
+    return (logits[:, 1] - logits[:, 0]).view(images, texts)
+
+
+def _batches_by_length(words: Words, captions: Sequence[str]) -> Iterator[TextBatch]:
+    """Captions of one length together. Rare lengths share a batch, padded."""
+    lengths = [len(words.ids(caption)) for caption in captions]
+    order = sorted(range(len(captions)), key=lengths.__getitem__)
+    batch: list[int] = []
+    for place, following in zip(order, [*order[1:], None], strict=True):
+        batch.append(place)
+        last_of_length = following is None or lengths[following] > lengths[place]
+        if following is None or len(batch) == MOST_TEXTS or (last_of_length and len(batch) >= FEWEST_TEXTS):
+            yield torch.tensor(batch), *words.tensors([captions[place] for place in batch])
+            batch = []
+
+
+def _open_scores(
+    file: Path | None, model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]
+) -> np.ndarray:
+    """The scores that the file holds, else nan everywhere."""
+    shape = len(pictures), len(captions)
+    if file is None:
+        return np.full(shape, np.nan, dtype=np.float32)
+    identity_file, identity = file.with_suffix(".json"), _identity(model, pictures, captions)
+    if file.exists() and identity_file.exists():
+        before = json.loads(identity_file.read_text())
+        if different := [name for name in identity if before.get(name) != identity[name]]:
+            raise ValueError(f"{file}: scores of other {', '.join(different)}; delete it, or take another file")
+        return np.load(file, mmap_mode="r+")
+    scores = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    scores[:] = np.nan
+    write_atomically(identity_file, json.dumps(identity, indent=2) + "\n")
+    return scores
+
+
+def _identity(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]) -> dict[str, str]:
+    """Hashes of all that the scores depend on."""
+    tensors = (tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in model.state_dict().values())
+    return {
+        "weights": _digest(tensor.numpy() for tensor in tensors),
+        "images": _digest(f"{picture.image.name}\n".encode() for picture in pictures),
+        "captions": _digest(f"{caption}\n".encode() for caption in captions),
+    }
+
+
+def _digest(parts: Iterable[bytes | np.ndarray]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

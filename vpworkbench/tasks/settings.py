@@ -1,0 +1,63 @@
+"""From the parameters of `04_finetune.ipynb` to its settings, and from settings to examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vpworkbench.errors import SettingsError
+from vpworkbench.settings import FinetuneSettings, checked, nearest
+from vpworkbench.settings.notebooks import scenes_needed, train_length
+from vpworkbench.tasks import TASKS
+from vpworkbench.tasks.splits import TaskExamples
+
+
+def finetune_settings(
+    *,
+    task: str = "vqa",
+    preset: str = "tiny",
+    data: str = "scenes",
+    checkpoint: str = "",
+    regions: str = "",
+    pretrained: bool = True,
+    steps: int = 40,
+    epochs: float = 0,
+    seed: int = 0,
+    checkpoint_every: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> FinetuneSettings:
+    """Settings of a run from the parameters of `04_finetune`; for steps and epochs see `pretrain_settings`."""
+    _known("task", task, TASKS)
+    _known("preset", preset, TASKS[task].schedules)
+    overrides = overrides or {}
+    _refuse_settings_of_other_tasks(task, overrides)
+    parts = {name: part.model_dump() for name, part in TASKS[task].schedules[preset].items()}
+    base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
+    values = {
+        "data": data,
+        "checkpoint": checkpoint,
+        "regions": regions,
+        "pretrained": pretrained,
+        "seed": seed,
+        "train.checkpoint_every": checkpoint_every,
+    }
+    settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
+    if settings.data != "scenes" or "scenes.images" in overrides:
+        return settings
+    return settings.with_overrides({"scenes.images": scenes_needed(settings.scenes, settings.train)})
+
+
+def load_examples(settings: FinetuneSettings) -> TaskExamples:
+    """The examples of the task that the settings name: see `Task.load`."""
+    return TASKS[settings.task].load(settings)
+
+
+def _known(what: str, name: str, names: Any) -> None:
+    if name not in names:
+        raise SettingsError(f"{what}: no {what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
+
+
+def _refuse_settings_of_other_tasks(task: str, overrides: dict[str, Any]) -> None:
+    for key in overrides:
+        owners = [one.name for one in TASKS.values() if key.partition(".")[0] in one.own_settings]
+        if owners and task not in owners:
+            raise SettingsError(f"{key} is for {' and '.join(owners)}, not for {task}; leave it out")

@@ -1,0 +1,86 @@
+"""Visual question answering, VQA v2 (paper Table 1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vpworkbench.data.records import Example
+from vpworkbench.data.task_readers import answer_vocabulary, read_answer_list, read_vqa
+from vpworkbench.errors import DataError
+from vpworkbench.metrics import answer_targets, vqa_score
+from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
+from vpworkbench.tasks.task import TINY, Task
+
+
+def frequent_answers(examples: Sequence[Example], settings: FinetuneSettings) -> tuple[str, ...]:
+    """The answers of `answer_list`, else those that occur in `answer_count` of these questions or more."""
+    if settings.answer_list:
+        return read_answer_list(settings.answer_list)
+    answers = answer_vocabulary(examples, settings.answer_count)
+    if not answers:
+        least, total = settings.answer_count, len(examples)
+        raise DataError(f"no answer occurs in {least} of {total} questions; lower `answer_count`")
+    return answers
+
+
+def answer_head(width: int, labels: int) -> nn.Module:
+    """A perceptron with one hidden layer."""
+    hidden = 2 * width
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, labels))
+
+
+def answer_scores(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
+    """Official score of every answer, (example, label)."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    targets = torch.zeros(len(examples), len(labels))
+    for row, example in zip(targets, examples, strict=True):
+        for answer, score in answer_targets(example.answers).items() if example.answers else ():
+            if answer in numbers:
+                row[numbers[answer]] = score
+    return targets
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropy, summed over examples and answers."""
+    return functional.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="sum")
+
+
+def official_scores(examples: Sequence[Example], predicted: Mapping[str, str]) -> np.ndarray:
+    """The official VQA score of each question, nan where its answers are withheld."""
+    scores = (vqa_score(predicted[one.id], one.answers) if one.answers else np.nan for one in examples)
+    return np.array(list(scores))
+
+
+def result_json(predicted: Mapping[str, str]) -> str:
+    """The result file of the evaluation server."""
+    numbers = {key: int(key) if key.isdigit() else key for key in predicted}
+    return json.dumps([{"question_id": numbers[key], "answer": answer} for key, answer in predicted.items()]) + "\n"
+
+
+VQA = Task(
+    name="vqa",
+    read=lambda path, settings: read_vqa(path, images=settings.images),
+    labels=frequent_answers,
+    head=answer_head,
+    targets=answer_scores,
+    loss=answer_loss,
+    probabilities=torch.sigmoid,
+    metric="vqa_score",
+    scores=official_scores,
+    submission=result_json,
+    suffix="json",
+    schedules={
+        "tiny": TINY,
+        "paper": {
+            "optim": OptimSettings(decay_at=(65 / 100, 75 / 100)),
+            "train": TrainSettings(epochs=100, images=512, accumulate=64),
+        },
+    },
+    own_settings=("answer_list",),
+)
