@@ -123,7 +123,8 @@ class _Training:
 
     def run_to_end(self, workers: int, what: str) -> None:
         """All steps that are left, then the final weights; `Stopped` if a signal comes before."""
-        main, stop = self.processes.is_main, []
+        main = self.processes.is_main
+        stop: list[signal.Signals] = []
         with contextlib.ExitStack() as stack:
             write_line = stack.enter_context(_metrics_writer(self.run, self.train.tracker)) if main else None
             stack.enter_context(_deterministic(self.processes.device))

@@ -54,7 +54,7 @@ class Pretraining(Objective):
     def __init__(
         self, settings: PretrainSettings, probe: Callable[[nn.Module], dict[str, float]] | None = None
     ) -> None:
-        self.settings, self.held_out = settings, probe
+        self.settings, self._probe = settings, probe
         loss = settings.loss
         vla = loss.itm * loss.vla
         self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": vla, "mfr": loss.mfr, "mvm": loss.mvm}
@@ -151,7 +151,7 @@ class Pretraining(Objective):
         return watched
 
     def probe(self, model: nn.Module) -> dict[str, float]:
-        return self.held_out(model) if self.held_out else {}
+        return self._probe(model) if self._probe else {}
 
 
 def _first_texts(batch: Batch) -> Tensor:

@@ -122,8 +122,17 @@ def train_labels(
 ) -> None:
     """Train a network on labelled scenes, from the run's last checkpoint if there is one."""
     batches = LabelBatches(pictures, read, images=settings.train.images, seed=settings.seed)
-    options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
-    fit(model, Labelling(model.heads), batches, run, what=what, **options)
+    fit(
+        model,
+        Labelling(model.heads),
+        batches,
+        run,
+        optim=settings.optim,
+        train=settings.train,
+        seed=settings.seed,
+        workers=settings.workers,
+        what=what,
+    )
 
 
 @torch.no_grad()
