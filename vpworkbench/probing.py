@@ -23,6 +23,7 @@ from vpworkbench.probes.layers import LayerNames, hidden_states
 from vpworkbench.probes.nmi import modality_nmi
 from vpworkbench.stats import bootstrap_interval
 from vpworkbench.subjects import Loadable, load
+from vpworkbench.system import draft
 
 SPANS = ("flow", "null", "text_to_vision", "vision_to_text")
 _CONFIG = b"vpworkbench"  # key of the config in a file's schema
@@ -125,13 +126,11 @@ class Probed:
         return pd.concat(frames, ignore_index=True)
 
     def save(self, path: str | Path) -> None:
-        """Write `table` as parquet, the config inside; as a whole or not at all."""
-        path = Path(path)
+        """Write `table` as parquet with the config inside, completely or not at all."""
         table = pa.Table.from_pandas(self.table(), preserve_index=False)
         config = {_CONFIG: json.dumps(self.config, sort_keys=True, default=str).encode()}
-        draft = path.with_name(f".{path.name}.draft")
-        pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **config}), draft)
-        draft.replace(path)
+        with draft(Path(path), durable=False) as file:
+            pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **config}), file)
 
     @classmethod
     def load(cls, path: str | Path) -> Probed:
