@@ -155,7 +155,7 @@ def test_the_shipped_model_has_learnt_to_look():
     result = evaluate(model, pictures, settings.data, scored=ATTRIBUTE_WORDS)
     print(result)
     assert result.itm_accuracy.low >= 0.90 and result.mlm_ratio.low >= 4
-    assert abs(result.itm_other_image.mean - 0.5) < 0.05, "the words alone give the label away"
+    assert abs(result.itm_other_image.mean - 0.5) < 0.05, "the label can be read off the text"
 
 
 def test_data_without_held_out_images(tmp_path, scenes):

@@ -219,7 +219,7 @@ def test_boxes_of_nlvr1_are_in_the_order_of_the_file():
 
 
 def test_boxes_of_nlvr1_hold_the_drawn_things(real_data):
-    """The pixel at the centre of every box has the colour that is told, in all six orders."""
+    """The pixel at the centre of every box has the recorded colour, in all six orders."""
     pictures: list[Picture] = read_pictures(real_data / "nlvr1")[:600]
     right = []
     for picture in pictures:

@@ -27,7 +27,7 @@ def settings(**changes):
 
 
 class Asked(TorchDispatchMode):
-    """Notes every operation whose result the host needs before it can go on: on a GPU each one waits."""
+    """Notes every operation whose result the host needs before it continues: on a GPU it waits for each."""
 
     WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
 

@@ -288,8 +288,8 @@ def test_a_loss_that_explodes_stops_the_run(scenes):
 def test_out_of_memory_names_the_accumulation_that_fits(scenes_folder, tmp_path, monkeypatch):
     """And the run trains with it in that memory.
 
-    The limit counts addresses, and glibc keeps those that were freed; so the allocator of these processes, which must
-    be told before they start, is to give them back.
+    The limit counts addresses, and glibc keeps freed ones; these settings, read when a process starts, make it return
+    them.
     """
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
