@@ -20,7 +20,7 @@ from vpworkbench.errors import DataError
 log = logging.getLogger(__name__)
 
 Item = tuple[str, Any]
-"""A record as parsed, behind its place in the file, such as `line 3` or `images[2]`."""
+"""The place of a record in its file, and the record as parsed; the place reads `line 3` or `images[2]`."""
 
 # ---------------------------------------------------------------------------------------------------- findings
 
