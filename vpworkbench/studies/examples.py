@@ -20,6 +20,8 @@ from vpworkbench.data.records import Picture
 from vpworkbench.losses import visual_mask
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import match_probability
+from vpworkbench.model.visual import build_visual
+from vpworkbench.model.weights import start_visual
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.layouts import REGIONS_SIDE, grid_boxes, modality_masks, painted
 from vpworkbench.probes.masks import (
@@ -123,6 +125,13 @@ def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) ->
     if parsing is None:
         raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention")
     return parsing.mean(dim=1).cpu()
+
+
+def starting_visual(settings: PretrainSettings) -> nn.Module:
+    """The visual side that pre-training started from (`init_visual`)."""
+    visual = build_visual(settings.visual)
+    start_visual(visual, settings.init_visual, preset=settings.preset)
+    return visual.eval()
 
 
 @torch.no_grad()
