@@ -64,18 +64,18 @@ def test_a_run_completes_once(vpw, tmp_path):
     assert row.split() == ["trial", "a", "True", "3", "1"]
 
 
-def test_a_failed_run_is_told_in_a_few_lines(vpw, tmp_path):
+def test_a_failed_run_is_reported_in_a_few_lines(vpw, tmp_path):
     cells = OPEN.format(notebook="trial"), "raise MemoryError('line\\n' * 50)"
     write_notebook(tmp_path / "trial.ipynb", PARAMETERS, *cells)
     result = vpw("run", "trial.ipynb", "--name", "a")
-    told = result.stderr[result.stderr.index("error: ") :]  # a busy machine's kernel may have logged before it
-    assert result.returncode == 1 and len(told.splitlines()) <= 12 and "Traceback" not in told
-    assert told.startswith("error: trial/a failed in cell In [4]: MemoryError\n")
+    message = result.stderr[result.stderr.index("error: ") :]  # the kernel may have logged something before
+    assert result.returncode == 1 and len(message.splitlines()) <= 12 and "Traceback" not in message
+    assert message.startswith("error: trial/a failed in cell In [4]: MemoryError\n")
     assert str(tmp_path / "runs/trial/a/trial.ipynb") in result.stderr
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, expected",
     [
         (["-p", "stepz", "9"], "stepz: 01_pretrain has no such parameter; did you mean 'steps'?"),
         (["-p", "steps", "1e1"], "steps: must be a whole number, like 0 (given: '1e1')"),
@@ -86,7 +86,7 @@ def test_a_failed_run_is_told_in_a_few_lines(vpw, tmp_path):
         (["--name", "../b"], "cannot name a folder"),
     ],
 )
-def test_a_wrong_parameter_stops_everything(arguments, told, tmp_path, monkeypatch, capsys):
+def test_a_wrong_parameter_stops_everything(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
     parameters = 'name = ""\npreset = "tiny"\nsteps = 0\nseed = 0\noverrides = {}'
@@ -94,7 +94,7 @@ def test_a_wrong_parameter_stops_everything(arguments, told, tmp_path, monkeypat
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", str(notebook), *arguments])
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and told in message and len(message.splitlines()) <= 12
+    assert stop.value.code == 2 and expected in message and len(message.splitlines()) <= 12
     assert not (tmp_path / "runs").exists()
 
 
@@ -210,7 +210,7 @@ def wait_until(condition, limit_s=60):
         time.sleep(0.05)
 
 
-def test_a_full_disk_is_told_with_its_remedy(capsys, monkeypatch):
+def test_a_full_disk_is_reported_with_its_remedy(capsys, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "summary.json")
 
@@ -218,7 +218,7 @@ def test_a_full_disk_is_told_with_its_remedy(capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         cli.main(["runs"])
     assert exit_.value.code == 1
-    assert "summary.json" in (told := capsys.readouterr().err) and "free some space" in told
+    assert "summary.json" in (message := capsys.readouterr().err) and "free some space" in message
 
 
 def test_an_error_of_our_own_making_keeps_its_traceback(monkeypatch):

@@ -31,7 +31,7 @@ PLACES = {
     # settings
     "preset": "settings:preset",
     "pretrain_settings": "settings:pretrain_settings",
-    "finetune_settings": "settings:finetune_settings",
+    "finetune_settings": "tasks.settings:finetune_settings",
     "visual_init_settings": "settings:visual_init_settings",
     "PretrainSettings": "settings:PretrainSettings",
     "FinetuneSettings": "settings:FinetuneSettings",

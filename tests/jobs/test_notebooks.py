@@ -73,7 +73,7 @@ def checked_notebook(monkeypatch):
     return {"name": "", "seed": 0, "rate": 0.1, "words": "a", "shown": 3}
 
 
-def test_all_faults_are_told_at_once(checked_notebook):
+def test_all_faults_are_reported_at_once(checked_notebook):
     given = {"sead": 1, "seed": "1e1", "rate": 2.0, "words": [1]}
     with pytest.raises(SettingsError) as refusal:
         check_parameters("small", checked_notebook, given)

@@ -1,4 +1,4 @@
-"""Sweeps: grids become checked jobs, failures stop nobody, dead workers' jobs go on elsewhere."""
+"""Sweeps: grids become checked jobs, failures stop nobody, the jobs of dead workers continue elsewhere."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_a_grid_is_every_combination_under_a_name_that_tells_it(notebook):
     assert make_jobs(str(notebook), jobs=[{"seed": 3}]) == [Job(str(notebook), "seed=3", {"seed": 3})]
 
 
-def test_wrong_jobs_are_told_all_at_once_and_start_nothing(tmp_path, runs_folder):
+def test_wrong_jobs_are_reported_all_at_once_and_start_nothing(tmp_path, runs_folder):
     with pytest.raises(SettingsError) as refusal:
         make_jobs("01_pretrain", grid={"seed": [-1, 0], "mask.bugdet": [3]}, parameters={"stepz": 1})
     lines = str(refusal.value).splitlines()
     assert any(line.startswith("seed=-1,mask.bugdet=3: ") and "mask.budget" in line for line in lines)
     assert sum("did you mean 'steps'" in line for line in lines) == 2
-    for text, told in [
+    for text, message in [
         ("notebook: 01_pretrain\ngird: {seed: [1]}", "did you mean 'grid'"),
         ("notebook: 01_pretrain\ngrid: {seed: 1}", "grid.seed: Input should be a valid list"),
         ("notebook: 01_pretrain", "no jobs"),
@@ -70,7 +70,7 @@ def test_wrong_jobs_are_told_all_at_once_and_start_nothing(tmp_path, runs_folder
         ("notebook: 01_pretrain\nparameters: {overrides: 3}\ngrid: {mask.budget: [3]}", ": overrides: must be a JSON"),
     ]:
         (tmp_path / "grid.yaml").write_text(text)
-        with pytest.raises(SettingsError, match=told):
+        with pytest.raises(SettingsError, match=message):
             read_jobs(tmp_path / "grid.yaml")
     with pytest.raises(SettingsError, match="none.yaml: cannot be read"):
         read_jobs(tmp_path / "none.yaml")
@@ -79,7 +79,7 @@ def test_wrong_jobs_are_told_all_at_once_and_start_nothing(tmp_path, runs_folder
     assert not runs_folder.exists()
 
 
-def test_done_is_skipped_failed_is_told_and_the_rest_goes_on(notebook, runs_folder, tmp_path, monkeypatch, capsys):
+def test_done_is_skipped_failed_is_reported_and_the_rest_goes_on(notebook, runs_folder, tmp_path, monkeypatch, capsys):
     """Each job on a GPU of its own."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     (tmp_path / "stone").touch()
