@@ -200,7 +200,7 @@ def test_the_readme_says_what_the_committed_runs_say():
     gallery = shipped_run().with_name("08_families-tiny")
     settings = FamilyRunsSettings(runs=str(gallery / "runs"))
     found = family_runs.compared(settings, Run(gallery))
-    told = (Path(__file__).parents[1] / "README.md").read_text()
+    told = (Path(__file__).parents[2] / "README.md").read_text()
     scores = found.scores(tuple(family_runs.ARMS)).values()
     for arm, (flow, score) in zip((arm for arm in family_runs.ARMS if found.of(arm)), scores, strict=True):
         runs = found.of(arm)
