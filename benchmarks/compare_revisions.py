@@ -266,7 +266,7 @@ def visual_init(place: Place) -> Results:
     for family in ("swin", "grid", "patch"):
         overrides = renamed(few, found("VisualInitSettings"))
         settings = found("visual_init_settings")(visual=family, seed=SEED, overrides=overrides)
-        run = new_run("00_visual_init", settings)
+        run = new_run("09_visual_init", settings)
         network, accuracy = found("train_visual")(run, settings)
         yield from trained(family, run, network)
         yield f"{family}/accuracy", accuracy

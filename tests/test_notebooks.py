@@ -25,7 +25,7 @@ NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 REFERENCE = Path(__file__).parent / "notebooks" / "reference.ipynb"
 LEFT = {
     "00_tour": {"summary.json", "masks.html", "held-out.html", "flow.html", "nmi.html"},
-    "00_visual_init": {"summary.json", "visual.safetensors", "losses.html"},
+    "09_visual_init": {"summary.json", "visual.safetensors", "losses.html"},
     "01_pretrain": {"summary.json", "model.safetensors", "losses.html", "held-out.html", "flow.html", "nmi.html"},
     "02_probe": {"summary.json", "probes.parquet", "means.csv", "flow-triangle.html"},
     "03_compare_models": {"summary.json", "table.csv", "probes.parquet"},

@@ -298,7 +298,7 @@ def test_a_table_of_words_is_cut_where_it_is_padded_and_refused_where_it_is_shor
 
 
 def test_no_shipped_weights_for_that_preset(model):
-    with pytest.raises(SettingsError, match="no 'scenes' weights ship.*00_visual_init"):
+    with pytest.raises(SettingsError, match="no 'scenes' weights ship.*09_visual_init"):
         build_model(pretrain_settings(preset="small", init_visual="scenes"), model.tokenizer)
 
 

@@ -114,7 +114,7 @@ def test_settings_of_other_notebooks():
 
 
 KINDS = {
-    "00_visual_init": VisualInitSettings,
+    "09_visual_init": VisualInitSettings,
     "01_pretrain": PretrainSettings,
     "04_finetune": FinetuneSettings,
     "08_families": FamilyRunsSettings,

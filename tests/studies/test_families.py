@@ -37,8 +37,8 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
         settings[notebook, name] = check_parameters(notebook, defaults, parse_parameters(given, defaults))
         needs = [given.get(key) for key in ("checkpoint", "regions", "init_visual")]
         assert {need for need in needs if need} <= made
-        made |= {name, str(runs_folder / "00_visual_init" / name / "checkpoint" / "visual.safetensors")}
-    taught = {name: value for (notebook, name), value in settings.items() if notebook == "00_visual_init"}
+        made |= {name, str(runs_folder / "09_visual_init" / name / "checkpoint" / "visual.safetensors")}
+    taught = {name: value for (notebook, name), value in settings.items() if notebook == "09_visual_init"}
     assert set(taught) == {"families-deep"}
     trained = {name: value for (notebook, name), value in settings.items() if notebook == "01_pretrain"}
     assert set(trained) == {f"families-{arm}-{seed}" for arm in family_runs.ARMS for seed in (0, 1)}
@@ -59,7 +59,7 @@ def test_visual_sides_are_taught_by_equal_work():
     """To a tenth, the multiply-adds of the eight passes of the shipped Swin; or eight passes, where they are less."""
     done, scenes = {}, []
     for family in ("swin", "grid", "patch"):
-        made = read_json(shipped_run().with_name(f"00_visual_init-tiny-{family}") / "config.json")["settings"]
+        made = read_json(shipped_run().with_name(f"09_visual_init-tiny-{family}") / "config.json")["settings"]
         images = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
         done[family] = made["train"]["epochs"] * work(build_visual(VisualSettings(**made["visual"])), images)
         scenes.append({key: made["scenes"][key] for key in ("images", "seed", "difficulty", "image_px")})
@@ -126,7 +126,7 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert list(arms) == ["small CNN (R50's place) (36 tokens)", "Swin, random MFR (36 tokens)"]
     costs = found.costs()
     assert costs.index.tolist() == ["Swin, random MFR", "small CNN (R50's place)"]
-    taught = read_json(shipped_run().with_name("00_visual_init-tiny-swin") / "summary.json")
+    taught = read_json(shipped_run().with_name("09_visual_init-tiny-swin") / "summary.json")
     assert costs.loc["Swin, random MFR", ["tokens", "visual_parameters", "taught_shape"]].tolist() == [
         36, 1_209_186, taught["shape_accuracy"]
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from vpworkbench.settings import Settings, fault_lines, nearest
 
 CHECKS = {
     "00_tour": "vpworkbench.settings:ProbeSettings",
-    "00_visual_init": "vpworkbench.settings:visual_init_settings",
+    "09_visual_init": "vpworkbench.settings:visual_init_settings",
     "01_pretrain": "vpworkbench.settings:pretrain_settings",
     "02_probe": "vpworkbench.settings:ProbeSettings",
     "03_compare_models": "vpworkbench.settings:CompareSettings",

@@ -64,7 +64,7 @@ def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | 
     ----------
     source : str
         Empty: nothing is loaded. `scenes`: the weights that ship for this preset, trained on scene labels (notebook
-        00_visual_init). `efficientnet-lite0`: the installed package. Otherwise a file, or a folder with one, in the
+        09_visual_init). `efficientnet-lite0`: the installed package. Otherwise a file, or a folder with one, in the
         layout of timm, of Swin's authors or of Hugging Face (Swin, ResNet).
 
     Returns
@@ -256,7 +256,7 @@ def _shipped_visual(preset: str, family: str) -> Path:
     if not file.exists():
         raise SettingsError(
             f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {family!r}; make them with "
-            "00_visual_init and give their file, or start from scratch with init_visual=''"
+            "09_visual_init and give their file, or start from scratch with init_visual=''"
         )
     return file
 

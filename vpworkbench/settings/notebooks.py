@@ -158,7 +158,7 @@ def visual_init_settings(
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> VisualInitSettings:
-    """Settings of a run from the parameters of `00_visual_init`; 0 images: those of the preset, 0 epochs: 8."""
+    """Settings of a run from the parameters of `09_visual_init`; 0 images: those of the preset, 0 epochs: 8."""
     base = named_preset(preset)
     scenes = base.data.scenes.model_copy(update={"image_px": base.visual.image_px})
     settings = VisualInitSettings(preset=preset, seed=seed, visual=base.visual, scenes=scenes)

@@ -50,7 +50,7 @@ class Arm:
     visual, masking : str
         Parameters of `01_pretrain`.
     start : str
-        The run of `00_visual_init` that it begins with, PREFIX-START; "" where it needs none: its weights ship, or its
+        The run of `09_visual_init` that it begins with, PREFIX-START; "" where it needs none: its weights ship, or its
         features are given.
     overrides : dict
         Further settings.
@@ -237,14 +237,14 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
     length = {"steps": settings.length, "checkpoint_every": 200}
     regions = root / "regions" / prefix
     lines = [["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)]]
-    lines.append(_call("00_visual_init", f"{prefix}-deep", visual="grid", images=0, epochs=DEEPER_PASSES,
+    lines.append(_call("09_visual_init", f"{prefix}-deep", visual="grid", images=0, epochs=DEEPER_PASSES,
                        checkpoint_every=200, overrides=DEEPER))  # fmt: skip
     for seed in range(settings.seeds):
         for key, arm in ARMS.items():
             name = f"{prefix}-{key}-{seed}"
             more: dict[str, Any] = {"overrides": arm.overrides}
             if arm.start:
-                file = root / "00_visual_init" / f"{prefix}-{arm.start}" / "checkpoint" / "visual.safetensors"
+                file = root / "09_visual_init" / f"{prefix}-{arm.start}" / "checkpoint" / "visual.safetensors"
                 more["init_visual"] = str(file)
             if not FAMILIES[arm.visual].pixels:
                 more["regions"] = str(regions)
@@ -330,10 +330,10 @@ def _summary(place: Path, *names: str) -> dict[str, Any]:
 
 
 def _taught(root: Path, prefix: str, arm: Arm) -> dict[str, float]:
-    """What the run of `00_visual_init`, or of `vpw regions`, says that the visual side begins with."""
-    made = root / "00_visual_init" / f"{prefix}-{arm.start}"
+    """What the run of `09_visual_init`, or of `vpw regions`, says that the visual side begins with."""
+    made = root / "09_visual_init" / f"{prefix}-{arm.start}"
     if not arm.start:
-        made = shipped_run().with_name(f"00_visual_init-tiny-{arm.visual}")
+        made = shipped_run().with_name(f"09_visual_init-tiny-{arm.visual}")
     if not FAMILIES[arm.visual].pixels:
         made = root / "regions" / prefix
     if not (made / "summary.json").exists():

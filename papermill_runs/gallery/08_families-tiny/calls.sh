@@ -1,5 +1,5 @@
 vpw regions scenes papermill_runs/regions/families --epochs 8
-vpw run 00_visual_init --name families-deep -p visual grid -p images 0 -p epochs 2 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}'
+vpw run 09_visual_init --name families-deep -p visual grid -p images 0 -p epochs 2 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}'
 vpw run 01_pretrain --name families-swin-random-0 -p visual swin -p masking random -p seed 0 -p steps 500 -p checkpoint_every 200
 vpw run 02_probe --name families-swin-random-0 -p checkpoint families-swin-random-0 -p images 128
 vpw run 04_finetune --name families-swin-random-0 -p task vqa -p checkpoint families-swin-random-0 -p seed 0 -p steps 500 -p checkpoint_every 200
@@ -18,7 +18,7 @@ vpw run 04_finetune --name families-grid-code-0 -p task vqa -p checkpoint famili
 vpw run 01_pretrain --name families-grid-none-0 -p visual grid -p masking none -p seed 0 -p steps 500 -p checkpoint_every 200
 vpw run 02_probe --name families-grid-none-0 -p checkpoint families-grid-none-0 -p images 128
 vpw run 04_finetune --name families-grid-none-0 -p task vqa -p checkpoint families-grid-none-0 -p seed 0 -p steps 500 -p checkpoint_every 200
-vpw run 01_pretrain --name families-deep-none-0 -p visual grid -p masking none -p seed 0 -p steps 500 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}' -p init_visual papermill_runs/00_visual_init/families-deep/checkpoint/visual.safetensors
+vpw run 01_pretrain --name families-deep-none-0 -p visual grid -p masking none -p seed 0 -p steps 500 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}' -p init_visual papermill_runs/09_visual_init/families-deep/checkpoint/visual.safetensors
 vpw run 02_probe --name families-deep-none-0 -p checkpoint families-deep-none-0 -p images 128
 vpw run 04_finetune --name families-deep-none-0 -p task vqa -p checkpoint families-deep-none-0 -p seed 0 -p steps 500 -p checkpoint_every 200
 vpw run 01_pretrain --name families-swin-none-0 -p visual swin -p masking none -p seed 0 -p steps 500 -p checkpoint_every 200
@@ -45,7 +45,7 @@ vpw run 04_finetune --name families-grid-code-1 -p task vqa -p checkpoint famili
 vpw run 01_pretrain --name families-grid-none-1 -p visual grid -p masking none -p seed 1 -p steps 500 -p checkpoint_every 200
 vpw run 02_probe --name families-grid-none-1 -p checkpoint families-grid-none-1 -p images 128
 vpw run 04_finetune --name families-grid-none-1 -p task vqa -p checkpoint families-grid-none-1 -p seed 1 -p steps 500 -p checkpoint_every 200
-vpw run 01_pretrain --name families-deep-none-1 -p visual grid -p masking none -p seed 1 -p steps 500 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}' -p init_visual papermill_runs/00_visual_init/families-deep/checkpoint/visual.safetensors
+vpw run 01_pretrain --name families-deep-none-1 -p visual grid -p masking none -p seed 1 -p steps 500 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}' -p init_visual papermill_runs/09_visual_init/families-deep/checkpoint/visual.safetensors
 vpw run 02_probe --name families-deep-none-1 -p checkpoint families-deep-none-1 -p images 128
 vpw run 04_finetune --name families-deep-none-1 -p task vqa -p checkpoint families-deep-none-1 -p seed 1 -p steps 500 -p checkpoint_every 200
 vpw run 01_pretrain --name families-swin-none-1 -p visual swin -p masking none -p seed 1 -p steps 500 -p checkpoint_every 200
@@ -72,7 +72,7 @@ vpw run 04_finetune --name families-grid-code-2 -p task vqa -p checkpoint famili
 vpw run 01_pretrain --name families-grid-none-2 -p visual grid -p masking none -p seed 2 -p steps 500 -p checkpoint_every 200
 vpw run 02_probe --name families-grid-none-2 -p checkpoint families-grid-none-2 -p images 128
 vpw run 04_finetune --name families-grid-none-2 -p task vqa -p checkpoint families-grid-none-2 -p seed 2 -p steps 500 -p checkpoint_every 200
-vpw run 01_pretrain --name families-deep-none-2 -p visual grid -p masking none -p seed 2 -p steps 500 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}' -p init_visual papermill_runs/00_visual_init/families-deep/checkpoint/visual.safetensors
+vpw run 01_pretrain --name families-deep-none-2 -p visual grid -p masking none -p seed 2 -p steps 500 -p checkpoint_every 200 -p overrides '{"visual.backbone": "resnet18"}' -p init_visual papermill_runs/09_visual_init/families-deep/checkpoint/visual.safetensors
 vpw run 02_probe --name families-deep-none-2 -p checkpoint families-deep-none-2 -p images 128
 vpw run 04_finetune --name families-deep-none-2 -p task vqa -p checkpoint families-deep-none-2 -p seed 2 -p steps 500 -p checkpoint_every 200
 vpw run 01_pretrain --name families-swin-none-2 -p visual swin -p masking none -p seed 2 -p steps 500 -p checkpoint_every 200
