@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 # The official evaluation's tables (VQA v2, vqaEval.py), spelled anew: what it does to an answer before it compares.
-_NUMBERS = dict(zip(
-    ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    ("0", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"), strict=True,
-))  # fmt: skip
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _ARTICLES = {"a", "an", "the"}
 _CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
