@@ -323,7 +323,6 @@ def figures(place: Place) -> Results:
         "flow_directions": ([flow, flow / 2], {}),
         "nmi": ([flow], {}),
         "modality_map": ([seeded(9, 2).numpy(), np.arange(9) > 4, np.arange(9) < 8], {"layer": 1}),
-        "word_attention": ([["a", "red", "ball"], seeded(3).numpy()], {}),
         "score_against_flow": ([{"a": (one, two)}], points),
         "pictures": ([[image, image], ["one", "two"]], {}),
         "tokens": ([image, 4], {}),

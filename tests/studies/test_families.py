@@ -139,7 +139,7 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
         found.scores(), nulls=found.last_nulls(), seeds=found.single_scores(), over=found.over(), score="VQA",
         floor=found.text_alone,
     )  # fmt: skip
-    assert figure.layout.shapes[0].y0 == found.text_alone and "text alone 37.3%" in figure.layout.meta["alt"]
+    assert figure.layout.shapes[0].y0 == found.text_alone and "text only 37.3%" in figure.layout.meta["alt"]
     assert sorted(figure.data[1].y) == [0.5, 0.52] and figure.data[2].y[0] == pytest.approx(0.51)
     curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over())
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over() in curves.layout.title.text

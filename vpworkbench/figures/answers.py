@@ -1,18 +1,16 @@
-"""Right and wrong answers, each with the images and, beside them, where the model looked."""
+"""Right and wrong answers, each beside a view of where the model attended."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 from PIL import Image
 
-from vpworkbench.figures.pictures import pictures
+from vpworkbench.figures.pictures import darkened, data_url, pictures
 from vpworkbench.figures.style import finish
 
 _STYLE = """
@@ -27,27 +25,60 @@ body:has(#right:checked) .wrong, body:has(#wrong:checked) .right { display: none
 """
 
 
-def answers(reviewed: Sequence[Any], *, count: int = 8) -> go.Figure:
-    """A contact sheet: the first right and the first wrong answers, their images dark where the model did not look.
+class Reviewed(NamedTuple):
+    """One answer of a model, and where the model attended.
 
-    Parameters
+    Attributes
     ----------
-    reviewed
-        Of `review.review`.
-    count : int
-        Examples, half of them right where there are as many.
+    text : str
+        The question, statement or caption.
+    wanted : str
+        The right answer; empty if the release withholds it.
+    score : float
+        Official score in [0, 1]; nan if the answer is withheld.
+    images : tuple of uint8 array, (height, width, 3)
+    attention : tuple of array, (row, column)
+        For each image, the share of [CLS]'s attention on each visual token, rolled out from the input to the last
+        layer (paper Eq. 4).
     """
+
+    text: str
+    wanted: str
+    predicted: str
+    score: float
+    images: tuple[np.ndarray, ...]
+    attention: tuple[np.ndarray, ...]
+
+    @property
+    def right(self) -> bool:
+        """At least half of the official score."""
+        return self.score >= 0.5
+
+    @property
+    def lines(self) -> list[str]:
+        """The text, the model's answer, and the right one where they differ."""
+        wanted = "the answer is withheld" if np.isnan(self.score) else f"wanted: {self.wanted}"
+        return [self.text, f"✓ {self.predicted}"] if self.right else [self.text, f"✗ {self.predicted}", wanted]
+
+    def darkened_images(self) -> list[np.ndarray]:
+        """The images, dark where the model did not attend."""
+        return [darkened(image, attention) for image, attention in zip(self.images, self.attention, strict=True)]
+
+
+def answers(reviewed: Sequence[Reviewed], *, count: int = 8) -> go.Figure:
+    """A contact sheet of at most `count` answers: half of them right, if there are enough of both kinds."""
     right = [one for one in reviewed if one.right][: count // 2]
-    shown = right + [one for one in reviewed if not one.right][: count - len(right)]
-    if not shown:
+    chosen = right + [one for one in reviewed if not one.right][: count - len(right)]
+    if not chosen:
         raise ValueError("answers needs at least one example")
-    figure = pictures([_side_by_side(one) for one in shown], [_told(one) for one in shown])
-    alt = f"{len(right)} right and {len(shown) - len(right)} wrong answers; images are bright where the model looked."
-    return finish(figure, title="Right and wrong answers, and where the model looked (bright)", alt=alt)
+    figure = pictures([_side_by_side(one.darkened_images()) for one in chosen], [one.lines for one in chosen])
+    wrong = len(chosen) - len(right)
+    alt = f"{len(right)} right and {wrong} wrong answers; images are bright where the model attended."
+    return finish(figure, title="Right and wrong answers, and where the model attended (bright)", alt=alt)
 
 
-def answers_page(reviewed: Sequence[Any], *, title: str) -> str:
-    """All of them as one HTML page without scripts that opens offline; buttons choose right or wrong ones."""
+def answers_page(reviewed: Sequence[Reviewed], *, title: str) -> str:
+    """All answers as one HTML page that needs no scripts and no network; buttons show the right or the wrong ones."""
     right = sum(one.right for one in reviewed)
     counts = {"all": len(reviewed), "right": right, "wrong": len(reviewed) - right}
     buttons = "".join(
@@ -57,47 +88,32 @@ def answers_page(reviewed: Sequence[Any], *, title: str) -> str:
     )
     cards = "\n".join(map(_card, reviewed))
     name = html.escape(title)
+    legend = "The second copy of an image is bright where [CLS] attends (rolled out from the input to the last layer)."
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{_STYLE}</style>'
-        f"</head>\n<body><h1>{name}</h1><p>Beside each image the same, bright where [CLS] looked (attention rolled out "
-        f"from the input to the last layer).</p>\n<p>{buttons}</p>\n<main>\n{cards}\n</main></body></html>\n"
+        f"</head>\n<body><h1>{name}</h1><p>{legend}</p>\n<p>{buttons}</p>\n<main>\n{cards}\n</main></body></html>\n"
     )
 
 
-def _card(one: Any) -> str:
-    shown = "".join(
+def _card(one: Reviewed) -> str:
+    images = "".join(
         f'<img src="{_source(image)}" alt="the image"> '
-        f'<img src="{_source(_looked(image, attention))}" alt="the image, bright where the model looked">'
-        for image, attention in zip(one.images, one.attention, strict=True)
+        f'<img src="{_source(dark)}" alt="the image, bright where the model attended">'
+        for image, dark in zip(one.images, one.darkened_images(), strict=True)
     )
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in _told(one))
-    return f'<article class="{"right" if one.right else "wrong"}">{shown}{lines}</article>'
-
-
-def _told(one: Any) -> list[str]:
-    wanted = "the answer is withheld" if np.isnan(one.score) else f"wanted: {one.wanted}"
-    return [one.text, f"{'✓' if one.right else '✗'} {one.predicted}", *([] if one.right else [wanted])]
-
-
-def _side_by_side(one: Any) -> np.ndarray:
-    """The images of an example in a row, as the model looked at them."""
-    looked = [_looked(image, attention) for image, attention in zip(one.images, one.attention, strict=True)]
-    height = max(image.shape[0] for image in looked)
-    gap = np.full((height, 4, 3), 128, dtype=np.uint8)
-    parts = []
-    for image in looked:
-        parts += [gap] * bool(parts) + [np.pad(image, ((0, height - image.shape[0]), (0, 0), (0, 0)))]
-    return np.concatenate(parts, axis=1)
-
-
-def _looked(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """The image, dark where attention (row, column) is small; uint8 as given."""
-    share = Image.fromarray((attention / max(attention.max(), 1e-12)).astype(np.float32))
-    light = np.asarray(share.resize(image.shape[1::-1], Image.Resampling.NEAREST))
-    return (image * (0.14 + 0.86 * light[..., None])).round().astype(np.uint8)
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in one.lines)
+    return f'<article class="{"right" if one.right else "wrong"}">{images}{lines}</article>'
 
 
 def _source(image: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(Image.fromarray(image), "JPEG", quality=85)
+
+
+def _side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images in a row, with grey gaps; lower ones get a black margin below."""
+    height = max(image.shape[0] for image in images)
+    gap = np.full((height, 4, 3), 128, dtype=np.uint8)
+    parts = []
+    for image in images:
+        parts += [gap] * bool(parts) + [np.pad(image, ((0, height - image.shape[0]), (0, 0), (0, 0)))]
+    return np.concatenate(parts, axis=1)

@@ -1,7 +1,7 @@
-"""The look that all figures share: colours, template, sizes, text as plotly takes it, export to a file.
+"""The look that all figures share: colours, template, sizes, safe text, export to a file.
 
-Backgrounds are transparent and text is mid-grey, so that a figure reads in light and dark themes. Text from data is
-escaped where it is drawn, as plotly would read it as markup.
+Backgrounds are transparent and text is mid-grey, so that a figure is legible in light and dark themes. Text from data
+is escaped where it is drawn, because plotly would read it as markup.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vpworkbench.stats import Interval
 
 log = logging.getLogger(__name__)
 
-# Okabe and Ito (2008), for all eyes. Black and yellow are left out and blue is a little lighter: all colours
-# must be seen on white and on #111111.
+# Okabe and Ito (2008), safe for colour-blind readers. Black and yellow are left out and blue is a little lighter: all
+# colours must be visible on white and on #111111.
 BLUE, VERMILLION, GREEN = "#1C82C4", "#D55E00", "#009E73"
 ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
 LANGUAGE, VISION = BLUE, VERMILLION
-COLOURS = "Cividis"  # even steps for all eyes
+COLOURS = "Cividis"  # perceptually uniform, safe for colour-blind readers
 GREY = "#7a7a7a"  # contrast above 4 on white and on #111111
 FAINT, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 WIDTH, HEIGHT = 780, 340  # pixels; fits beside the file browser of a 1280-pixel JupyterLab
@@ -54,19 +54,11 @@ TEMPLATE = go.layout.Template(
 
 
 class ExportError(RuntimeError):
-    """A picture of a figure that cannot be made here; the message says what is missing."""
+    """PNG or SVG cannot be made on this machine; the message names the remedy."""
 
 
 def to_image(figure: go.Figure, *paths: Path, scale: float = 2) -> None:
-    """Save a figure as PNG or SVG, by the suffix of each path, with a transparent background.
-
-    A browser is started once for all paths.
-
-    Raises
-    ------
-    ExportError
-        If kaleido or a browser is missing; the message names the remedy.
-    """
+    """Save a figure as PNG or SVG, by the suffix of each path; one browser is started for all paths."""
     own = "or use the camera button of the figure's own menu"
     if importlib.util.find_spec("kaleido") is None:
         raise ExportError(f"PNG and SVG need kaleido and Chrome or Chromium: pip install kaleido, {own}")
@@ -79,7 +71,7 @@ def to_image(figure: go.Figure, *paths: Path, scale: float = 2) -> None:
 
 
 def export(figure: go.Figure, page: Path) -> go.Figure:
-    """Save a figure as a page, and as PNG and SVG beside it where kaleido finds a browser; else log why not."""
+    """Save a figure as a page, and as PNG and SVG beside it if kaleido finds a browser; else log why not."""
     figure.write_html(page, include_plotlyjs="directory")
     try:
         to_image(figure, page.with_suffix(".png"), page.with_suffix(".svg"))
@@ -91,7 +83,7 @@ def export(figure: go.Figure, page: Path) -> go.Figure:
 def finish(
     figure: go.Figure, *, alt: str, title: str = "", width: int | None = None, height: int | None = None
 ) -> go.Figure:
-    """The look that all figures share; one of pictures has its size already, and gets room for the title."""
+    """Apply the shared look; a figure with a size of its own keeps it, plus room for the title."""
     layout: dict[str, object] = {"template": TEMPLATE, "meta": {"alt": alt}}
     top = 44 if title else 10
     if figure.layout.width is not None:
@@ -107,12 +99,12 @@ def finish(
 
 
 def escaped(text: str) -> str:
-    """Text as plotly will show it: neither its markup nor, between dollars, formulas."""
+    """Text that plotly shows as it is: it reads neither its markup nor formulas between dollars."""
     return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def wrapped(captions: str | Sequence[str], letters: int) -> list[str]:
-    """Escaped lines; of several captions each begins with a bullet."""
+    """Escaped lines; several captions each begin with a bullet."""
     if isinstance(captions, str):
         texts = [captions]
     else:
@@ -126,7 +118,7 @@ def percent(share: float) -> str:
 
 
 def fill(colours: str | Sequence[str]) -> dict[str, object]:
-    """Look of bars: translucent, so that an error bar is seen inside them too."""
+    """Translucent bars, so that error bars are visible inside them."""
     one = isinstance(colours, str)
     inside = translucent(colours, 0.55) if one else [translucent(colour, 0.55) for colour in colours]
     return {"color": inside, "line": {"color": colours if one else list(colours), "width": 1.5}}

@@ -1,11 +1,11 @@
-"""What a run logged, and what it reached on held-out data."""
+"""Curves that a run logged, and scores on held-out data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -45,20 +45,40 @@ _WATCHED = {
     "held_out_loss": "held-out loss (Eq. 10)",
     "flow": "flow to the last layer, held out",
     "nmi": "NMI at the last layer, held out",
-    "step_s": "seconds a step",
+    "step_s": "seconds per step",
 }
 DASHES = ("solid", "dot", "dash")
 _SMOOTH_FROM = 40  # lines of metrics
 
 
+class HeldOutIntervals(Protocol):
+    """Held-out results of pre-training; `train.evaluate.HeldOut` explains each."""
+
+    itm_accuracy: Interval
+    itm_other_image: Interval
+    mlm_with_image: Interval
+    mlm_other_image: Interval
+    mlm_ratio: Interval
+
+
+class Scores(Protocol):
+    """A result of a task on held-out data."""
+
+    def intervals(self) -> Mapping[str, Interval]:
+        """One score, or several, by name."""
+
+
+# ------------------------------------------------------------------------------------------------- logged curves
+
+
 def losses(metrics: pd.DataFrame) -> go.Figure:
-    """What a run logged, one small panel for each quantity: objectives in blue, the rest in green.
+    """One small panel for each logged quantity: objectives in blue, the rest in green.
 
     Parameters
     ----------
     metrics : DataFrame
-        Of `Run.metrics()`: a column `step`, and one for each quantity; those not known here go by their own
-        name. From 40 lines on a running mean is drawn over the raw values.
+        Column `step`, and one for each quantity, as `Run.metrics()` gives them. With 40 lines or more, a running mean
+        is drawn over the raw values.
     """
     order = [*_OBJECTIVES, *(name for name in metrics if name not in _WATCHED), *_WATCHED]
     names = [name for name in dict.fromkeys(order) if name in metrics and name != "step"]
@@ -67,19 +87,16 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
     if "step" not in metrics or not names:
         raise ValueError(f"losses needs a column `step` and at least one more, not {list(metrics.columns)}")
     rows, columns = _small_multiples(len(names))
-    titles = [(_OBJECTIVES | _WATCHED).get(name, escaped(str(name))) for name in names]
-    figure = make_subplots(
-        rows, columns, subplot_titles=titles, horizontal_spacing=0.2 / columns, vertical_spacing=0.3 / rows
-    )
+    titles = [_title(name) for name in names]
+    gaps = {"horizontal_spacing": 0.2 / columns, "vertical_spacing": 0.3 / rows}
+    figure = make_subplots(rows, columns, subplot_titles=titles, **gaps)
     for index, name in enumerate(names):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         colour, label = GREEN if name in _WATCHED else BLUE, escaped(str(name))
         smooth = len(metrics) >= _SMOOTH_FROM and name != "lr_share"
         drawn = numeric[name].dropna()  # probes are not in every line
-        figure.add_scatter(
-            x=metrics["step"][drawn.index], y=drawn, name=label, line={"color": colour, "width": 1.5},
-            mode="lines" if len(drawn) > 5 else "lines+markers", opacity=0.35 if smooth else 1, **place,
-        )  # fmt: skip
+        look = {"line": {"color": colour, "width": 1.5}, "mode": _mode(drawn), "opacity": 0.35 if smooth else 1}
+        figure.add_scatter(x=metrics["step"][drawn.index], y=drawn, name=label, **look, **place)
         if smooth:
             mean = numeric[name].rolling(max(5, len(metrics) // 12), center=True, min_periods=1).mean()
             line = {"color": colour, "width": 2}
@@ -95,63 +112,66 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
 
 
 def run_curves(curves: Mapping[str, pd.DataFrame], quantity: str) -> go.Figure:
-    """One logged quantity of several runs over each other.
+    """One logged quantity of several runs in one panel.
 
     Parameters
     ----------
     curves : mapping of str to DataFrame
-        By the run's name: columns `step` and `quantity`, as `results.curves` gives them.
+        Name of the run -> columns `step` and `quantity`, as `results.curves` gives them.
     """
     figure = go.Figure()
     for number, (name, metrics) in enumerate(curves.items()):
-        line = {"color": PALETTE[number % len(PALETTE)], "dash": DASHES[number // len(PALETTE) % len(DASHES)]}
-        figure.add_scatter(
-            x=metrics["step"], y=metrics[quantity], name=escaped(name), line=line | {"width": 1.5},
-            mode="lines" if len(metrics) > 5 else "lines+markers",
-        )  # fmt: skip
-    title = (_OBJECTIVES | _WATCHED).get(quantity, escaped(quantity))
+        dash = DASHES[number // len(PALETTE) % len(DASHES)]
+        line = {"color": PALETTE[number % len(PALETTE)], "dash": dash, "width": 1.5}
+        x, y = metrics["step"], metrics[quantity]
+        figure.add_scatter(x=x, y=y, name=escaped(name), line=line, mode=_mode(metrics))
+    title = _title(quantity)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text=title)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.2})
     ends = [f"{name} {metrics[quantity].iloc[-1]:.3g}" for name, metrics in curves.items() if len(metrics)]
-    alt = f"{quantity} of {len(curves)} runs; at their ends: {', '.join(ends) or 'nothing'}."
+    alt = f"{quantity} of {len(curves)} runs; last values: {', '.join(ends) or 'none'}."
     return finish(figure, title=title, alt=alt, height=420)
 
 
+def _title(quantity: str) -> str:
+    return (_OBJECTIVES | _WATCHED).get(quantity, escaped(str(quantity)))
+
+
+def _mode(points: pd.Series | pd.DataFrame) -> str:
+    return "lines" if len(points) > 5 else "lines+markers"
+
+
 def _small_multiples(count: int) -> tuple[int, int]:
-    """Rows and columns: the fewest empty panels, rather wide than tall."""
+    """Rows and columns with the fewest empty panels, rather wide than tall."""
     columns = count if count <= 4 else min((4, 3), key=lambda columns: -count % columns)
     return math.ceil(count / columns), columns
 
 
-def held_out(held_out: Any) -> go.Figure:
-    """Held-out match decisions and masked words, with each text's image and with another one.
+# ------------------------------------------------------------------------------------------------ held-out scores
 
-    Parameters
-    ----------
-    held_out : evaluate.HeldOut
-        Error bars are its 95% intervals.
-    """
+
+def held_out(result: HeldOutIntervals) -> go.Figure:
+    """Match decisions and hidden words on held-out images, with each text's own image and with another one."""
     titles = ("Match or not (ITM)", "Hidden word (MLM)")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.12)
-    itm = {"its image": held_out.itm_accuracy, "another image": held_out.itm_other_image}
-    mlm = {"its image": held_out.mlm_with_image, "another image": held_out.mlm_other_image}
+    itm = {"its image": result.itm_accuracy, "another image": result.itm_other_image}
+    mlm = {"its image": result.mlm_with_image, "another image": result.mlm_other_image}
     _add_bars(figure, itm, [BLUE, ORANGE], letters=20, row=1, col=1)
     _add_bars(figure, mlm, [BLUE, ORANGE], letters=20, row=1, col=2)
-    figure.update_yaxes(title_text="decisions that are right", col=1)
-    figure.update_yaxes(title_text="words guessed right", col=2)
-    figure.add_hline(
-        0.5, line={"color": GREY, "dash": "dash", "width": 1.5}, row=1, col=1,
-        annotation_text="chance", annotation_position="top right",
-    )  # fmt: skip
-    ratio = held_out.mlm_ratio
-    more = f"{ratio.mean:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as often with its image"
-    figure.update_xaxes(title_text=more, row=1, col=2)
+    figure.update_yaxes(title_text="correct decisions", col=1)
+    figure.update_yaxes(title_text="correct words", col=2)
+    line = {"color": GREY, "dash": "dash", "width": 1.5}
+    note = {"annotation_text": "chance", "annotation_position": "top right"}
+    figure.add_hline(0.5, line=line, row=1, col=1, **note)
+    ratio = result.mlm_ratio
+    axis = f"{ratio.mean:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as often correct with its image"
+    figure.update_xaxes(title_text=axis, row=1, col=2)
     alt = (
-        f"Match decisions right: {percent(held_out.itm_accuracy.mean)} with the image, "
-        f"{percent(held_out.itm_other_image.mean)} with another one, chance 50%; "
-        f"hidden words right: {percent(held_out.mlm_with_image.mean)} with the image, "
-        f"{percent(held_out.mlm_other_image.mean)} with another one."
+        f"Correct match decisions: {percent(result.itm_accuracy.mean)} with the image, "
+        f"{percent(result.itm_other_image.mean)} with another one, chance 50%; "
+        f"correct hidden words: {percent(result.mlm_with_image.mean)} with the image, "
+        f"{percent(result.mlm_other_image.mean)} with another one."
     )
     return finish(figure, title="Held-out images: does the model use the picture?", alt=alt, width=760)
 
@@ -163,16 +183,12 @@ def accuracy_bars(
     title: str = "Accuracy",
     axis: str = "accuracy",
 ) -> go.Figure:
-    """Accuracies by name, with intervals where there are some.
+    """Accuracies, or other shares in [0, 1], by name; with error bars if they have intervals.
 
     Parameters
     ----------
-    values : mapping of str to float or probes.intervals.Interval
-        Shares in [0, 1].
     chance : mapping of str to float, optional
-        Marked over the bars of the same names.
-    title, axis : str
-        What the shares are, where they are no accuracies.
+        Chance level for some of the names, marked on their bars.
     """
     chance = dict(chance or {})
     if unknown := [name for name in chance if name not in values]:
@@ -184,73 +200,67 @@ def accuracy_bars(
     means = _add_bars(figure, values, [BLUE] * len(values), letters=int((width - 120) / len(values) / 7))
     if chance:
         names = list(values)
-        figure.add_scatter(
-            x=[names.index(name) for name in chance], y=list(chance.values()), mode="markers", name="chance",
-            marker={"symbol": "line-ew", "size": 46, "line": {"color": VERMILLION, "width": 2.5}},
-            hovertemplate="chance %{y:.1%}<extra></extra>", showlegend=True,
-        )  # fmt: skip
+        x, y = [names.index(name) for name in chance], list(chance.values())
+        mark = {"symbol": "line-ew", "size": 46, "line": {"color": VERMILLION, "width": 2.5}}
+        look = {"mode": "markers", "marker": mark, "hovertemplate": "chance %{y:.1%}<extra></extra>"}
+        figure.add_scatter(x=x, y=y, name="chance", showlegend=True, **look)
     figure.update_yaxes(title_text=escaped(axis))
-    told = ", ".join(f"{name} {percent(mean)}" for name, mean in zip(values, means, strict=True))
-    alt = f"{title}: {told}."
-    return finish(figure, title=escaped(title), alt=alt, width=width)
+    shares = ", ".join(f"{name} {percent(mean)}" for name, mean in zip(values, means, strict=True))
+    return finish(figure, title=escaped(title), alt=f"{title}: {shares}.", width=width)
 
 
-def task_scores(results: Mapping[str, Any], *, title: str) -> go.Figure:
-    """Held-out scores by name with their intervals: one bar each, or for retrieval all recalls of both directions."""
-    if any(hasattr(result, "intervals") for result in results.values()):
-        return recall_bars({name: result.intervals() for name, result in results.items()}, title=title)
-    return accuracy_bars({name: result.interval() for name, result in results.items()}, title=title, axis="score")
+def task_scores(results: Mapping[str, Scores], *, title: str) -> go.Figure:
+    """Held-out scores by name of the model: one bar each, or one for each recall if the task is retrieval."""
+    scores = {name: result.intervals() for name, result in results.items()}
+    if any(len(score) > 1 for score in scores.values()):
+        return recall_bars(scores, title=title)
+    single = {name: next(iter(score.values())) for name, score in scores.items()}
+    return accuracy_bars(single, title=title, axis="score")
 
 
 def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "Retrieval") -> go.Figure:
-    """Recall at K of several models, side by side, with their intervals.
+    """Recall at K of several models, side by side.
 
     Parameters
     ----------
-    recalls : mapping of str to mapping of str to probes.intervals.Interval
-        By model, then `TR R@1` and so on, the same for each.
+    recalls : mapping of str to mapping of str to Interval
+        Name of the model -> `TR R@1` and so on; the same recalls for each model.
     """
     if not recalls:
         raise ValueError("recall_bars needs at least one model")
-    figure, told = go.Figure(), []
+    figure, models = go.Figure(), []
     for colour, (name, found) in zip(cycle(PALETTE), recalls.items()):
-        means = np.array([interval.mean for interval in found.values()], dtype=float)
-        spans = Interval(*(np.array(part, dtype=float) for part in zip(*found.values(), strict=True)))
-        figure.add_bar(
-            x=list(found), y=means, name=escaped(name), error_y=error_bars(spans), marker=fill(colour),
-            customdata=[f"[{100 * span.low:.1f}, {100 * span.high:.1f}]" for span in found.values()],
-            hovertemplate="%{y:.1%} %{customdata}",
-        )  # fmt: skip
-        told.append(f"{name} " + ", ".join(f"{key} {percent(mean)}" for key, mean in zip(found, means, strict=True)))
+        bars = _stacked(list(found.values()))
+        look = {"name": escaped(name), "marker": fill(colour), "error_y": error_bars(bars)}
+        bounds = [f"[{100 * one.low:.1f}, {100 * one.high:.1f}]" for one in found.values()]
+        figure.add_bar(x=list(found), y=bars.mean, customdata=bounds, hovertemplate="%{y:.1%} %{customdata}", **look)
+        models.append(f"{name} " + ", ".join(f"{key} {percent(one.mean)}" for key, one in found.items()))
     figure.update_layout(barmode="group", hovermode="x unified", legend={"orientation": "h", "y": -0.15})
-    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], title_text="queries with a right one among the K best")
-    alt = f"{title}, TR: texts of an image, IR: the image of a text. {'; '.join(told)}."
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], title_text="queries with a right answer in the top K")
+    alt = f"{title}, TR: texts of an image, IR: the image of a text. {'; '.join(models)}."
     return finish(figure, title=escaped(title), alt=alt)
 
 
 def _add_bars(
     figure: go.Figure, values: Mapping[str, float | Interval], colours: Sequence[str], *, letters: int, **place: int
 ) -> list[float]:
-    """Bars of shares with their intervals; each number stands with its name under the bar. The means."""
-    bounds = [_bounds(value) for value in values.values()]
-    for name, bound in zip(values, bounds, strict=True):
-        if not 0 <= bound.mean <= 1:
-            raise ValueError(f"{name!r} is {bound.mean:g}; shares in [0, 1] are needed")
-    stacked = Interval(*(np.array(part, dtype=float) for part in zip(*bounds, strict=True)))
+    """Add bars of shares with their intervals, and each number below its bar; return the means."""
+    intervals = [one if isinstance(one, Interval) else Interval(one, math.nan, math.nan, 1) for one in values.values()]
     labels = []
-    for name, bound in zip(values, bounds, strict=True):
-        lines = [*wrapped(str(name), max(8, letters)), f"<b>{percent(bound.mean)}</b>"]
-        known = math.isfinite(bound.low)
-        labels.append("<br>".join(lines + [f"[{100 * bound.low:.1f}, {100 * bound.high:.1f}]"] * known))
-    x = np.arange(len(labels))
-    figure.add_bar(
-        x=x, y=stacked.mean, error_y=error_bars(stacked), marker=fill(colours), width=0.5,
-        customdata=labels, hovertemplate="%{customdata}<extra></extra>", showlegend=False, **place,
-    )  # fmt: skip
+    for name, one in zip(values, intervals, strict=True):
+        if not 0 <= one.mean <= 1:
+            raise ValueError(f"{name!r} is {one.mean:g}; shares in [0, 1] are needed")
+        bounds = [f"[{100 * one.low:.1f}, {100 * one.high:.1f}]"] if math.isfinite(one.low) else []
+        labels.append("<br>".join([*wrapped(str(name), max(8, letters)), f"<b>{percent(one.mean)}</b>", *bounds]))
+    x, bars = np.arange(len(labels)), _stacked(intervals)
+    look = {"width": 0.5, "marker": fill(colours), "error_y": error_bars(bars), "showlegend": False}
+    hover = {"customdata": labels, "hovertemplate": "%{customdata}<extra></extra>"}
+    figure.add_bar(x=x, y=bars.mean, **look, **hover, **place)
     figure.update_xaxes(tickvals=x, ticktext=labels, showgrid=False, range=[-0.5, len(x) - 0.5], **place)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02], **place)
-    return stacked.mean.tolist()
+    return bars.mean.tolist()
 
 
-def _bounds(value: float | Interval) -> Interval:
-    return value if isinstance(value, Interval) else Interval(float(value), math.nan, math.nan, 1)
+def _stacked(intervals: Sequence[Interval]) -> Interval:
+    """Several intervals as one, with an array for each part."""
+    return Interval(*(np.array(part, dtype=float) for part in zip(*intervals, strict=True)))

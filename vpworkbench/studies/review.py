@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,40 +11,13 @@ from PIL import Image
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example, Picture
+from vpworkbench.figures import Reviewed
 from vpworkbench.probes import inter_modality_flow, modality_masks
 from vpworkbench.probes.layouts import REGIONS_SIDE, painted
 from vpworkbench.tasks.retrieval import RetrievalResult, owners_of
 from vpworkbench.tasks.task import TaskModel, TaskResult, right_answer, texts_of
 
 PREVIEW_PX = 160
-
-
-class Reviewed(NamedTuple):
-    """One example as a person looks at it.
-
-    Attributes
-    ----------
-    wanted : str
-        The right answer; empty where the release withholds it.
-    score : float
-        Official score in [0, 1]; nan where the answer is withheld.
-    images : tuple of uint8 array, (height, width, 3)
-    attention : tuple of array, (row, column)
-        For each image, the share of [CLS]'s attention on each visual token, rolled out from the input to the last
-        layer (paper Eq. 4).
-    """
-
-    text: str
-    wanted: str
-    predicted: str
-    score: float
-    images: tuple[np.ndarray, ...]
-    attention: tuple[np.ndarray, ...]
-
-    @property
-    def right(self) -> bool:
-        """At least half of the official score."""
-        return self.score >= 0.5
 
 
 def review(

@@ -294,11 +294,15 @@ class TaskResult(NamedTuple):
         """Mean score with its bootstrap 95% interval."""
         return bootstrap_interval(self.scores, seed)
 
+    def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
+        """The same by the name of the task's metric."""
+        return {self.task.metric: self.interval(seed=seed)}
+
     def summary(self, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
         """The official scores with intervals; empty where there are no examples or all answers are withheld."""
         if np.isnan(self.scores).all():
             return {}
-        summary = flatten({self.task.metric: self.interval(seed=seed)})
+        summary = flatten(self.intervals(seed=seed))
         return summary | self.task.more_scores(examples, self.predicted)
 
     def save(self, path: str | Path) -> None:
