@@ -121,15 +121,16 @@ class Fusion(nn.Module):
         *layers, last = self.bert.encoder.layer
         for layer in layers:
             hidden = layer(hidden, mask)
-        first, attention = hidden[:, :1], last.attention.self
+        attention = last.attention.self
+        # Two slices of `hidden`, not one: a shared slice would sum its gradients in another order.
         query, key, value = (
             states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-            for states in (attention.query(first), attention.key(hidden), attention.value(hidden))
+            for states in (attention.query(hidden[:, :1]), attention.key(hidden), attention.value(hidden))
         )
         mask = None if mask is None else mask[:, :, :1]
         dropout = attention.dropout.p if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        attended = last.attention.output(mixed.transpose(1, 2).flatten(2), first)
+        attended = last.attention.output(mixed.transpose(1, 2).flatten(2), hidden[:, :1])
         return last.feed_forward_chunk(attended)[:, 0]
 
     def _joint_sequence(
