@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browser import NAMES, chromium
+from explorer.browser import NAMES, chromium
 
 from benchmarks import explorer
 

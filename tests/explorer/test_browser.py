@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from browser import (  # fixtures are found by name in the module
+from explorer.browser import (  # fixtures are found by name in the module
     ROOT,
     SIZE,
     Jupyter,

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from browser import SIZE, browser, screenshots
+from explorer.browser import SIZE, browser, screenshots
 from PIL import Image
 from plotly.offline import get_plotlyjs
 

@@ -24,9 +24,9 @@ import psutil
 import pytest
 import torch
 from conftest import narrow_model
+from explorer.small_models import llava, vilt, wide_model
 from PIL import Image
 from plotly.callbacks import Points
-from test_explorer_readings import llava, vilt, wide_model
 
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare

@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from browser import SIZE, WAIT_MS, browser, screenshots  # fixtures are found by name in the module
+from explorer.browser import SIZE, WAIT_MS, browser, screenshots  # fixtures are found by name in the module
 
 from vpworkbench.cli import main
 from vpworkbench.explorer import serve
@@ -60,7 +60,7 @@ def served(scratch: Path) -> Iterator[tuple[str, str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    environment = os.environ | {"JUPYTER_TOKEN": token, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"JUPYTER_TOKEN": token, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "vpworkbench.cli", "explore", "--port", str(port), "--no-browser"]
     command += ["--beside", str(shipped_run())]
     with (scratch / "voila.txt").open("w") as log:

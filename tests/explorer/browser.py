@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZE = {"width": 1280, "height": 800}
 WAIT_MS = 120_000  # patience where other work runs beside
