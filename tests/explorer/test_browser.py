@@ -503,7 +503,7 @@ def test_all_is_reached_by_keys(explorer: Any) -> None:
             break
     told = "|".join(filter(None, reached))
     for name in ("picture", "Masks", "slider", "attends to", "mean of heads", "another random", "the image.",
-                 "random mask.", "Save as a PNG", "Save as an SVG", "Save the numbers", "error behind"):  # fmt: skip
+                 "random mask.", "Save as a PNG", "Save as an SVG", "Save the numbers", "error under"):
         assert name in told, f"{name} is not among {told}"
     tab(explorer, "Flow")
     explorer.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")
@@ -611,7 +611,7 @@ def test_two_models_stand_side_by_side(browser: Any, jupyter: Jupyter, scenes_fo
     page.locator(".vpw-explorer").scroll_into_view_if_needed()
     page.wait_for_selector(".vpw-explorer .vpw-panels:not([data-drawn='0'])")
     titles = page.locator(".vpw-explorer .vpw-title").all_text_contents()
-    assert {"model: masks", "beside: masks"} <= set(titles)
+    assert {"model (1): masks", "model (2): masks"} <= set(titles)
     second = page.locator(".vpw-explorer .vpw-panels .vpw-stage").nth(4)
     drawn(page, ".vpw-panels", lambda: second.click(position=cell(second, 3, 2, 6, 6)))
     page.wait_for_function(

@@ -146,8 +146,24 @@ def test_share_of_the_mask_on_the_object(view: Explorer, scenes: list[Picture]) 
     token = int(np.flatnonzero(owner)[0])
     view.pick(token, k=4)
     mask = arrays(view.masks.panels[0])[2] > 0
+    mask[token] = False
     wanted = (owner[mask] == owner[token]).mean()
     assert view.masks.numbers.rows[0][:3] == ["model", "attention", f"{100 * wanted:.0f}%"]
+    size = int((owner == owner[token]).sum())
+    expected = (size - 1) / 35  # any other token is equally likely
+    assert view.masks.numbers.rows[1][2].endswith(f", {100 * expected:.0f}% expected")
+
+
+def test_a_mask_as_large_as_the_object(view: Explorer) -> None:
+    objects = view.masks._objects[0]
+    largest = int(objects[objects > 0].mode().values)
+    view.pick(int((objects == largest).nonzero()[0]), head=1)
+    view.masks.fit.click()
+    size = int((objects == largest).sum())
+    assert view.masks.k.value == size and f"({size} tokens)" in view.masks.numbers.names[2]
+    assert view.masks.head.value == 1 and arrays(view.masks.panels[0])[2].sum() == size
+    view.pick(int((objects == 0).nonzero()[0]))
+    assert view.masks.fit.disabled and view.masks.numbers.rows[0][2] == "the pick is on background"
 
 
 @pytest.mark.parametrize("wrong", [{"token": 36}, {"token": -1}, {"k": 0}, {"k": 37}, {"head": 9}, {"select": "best"}])
@@ -183,10 +199,10 @@ def test_span_shows_its_product(view: Explorer) -> None:
     shown = np.frombuffer(view.flow.maps[0].values, "<f4").reshape(view.flow.maps[0].shape)[0]
     np.testing.assert_allclose(shown, view.readings[0].span(0, 1)[0])
     points = [trace for trace in view.flow.figure.data if trace.meta == "points"]
-    words = view.readings[0].counted[0]
-    np.testing.assert_allclose(points[0].x, view.readings[0].map[1][words, 0])
+    words = view.readings[0].modalities[0]
+    np.testing.assert_allclose(points[0].x, view.readings[0].components[1][words, 0])
     for start, stop, layer in ((1, 0, None), (0, 2, None), (-1, 0, None), (0, 1, 3)):
-        with pytest.raises(ValueError, match="not there"):
+        with pytest.raises(ValueError, match="not exist"):
             view.span(start, stop, layer=layer)
 
 
@@ -222,12 +238,12 @@ def test_two_models_share_a_span_and_take_turns_with_their_tokens(
     assert flow.span == (1, 1) and flow.model.value == 1 and "model=1" in view.code
     flow.layer.value = 1
     points = [trace for trace in flow.figure.data if trace.meta == "points"]
-    for number, name in enumerate(("&lt;img src=x onerror=…", "beside")):
+    for number, name in enumerate(("&lt;img src=x onerror=…", "model")):
         flow.model.value = number
-        words = view.readings[number].counted[0]
-        np.testing.assert_allclose(points[0].x, view.readings[number].map[1][words, 0])
+        words = view.readings[number].modalities[0]
+        np.testing.assert_allclose(points[0].x, view.readings[number].components[1][words, 0])
         assert flow.figure.layout.annotations[-1].text == f"tokens: {name}, layer 1"
-        assert Image.open(io.BytesIO(still.curves(flow))).width > 600
+        assert Image.open(io.BytesIO(still.flow(flow))).width > 600
     colours: dict[object, set[str]] = {}
     for trace in flow.figure.data:
         if trace.type == "scatter" and trace.marker.symbol != "square-open":  # what marks the span
@@ -235,7 +251,7 @@ def test_two_models_share_a_span_and_take_turns_with_their_tokens(
     assert len(colours) == 3 and not any(
         one & two for one, two in combinations(colours.values(), 2)
     )  # no colour means two things
-    with pytest.raises(ValueError, match="model 2 is not there"):
+    with pytest.raises(ValueError, match="model 2 does not exist"):
         view.span(0, 0, model=2)
     view.close()
 
@@ -264,7 +280,7 @@ def test_answers(view: Explorer, model: VisualParsingModel, scenes: list[Picture
     assert told.iloc[0] == f"{100 * match:.1f}%"
     for word, share in fill_mask(model, prepare(model, scenes[:1], ["a [MASK] ball"])):
         assert f"{word} {100 * share:.0f}%" in told.iloc[1]
-    assert view.trial.unasked.text == ""
+    assert view.trial.fine_tuned.text == ""
 
 
 def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Picture]) -> None:
@@ -274,7 +290,7 @@ def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Pict
     best, share = next(iter(task.predict(scenes[0].image, "is there a ball?").items()))
     answers = view.tables()["answers"]
     assert answers.answer[0].startswith(f"{best} {100 * share:.0f}%") and len(answers) == 1
-    assert "model, vqa is fine-tuned: no ITM and no words for [MASK]" in view.trial.unasked.text
+    assert "model, vqa is fine-tuned: it has no ITM and fills no [MASK]" in view.trial.fine_tuned.text
     view.close()
 
 
@@ -300,15 +316,15 @@ def test_sentences_that_cannot_be_read(view: Explorer, text: str, told: str) -> 
     before = view.readings
     view.trial.text.value = "a red ball"
     view.trial.text.value = text
-    assert told in view.trial.note.text and view.readings[0].text == "a red ball" and before
+    assert told in view.trial.status.text and view.readings[0].text == "a red ball" and before
     view.trial.text.value = "a red star"  # still alive
-    assert view.readings[0].text == "a red star" and not view.trial.note.text
+    assert view.readings[0].text == "a red star" and not view.trial.status.text
 
 
 def test_long_sentences_are_cut_and_it_is_said(view: Explorer, model: VisualParsingModel) -> None:
     view.say("ball " * 100)
     assert len(view.readings[0].words) == model.settings.text_tokens
-    assert f"{model.settings.text_tokens} of 102" in view.trial.note.text
+    assert f"{model.settings.text_tokens} of 102" in view.trial.status.text
 
 
 def test_uploads(view: Explorer) -> None:
@@ -333,12 +349,12 @@ def test_uploads(view: Explorer) -> None:
     assert len(view.trial.choice.options) == 6 and view.trial.choice.value == 5
     view.look(0)
     assert view.readings[0].picture is not reading.picture
-    assert "<img" not in view.trial.note.value
+    assert "<img" not in view.trial.status.value
 
 
 def test_text_is_escaped(view: Explorer) -> None:
     view.say(f"a ball {EVIL}")
-    assert "<img" not in view.trial.note.value
+    assert "<img" not in view.trial.status.value
 
 
 # ----------------------------------------------------------------------------------------------- kept
@@ -352,7 +368,7 @@ def test_code_recreates_the_view(view: Explorer, model: VisualParsingModel, scen
     again = names["view"]
     assert again.code == view.code and repr(again) == repr(view)
     for one, two in ((again.masks.panels, view.masks.panels), (again.words.readers, view.words.readers),
-                     (again.flow.maps, view.flow.maps)):  # fmt: skip
+                     (again.flow.maps, view.flow.maps)):
         ours, theirs = (widget[0].state()["traits"] for widget in (one, two))
         assert {key: value for key, value in ours.items() if key != "version"} == {
             key: value for key, value in theirs.items() if key != "version"
@@ -383,7 +399,7 @@ def test_code_says_how_the_explorer_was_opened(
 
 
 def test_code_of_an_own_image_says_what_is_missing(view: Explorer) -> None:
-    view.trial.take(png(), "own.png")
+    view.trial.add_image(png(), "own.png")
     assert "own.png" in view.code
     compile(view.code, "code", "exec")
 
@@ -396,7 +412,7 @@ def test_shown_without_a_kernel(view: Explorer, tmp_path: Path) -> None:
     assert picture.width >= 600 and len(picture.convert("L").getcolors()) > 50
     page = view.save(tmp_path / "page.html")
     text = page.read_text()
-    assert page.stat().st_size < 8e6 and text.count("<img alt=") >= 6 and "http-equiv" in text
+    assert page.stat().st_size < 8e6 and text.count("<img alt=") >= 3 and "http-equiv" in text
 
 
 def test_the_page_asks_for_the_whole_as_one_file(view: Explorer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,7 +452,7 @@ def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture
     assert not np.array_equal(*(arrays(panels)[2] for panels in view.masks.panels))
     np.testing.assert_array_equal(*(arrays(panels)[3] for panels in view.masks.panels))  # the same dice
     assert [panels.label for panels in view.masks.errors] == [
-        f"{name}: error of hidden tokens" for name in ("model", "beside")
+        f"{name}: error of hidden tokens" for name in ("model (1)", "model (2)")
     ]
     view.words.readers[0].pinned = 3
     assert view.words.readers[1].pinned == 3
@@ -447,8 +463,8 @@ def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture
 
 def test_a_model_without_parsing_attention(scenes: list[Picture], tmp_path: Path) -> None:
     view = explore(wide_model(scenes, 6), scenes[:2])
-    assert "only the Swin parser" in view.masks.note.text
-    assert "random masks are drawn" in view.masks.note.text
+    assert "only the Swin parser" in view.masks.status.text
+    assert "random masks are drawn" in view.masks.status.text
     view.pick(3, k=5)
     assert view.masks.panels[0].captions == ["the image", "random mask"]
     assert arrays(view.masks.panels[0])[1].sum() == 5
@@ -478,7 +494,7 @@ def test_regions_are_boxes(regions: Explorer, scenes: list[Picture], tmp_path: P
     for widget in (panels, reader):
         np.testing.assert_allclose(np.frombuffer(widget.boxes, "<f4").reshape(-1, 4), true, atol=1e-6)
     np.testing.assert_array_equal(reading.image, scenes[0].image.pixels())
-    assert not reading.on_grid and "random masks are drawn" in regions.masks.note.text
+    assert not reading.on_grid and "random masks are drawn" in regions.masks.status.text
     # Padding is nowhere: a word's attention goes to words and boxes alone.
     shares = reading.weights(0, 1)[np.ix_(reading.language, np.append(reading.language, reading.vision))]
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
@@ -519,9 +535,9 @@ def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingMo
     regions.look(1)  # another number of boxes
     assert len(regions.readings[0].boxes) == len(scenes[1].scene.things)
     before = regions.readings[0]
-    regions.trial.take(png(), "own.png")
+    regions.trial.add_image(png(), "own.png")
     told = regions.trial.drop.message
-    assert "an image of one's own has none" in told and regions.trial.scratch.name not in told
+    assert "your image has none" in told and regions.trial.scratch.name not in told
     assert regions.readings[0] is before and len(regions.trial.pictures) == 4
 
 
@@ -537,7 +553,7 @@ def test_without_a_cache_only_the_pictures_shown_are_generated(tmp_path: Path, m
 @pytest.mark.parametrize("make", [vilt, llava])
 def test_a_model_of_transformers(make, scenes: list[Picture], tmp_path: Path) -> None:
     view = explore(make(), scenes[:2])
-    assert not view.masks.panels and "No mask by attention" in view.masks.note.text
+    assert not view.masks.panels and "No mask by attention" in view.masks.status.text
     view.read(1, layer=2, head=3).span(0, 2)
     assert "no head" in view.tables()["answers"].answer[0]
     view.save(tmp_path / "page.html")
@@ -550,12 +566,12 @@ def test_models_that_cut_the_image_otherwise(
 ) -> None:
     other = replace(regions.subjects[0], name="boxes")
     with closing(explore(model, scenes[:4], beside=other)) as view:
-        assert "boxes cuts the image otherwise; only the first is shown here." in view.masks.note.text
-        assert "No mask by attention" not in view.masks.note.text and len(view.masks.panels) == 1
+        assert "boxes cuts the image into other tokens; only the first model is shown here." in view.masks.status.text
+        assert "No mask by attention" not in view.masks.status.text and len(view.masks.panels) == 1
     with closing(explore(wide_model(scenes, 6), scenes[:2], beside=wide_model(scenes, 8))) as view:
-        assert view.masks.note.text == (
-            "beside cuts the image otherwise; only the first is shown here.\n"
-            "No mask by attention for model: only the Swin parser has a parsing attention; random masks are drawn."
+        assert view.masks.status.text == (
+            "model (2) cuts the image into other tokens; only the first model is shown here.\n"
+            "No mask by attention for model (1): only the Swin parser has a parsing attention; random masks are drawn."
         )
 
 
@@ -570,7 +586,7 @@ def test_no_picture(model: VisualParsingModel, scenes: list[Picture], tmp_path: 
     with closing(explore(model, [*gone, *scenes[:2]])) as view:
         assert view.readings[0].picture is scenes[0] and view.trial.choice.value == 2
         view.trial.choice.value = 0
-        assert "Not read" in view.trial.note.text and view.readings[0].picture is scenes[0]
+        assert "Not read" in view.trial.status.text and view.readings[0].picture is scenes[0]
 
 
 def test_twenty_explorers_leave_nothing(scenes: list[Picture]) -> None:

@@ -31,11 +31,11 @@ PICTURE = encoded(np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3))
 
 def sections() -> list[Section]:
     panels = Panels(label=EVIL, alt="Masks on the image.", image=PICTURE, boxes=BOXES, values=np.eye(2, 16), picked=5,
-                    kinds=["shade", "mask"], captions=["attention", EVIL], width=700)  # fmt: skip
+                    kinds=["shade", "mask"], captions=["attention", EVIL], width=700)
     reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a\x01b", EVIL], looks=np.full((2, 16), 0.03),
-                    reads=np.full((16, 2), 0.2))  # fmt: skip
+                    reads=np.full((16, 2), 0.2))
     regions = Panels(label="Boxes", alt="Boxes that overlap.", image=PICTURE, boxes=OVERLAPPING, captions=["", ""],
-                     values=[[0, 0, 0], [1, 0, 1]], kinds=["plain", "mask"], width=400)  # fmt: skip
+                     values=[[0, 0, 0], [1, 0, 1]], kinds=["plain", "mask"], width=400)
     maps = Maps(label="Heads", values=np.arange(12.0).reshape(1, 3, 4), names=[EVIL], count_from=1)
     return [
         Section("Masks", EVIL, [Part(panels, PICTURE), Part("only text " + EVIL)]),
@@ -47,7 +47,7 @@ def sections() -> list[Section]:
             Part(Table(label="Told", names=["asked", EVIL], rows=[[EVIL, "2%"], ["a, b", "3%"]])),
             Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
         ]),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def test_a_page_is_one_small_file_that_asks_for_nothing(written: Path) -> None:
 
 def test_what_a_page_holds_is_packed(written: Path) -> None:
     found = dict(re.findall(r'<script type="text/plain" id="(\w+)">([^<]*)</script>', written.read_text()))
-    held = json.loads(gzip.decompress(base64.b64decode(found["held"])))
-    assert sorted(held["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader", "Table"]  # each once
-    assert [one["name"] for one in held["values"]] == ["Panels", "Panels", "Reader", "Maps", "Chart", "Table", "Copy"]
-    assert held["figures"][0]["data"][0]["name"] == EVIL
+    stored = json.loads(gzip.decompress(base64.b64decode(found["values"])))
+    assert sorted(stored["modules"]) == ["Chart", "Copy", "Maps", "Panels", "Reader", "Table"]  # each once
+    assert [one["name"] for one in stored["values"]] == ["Panels", "Panels", "Reader", "Maps", "Chart", "Table", "Copy"]
+    assert stored["figures"][0]["data"][0]["name"] == EVIL
     assert gzip.decompress(base64.b64decode(found["plotly"])).decode() == get_plotlyjs()
     assert written.stat().st_size < 2.5e6
 
@@ -222,7 +222,7 @@ def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> N
 def test_regions_in_a_row_are_no_grid(browser: Any, tmp_path: Path, on_grid: bool, told: str) -> None:
     tower = [[0.2, place / 3, 0.8, (place + 1) / 3] for place in range(3)]
     panels = Panels(label="A tower", image=PICTURE, boxes=tower, on_grid=on_grid, captions=[""], kinds=["mask"],
-                    values=np.zeros((1, 3)))  # fmt: skip
+                    values=np.zeros((1, 3)))
     page = browser.new_page()
     page.goto(write_page(tmp_path / "page.html", "", [Section("", "", [Part(panels, PICTURE)])]).as_uri())
     page.wait_for_selector(".vpw-panels[data-drawn='1']")

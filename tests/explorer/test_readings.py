@@ -54,7 +54,7 @@ def test_attention_is_that_of_the_eager_model(reading: Reading, model: VisualPar
 
 
 def test_flow_is_that_of_the_maps_and_of_the_probe(reading: Reading, model: VisualParsingModel) -> None:
-    language, vision = (torch.from_numpy(part) for part in reading.counted)
+    language, vision = (torch.from_numpy(part) for part in reading.modalities)
     printed = flow_from_attention(reading.attention.double(), vision, language=language)
     np.testing.assert_allclose(reading.flow, printed, atol=1e-6)
     inputs = prepare(model, [reading.picture], [reading.text])
@@ -75,7 +75,7 @@ def test_products_looks_and_reads(reading: Reading) -> None:
     np.testing.assert_allclose(reading.reads(1, 0), one[words:, :words])
     np.testing.assert_allclose(reading.looks(1), mean[:words, words:], atol=1e-6)
     np.testing.assert_allclose(reading.looks(1, rolled=True), product(reading.attention, 0, 1)[:words, words:],
-                               atol=1e-6)  # fmt: skip
+                               atol=1e-6)
     assert reading.looks(0).shape == (words, tokens - words) == reading.reads(0).T.shape
 
 
@@ -93,12 +93,12 @@ def test_nmi_and_components(reading: Reading, model: VisualParsingModel) -> None
     hidden = model(**reading.forward).hidden
     for layer, states in enumerate(hidden):
         clusters = KMeans(2, n_init=10, random_state=0).fit_predict(states[0].double().numpy())
-        wanted = normalized_mutual_info_score(reading.counted[1], clusters)
+        wanted = normalized_mutual_info_score(reading.modalities[1], clusters)
         assert reading.nmi[layer] == pytest.approx(wanted, abs=1e-6), layer
     hidden = hidden[-1][0].double()
     hidden = hidden - hidden.mean(dim=0)
     _, values, axes = torch.linalg.svd(hidden, full_matrices=False)
-    np.testing.assert_allclose(np.abs(reading.map[-1]), (hidden @ axes[:2].T).abs().numpy(), atol=1e-3)
+    np.testing.assert_allclose(np.abs(reading.components[-1]), (hidden @ axes[:2].T).abs().numpy(), atol=1e-3)
 
 
 def test_words_boxes_and_image(reading: Reading, model: VisualParsingModel) -> None:
@@ -113,12 +113,12 @@ def test_models_of_transformers(make, words: int, patches: int, scenes: list[Pic
     model = make()
     reading = read(load(model), scenes[0], "a red ball")
     assert (len(reading.words), len(reading.vision)) == (words, patches)
-    language, vision = (torch.from_numpy(part) for part in reading.counted)
+    language, vision = (torch.from_numpy(part) for part in reading.modalities)
     np.testing.assert_allclose(reading.attention.sum(dim=-1), 1, atol=1e-5)
     wanted = flow_from_attention(reading.attention.double(), vision, language=language)
     np.testing.assert_allclose(reading.flow, wanted, atol=1e-5)
     matrix, (border,) = reading.span(0, 2)
-    order = np.concatenate([np.flatnonzero(part) for part in reading.counted])
+    order = np.concatenate([np.flatnonzero(part) for part in reading.modalities])
     np.testing.assert_allclose(matrix, product(reading.attention, 0, 2)[np.ix_(order, order)], atol=1e-6)
     assert border == words
     # the patches tile the image; ViLT's class token covers all of it
@@ -146,9 +146,9 @@ def test_places_in_neither_modality_have_words_but_no_part_in_the_flow(
     reading = read(
         Subject("model", model, partial(prepare, model, special_tokens=specials), base=model), scenes[0], "a red ball"
     )
-    assert reading.words[0] == "[CLS]" and reading.counted[0, 0] == (specials == "language")
+    assert reading.words[0] == "[CLS]" and reading.modalities[0, 0] == (specials == "language")
     matrix, (border,) = reading.span(0, 1)
-    assert border == len(reading.words) - 2 * (specials == "exclude") and len(matrix) == reading.counted.sum()
+    assert border == len(reading.words) - 2 * (specials == "exclude") and len(matrix) == reading.modalities.sum()
 
 
 def test_six_hundred_tokens(scenes: list[Picture], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_large_maps_are_pooled_by_modality(
     to_vision = whole[:border, border:].sum(axis=1)
     counts = [min(2, border - first) for first in range(0, border, 2)]
     np.testing.assert_allclose(np.average(pooled[:edge, edge:].sum(axis=1), weights=counts), to_vision.mean(),
-                               atol=1e-6)  # fmt: skip
+                               atol=1e-6)
 
 
 def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:

@@ -1,4 +1,4 @@
-"""An explorer as one HTML file: its widgets run from the values they hold, without a kernel and without a network."""
+"""An explorer as one HTML file: widgets, figures and their values, without a kernel and without a network."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vpworkbench.explorer.widgets import STATIC, Drawn, Table
 
 @dataclass(frozen=True)
 class Part:
-    """One thing on the page.
+    """One widget, figure or text on the page.
 
     Attributes
     ----------
     content : Drawn, plotly.graph_objects.Figure, str or None
-        Text is shown as it is, not as markup; None: the picture alone.
+        Text is never read as markup. None: only the picture.
     picture : bytes
-        PNG, seen where scripts are off or fail, or where there is nothing else; a `Table` needs none.
+        PNG, shown if scripts are off or fail; a `Table` needs none.
     alt : str
-        The picture in words; empty: as the widget says it.
+        Description of the picture; empty: that of the widget.
     """
 
     content: Drawn | go.Figure | str | None
@@ -50,8 +50,8 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
     parts = [part for section in sections for part in section.parts]
     widgets = [part.content.state() for part in parts if isinstance(part.content, Drawn)]
     figures = [json.loads(part.content.to_json()) for part in parts if isinstance(part.content, go.Figure)]
-    held = {
-        "modules": {state["name"]: state["esm"] for state in widgets},  # each once, however many widgets it draws
+    values = {
+        "modules": {state["name"]: state["esm"] for state in widgets},  # one for each class of widgets
         "values": [{"name": state["name"], "traits": state["traits"]} for state in widgets],
         "figures": figures,
     }
@@ -60,7 +60,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
         *{f"<style>{state['css']}</style>" for state in widgets},
         f"</head>\n<body>\n<h1>{html.escape(title)}</h1>",
         *(_section(section) for section in sections),
-        _island("held", json.dumps(held, default=_plain)),
+        _island("values", json.dumps(values, default=_as_json)),
         _island("plotly", get_plotlyjs()) if figures else "",
         f'<script type="module">{(STATIC / "page.js").read_text(encoding="utf-8")}</script>',
         "</body>\n</html>\n",
@@ -103,8 +103,8 @@ def _part(part: Part) -> str:
 
 def _picture(part: Part) -> str:
     if isinstance(part.content, Table):
-        told = pd.DataFrame(part.content.rows, columns=part.content.names)
-        return told.to_html(border=0, escape=True, index=False)
+        table = pd.DataFrame(part.content.rows, columns=part.content.names)
+        return table.to_html(border=0, escape=True, index=False)
     if not part.picture:
         return ""
     alt = part.alt or getattr(part.content, "alt", "") or getattr(part.content, "label", "")
@@ -113,12 +113,12 @@ def _picture(part: Part) -> str:
 
 
 def _island(name: str, text: str) -> str:
-    """Text that a script reads, packed: plotly's own is a third so large, and no text can end the element."""
+    """Compressed text for a script. In base64 no text can close the element, and plotly's script takes a third."""
     packed = base64.b64encode(gzip.compress(text.encode("utf-8"), mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="{name}">{packed}</script>'
 
 
-def _plain(value: object) -> dict[str, Any]:
+def _as_json(value: object) -> dict[str, Any]:
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode("ascii")}
     raise TypeError(f"a page cannot hold {type(value).__name__}")

@@ -1,25 +1,76 @@
-"""What the views share: a moment's patience, sentences in the page, a picture as the page takes it."""
+"""What the views share: their common interface, status lines, delayed work, and images as the page takes them."""
 
 from __future__ import annotations
 
 import asyncio
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from vpworkbench.explorer.readings import Reading
+
 WIDTH = 800  # pixels: fits beside the file browser of a 1280-pixel JupyterLab, inside a tab
-SHOWN_PX = 480  # largest side of an image in the page
+IMAGE_PX = 480  # longest side of an image in the page
 
 
-class Later:
-    """Runs the last of several calls once no other came for a moment; at once where no event loop runs.
+class View:
+    """One tab of the explorer.
 
-    For work that takes longer than a click may: the page has its slice first.
+    Attributes
+    ----------
+    title : str
+    widget : ipywidgets.VBox
+    readings : list of Reading
+        One for each model.
+    changed : callable
+        Called after the user has changed what is shown.
+    """
+
+    title = ""
+
+    def __init__(self) -> None:
+        self.widget = column()
+        self.readings: list[Reading] = []
+        self.changed: Callable[[], None] = lambda: None
+        self._is_quiet = False
+
+    def show(self, readings: Sequence[Reading]) -> None:
+        """Show new readings; what the user has chosen stays if it still exists."""
+        raise NotImplementedError
+
+    def code(self) -> str:
+        """The call that recreates the view; empty if there is none."""
+        return ""
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The numbers of the view, by name."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what the view holds."""
+        self.readings = []
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Within the block, controls that change redraw nothing."""
+        self._is_quiet = True
+        try:
+            yield
+        finally:
+            self._is_quiet = False
+
+
+class Delayed:
+    """Runs the last of several calls once no other has come for a moment; at once if no event loop runs.
+
+    For work that takes longer than a click may take: the page gets its slice first.
     """
 
     def __init__(self, wait_s: float = 0.35) -> None:
@@ -39,15 +90,14 @@ class Later:
             self._waiting = None
 
 
-class Note(ipywidgets.HTML):
-    """A sentence of ours or of an error, never markup."""
+class StatusText(ipywidgets.HTML):
+    """Plain sentences, for example of an error; never markup."""
 
-    def __init__(self, text: str = "", *, role: str = "status") -> None:
+    def __init__(self, *lines: str) -> None:
         super().__init__()
-        self.add_class(f"vpw-note-{role}")
-        self.say(text)
+        self.set(*lines)
 
-    def say(self, *lines: str) -> None:
+    def set(self, *lines: str) -> None:
         self.value = "<br>".join(html.escape(line) for line in lines)
 
     @property
@@ -55,14 +105,10 @@ class Note(ipywidgets.HTML):
         return html.unescape(self.value.replace("<br>", "\n"))
 
 
-def unheard() -> None:
-    """What a view calls as it changes, before an explorer listens (`view.changed = ...`)."""
-
-
-def shown_image(image: NDArray[np.uint8]) -> bytes:
-    """PNG, small ones with their pixels enlarged evenly; JPEG where a PNG would be large."""
+def encoded_for_page(image: NDArray[np.uint8]) -> bytes:
+    """PNG of a small image, which keeps its pixels sharp; JPEG of a large one, of which a PNG would be large too."""
     picture = Image.fromarray(image)
-    picture.thumbnail((SHOWN_PX, SHOWN_PX))
+    picture.thumbnail((IMAGE_PX, IMAGE_PX))
     stream = io.BytesIO()
     if max(picture.size) <= 160:
         picture.save(stream, "PNG")
@@ -71,15 +117,15 @@ def shown_image(image: NDArray[np.uint8]) -> bytes:
     return stream.getvalue()
 
 
+def image_traits(reading: Reading) -> dict[str, object]:
+    """The traits by which a widget draws the image of a reading and its visual tokens."""
+    return {"image": encoded_for_page(reading.image), "boxes": reading.boxes, "on_grid": reading.on_grid}
+
+
 def row(*children: ipywidgets.Widget) -> ipywidgets.HBox:
-    """Controls side by side, in a new line where the page is narrow."""
+    """Controls side by side; they wrap on a narrow page."""
     return ipywidgets.HBox(children, layout={"flex_flow": "row wrap", "align_items": "center", "grid_gap": "4px 14px"})
 
 
 def column(*children: ipywidgets.Widget) -> ipywidgets.VBox:
     return ipywidgets.VBox(children, layout={"max_width": f"{WIDTH}px", "overflow": "hidden"})
-
-
-def heads_of(count: int) -> Sequence[tuple[str, int]]:
-    """What a choice of heads offers; -1 is their mean, as a dropdown shows None as if nothing were chosen."""
-    return (("mean of heads", -1), *((f"head {head + 1}", head) for head in range(count)))

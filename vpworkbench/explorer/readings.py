@@ -1,4 +1,4 @@
-"""What one model makes of one image and one text, kept in the kernel: the explorer sends slices of it to the page."""
+"""Attention, flow and hidden states of one image and one text in one model; the page receives slices of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vpworkbench.probes.layers import visit_attention_maps
 from vpworkbench.probes.layouts import patches_recorded
 from vpworkbench.subjects import Subject
 
-HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16, 16 million of them take 32 MiB
-PRODUCTS_BYTES = 2**28  # of all spans of a reading, beyond which few of them are kept
+HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16; 16 million numbers take 32 MiB
+PRODUCTS_BYTES = 2**28  # if the products of all spans are larger, only a few are kept
 LARGEST_MAP = 1_200  # rows and columns that a page draws; larger maps are pooled
 
 
@@ -31,21 +31,21 @@ class Reading:
     ----------
     image : uint8 array, (height, width, 3)
     words : list of str
-        Tokens of the language places, in their order.
+        Tokens at the places `language`.
     language, vision : int64 array
-        Places of the words and of the visual tokens that lie on the image, in the sequence.
-    counted : bool array (2, token)
+        Places in the sequence: of the words, and of the visual tokens that lie on the image.
+    modalities : bool array, (2, token)
         The sets L and V of paper Eq. 6.
     boxes : float array, (vision, 4)
         x0 y0 x1 y1 as shares of the image.
     regions : bool
-        Whether these lie anywhere, by the model: one region, or three in a row, look like a grid.
+        True if the model uses free boxes (a few boxes can look like a grid).
     attention : Tensor, (layer, head, token, token)
-        Softmax weights, rows over the last axis sum to 1.
+        Softmax weights; rows over the last axis sum to 1.
     flow, null : float array, (layer, layer)
         Inter-Modality Flow of every span and its value under uniform attention; nan where j < i.
     hidden : tuple of Tensor, (1, token, channel)
-        Features at the input of the first layer and behind every layer.
+        Features at the input of the first layer and at the output of every layer.
     """
 
     subject: Subject
@@ -55,7 +55,7 @@ class Reading:
     words: list[str]
     language: NDArray[np.int64]
     vision: NDArray[np.int64]
-    counted: NDArray[np.bool_]
+    modalities: NDArray[np.bool_]
     boxes: NDArray[np.float32]
     regions: bool
     attention: Tensor
@@ -79,17 +79,14 @@ class Reading:
 
     @property
     def on_grid(self) -> bool:
-        """Whether the visual tokens are the cells of a grid; regions are not, nor are tiles above a whole image."""
+        """True if the visual tokens are the cells of a grid; False for regions and for tiles that overlap."""
         columns, rows = (len(np.unique(self.boxes[:, side].round(3))) for side in (0, 1))
         return not self.regions and columns * rows == len(self.boxes)
 
     def weights(self, layer: int, head: int | None, *, rolled: bool = False) -> Tensor:
-        """Attention of one layer, (query, key): of one head, or of their mean (None).
+        """Attention of one layer, (query, key): of one head, or the mean of all heads (None).
 
-        Parameters
-        ----------
-        rolled : bool
-            From the input to this layer with the residual, A^{1,j} (paper Eq. 4), the mean of the heads.
+        With `rolled`: from the input to this layer with the residual, A^{1,j} (paper Eq. 4), mean of the heads.
         """
         if rolled:
             return self.product(0, layer)
@@ -107,15 +104,12 @@ class Reading:
 
     @cached_property
     def grid(self) -> NDArray[np.float32]:
-        """By layer and head: mean share that words give to the image, that the image gives to words, and entropy.
+        """(3, layer, head): mean share from words to the image, from the image to words, and entropy.
 
-        Returns
-        -------
-        array, (3, layer, head)
-            The entropy in bits over the entropy of even attention: 0 one token, 1 all alike.
+        The entropy is divided by that of uniform attention: 0 is one token, 1 is all tokens equally.
         """
-        language, vision = (torch.from_numpy(part) for part in self.counted)
-        real = language | vision  # regions are padded
+        language, vision = (torch.from_numpy(part) for part in self.modalities)
+        real = language | vision  # without the padding of regions
         real[self.language] = True
         found = torch.empty(3, self.layers, self.heads)
         for layer, maps in enumerate(self.attention):
@@ -128,7 +122,7 @@ class Reading:
     def product(self, start: int, stop: int) -> Tensor:
         """A^{i,j} (paper Eq. 4), from the input of layer `start` to the output of layer `stop`; (token, token)."""
         rolled = self._products.setdefault(start, [])
-        if len(self._products) > 2 and self.layers * self._mixed.nbytes > PRODUCTS_BYTES:  # the input's and the last
+        if len(self._products) > 2 and self.layers * self._mixed.nbytes > PRODUCTS_BYTES:
             self._products = {key: value for key, value in self._products.items() if key in (0, start)}
         while start + len(rolled) <= stop:
             mixed = self._mixed[start + len(rolled)]
@@ -142,23 +136,18 @@ class Reading:
         return torch.stack([(maps.mean(dim=0, dtype=torch.float32) + identity) / 2 for maps in self.attention])
 
     def span(self, start: int, stop: int) -> tuple[NDArray[np.float32], list[int]]:
-        """A^{i,j} with the words first and the visual tokens behind them, and where those begin.
+        """A^{i,j} with the words first and then the visual tokens, and the row where the visual tokens begin.
 
-        Returns
-        -------
-        array, (row, column)
-            Shares that queries (rows) give to keys; sums over rows and columns that were pooled to fit a page are
-            means over queries and sums over keys, so that rows keep their sum.
-        list of int
-            The first row, and column, of the visual tokens.
+        Rows are queries and sum to 1. If the map is too large for a page, it is pooled: mean over queries, sum over
+        keys.
         """
-        order = np.concatenate([np.flatnonzero(part) for part in self.counted])
-        words = int(self.counted[0].sum())
+        order = np.concatenate([np.flatnonzero(part) for part in self.modalities])
+        words = int(self.modalities[0].sum())
         matrix = self.product(start, stop)[np.ix_(order, order)]
         factor = -(-len(order) // LARGEST_MAP)
         if factor == 1:
             return matrix.numpy(), [words]
-        # each modality by itself: no cell may mix them
+        # each modality separately: no cell may mix them
         cut = np.concatenate([np.arange(0, words, factor), np.arange(words, len(order), factor)])
         pooled = np.add.reduceat(np.add.reduceat(matrix.numpy(), cut, axis=0), cut, axis=1)
         pooled /= np.diff(np.append(cut, len(order)))[:, None]
@@ -166,28 +155,25 @@ class Reading:
 
     @cached_property
     def nmi(self) -> NDArray[np.float64]:
-        """Of two clusters and the two modalities, (layer + 1,): the input first (paper Fig. 5)."""
+        """NMI between two clusters and the two modalities, (layer + 1,), the input first (paper Fig. 5)."""
         return modality_nmi(self.hidden, *self._sets).numpy()[0]
 
     @cached_property
-    def map(self) -> NDArray[np.float64]:
+    def components(self) -> NDArray[np.float64]:
         """Tokens on two principal components, (layer + 1, token, 2); nan at tokens of neither modality."""
         return modality_pca(self.hidden, *self._sets).coordinates[0].double().cpu().numpy()
 
     @property
     def _sets(self) -> tuple[Tensor, Tensor]:
-        language, vision = (torch.from_numpy(part)[None] for part in self.counted)
+        language, vision = (torch.from_numpy(part)[None] for part in self.modalities)
         return vision, vision | language
 
 
 @torch.no_grad()
 def read(model: Subject, picture: Picture, text: str) -> Reading:
-    """Let a model read a picture with a text; every attention map of the pass is kept.
+    """Run a model on a picture with a text and keep every attention map.
 
-    Raises
-    ------
-    ValueError
-        If the text is empty, or the model builds no visual token from the picture.
+    Raises a ValueError if the text is empty or the model builds no visual token from the picture.
     """
     if not text.strip():
         raise ValueError("an empty sentence has no words to look at; type some")
@@ -198,31 +184,44 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     with patches_recorded(model.model) as shuffled:
         attention = _attention(model.model, inputs)
     masks = modality_masks(model.model, inputs.forward)
-    placed, base = getattr(inputs, "boxes", None), model.base
-    boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
-    if placed is not None:  # a VisualBERT is not told where its regions lie
-        boxes = placed[0]
-    if base is not None and base.settings.visual.kind.pixels:
-        image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
+    given = getattr(inputs, "boxes", None)  # some models, such as VisualBERT, do not know where their regions lie
+    if given is not None:
+        boxes = given[0]
     else:
-        image = picture.image.pixels()
+        boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
     real = inputs.tokens[0].cpu()
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
-    places = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
-    spoken = (real & ~vision).nonzero()[:, 0].numpy()
+    on_image = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
+    in_text = (real & ~vision).nonzero()[:, 0].numpy()
+    base = model.base
     return Reading(
-        subject=model, picture=picture, text=text, image=image,
-        words=_words(model, inputs, spoken), language=spoken, vision=places,
-        counted=torch.stack([language, vision]).numpy(), boxes=boxes[places].float().numpy(),
-        regions=not base.settings.visual.kind.on_grid if base is not None else placed is not None,
-        attention=attention, flow=flow.flow[0].double().cpu().numpy(), null=flow.null[0].double().cpu().numpy(),
+        subject=model,
+        picture=picture,
+        text=text,
+        image=_image(model, picture, inputs),
+        words=_words(model, inputs, in_text),
+        language=in_text,
+        vision=on_image,
+        modalities=torch.stack([language, vision]).numpy(),
+        boxes=boxes[on_image].float().numpy(),
+        regions=not base.settings.visual.kind.on_grid if base is not None else given is not None,
+        attention=attention,
+        flow=flow.flow[0].double().cpu().numpy(),
+        null=flow.null[0].double().cpu().numpy(),
         hidden=tuple(part.detach() for part in hidden_states(model.model, inputs.forward, tokens=inputs.tokens)),
         forward=dict(inputs.forward),
-    )  # fmt: skip
+    )
+
+
+def _image(model: Subject, picture: Picture, inputs: Any) -> NDArray[np.uint8]:
+    """The pixels that the model reads if it is one of ours, else those of the file."""
+    if model.base is not None and model.base.settings.visual.kind.pixels:
+        return inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
+    return picture.image.pixels()
 
 
 def _attention(model: nn.Module, inputs: Any) -> Tensor:
-    """(layer, head, token, token) of the layers in which the modalities meet; of two streams put together."""
+    """(layer, head, token, token) of the layers in which the modalities meet."""
     maps: list[Tensor] = []
 
     def keep(attention: Tensor) -> None:
@@ -234,7 +233,7 @@ def _attention(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
-    """The tokens at these places, as the tokenizer writes them; a number where they are not told."""
+    """The tokens at these places as the tokenizer writes them; numbered if the tokenizer is unknown."""
     forward = inputs.forward
     if model.base is not None:
         ids, tokenizer = forward["words"][0], model.base.tokenizer
@@ -242,22 +241,28 @@ def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
         processor = getattr(model.prepare, "processor", None)
         ids, tokenizer = forward.get("input_ids"), getattr(processor, "tokenizer", processor)
         ids = ids[0] if ids is not None else torch.empty(0)
-    if len(ids) == inputs.tokens.shape[1]:  # images stand among the words
+    if len(ids) == inputs.tokens.shape[1]:  # image tokens have places among the words
         ids = ids[torch.from_numpy(places).to(ids.device)]
     elif (mask := forward.get("attention_mask")) is not None and mask.shape[-1] == len(ids):
         ids = ids[mask[0].bool()]
     if len(ids) != len(places) or tokenizer is None:
         return [f"token {place}" for place in places]
     words = map(str, tokenizer.convert_ids_to_tokens(ids.tolist()))
-    return [word.replace("Ġ", "").replace("▁", "") or "·" for word in words]  # what stands for a space
+    return [word.replace("Ġ", "").replace("▁", "") or "·" for word in words]  # some tokenizers mark a space so
 
 
-def chosen_text(picture: Picture) -> str:
-    """The sentence that a picture is first read with."""
+def first_caption(picture: Picture) -> str:
+    """The first sentence that is read with a picture."""
     return picture.captions[0] if picture.captions else "a picture"
 
 
 def same_boxes(readings: Sequence[Reading]) -> bool:
-    """Whether all models cut the image alike, so that one pick fits all."""
+    """True if the visual tokens of all models are at the same places, so that one pick fits all."""
     first = readings[0].boxes
     return all(one.boxes.shape == first.shape and np.allclose(one.boxes, first, atol=1e-4) for one in readings)
+
+
+def check_index(name: str, index: int | None, count: int) -> None:
+    """Refuse an index that does not exist; None is not given."""
+    if index is not None and not 0 <= index < count:
+        raise ValueError(f"{name} {index} does not exist; there are {count}, counted from 0")

@@ -1,4 +1,4 @@
-"""The explorer as a page without code, for a class or a demo: Voila serves a small notebook from a scratch folder."""
+"""`vpw explore`: Voila serves a small notebook as a page without code, for a class or a demo."""
 
 from __future__ import annotations
 
@@ -20,21 +20,14 @@ def serve(
 ) -> None:
     """Serve the explorer on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
 
-    Jupyter's token is asked for: `$JUPYTER_TOKEN`, else a new one, printed with the address.
+    Jupyter's token protects the page: `$JUPYTER_TOKEN`, else a new one, printed with the address.
 
     Parameters
     ----------
     checkpoint, data, beside, regions : str
-        As of `explore`; empty: the model that ships, generated scenes, no second model, none.
+        See `explore`; empty: the shipped model, generated scenes, no second model, no regions.
     browser : bool
         Open the page in a browser.
-
-    Raises
-    ------
-    SettingsError
-        If Voila is not installed.
-    CheckpointError, DataError
-        If there is no such model or set: both are opened once before the server starts.
     """
     if find_spec("voila") is None:
         raise SettingsError("vpw explore needs Voila: pip install 'vpworkbench[voila]'")
@@ -42,20 +35,18 @@ def serve(
 
     given = (checkpoint, data, beside, regions)
     checkpoint, data, beside, regions = map(absolute_unless_name, given)  # kernels start in another folder
-    explore(checkpoint or None, data or None, beside=beside or None, regions=regions).close()
+    explore(checkpoint or None, data or None, beside=beside or None, regions=regions).close()  # fails before the server
     with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
         notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, beside=beside, regions=regions)
-        Voila.launch_instance([
-            str(notebook), "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0",
-            "--Voila.auto_token=True", f"--Voila.open_browser={browser}",
-            "--VoilaConfiguration.show_tracebacks=True",
-        ])  # fmt: skip
+        address = ["--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0", "--Voila.auto_token=True"]
+        page = [f"--Voila.open_browser={browser}", "--VoilaConfiguration.show_tracebacks=True"]
+        Voila.launch_instance([str(notebook), *address, *page])
 
 
 def write_notebook(path: Path, checkpoint: str, data: str, *, beside: str = "", regions: str = "") -> Path:
-    """The notebook that Voila serves."""
-    given = {"beside": beside, "regions": regions}
-    more = "".join(f", {name}={value!r}" for name, value in given.items() if value)
+    """Write the notebook that Voila serves."""
+    options = {"beside": beside, "regions": regions}
+    more = "".join(f", {name}={value!r}" for name, value in options.items() if value)
     call = f"explore({checkpoint or None!r}, {data or None!r}{more})"
     cells = [
         nbformat.v4.new_markdown_cell("# What does the mask hide, and where do words look?"),

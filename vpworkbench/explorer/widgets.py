@@ -1,7 +1,7 @@
-"""The explorer's own widgets: small canvases in the page, fed with slices by the kernel.
+"""The explorer's own widgets: small canvases in the page, fed with slices of data by the kernel.
 
-Each class holds the traits that Python and the page share; its drawing is an ES module of the same name in `static/`.
-Arrays travel as little-endian float32, several traits in one message (`update`); hover never asks the kernel.
+Each class holds the traits that Python and the page share; an ES module of the same name in `static/` draws them.
+Arrays travel as little-endian float32, several traits in one message (`update`); hovering never asks the kernel.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import anywidget
 import numpy as np
 import traitlets
-from numpy.typing import NDArray
 from PIL import Image
 
 STATIC = Path(__file__).with_name("static")
+CORNERS = "x0 y0 x1 y1"
 
 
 @cache
 def module(name: str) -> str:
-    """One ES module: what all widgets share, then what one draws (anywidget takes a single text)."""
+    """One ES module: the code that all widgets share, then that of one widget (anywidget takes a single text)."""
     return "\n".join((STATIC / file).read_text(encoding="utf-8") for file in ("shared.js", f"{name}.js"))
 
 
@@ -34,7 +34,7 @@ def stylesheet() -> str:
 
 
 def encoded(image: object) -> bytes:
-    """An image as the page takes it: encoded bytes as they are, a PIL image or an array as PNG.
+    """An image as the page takes it: encoded bytes unchanged, a PIL image or an array as PNG.
 
     Parameters
     ----------
@@ -56,21 +56,21 @@ def encoded(image: object) -> bytes:
 
 
 def packed(array: object) -> bytes:
-    """Numbers as the page reads them: float32, little-endian, last axis fastest."""
+    """Numbers as the page reads them: little-endian float32, last axis fastest."""
     return np.ascontiguousarray(array, dtype="<f4").tobytes()
 
 
 class Drawn(anywidget.AnyWidget):
-    """What all widgets share: a name, a width, and one message per update.
+    """Base of all widgets: a label, a width, and one message for each update.
 
     Attributes
     ----------
     label : str
         Title, also read out by screen readers.
     alt : str
-        What is seen, in words.
+        The content in words.
     width : int
-        Pixels; narrower where the page is narrower.
+        Pixels; narrower on a narrower page.
     version : int
         Counts updates; the page shows it as `data-version` once they are drawn.
     """
@@ -82,18 +82,17 @@ class Drawn(anywidget.AnyWidget):
     version = traitlets.Int().tag(sync=True)
 
     _converters: dict[str, Callable[[Any], bytes]] = {}
-    _axes: dict[str, int] = {}  # arrays: how many axes
+    _axes: dict[str, tuple[str, ...]] = {}  # of arrays and lists; axes of one name have one size
+    _optional: tuple[str, ...] = ()  # those that may be empty
 
     def __init__(self, **traits: Any) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
         super().__init__(**self._converted(traits))
 
     def update(self, **traits: Any) -> None:
         """Set several traits, arrays as arrays, and send them in one message.
 
-        Raises
-        ------
-        ValueError
-            If a trait does not exist, or the arrays do not fit each other; nothing is changed then.
+        A trait that does not exist, or arrays that do not fit together, raise a ValueError and change nothing.
         """
         converted = self._converted(traits)
         with self.hold_sync():
@@ -102,7 +101,7 @@ class Drawn(anywidget.AnyWidget):
             self.version += 1
 
     def state(self) -> dict[str, Any]:
-        """What a page without a kernel needs: the class's module and styles, the traits with their values."""
+        """What a page without a kernel needs: the module, the styles and the values of the traits."""
         traits = {name: getattr(self, name) for name in self._own()}
         return {"name": type(self).__name__, "esm": self._esm, "css": self._css, "traits": traits}
 
@@ -116,61 +115,50 @@ class Drawn(anywidget.AnyWidget):
         return f"{type(self).__name__}({self.label!r})"
 
     def _converted(self, traits: dict[str, Any]) -> dict[str, Any]:
-        """Arrays checked and turned into bytes; the rest as it is."""
-        name = type(self).__name__
+        """The traits with their arrays checked and turned into bytes."""
         unknown = sorted(set(traits) - set(self.trait_names(sync=True)))
         if unknown:
-            raise ValueError(f"{name} has no {', '.join(unknown)}; it has {', '.join(self._own())}")
-        converted = dict(traits)
-        for key, axes in self._axes.items():
-            if key in traits:
-                converted[key] = _checked(f"{name}.{key}", traits[key], axes)
-        self._check(converted)
-        for key, convert in self._converters.items():
-            if key in converted:
-                converted[key] = convert(converted[key])
-        return converted
+            raise ValueError(f"{type(self).__name__} has no {', '.join(unknown)}; it has {', '.join(self._own())}")
+        self._shapes = self._checked_shapes(traits)
+        converters = {name: convert for name, convert in self._converters.items() if name in traits}
+        return traits | {name: convert(traits[name]) for name, convert in converters.items()}
+
+    def _checked_shapes(self, traits: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of arrays and lists, given now or earlier, once axes of one name have one size."""
+        kind, sizes = type(self).__name__, {CORNERS: 4}
+        shapes = self._shapes | {name: np.shape(traits[name]) for name in self._axes if name in traits}
+        for name, axes in self._axes.items():
+            shape = shapes.get(name, tuple(4 if axis == CORNERS else 0 for axis in axes))
+            if name in self._optional and not shape[0]:
+                continue
+            if len(shape) != len(axes):
+                raise ValueError(f"{kind}.{name} has shape {shape}; expected ({', '.join(axes)})")
+            wanted = tuple(sizes.setdefault(axis, size) for axis, size in zip(axes, shape, strict=True))
+            if shape != wanted:
+                raise ValueError(f"{kind}.{name} has shape {shape}; expected ({', '.join(axes)}) = {wanted}")
+        return shapes
 
     def _own(self) -> list[str]:
-        """Names of the traits that the page shares, without what every widget has."""
+        """Names of the traits that the page shares, without those that every widget has."""
         names = set(self.trait_names(sync=True)) - set(anywidget.AnyWidget.class_trait_names())
         return sorted(name for name in names if not name.startswith("_"))
 
-    def _check(self, traits: dict[str, Any]) -> None:
-        """Refuse traits that do not fit each other; those that are not given stay as they are."""
-
-    def _floats(self, traits: dict[str, Any], name: str) -> int:
-        """How many numbers an array has, given now or earlier."""
-        return traits[name].size if name in traits else len(getattr(self, name)) // 4
-
-
-def _checked(name: str, value: object, axes: int) -> NDArray[np.float32]:
-    array = np.asarray(value, dtype=np.float32)
-    if array.ndim != axes:
-        raise ValueError(f"{name} has shape {array.shape}; expected {axes} axes")
-    return array
-
-
-def _check_boxes(traits: dict[str, Any]) -> None:
-    if "boxes" in traits and traits["boxes"].shape[1] != 4:
-        raise ValueError(f"boxes has shape {traits['boxes'].shape}; expected (token, 4): x0 y0 x1 y1 as shares")
-
 
 class Panels(Drawn):
-    """Copies of one image side by side, values of its tokens drawn over each.
+    """Copies of one image side by side, each with values of its tokens drawn on top.
 
     Parameters
     ----------
     image : bytes or array, see `encoded`
     boxes : array, shape (token, 4)
-        x0 y0 x1 y1 as shares of the image; where boxes overlap the smallest is hit.
+        x0 y0 x1 y1 as shares of the image; where boxes overlap, the smallest is picked.
     on_grid : bool
-        False: boxes are drawn as boxes, even those that look like a grid.
+        False draws boxes as boxes, even if they look like a grid.
     values : array, shape (panel, token)
     kinds : list of str
-        Per panel: "plain" (grid only), "shade" (darker where the value is small beside the panel's largest) or
+        For each panel "plain" (grid only), "shade" (darker for small values, relative to the panel's largest) or
         "mask" (1: hidden).
-    captions : list of str, per panel
+    captions : list of str
     picked : int
         Token, -1 for none; a click or Enter in the page sets it too.
     """
@@ -185,19 +173,11 @@ class Panels(Drawn):
     picked = traitlets.Int(-1).tag(sync=True)
 
     _converters = {"image": encoded, "boxes": packed, "values": packed}
-    _axes = {"boxes": 2, "values": 2}
-
-    def _check(self, traits: dict[str, Any]) -> None:
-        _check_boxes(traits)
-        panels, tokens = len(traits.get("kinds", self.kinds)), self._floats(traits, "boxes") // 4
-        if self._floats(traits, "values") != panels * tokens:
-            raise ValueError(f"Panels.values must be (panel, token) = ({panels}, {tokens}) as kinds and boxes say")
-        if len(traits.get("captions", self.captions)) != panels:
-            raise ValueError(f"Panels.captions must name each of the {panels} panels in kinds")
+    _axes = {"kinds": ("panel",), "captions": ("panel",), "boxes": ("token", CORNERS), "values": ("panel", "token")}
 
 
 class Reader(Drawn):
-    """An image beside a sentence: a word shows where it looks, a patch which words it reads.
+    """An image beside a sentence: a word shows where it looks, a patch shows which words it reads.
 
     Parameters
     ----------
@@ -205,15 +185,14 @@ class Reader(Drawn):
     boxes : array, shape (patch, 4)
         x0 y0 x1 y1 as shares of the image.
     on_grid : bool
-        As of `Panels`.
+        See `Panels`.
     words : list of str
     looks : array, shape (word, patch)
         Attention of each word to each patch.
     reads : array, shape (patch, word)
         Attention of each patch to each word.
     pinned : int
-        Place in the sequence: 0 ... words - 1 is a word, what follows a patch, -1 none; a click in the page sets it
-        too.
+        Place in the sequence: words first, then patches, -1 for none; a click in the page sets it too.
     """
 
     _esm = module("reader")
@@ -226,36 +205,28 @@ class Reader(Drawn):
     pinned = traitlets.Int(-1).tag(sync=True)
 
     _converters = {"image": encoded, "boxes": packed, "looks": packed, "reads": packed}
-    _axes = {"boxes": 2, "looks": 2, "reads": 2}
-
-    def _check(self, traits: dict[str, Any]) -> None:
-        _check_boxes(traits)
-        words, patches = len(traits.get("words", self.words)), self._floats(traits, "boxes") // 4
-        if self._floats(traits, "looks") != words * patches:
-            raise ValueError(f"Reader.looks must be (word, patch) = ({words}, {patches}) as words and boxes say")
-        if self._floats(traits, "reads") != words * patches:
-            raise ValueError(f"Reader.reads must be (patch, word) = ({patches}, {words}) as boxes and words say")
+    _axes = {"words": ("word",), "boxes": ("patch", CORNERS), "looks": ("word", "patch"), "reads": ("patch", "word")}
 
 
 class Maps(Drawn):
-    """Matrices side by side with one shared pick, in even steps of one colour scale.
+    """Matrices side by side with one shared pick and one colour scale.
 
     Parameters
     ----------
     values : array, shape (map, row, column)
-        nan: not there, drawn transparent.
-    names : list of str, per map
+        nan is transparent.
+    names : list of str
     row_name, column_name : str
     count_from : int
-        Number that the first row and column carry in labels.
+        Number of the first row and column in labels.
     splits : list of int
-        Lines are drawn before these rows and columns: where a modality begins.
+        Rows and columns before which a line is drawn: where a modality begins.
     picked : list of int
         [row, column], or [] for none; a click or Enter in the page sets it too.
-    low, high : list of float, per map
-        Range of colours; [] for that of each map's values.
+    low, high : list of float
+        Range of the colours of each map; [] for the range of its values.
     percent : bool
-        Values are shares, told in percent.
+        True if values are shares, shown in percent.
     """
 
     _esm = module("maps")
@@ -272,41 +243,33 @@ class Maps(Drawn):
     percent = traitlets.Bool().tag(sync=True)
 
     _converters = {"values": packed}
-    _axes = {"values": 3}
+    _axes = {"values": ("map", "row", "column"), "names": ("map",), "low": ("map",), "high": ("map",)}
+    _optional = ("low", "high")
 
     def _converted(self, traits: dict[str, Any]) -> dict[str, Any]:
         if "shape" in traits:
             raise ValueError("Maps.shape follows from values: leave it out")
         converted = super()._converted(traits)
-        if "values" in traits:
-            converted["shape"] = list(np.shape(traits["values"]))
-        return converted
-
-    def _check(self, traits: dict[str, Any]) -> None:
-        maps = len(traits["values"]) if "values" in traits else self.shape[0]
-        for name, needed in (("names", True), ("low", False), ("high", False)):
-            given = traits.get(name, getattr(self, name))
-            if len(given) != maps and (needed or given):
-                raise ValueError(f"Maps.{name} must have one entry for each of the {maps} maps, not {len(given)}")
+        return converted | ({"shape": list(self._shapes["values"])} if "values" in traits else {})
 
 
 class Drop(Drawn):
-    """An image is chosen, or dropped here; what is too large is refused in the page.
+    """A place to choose or drop an image; the page refuses files that are too large.
 
     Attributes
     ----------
     file, file_name : bytes, str
         The last file.
     count : int
-        Increases with each file: observe this one.
+        Increases with each file; observe this trait.
     limit_mib : float
-        Jupyter's connection takes 10 MiB in one message.
+        Jupyter's connection accepts 10 MiB in one message.
     message : str
-        The kernel's answer, shown as text.
+        The kernel's answer.
     """
 
     _esm = module("drop")
-    # A page's bytes arrive as a memoryview; echoed, the file would travel back.
+    # A page's bytes arrive as a memoryview; without echo_update=False the file would be sent back.
     file = traitlets.Bytes().tag(sync=True, echo_update=False, from_json=lambda value, widget: bytes(value))
     file_name = traitlets.Unicode().tag(sync=True)
     count = traitlets.Int().tag(sync=True)
@@ -317,45 +280,36 @@ class Drop(Drawn):
 
 
 class Table(Drawn):
-    """A small table, its text as it is.
-
-    Parameters
-    ----------
-    names : list of str, per column
-    rows : list of list of str
-        One text for each column.
-    """
+    """A small table of plain text: `names` of the columns, and `rows` with one text for each column."""
 
     _esm = module("table")
     names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     rows = traitlets.List(traitlets.List(traitlets.Unicode())).tag(sync=True)
 
-    def _check(self, traits: dict[str, Any]) -> None:
-        columns = len(traits.get("names", self.names))
-        if any(len(cells) != columns for cells in traits.get("rows", self.rows)):
-            raise ValueError(f"Table.rows must have one text for each of the {columns} columns in names")
+    _axes = {"names": ("column",), "rows": ("row", "column")}
+    _optional = ("rows",)
 
 
 class Chart(Drawn):
-    """Title of the plotly figure beside it in the page, with buttons that save it: PNG, SVG, and its numbers as CSV."""
+    """Title of the plotly figure below it, with buttons that save the figure as PNG, SVG and CSV."""
 
     _esm = module("chart")
 
 
 class Copy(Drawn):
-    """Code to take along, with a button that copies it."""
+    """Code, with a button that copies it."""
 
     _esm = module("copy")
     text = traitlets.Unicode().tag(sync=True)
 
 
 class Save(Drawn):
-    """A button that has the kernel write a file, which the browser then keeps.
+    """A button: the kernel writes a file and the browser saves it.
 
     Parameters
     ----------
     write : callable
-        () -> Path of the file; what it raises is told in the page.
+        Writes the file and returns its Path; the page shows the message of an exception.
     """
 
     _esm = module("save")
@@ -363,9 +317,9 @@ class Save(Drawn):
     def __init__(self, write: Callable[[], Path], **traits: Any) -> None:
         super().__init__(**traits)
         self._write = write
-        self.on_msg(self._asked)
+        self.on_msg(self._send_file)
 
-    def _asked(self, widget: Drawn, asked: dict[str, Any], buffers: list[memoryview]) -> None:
+    def _send_file(self, widget: Drawn, request: dict[str, Any], buffers: list[memoryview]) -> None:
         try:
             file = self._write()
             content = file.read_bytes()

@@ -11,17 +11,18 @@ const unpacked = (name) => {
   return new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text();
 };
 const script = (text) => URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
-const value = (held) => (held?.base64 === undefined ? held : new DataView(bytes(held.base64).buffer));
+const value = (stored) => (stored?.base64 === undefined ? stored : new DataView(bytes(stored.base64).buffer));
 const still = (element) => element.closest(".part").querySelector(".still");
 const alive = (element) => (still(element).hidden = true);
 
-function standing(traits) {
-  const values = Object.fromEntries(Object.entries(traits).map(([name, held]) => [name, value(held)]));
+/** A model whose values stay in the page. */
+function modelOf(traits) {
+  const values = Object.fromEntries(Object.entries(traits).map(([name, stored]) => [name, value(stored)]));
   const listeners = new Set();
   return {
     get: (name) => values[name],
-    set: (name, held) => {
-      values[name] = held;
+    set: (name, changed) => {
+      values[name] = changed;
       for (const [event, callback] of listeners) if (["change", `change:${name}`].includes(event)) callback();
     },
     save_changes: () => {}, // nobody listens
@@ -32,16 +33,16 @@ function standing(traits) {
   };
 }
 
-const held = JSON.parse(await unpacked("held"));
+const page = JSON.parse(await unpacked("values"));
 const modules = {};
-for (const [name, text] of Object.entries(held.modules)) modules[name] = (await import(script(text))).default;
+for (const [name, text] of Object.entries(page.modules)) modules[name] = (await import(script(text))).default;
 const places = document.querySelectorAll("[data-widget]");
-held.values.forEach(({ name, traits }, place) => {
-  modules[name].render({ model: standing(traits), el: places[place] });
+page.values.forEach(({ name, traits }, place) => {
+  modules[name].render({ model: modelOf(traits), el: places[place] });
   alive(places[place]);
 });
 
-if (held.figures.length) {
+if (page.figures.length) {
   await new Promise((drawn) => requestAnimationFrame(() => setTimeout(drawn))); // the widgets are seen first
   const plotly = document.createElement("script");
   const loaded = new Promise((done) => plotly.addEventListener("load", done));
@@ -49,7 +50,7 @@ if (held.figures.length) {
   document.head.append(plotly);
   await loaded;
   document.querySelectorAll("[data-figure]").forEach((element, place) => {
-    const { data, layout } = held.figures[place];
+    const { data, layout } = page.figures[place];
     alive(element);
     element.setAttribute("role", "img"); // plotly says nothing of what it draws
     element.setAttribute("aria-label", still(element).querySelector("img")?.alt ?? "");
