@@ -14,8 +14,14 @@ from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
 from vpworkbench.subjects import Subject
 
 IMAGE = 90  # id of an image place
-ENCODER = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-               initializer_range=0.5)
+ENCODER = dict(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    initializer_range=0.5,
+)
 
 
 def opened(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Subject:
@@ -38,8 +44,9 @@ def vilt() -> Subject:
 
 def llava() -> Subject:
     torch.manual_seed(0)
-    vision = hf.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                 image_size=24, patch_size=8)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=8
+    )
     text = hf.LlamaConfig(**ENCODER, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
     ids = torch.tensor([[5, *[IMAGE] * 9, 6, 7, 8]])

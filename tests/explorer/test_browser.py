@@ -502,8 +502,20 @@ def test_all_is_reached_by_keys(explorer: Any) -> None:
         if not reached[-1]:
             break
     told = "|".join(filter(None, reached))
-    for name in ("picture", "Masks", "slider", "attends to", "mean of heads", "another random", "the image.",
-                 "random mask.", "Save as a PNG", "Save as an SVG", "Save the numbers", "error under"):
+    for name in (
+        "picture",
+        "Masks",
+        "slider",
+        "attends to",
+        "mean of heads",
+        "another random",
+        "the image.",
+        "random mask.",
+        "Save as a PNG",
+        "Save as an SVG",
+        "Save the numbers",
+        "error under",
+    ):
         assert name in told, f"{name} is not among {told}"
     tab(explorer, "Flow")
     explorer.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")

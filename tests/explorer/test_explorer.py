@@ -367,8 +367,11 @@ def test_code_recreates_the_view(view: Explorer, model: VisualParsingModel, scen
     exec(view.code, names)  # the code that a reader would copy
     again = names["view"]
     assert again.code == view.code and repr(again) == repr(view)
-    for one, two in ((again.masks.panels, view.masks.panels), (again.words.readers, view.words.readers),
-                     (again.flow.maps, view.flow.maps)):
+    for one, two in (
+        (again.masks.panels, view.masks.panels),
+        (again.words.readers, view.words.readers),
+        (again.flow.maps, view.flow.maps),
+    ):
         ours, theirs = (widget[0].state()["traits"] for widget in (one, two))
         assert {key: value for key, value in ours.items() if key != "version"} == {
             key: value for key, value in theirs.items() if key != "version"

@@ -30,23 +30,51 @@ PICTURE = encoded(np.linspace(0, 1, 64 * 64 * 3).reshape(64, 64, 3))
 
 
 def sections() -> list[Section]:
-    panels = Panels(label=EVIL, alt="Masks on the image.", image=PICTURE, boxes=BOXES, values=np.eye(2, 16), picked=5,
-                    kinds=["shade", "mask"], captions=["attention", EVIL], width=700)
-    reader = Reader(label="Words", image=PICTURE, boxes=BOXES, words=["a\x01b", EVIL], looks=np.full((2, 16), 0.03),
-                    reads=np.full((16, 2), 0.2))
-    regions = Panels(label="Boxes", alt="Boxes that overlap.", image=PICTURE, boxes=OVERLAPPING, captions=["", ""],
-                     values=[[0, 0, 0], [1, 0, 1]], kinds=["plain", "mask"], width=400)
+    panels = Panels(
+        label=EVIL,
+        alt="Masks on the image.",
+        image=PICTURE,
+        boxes=BOXES,
+        values=np.eye(2, 16),
+        picked=5,
+        kinds=["shade", "mask"],
+        captions=["attention", EVIL],
+        width=700,
+    )
+    reader = Reader(
+        label="Words",
+        image=PICTURE,
+        boxes=BOXES,
+        words=["a\x01b", EVIL],
+        looks=np.full((2, 16), 0.03),
+        reads=np.full((16, 2), 0.2),
+    )
+    regions = Panels(
+        label="Boxes",
+        alt="Boxes that overlap.",
+        image=PICTURE,
+        boxes=OVERLAPPING,
+        captions=["", ""],
+        values=[[0, 0, 0], [1, 0, 1]],
+        kinds=["plain", "mask"],
+        width=400,
+    )
     maps = Maps(label="Heads", values=np.arange(12.0).reshape(1, 3, 4), names=[EVIL], count_from=1)
     return [
         Section("Masks", EVIL, [Part(panels, PICTURE), Part("only text " + EVIL)]),
         Section("Boxes", "", [Part(regions, PICTURE)]),
         Section("Words", "", [Part(reader, PICTURE, "The words."), Part(maps, PICTURE)]),
-        Section("Numbers", "", [
-            Part(Chart(label="A curve")),
-            Part(go.Figure(go.Scatter(x=[0, 1, 2], y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
-            Part(Table(label="Told", names=["asked", EVIL], rows=[[EVIL, "2%"], ["a, b", "3%"]])),
-            Part(None, PICTURE, "Alone."), Part(Copy(text=EVIL)),
-        ]),
+        Section(
+            "Numbers",
+            "",
+            [
+                Part(Chart(label="A curve")),
+                Part(go.Figure(go.Scatter(x=[0, 1, 2], y=[1, 3, 2], name=EVIL)), PICTURE, "A curve."),
+                Part(Table(label="Told", names=["asked", EVIL], rows=[[EVIL, "2%"], ["a, b", "3%"]])),
+                Part(None, PICTURE, "Alone."),
+                Part(Copy(text=EVIL)),
+            ],
+        ),
     ]
 
 
@@ -221,8 +249,15 @@ def test_without_scripts_the_pictures_are_seen(browser: Any, written: Path) -> N
 @pytest.mark.parametrize("on_grid, told", [(True, "token 1 (row 2, column 1)"), (False, "token 1 · ")])
 def test_regions_in_a_row_are_no_grid(browser: Any, tmp_path: Path, on_grid: bool, told: str) -> None:
     tower = [[0.2, place / 3, 0.8, (place + 1) / 3] for place in range(3)]
-    panels = Panels(label="A tower", image=PICTURE, boxes=tower, on_grid=on_grid, captions=[""], kinds=["mask"],
-                    values=np.zeros((1, 3)))
+    panels = Panels(
+        label="A tower",
+        image=PICTURE,
+        boxes=tower,
+        on_grid=on_grid,
+        captions=[""],
+        kinds=["mask"],
+        values=np.zeros((1, 3)),
+    )
     page = browser.new_page()
     page.goto(write_page(tmp_path / "page.html", "", [Section("", "", [Part(panels, PICTURE)])]).as_uri())
     page.wait_for_selector(".vpw-panels[data-drawn='1']")

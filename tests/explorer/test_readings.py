@@ -74,8 +74,9 @@ def test_products_looks_and_reads(reading: Reading) -> None:
     np.testing.assert_allclose(reading.looks(1, 0), one[:words, words:])
     np.testing.assert_allclose(reading.reads(1, 0), one[words:, :words])
     np.testing.assert_allclose(reading.looks(1), mean[:words, words:], atol=1e-6)
-    np.testing.assert_allclose(reading.looks(1, rolled=True), product(reading.attention, 0, 1)[:words, words:],
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        reading.looks(1, rolled=True), product(reading.attention, 0, 1)[:words, words:], atol=1e-6
+    )
     assert reading.looks(0).shape == (words, tokens - words) == reading.reads(0).T.shape
 
 
@@ -176,8 +177,9 @@ def test_large_maps_are_pooled_by_modality(
     # no cell mixes words and patches: what the words give the image stays what it was
     to_vision = whole[:border, border:].sum(axis=1)
     counts = [min(2, border - first) for first in range(0, border, 2)]
-    np.testing.assert_allclose(np.average(pooled[:edge, edge:].sum(axis=1), weights=counts), to_vision.mean(),
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        np.average(pooled[:edge, edge:].sum(axis=1), weights=counts), to_vision.mean(), atol=1e-6
+    )
 
 
 def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:
