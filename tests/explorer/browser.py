@@ -190,6 +190,26 @@ _ERRORS = """({output_type, name, ename, evalue, text}) =>
 _CELLS = "[...jupyterapp.shell.currentWidget.content.model.cells].filter(cell => cell.type === 'code')"
 
 
+def saved(page: Any, button: Any) -> Any:
+    """The download that a click on `button` starts; if none comes, the failure says what the page shows instead.
+
+    Playwright checks what lies under the pointer only when it is pressed. If the page moves before it is released, the
+    browser makes no click of the two, so the click is repeated until the button has received it.
+    """
+    button.evaluate("button => button.addEventListener('click', () => (button.dataset.clicked = 'yes'))")
+    try:
+        with page.expect_download() as download:
+            while button.get_attribute("data-clicked") is None:
+                button.click()
+        return download.value
+    except Exception as error:
+        texts = page.locator(".vpw-status").all_text_contents()
+        clicked = button.get_attribute("data-clicked")
+        raise AssertionError(f"no download; clicked: {clicked}; status: {texts}; failures: {page.failures}") from error
+    finally:
+        button.evaluate("button => delete button.dataset.clicked")
+
+
 def no_sideways_scrolling(page: Any) -> bool:
     """Whether neither the notebook nor a cell's output is wider than its place."""
     wide = "element => element.scrollWidth > element.clientWidth + 1"

@@ -22,6 +22,7 @@ from explorer.browser import (  # fixtures are found by name in the module
     no_sideways_scrolling,
     notebook,
     open_notebook,
+    saved,
     screenshots,
     with_parameters,
 )
@@ -197,10 +198,9 @@ def test_text_from_data_stays_text(lab: Any, screenshots: Path) -> None:
 def test_pictures_and_numbers_are_saved_in_the_page(lab: Any, widget: str, tmp_path: Path) -> None:
     kept = {}
     for name in ("PNG", "SVG", "CSV"):
-        with lab.expect_download() as download:
-            lab.locator(f".vpw-{widget} .vpw-tools button", has_text=name).click()
-        kept[name] = tmp_path / download.value.suggested_filename
-        download.value.save_as(kept[name])
+        download = saved(lab, lab.locator(f".vpw-{widget} .vpw-tools button", has_text=name))
+        kept[name] = tmp_path / download.suggested_filename
+        download.save_as(kept[name])
     box = lab.locator(f".vpw-{widget}").bounding_box()
     with Image.open(kept["PNG"]) as picture:
         assert picture.size[0] == pytest.approx(2 * box["width"], abs=3)
@@ -360,12 +360,11 @@ def test_the_code_that_recreates_the_view_is_told(explorer: Any) -> None:
 def test_the_whole_is_saved_as_one_page(browser: Any, explorer: Any, tmp_path: Path, screenshots: Path) -> None:
     """From the page, without code: the file opens without a kernel and without a network."""
     for _ in range(2):  # again, as after another pick
-        with explorer.expect_download() as download:
-            explorer.get_by_role("button", name="save as one page").click()
-    assert download.value.suggested_filename == "explorer.html"
+        download = saved(explorer, explorer.get_by_role("button", name="save as one page"))
+    assert download.suggested_filename == "explorer.html"
     explorer.locator(".vpw-save .vpw-status", has_text="explorer.html is saved.").wait_for()
     explorer.screenshot(path=screenshots / "explorer-saved.png")
-    download.value.save_as(tmp_path / "explorer.html")
+    download.save_as(tmp_path / "explorer.html")
     context = browser.new_context(viewport=SIZE, offline=True)
     page = context.new_page()
     page.goto((tmp_path / "explorer.html").as_uri())
@@ -381,9 +380,8 @@ def test_what_is_told_in_words_is_saved_too(explorer: Any, name: str, tmp_path: 
     tab(explorer, name)
     table = explorer.locator(".vpw-explorer .vpw-table:visible")
     for kind in ("PNG", "SVG", "CSV"):
-        with explorer.expect_download() as download:
-            table.locator("button", has_text=kind).click()
-        download.value.save_as(tmp_path / kind)
+        download = saved(explorer, table.locator("button", has_text=kind))
+        download.save_as(tmp_path / kind)
     kept = pd.read_csv(tmp_path / "CSV", dtype=str)
     assert kept.columns[0] == "model" and kept.to_numpy().ravel().tolist() == table.locator("td").all_text_contents()
 
@@ -413,10 +411,9 @@ def test_a_cell_of_the_triangle_shows_its_span(explorer: Any, screenshots: Path)
 def test_the_figure_is_saved_like_the_other_views(explorer: Any, tmp_path: Path) -> None:
     tab(explorer, "Flow")
     for name in ("PNG", "SVG", "CSV"):
-        with explorer.expect_download() as download:
-            explorer.locator(".vpw-explorer .vpw-chart .vpw-tools button", has_text=name).click()
-        assert download.value.suggested_filename == f"flow-nmi-and-tokens.{name.lower()}"
-        download.value.save_as(tmp_path / name)
+        download = saved(explorer, explorer.locator(".vpw-explorer .vpw-chart .vpw-tools button", has_text=name))
+        assert download.suggested_filename == f"flow-nmi-and-tokens.{name.lower()}"
+        download.save_as(tmp_path / name)
     with Image.open(tmp_path / "PNG") as picture:
         assert picture.width >= 1500 and len(picture.convert("L").getcolors(10**6)) > 50
     assert xml.etree.ElementTree.parse(tmp_path / "SVG").getroot().tag.endswith("svg")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from explorer.browser import SIZE, browser, screenshots
+from explorer.browser import SIZE, browser, saved, screenshots
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
@@ -156,9 +156,8 @@ def test_a_page_answers_the_pointer_and_saves(opened: Any, tmp_path: Path) -> No
     assert opened.locator(".vpw-panels .vpw-status").first.text_content().startswith("token 2 (row 1, column 3)")
     mark = opened.locator(".vpw-panels .vpw-picked").nth(1).evaluate("element => element.style.left")
     assert mark == "50%"
-    with opened.expect_download() as download:
-        opened.locator(".vpw-maps .vpw-tools button", has_text="CSV").click()
-    download.value.save_as(tmp_path / "maps.csv")
+    download = saved(opened, opened.locator(".vpw-maps .vpw-tools button", has_text="CSV"))
+    download.save_as(tmp_path / "maps.csv")
     table = pd.read_csv(tmp_path / "maps.csv")
     assert table["map"].unique().tolist() == [EVIL] and table["value"].tolist() == list(range(12))
 
@@ -191,10 +190,9 @@ def test_of_boxes_that_overlap_the_smallest_is_hit(opened: Any) -> None:
 def test_what_plotly_draws_is_saved_like_the_other_views(opened: Any, tmp_path: Path) -> None:
     opened.wait_for_selector(".plotly .scatterlayer path.js-line", state="attached")
     for name in ("PNG", "SVG", "CSV"):
-        with opened.expect_download() as download:
-            opened.locator(".vpw-chart .vpw-tools button", has_text=name).click()
-        assert download.value.suggested_filename == f"a-curve.{name.lower()}"
-        download.value.save_as(tmp_path / name)
+        download = saved(opened, opened.locator(".vpw-chart .vpw-tools button", has_text=name))
+        assert download.suggested_filename == f"a-curve.{name.lower()}"
+        download.save_as(tmp_path / name)
     with Image.open(tmp_path / "PNG") as picture:
         assert picture.width > 1000 and len(picture.convert("L").getcolors(10**6)) > 10  # twice as fine, not blank
     drawing = xml.etree.ElementTree.parse(tmp_path / "SVG").getroot()
@@ -209,9 +207,8 @@ def test_what_is_told_is_saved_whatever_it_holds(opened: Any, widget: str, tmp_p
     """Control characters, which XML has no place for, and markup."""
     opened.wait_for_selector(f".vpw-{widget}[data-drawn='1']")
     for name in ("PNG", "SVG", "CSV"):
-        with opened.expect_download() as download:
-            opened.locator(f".vpw-{widget} .vpw-tools button", has_text=name).click()
-        download.value.save_as(tmp_path / name)
+        download = saved(opened, opened.locator(f".vpw-{widget} .vpw-tools button", has_text=name))
+        download.save_as(tmp_path / name)
     with Image.open(tmp_path / "PNG") as picture:
         assert len(picture.convert("L").getcolors(10**6)) > 10
     texts = [part.text for part in xml.etree.ElementTree.parse(tmp_path / "SVG").findall(".//{*}text")]

@@ -168,8 +168,7 @@ def _answers(reading: Reading) -> list[tuple[str, str]]:
     """Questions to one model and its answers."""
     picture, text, base, task = reading.picture, reading.text, reading.subject.base, reading.subject.task_model
     if task is not None and task.task.images > 1:
-        images = task.task.images
-        return [(task.task.name, f"No answer: it judges statements about {images} images, and here there is one.")]
+        return [(task.task.name, "No answer: it judges statements about two images, and here there is one.")]
     if task is not None:
         shares = list(task.predict(picture.image, text).items())[:5]
         return [(f"{task.task.name}: its answer", _listed(shares))]
