@@ -74,8 +74,8 @@ def test_interrupted_it_goes_on_and_ends_the_same(model, scenes, tmp_path):
     passes = []
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     shown = []
-    resumed = probe_dataset(model, batches(model, scenes), total=3, folder=tmp_path,
-                            progress=lambda *state: shown.append(state))  # fmt: skip
+    listen = {"progress": lambda *state: shown.append(state)}
+    resumed = probe_dataset(model, batches(model, scenes), total=3, folder=tmp_path, **listen)
     assert same(resumed, whole) and resumed.examples == whole.examples
     assert len(passes) == 2 and shown == [("probing", 3, 3)]  # flow and features of one batch
     again = probe_dataset(model, iter(()), total=3, folder=tmp_path)
@@ -96,7 +96,7 @@ def test_runs_are_merged(model, scenes):
     assert same(merged, whole) and merged.examples == whole.examples
     assert merged.config == [{"part": 1, "seed": 0}, {"seed": 0}]
     assert merged.means().equals(whole.means())
-    with pytest.raises(ValueError, match="example '0' is in more than one"):
+    with pytest.raises(ValueError, match="example '0' is in more than one run"):
         Probed.merge([first, whole])
     deeper = replace(whole, flow=np.zeros((12, 5, 5)))
     with pytest.raises(ValueError, match=r"models with \[2, 5\] layers"):
@@ -106,10 +106,10 @@ def test_runs_are_merged(model, scenes):
 def test_refusals(model, scenes, tmp_path):
     with pytest.raises(ValueError, match="nothing was probed"):
         probe_dataset(model, iter(()), total=0)
-    with pytest.raises(ValueError, match="examples names 5 of more than 8"):
+    with pytest.raises(ValueError, match="examples has 5 names for 8"):
         probe_dataset(model, batches(model, scenes), total=3, examples=list("abcde"))
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match="x.parquet: no probes that this package saved"):
+    with pytest.raises(ValueError, match="x.parquet: not a file of probes"):
         Probed.load(tmp_path / "x.parquet")
 
 

@@ -1,4 +1,4 @@
-"""Probes over many examples: one pass for each batch, then everything by example; saved, resumed and merged."""
+"""Probes of many examples, batch by batch: saved, resumed, merged, and averaged with intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CONFIG = b"vpworkbench"  # key of the config in a file's schema
 
 
 class ProbeInputs(Protocol):
-    """A batch: keyword arguments of the model's forward, and V, the real places and L; bool (example, token)."""
+    """A batch: keyword arguments of the model's forward; visual, real and language tokens as bool (example, token)."""
 
     forward: Mapping[str, Any]
     vision: Tensor
@@ -47,14 +47,14 @@ class Probed:
     flow, null : array, (example, layer, layer)
         F_inter^{i,j} (paper Eq. 5) and its value under uniform attention; nan where j < i.
     text_to_vision, vision_to_text : array, (example, layer, layer)
-        The two directions, adding up to `flow`.
+        The two directions, which add up to `flow`.
     nmi : array, (example, layer + 1)
-        Fig. 5; the first column is the embedding; nan where it is undefined. LXMERT attends twice in each of its
-        layers: there a column is a layer, and a step of a span half of one.
+        Fig. 5; the first column is the embedding; nan where it is undefined. LXMERT attends twice in each layer, so its
+        spans count half layers.
     examples : tuple of str
-        Their names; positions where none were given.
+        Names, or else positions.
     config : dict
-        What made them, as given to `probe_dataset`; a list of all where several runs were merged.
+        The config given to `probe_dataset`; a list of all configs after a merge.
     """
 
     flow: np.ndarray
@@ -94,12 +94,12 @@ class Probed:
         """Mean over the examples with a bootstrap 95% interval, one row for each quantity and span of layers.
 
         Columns `quantity` (flow, null, excess, text_to_vision, vision_to_text, nmi), `start` and `stop` (layers from
-        1 as in the paper; of nmi both the layer, 0 the embedding), `mean`, `low`, `high`, `count`.
+        1 as in the paper; for nmi both are the layer, and 0 is the embedding), `mean`, `low`, `high`, `count`.
         """
-        rows = []
         with np.errstate(invalid="ignore", divide="ignore"):
-            excess = self.flow / self.null
-        for quantity, values in {**{name: getattr(self, name) for name in SPANS}, "excess": excess}.items():
+            quantities = {name: getattr(self, name) for name in SPANS} | {"excess": self.flow / self.null}
+        rows = []
+        for quantity, values in quantities.items():
             interval = bootstrap_interval(values, seed)
             for start, stop in zip(*np.triu_indices(values.shape[1]), strict=True):
                 rows.append((quantity, start + 1, stop + 1, *(part[start, stop] for part in interval)))
@@ -113,20 +113,15 @@ class Probed:
         layers = np.arange(self.nmi.shape[1])
         parts = [(name, starts + 1, stops + 1, getattr(self, name)[:, starts, stops]) for name in SPANS]
         parts.append(("nmi", layers, layers, self.nmi))
-        frames = [
-            pd.DataFrame({
-                "example": np.repeat(self.examples, values.shape[1]),
-                "quantity": name,
-                "start": np.tile(start, len(values)),
-                "stop": np.tile(stop, len(values)),
-                "value": values.ravel(),
-            })
-            for name, start, stop, values in parts
-        ]  # fmt: skip
+        frames = []
+        for name, start, stop, values in parts:
+            columns = {"example": np.repeat(self.examples, values.shape[1]), "quantity": name}
+            columns |= {"start": np.tile(start, len(values)), "stop": np.tile(stop, len(values))}
+            frames.append(pd.DataFrame(columns | {"value": values.ravel()}))
         return pd.concat(frames, ignore_index=True)
 
     def save(self, path: str | Path) -> None:
-        """Write `table` as parquet with the config inside, completely or not at all."""
+        """Write `table` and the config as parquet, completely or not at all."""
         table = pa.Table.from_pandas(self.table(), preserve_index=False)
         config = {_CONFIG: json.dumps(self.config, sort_keys=True, default=str).encode()}
         with draft(Path(path), durable=False) as file:
@@ -140,7 +135,7 @@ class Probed:
             read = pq.read_table(path)
             config = json.loads(read.schema.metadata[_CONFIG])
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: no probes that this package saved ({error}); probe again") from None
+            raise ValueError(f"{path}: not a file of probes ({error}); probe again") from None
         frame = read.to_pandas()
         examples = tuple(frame.loc[frame["quantity"] == "nmi", "example"].drop_duplicates())
         parts = {name: rows for name, rows in frame.groupby("quantity", sort=False)}
@@ -155,22 +150,14 @@ class Probed:
 
     @classmethod
     def merge(cls, parts: Sequence[Probed]) -> Probed:
-        """The examples of several runs as one set.
-
-        Raises
-        ------
-        ValueError
-            Where their layers differ, or an example is in more than one of them.
-        """
-        if not parts:
-            raise ValueError("nothing to merge")
+        """The examples of several runs as one set; the runs must share their layers, but no example."""
         depths = {part.flow.shape[1] for part in parts}
         if len(depths) > 1:
-            raise ValueError(f"runs of models with {sorted(depths)} layers cannot be merged: compare them instead")
+            raise ValueError(f"models with {sorted(depths)} layers cannot be merged: compare them instead")
         examples = [name for part in parts for name in part.examples]
         if len(set(examples)) < len(examples):
             twice = next(name for name in examples if examples.count(name) > 1)
-            raise ValueError(f"example {twice!r} is in more than one of the runs: it would count twice")
+            raise ValueError(f"example {twice!r} is in more than one run: it would count twice")
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*SPANS, "nmi")}
         return cls(**joined, examples=tuple(examples), config=[part.config for part in parts])
 
@@ -193,23 +180,18 @@ def probe_dataset(
     Parameters
     ----------
     batches : iterable of ProbeInputs
-        The same ones in the same order where a stopped call is to go on.
+        To resume a stopped call, give the same batches in the same order.
     total : int
         Number of batches, for the progress bar.
     folder : path, optional
-        Takes `probes.parquet`; until it is complete, one part for each batch. The same call again goes on behind the
-        last part, or reads what is complete.
+        Gets `probes.parquet`, and one part for each batch until that is complete. The same call again continues after
+        the last part, or reads the complete file. A folder with probes of another config is refused.
     config : mapping, optional
-        Whatever decides the numbers; saved with them. A folder that holds those of another config is refused.
+        Everything that decides the numbers; it is saved with them.
     examples : sequence of str, optional
-        Names of the examples, in their order.
+        Name of each example, in order.
     layers : str, list of str or callable, optional
-        As of `inter_modality_flow`.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds probes of another config, or `examples` does not name every example once.
+        See `inter_modality_flow`.
     """
     settings = json.loads(json.dumps({**(config or {}), "seed": seed}, default=str))
     folder = None if folder is None else Path(folder)
@@ -222,7 +204,7 @@ def probe_dataset(
         if examples is not None:
             part = replace(part, examples=tuple(examples[before : before + len(part.examples)]))
         if len(part.examples) != len(part.nmi):
-            raise ValueError(f"examples names {len(examples or ())} of more than {before + len(part.nmi)} examples")
+            raise ValueError(f"examples has {len(examples or ())} names for {before + len(part.nmi)} examples or more")
         parts.append(replace(part, config=settings))
         if folder is not None:
             parts[-1].save(folder / f"part-{number:06}.parquet")
@@ -239,14 +221,14 @@ def probe_dataset(
 
 
 def _parts(folder: Path, settings: Mapping[str, Any]) -> list[Probed]:
-    """What an earlier call left: the whole, or its parts in order."""
+    """Probes that an earlier call saved: the complete file, or its parts in order."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / "probes.parquet"
     files = [whole] if whole.exists() else sorted(folder.glob("part-*.parquet"))
     parts = [Probed.load(file) for file in files]
     for file, part in zip(files, parts, strict=True):
         if part.config != settings:
-            raise ValueError(f"{file}: probes of another config ({part.config}, now {settings}); take another folder")
+            raise ValueError(f"{file}: probes of another config ({part.config}, not {settings}); take another folder")
     return parts
 
 
@@ -277,13 +259,13 @@ def probe(
     subject
         A model or its name; see `subjects.load`.
     pictures
-        None: held-out pictures of the set that the model was trained on.
+        Default: held-out pictures of the set that the model was trained on.
     images : int
         At most this many.
     special_tokens
-        [CLS] and [SEP] count as language, or in neither modality.
+        [CLS] and [SEP] count as language, or belong to neither modality.
     folder : Path or None
-        Keeps `probes.parquet`; while it is not complete, the parts that are done.
+        See `probe_dataset`.
     """
     subject = load(subject)
     if pictures is None:

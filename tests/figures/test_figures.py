@@ -381,8 +381,8 @@ def test_curves_take_intervals_of_their_own():
 
 def test_a_score_stands_against_the_flow_and_its_null():
     models = {HOSTILE: (Interval(0.4, 0.3, 0.5, 3), Interval(0.7, 0.65, 0.8, 3))}
-    figure = figures.score_against_flow(models, nulls={HOSTILE: 0.3}, seeds={HOSTILE: [(0.35, 0.6), (0.45, 0.8)]},
-                                        over="3 seeds", score="VQA")  # fmt: skip
+    points = {"nulls": {HOSTILE: 0.3}, "seeds": {HOSTILE: [(0.35, 0.6), (0.45, 0.8)]}}
+    figure = figures.score_against_flow(models, over="3 seeds", score="VQA", **points)
     null, seeds, point = figure.data
     assert list(null.x) == [0.3, 0.4] and list(seeds.y) == [0.6, 0.8] and point.name == SHOWN
     assert point.error_x.arrayminus[0] == pytest.approx(0.1) and point.error_y.array[0] == pytest.approx(0.1)

@@ -58,18 +58,18 @@ def llava(tokenizer, tmp_path_factory) -> str:
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**tower, image_size=48, patch_size=16),
         text_config=hf.LlamaConfig(**SMALL, vocab_size=len(words), num_key_value_heads=2, pad_token_id=0),
-        image_token_index=words.convert_tokens_to_ids("<image>"), vision_feature_layer=-1,
-    )  # fmt: skip
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
     hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
     images = hf.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
     template = (
         "{% for m in messages %}{% for c in m['content'] %}"
         "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
     )
-    hf.LlavaProcessor(
-        images, words, patch_size=16, vision_feature_select_strategy="default", image_token="<image>",
-        num_additional_image_tokens=1, chat_template=template,
-    ).save_pretrained(folder)  # fmt: skip
+    counts = {"patch_size": 16, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+    processor = hf.LlavaProcessor(images, words, image_token="<image>", chat_template=template, **counts)
+    processor.save_pretrained(folder)
     return str(folder)
 
 
@@ -213,8 +213,8 @@ def test_all_of_them_side_by_side(vilt, visual_bert, lxmert, regions, runs_folde
     parameters = {"models": ["", vilt, visual_bert, lxmert], "regions": regions, "images": 4}
     folder = run_notebook("03_compare_models", name="others", parameters=parameters).parent
     table = pd.read_csv(folder / "table.csv", index_col="model")
-    assert table["visual_tokens"].to_dict() == {"shipped": 36, "tiny-vilt": 10, "tiny-visual_bert": 3.75,
-                                                "tiny-lxmert": 3.75}  # fmt: skip
+    wanted = {"shipped": 36, "tiny-vilt": 10, "tiny-visual_bert": 3.75, "tiny-lxmert": 3.75}
+    assert table["visual_tokens"].to_dict() == wanted
 
 
 def test_settings_take_one_model_or_a_list():

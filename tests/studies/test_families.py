@@ -1,4 +1,4 @@
-"""The comparison of families: the calls that make its runs, what is read of them, intervals over seeds and images."""
+"""The comparison of families: the commands of its runs, tables of finished runs, intervals over seeds and images."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     trained = runs_root() / "01_pretrain" / name
     trained.mkdir(parents=True)
     shutil.copy(shipped_run() / "config.json", trained)
-    told = {"itm_accuracy": flow + 0.5, "mlm_with_image": 0.5, "mlm_other_image": 0.1}
-    Run(trained).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392, **told)
+    learnt = {"itm_accuracy": flow + 0.5, "mlm_with_image": 0.5, "mlm_other_image": 0.1}
+    Run(trained).write_summary(visual_parameters=1_209_186, visual_multiply_adds=71_995_392, **learnt)
     rng = np.random.default_rng(0)
     spans = {span: np.full((6, 3, 3), np.nan) for span in SPANS}
     for span, values in spans.items():
@@ -94,10 +94,9 @@ def finished(name: str, flow: float, score: float, pictures: str = "abcdef", ste
     asked = finetune_settings(checkpoint=name, steps=steps)
     open_folder(runs_root() / "04_finetune" / name, "04_finetune", asked)
     Run(runs_root() / "02_probe" / name).write_summary(images=6, visual_tokens=36.0, words=11.5)
-    Run(runs_root() / "04_finetune" / name).write_summary(
-        **{"vqa_score": score, "vqa_score_low": score - 0.02, "vqa_score_high": score + 0.02,
-           "baseline text only": {"vqa_score": score - 0.1}}
-    )  # fmt: skip
+    interval = {"vqa_score": score, "vqa_score_low": score - 0.02, "vqa_score_high": score + 0.02}
+    baseline = {"baseline text only": {"vqa_score": score - 0.1}}
+    Run(runs_root() / "04_finetune" / name).write_summary(**interval, **baseline)
 
 
 def test_finished_runs_are_found_and_become_table_5(runs_folder):
@@ -113,9 +112,9 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert {run.steps for run in found.runs} == {(3500, 400)}
     assert found.over() == "2 seeds and 6 images" and found.names() == {"swin-random": "Swin, random MFR (36 tokens)"}
     table = found.table_5()
-    assert table.index.tolist() == ["small CNN (R50's place)", "Swin, random MFR"]
+    assert table.index.tolist() == ["small CNN (instead of R50)", "Swin, random MFR"]
     swin = table.loc["Swin, random MFR"]
-    flow = np.mean([run.probed.from_input[:, -1].mean() for run in found.of("swin-random")])
+    flow = np.mean([run.probed.from_input[:, -1].mean() for run in found.runs_of("swin-random")])
     assert swin["flow"] == pytest.approx(flow) and swin["null"] == pytest.approx(0.305, abs=0.005)
     between, questions = 0.01**2, (0.04 / 3.92) ** 2
     half = stats.t.ppf(0.975, (1 + questions / between) ** 2) * np.sqrt(between + questions)
@@ -123,23 +122,20 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert found.over(family_runs.TABLE_5) == "1 to 2 seeds and 6 images"
     arms = found.scores(family_runs.TABLE_5)
     assert list(arms) == list(found.last_nulls(family_runs.TABLE_5)) == list(found.single_scores(family_runs.TABLE_5))
-    assert list(arms) == ["small CNN (R50's place) (36 tokens)", "Swin, random MFR (36 tokens)"]
+    assert list(arms) == ["small CNN (instead of R50) (36 tokens)", "Swin, random MFR (36 tokens)"]
     costs = found.costs()
-    assert costs.index.tolist() == ["Swin, random MFR", "small CNN (R50's place)"]
+    assert costs.index.tolist() == ["Swin, random MFR", "small CNN (instead of R50)"]
     taught = read_json(shipped_run().with_name("09_visual_init-tiny-swin") / "summary.json")
-    assert costs.loc["Swin, random MFR", ["tokens", "visual_parameters", "taught_shape"]].tolist() == [
-        36, 1_209_186, taught["shape_accuracy"]
-    ]  # fmt: skip
+    swin = costs.loc["Swin, random MFR", ["tokens", "visual_parameters", "taught_shape"]]
+    assert swin.tolist() == [36, 1_209_186, taught["shape_accuracy"]]
     learnt = found.learnt()
     second = learnt.loc[("Swin, random MFR", 1)]
-    assert second[["itm_accuracy", "vqa", "text_alone"]].tolist() == pytest.approx([0.9, 0.52, 0.42])
-    assert learnt.loc["small CNN (R50's place)", "flow"].tolist() == [found.runs[2].probed.from_input[:, -1].mean()]
-    assert found.text_alone == pytest.approx((0.4 + 0.42 + 0.3) / 3)
-    figure = figures.score_against_flow(
-        found.scores(), nulls=found.last_nulls(), seeds=found.single_scores(), over=found.over(), score="VQA",
-        floor=found.text_alone,
-    )  # fmt: skip
-    assert figure.layout.shapes[0].y0 == found.text_alone and "text only 37.3%" in figure.layout.meta["alt"]
+    assert second[["itm_accuracy", "vqa", "text_only"]].tolist() == pytest.approx([0.9, 0.52, 0.42])
+    assert learnt.loc["small CNN (instead of R50)", "flow"].tolist() == [found.runs[2].probed.from_input[:, -1].mean()]
+    assert found.text_only == pytest.approx((0.4 + 0.42 + 0.3) / 3)
+    points = {"nulls": found.last_nulls(), "seeds": found.single_scores(), "floor": found.text_only}
+    figure = figures.score_against_flow(found.scores(), over=found.over(), score="VQA", **points)
+    assert figure.layout.shapes[0].y0 == found.text_only and "text only 37.3%" in figure.layout.meta["alt"]
     assert sorted(figure.data[1].y) == [0.5, 0.52] and figure.data[2].y[0] == pytest.approx(0.51)
     curves = figures.flow_curves(found.curves("from_input"), found.curves("within_layer"), over=found.over())
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over() in curves.layout.title.text
@@ -156,22 +152,7 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 
 def test_runs_of_table_5_alone_are_refused(runs_folder):
     finished("families-grid-none-0", 0.4, 0.5)
-    with pytest.raises(SettingsError, match="Table 5's arms alone, none is of a family, as families-swin-random-0 "):
-        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
-
-
-def test_probes_of_an_earlier_version_are_refused(runs_folder):
-    finished("families-swin-random-0", 0.4, 0.5)
-    run = Run(runs_folder / "02_probe" / "families-swin-random-0")
-    whole = run.summary()
-    run.write_summary(images=6)
-    with pytest.raises(
-        SettingsError, match=r"02_probe.families-swin-random-0: of an earlier version, without .visual_tokens"
-    ):
-        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
-    run.write_summary(**whole)
-    Run(runs_folder / "01_pretrain" / "families-swin-random-0").write_summary(visual_parameters=1)
-    with pytest.raises(SettingsError, match=r"01_pretrain.families-swin-random-0: of an earlier .*itm_accuracy"):
+    with pytest.raises(SettingsError, match="Table 5 only, none of a family such as families-swin-random-0"):
         family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
 
 
@@ -195,23 +176,27 @@ def test_a_prefix_that_could_be_a_pattern_is_refused():
             FamilyRunsSettings(prefix=prefix)
 
 
-def test_the_readme_says_what_the_committed_runs_say():
-    """Each row of its table, of summaries and probes in the gallery."""
+def test_the_results_say_what_the_committed_runs_say():
+    """Each row of the table in docs/results.md, from the summaries and probes in the gallery."""
     gallery = shipped_run().with_name("08_families-tiny")
     settings = FamilyRunsSettings(runs=str(gallery / "runs"))
     found = family_runs.compared(settings, Run(gallery))
-    told = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    text = " ".join(text.split())
     scores = found.scores(tuple(family_runs.ARMS)).values()
-    for arm, (flow, score) in zip((arm for arm in family_runs.ARMS if found.of(arm)), scores, strict=True):
-        runs = found.of(arm)
+    arms = [arm for arm in family_runs.ARMS if found.runs_of(arm)]
+    assert arms == list(family_runs.ARMS)
+    for arm, (flow, score) in zip(arms, scores, strict=True):
+        runs = found.runs_of(arm)
         itm, words = (", ".join(f"{run.learnt[name]:.2f}" for run in runs) for name in family_runs.LEARNT[:2])
         each = ", ".join(f"{run.score.mean:.3f}" for run in runs)
-        null = np.mean([run.probed.null_from_input[:, -1].mean() for run in runs])
-        assert "| ".join(
-            (f"{family_runs.ARMS[arm].label} ", f"{runs[0].tokens[0]:.3g} ", f"{itm} ", f"{words} ",
-             f"{each}: {with_bounds(score)} ", f"{with_bounds(flow)} ({null:.3f}) |")
-        ) in told  # fmt: skip
-    assert f"text alone {found.text_alone:.3f}" in told
+        label, null = family_runs.ARMS[arm].label, np.mean([run.null.mean() for run in runs])
+        cells = [label, f"{runs[0].tokens[0]:.3g}", itm, words, f"{each}: {with_bounds(score)}"]
+        assert f"| {' | '.join(cells)} | {with_bounds(flow)} ({null:.3f}) |" in text
+    assert f"text-only baseline of {found.text_only:.3f}" in text
+    summaries = [read_json(file) for file in (gallery / "runs" / "04_finetune").glob("*/summary.json")]
+    floor = np.mean([summary["baseline text only"]["vqa_score"] for summary in summaries])
+    assert len(found.runs) == len(summaries) and found.text_only == pytest.approx(floor)
 
 
 def with_bounds(found: Interval) -> str:

@@ -1,15 +1,13 @@
-"""Models side by side on the same pictures and captions: ours, and any of transformers by its own processor.
+"""Models side by side on the same pictures and captions: ours, and any transformers model with its own processor.
 
-ViLT, VisualBERT and LXMERT are opened as their encoders, whatever head a checkpoint has: nothing else is probed. The
-latter two take regions, which a detector found before (`data.regions`).
+ViLT, VisualBERT and LXMERT are opened as encoders, without the heads of their checkpoints. VisualBERT and LXMERT take
+regions from files, which a detector wrote (`data.regions`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -21,17 +19,9 @@ from vpworkbench.settings import CompareSettings, DataSettings, ProbeSettings
 from vpworkbench.stats import Interval, flatten
 from vpworkbench.subjects import Subject
 
-log = logging.getLogger(__name__)
-
 
 def held_out(settings: CompareSettings | ProbeSettings, subject: Subject | None = None) -> list[Picture]:
-    """The held-out pictures on which models are probed, each with a caption.
-
-    Parameters
-    ----------
-    subject : Subject or None
-        The one that is probed, where the settings name no set: its own is taken.
-    """
+    """Held-out pictures with captions, for probing: of the set in the settings, or else of the model's own set."""
     data = settings.data
     if isinstance(settings, ProbeSettings):
         own = subject.data if subject else DataSettings()
@@ -44,32 +34,25 @@ def table(probed: dict[str, Probed], counts: dict[str, tuple[float, float]], *, 
 
     Means with bootstrap 95% bounds, as `flow`, `flow_low`, `flow_high` and so on.
     """
-    rows = []
+    rows = {}
     for name, result in probed.items():
         spans = result.means(seed=seed).set_index(["quantity", "start", "stop"])
-        layers, features = result.flow.shape[1], result.nmi.shape[1] - 1
-        row: dict[str, Any] = {
-            "model": name,
-            "layers": layers,
-            "visual_tokens": counts[name][0],
-            "words": counts[name][1],
-        }
-        for quantity, span in (("flow", (1, layers)), ("null", (1, layers)), ("excess", (1, layers)),
-                               ("nmi", (features, features))):  # fmt: skip
-            row |= flatten({quantity: Interval(**spans.loc[(quantity, *span)])})
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("model")
+        last, features = result.flow.shape[1], result.nmi.shape[1] - 1
+        found = {quantity: Interval(**spans.loc[quantity, 1, last]) for quantity in ("flow", "null", "excess")}
+        found["nmi"] = Interval(**spans.loc["nmi", features, features])
+        visual_tokens, words = counts[name]
+        rows[name] = {"layers": last, "visual_tokens": visual_tokens, "words": words, **flatten(found)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
 def means(probed: dict[str, Probed], *, seed: int = 0) -> pd.DataFrame:
     """`Probed.means` of every model in one table, column `model` first."""
-    return pd.concat({name: result.means(seed=seed) for name, result in probed.items()}, names=["model"]).reset_index(
-        level="model"
-    )
+    tables = {name: result.means(seed=seed) for name, result in probed.items()}
+    return pd.concat(tables, names=["model"]).reset_index(level="model")
 
 
-def budgets(subjects: Sequence[Any], pictures: Sequence[Any]) -> pd.DataFrame:
-    """One row for each model under comparison , by its name."""
+def budgets(subjects: Sequence[Subject], pictures: Sequence[Picture]) -> pd.DataFrame:
+    """Cost of each model for one picture and its caption (`model.budget.Budget`), by its name."""
     rows = {}
     for subject in subjects:
         inputs = subject.prepare(pictures[:1], [pictures[0].captions[0]])
@@ -85,7 +68,7 @@ def probe_all(
     folder: Path,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Probed]:
-    """Probe every model on the same pictures; by the models' names. A stopped call continues from `folder`."""
+    """Probe every model on the same pictures; by name of the model. A stopped call continues from `folder`."""
     return {
         subject.name: probe(
             subject, pictures, images=len(pictures), seed=seed, folder=folder / f"model-{number}", progress=progress

@@ -1,7 +1,7 @@
-"""Visual families under equal conditions, and the arms of the paper's Table 5: which runs are compared, and by what.
+"""Visual families under equal conditions, and the arms of the paper's Table 5: the runs, and tables of them.
 
-Equal are fusion, text, objectives, data, steps, and the work by which each visual side was taught before: colours and
-shapes of the same scenes (`weights.shipped_visual`). What is left to differ is how an image becomes visual tokens.
+Fusion, text, objectives, data and steps are equal. So is the work that taught each visual side colours and shapes of
+the same scenes before (`weights.shipped_visual`). Only the way from an image to visual tokens differs.
 """
 
 from __future__ import annotations
@@ -33,25 +33,24 @@ from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.region_features import make_regions
 
 PROBED = 128
-"""Held-out pictures of each run."""
+"""Held-out pictures probed in each run."""
 LEARNT = ("itm_accuracy", "mlm_with_image", "mlm_other_image")  # in the summary of 01_pretrain
-TEXT_ALONE = "baseline text only"  # in that of 04_finetune
 FEW_SCENES = SceneSettings(images=64, val=32, test=4)  # of the demonstration
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared.
+    """One row of the comparison.
 
     Attributes
     ----------
     label : str
-        As figures and tables have it.
+        Its name in figures and tables.
     visual, masking : str
         Parameters of `01_pretrain`.
     start : str
-        The run of `09_visual_init` that it begins with, PREFIX-START; "" where it needs none: its weights ship, or its
-        features are given.
+        Its visual side starts from the run PREFIX-START of `09_visual_init`. Empty: from shipped weights, or from given
+        features.
     overrides : dict
         Further settings.
     """
@@ -65,23 +64,23 @@ class Arm:
 
 DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t, of the same kind: R101 beside R50
 PASSES = 8
-"""Of the CNN behind the regions over the scenes, as of the Swin that ships."""
+"""Epochs over the scenes for the CNN that makes region features; the shipped Swin had as many."""
 DEEPER_PASSES = 2
-"""As the small CNN has, and so twice its work: after one pass the deeper tells 44% of the shapes."""
+"""As many epochs as the small CNN, so twice its FLOPs: after one epoch the deeper CNN recognises 44% of the shapes."""
 ARMS = {
     "swin-random": Arm("Swin, random MFR", "swin", "random"),
     "grid-random": Arm("grid CNN", "grid", "random"),
     "patch-random": Arm("patches", "patch", "random"),
     "regions-random": Arm("regions", "regions", "random"),
     "grid-code": Arm("grid CNN, codes (SOHO)", "grid", "code", overrides={"visual.dictionary": 2048}),
-    "grid-none": Arm("small CNN (R50's place)", "grid", "none"),
-    "deep-none": Arm("deeper CNN (R101's place)", "grid", "none", "deep", DEEPER),
+    "grid-none": Arm("small CNN (instead of R50)", "grid", "none"),
+    "deep-none": Arm("deeper CNN (instead of R101)", "grid", "none", "deep", DEEPER),
     "swin-none": Arm("Swin, no MFR", "swin", "none"),
     "swin-attention": Arm("Swin, attention MFR", "swin", "attention"),
 }
 FAMILY_ARMS = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
-"""The four families, alike in their objectives, as only Swin could mask by attention; last, the grid as SOHO has it,
-with a dictionary and its objective, MVM in MFR's place."""
+"""The four families with equal objectives (random masks, as only Swin could mask by attention). Last, the grid as in
+SOHO: with a dictionary, and MVM instead of MFR."""
 TABLE_5 = ("grid-none", "deep-none", "swin-none", "swin-random", "swin-attention")
 
 
@@ -91,20 +90,20 @@ class FamilyRun(NamedTuple):
     Attributes
     ----------
     folder : Path
-        Of its run of `01_pretrain`.
+        The run of `01_pretrain`.
     score : Interval
-        Of the scenes' VQA, over its questions.
+        VQA on the scenes, over questions.
     steps : tuple of int
         Of pre-training and of fine-tuning.
     tokens : tuple of float
-        Visual tokens and words of an example, means.
+        Mean numbers of visual tokens and of words.
     costs : dict
-        `budget.Budget`, and how often the visual side told colours and shapes of held-out scenes right when it started,
-        at tokens of objects (of regions: in their boxes).
+        `budget.Budget`, and how well the visual side recognised colours and shapes of held-out scenes when it started:
+        at tokens of objects, or in the boxes of regions.
     learnt : dict
-        Held-out accuracies behind pre-training: ITM (`itm_accuracy`, chance 0.5), masked colour and shape words with
-        their image (`mlm_with_image`) and with another (`mlm_other_image`); `text_alone`, the score of a model of the
-        questions alone, scikit-learn's. Empty in a demonstration.
+        Held-out accuracies after pre-training: ITM (`itm_accuracy`, chance 0.5), masked colour and shape words with
+        their image (`mlm_with_image`) and with another one (`mlm_other_image`). `text_only` is the VQA score of
+        logistic regression on the questions. Empty in a demonstration.
     """
 
     arm: str
@@ -117,40 +116,61 @@ class FamilyRun(NamedTuple):
     costs: dict[str, Any]
     learnt: dict[str, float]
 
+    @property
+    def flow(self) -> np.ndarray:
+        """Flow from the input to the last layer, (example,)."""
+        return self.probed.from_input[:, -1]
+
+    @property
+    def null(self) -> np.ndarray:
+        """The same under uniform attention."""
+        return self.probed.null_from_input[:, -1]
+
 
 @dataclass(frozen=True)
 class Compared:
-    """What there is to be shown.
+    """Runs side by side; a dict has one entry for each arm with runs, by the label with its number of tokens.
 
     Attributes
     ----------
     demonstration : bool
-        Runs of so few steps are no result; what the intervals are over says so.
+        The runs have too few steps to be a result. The text of the intervals says so.
     """
 
     runs: tuple[FamilyRun, ...]
     demonstration: bool = False
 
-    def of(self, arm: str) -> list[FamilyRun]:
-        """Its seeds."""
+    def runs_of(self, arm: str) -> list[FamilyRun]:
+        """One run for each seed."""
         return [run for run in self.runs if run.arm == arm]
 
     def names(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, str]:
-        """Of the arms that have runs, the label with its number of tokens."""
-        return {arm: f"{ARMS[arm].label} ({found[0].tokens[0]:.3g} tokens)" for arm in arms if (found := self.of(arm))}
+        """Each arm that has runs -> its label with its number of tokens."""
+        found = {arm: runs[0] for arm in arms if (runs := self.runs_of(arm))}
+        return {arm: f"{ARMS[arm].label} ({run.tokens[0]:.3g} tokens)" for arm, run in found.items()}
 
     def over(self, arms: Sequence[str] = FAMILY_ARMS) -> str:
-        """What the intervals of these arms are over."""
+        """Numbers of seeds and images that the intervals of these arms are over."""
         images = f"{len(self.runs[0].probed.examples)} images"
         if self.demonstration:
             return f"{images} ({self.runs[0].steps[0]} steps: a DEMONSTRATION)"
-        counts = sorted({len(found) for arm in arms if (found := self.of(arm))})
+        counts = sorted({len(self.runs_of(arm)) for arm in self.names(arms)})
         seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         return f"{seeds} seed{'s' * (counts[-1] > 1)} and {images}"
 
+    @property
+    def folders(self) -> list[Path]:
+        """One run of `01_pretrain` for each arm."""
+        return list({run.arm: run.folder for run in reversed(self.runs)}.values())
+
+    @property
+    def text_only(self) -> float | None:
+        """Mean VQA score of a model of the questions only; None in a demonstration."""
+        return None if self.demonstration else float(np.mean([run.learnt["text_only"] for run in self.runs]))
+
     def costs(self) -> pd.DataFrame:
-        """One row for each arm: its visual tokens in the mean, and `FamilyRun.costs`."""
-        first = {ARMS[arm].label: self.of(arm)[0] for arm in ARMS if self.of(arm)}
+        """One row for each arm: its mean number of visual tokens, and `FamilyRun.costs`."""
+        first = {ARMS[arm].label: self.runs_of(arm)[0] for arm in self.names(tuple(ARMS))}
         rows = {label: {"tokens": run.tokens[0], **run.costs} for label, run in first.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -158,24 +178,14 @@ class Compared:
         """One row for each run: `FamilyRun.learnt`, flow from the input to the last layer with its null, and VQA."""
         rows = {
             (ARMS[run.arm].label, run.seed): run.learnt
-            | {"flow": run.probed.from_input[:, -1].mean(), "null": run.probed.null_from_input[:, -1].mean(),
-               "vqa": float(run.score.mean)}
+            | {"flow": run.flow.mean(), "null": run.null.mean(), "vqa": float(run.score.mean)}
             for run in self.runs
-        }  # fmt: skip
+        }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index=["arm", "seed"])
 
-    @property
-    def text_alone(self) -> float | None:
-        """What questions alone reach in VQA; None in a demonstration."""
-        told = [run.learnt["text_alone"] for run in self.runs if "text_alone" in run.learnt]
-        return float(np.mean(told)) if told else None
-
     def curves(self, quantity: str) -> dict[str, Interval]:
-        """Of each family, by layer: `from_input`, `within_layer` or a null of theirs (Fig. 3, 4), `nmi` (Fig. 5)."""
-        return {
-            name: over_seeds([getattr(run.probed, quantity) for run in self.of(arm)])
-            for arm, name in self.names().items()
-        }
+        """A property of `Probed` by layer for each family, such as `from_input` (Fig. 3) or `nmi` (Fig. 5)."""
+        return self._by_name(lambda runs: over_seeds([getattr(run.probed, quantity) for run in runs]), FAMILY_ARMS)
 
     def nulls(self, quantity: str) -> dict[str, np.ndarray]:
         """Means of `null_from_input` or `null_within_layer`, (layer,)."""
@@ -183,73 +193,66 @@ class Compared:
 
     def last_nulls(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, float]:
         """Flow from the input to the last layer under uniform attention."""
-        return {
-            name: float(np.mean([run.probed.null_from_input[:, -1].mean() for run in self.of(arm)]))
-            for arm, name in self.names(arms).items()
-        }
-
-    @property
-    def folders(self) -> list[Path]:
-        """One run of `01_pretrain` of each arm."""
-        return list({run.arm: run.folder for run in reversed(self.runs)}.values())
+        return self._by_name(lambda runs: float(np.mean([run.null.mean() for run in runs])), arms)
 
     def scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, tuple[Interval, Interval]]:
-        """Flow from the input to the last layer, and the score downstream."""
-        return {
-            name: (over_seeds([run.probed.from_input[:, -1] for run in self.of(arm)]), _score(self.of(arm)))
-            for arm, name in self.names(arms).items()
-        }
+        """Flow from the input to the last layer, and the VQA score."""
+        return self._by_name(lambda runs: (over_seeds([run.flow for run in runs]), _score(runs)), arms)
 
     def single_scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, list[tuple[float, float]]]:
-        """The same of each seed."""
-        return {
-            name: [(run.probed.from_input[:, -1].mean(), float(run.score.mean)) for run in self.of(arm)]
-            for arm, name in self.names(arms).items()
-        }
+        """The same for each seed."""
+        return self._by_name(lambda runs: [(run.flow.mean(), float(run.score.mean)) for run in runs], arms)
 
     def table_5(self) -> pd.DataFrame:
-        """The paper's Table 5 at this size: what an arm costs, F^{1,L} with its null, and VQA."""
-        rows = []
+        """The paper's Table 5 at this size: cost of an arm, F^{1,L} with its null, and VQA."""
+        rows = {}
         nulls, scores = self.last_nulls(TABLE_5), self.scores(TABLE_5)
         for arm, name in self.names(TABLE_5).items():
-            flow, score = scores[name]
-            rows.append(
-                {"arm": ARMS[arm].label, "visual parameters": self.of(arm)[0].costs["visual_parameters"],
-                 "visual multiply-adds": self.of(arm)[0].costs["visual_multiply_adds"],
-                 "tokens": self.of(arm)[0].tokens[0], **flatten({"flow": flow}), "null": nulls[name],
-                 **flatten({"vqa": score}), "seeds": len(self.of(arm))}
-            )  # fmt: skip
-        return pd.DataFrame(rows).set_index("arm") if rows else pd.DataFrame()
+            runs = self.runs_of(arm)
+            rows[ARMS[arm].label] = {
+                "visual parameters": runs[0].costs["visual_parameters"],
+                "visual multiply-adds": runs[0].costs["visual_multiply_adds"],
+                "tokens": runs[0].tokens[0],
+                **flatten({"flow": scores[name][0]}),
+                "null": nulls[name],
+                **flatten({"vqa": scores[name][1]}),
+                "seeds": len(runs),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
+
+    def _by_name(self, measure: Callable[[list[FamilyRun]], Any], arms: Sequence[str]) -> dict[str, Any]:
+        return {name: measure(self.runs_of(arm)) for arm, name in self.names(arms).items()}
 
 
 def _score(runs: Sequence[FamilyRun]) -> Interval:
-    """As `over_seeds`; the variance over questions is read off each run's own interval."""
-    own = np.mean([((run.score.high - run.score.low) / 3.92) ** 2 for run in runs])
-    return seeds_and_samples_interval(np.array([float(run.score.mean) for run in runs]), own)
+    """Interval over seeds and questions; the variance over questions comes from each run's own interval."""
+    variance = np.mean([((run.score.high - run.score.low) / 3.92) ** 2 for run in runs])
+    return seeds_and_samples_interval(np.array([float(run.score.mean) for run in runs]), variance)
 
 
-# --------------------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------ the runs to make
 
 
 def calls(settings: FamilyRunsSettings) -> list[str]:
-    """The commands that make the runs, in their order; each goes on where it was stopped."""
+    """The commands that make the runs, in order. Each continues where it was stopped."""
     root, prefix = runs_root(), settings.prefix
+    regions, deep = root / "regions" / prefix, root / "09_visual_init" / f"{prefix}-deep"
+    taught = {"visual": "grid", "images": 0, "epochs": DEEPER_PASSES, "checkpoint_every": 200, "overrides": DEEPER}
+    lines = [
+        ["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)],
+        _call("09_visual_init", deep.name, **taught),
+    ]
     length = {"steps": settings.length, "checkpoint_every": 200}
-    regions = root / "regions" / prefix
-    lines = [["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)]]
-    lines.append(_call("09_visual_init", f"{prefix}-deep", visual="grid", images=0, epochs=DEEPER_PASSES,
-                       checkpoint_every=200, overrides=DEEPER))  # fmt: skip
     for seed in range(settings.seeds):
         for key, arm in ARMS.items():
             name = f"{prefix}-{key}-{seed}"
-            more: dict[str, Any] = {"overrides": arm.overrides}
+            trained = {"visual": arm.visual, "masking": arm.masking, "seed": seed, **length, "overrides": arm.overrides}
             if arm.start:
-                file = root / "09_visual_init" / f"{prefix}-{arm.start}" / "checkpoint" / "visual.safetensors"
-                more["init_visual"] = str(file)
+                start = deep.with_name(f"{prefix}-{arm.start}")
+                trained["init_visual"] = str(start / "checkpoint" / "visual.safetensors")
             if not FAMILIES[arm.visual].pixels:
-                more["regions"] = str(regions)
-            lines.append(_call("01_pretrain", name, visual=arm.visual, masking=arm.masking, seed=seed, **length,
-                               **more))  # fmt: skip
+                trained["regions"] = str(regions)
+            lines.append(_call("01_pretrain", name, **trained))
             lines.append(_call("02_probe", name, checkpoint=name, images=PROBED))
             lines.append(_call("04_finetune", name, task="vqa", checkpoint=name, seed=seed, **length))
     return [shlex.join(line) for line in lines]
@@ -261,41 +264,36 @@ def _call(notebook: str, name: str, **parameters: Any) -> list[str]:
     return ["vpw", "run", notebook, "--name", name, *(part for pair in pairs for part in pair)]
 
 
-def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
-    """The finished runs of `calls`; where there is none, a demonstration of a few steps in the run's folder.
+# ------------------------------------------------------------------------------------------------- the runs found
 
-    Raises
-    ------
-    SettingsError
-        For runs that were probed on different pictures, or trained for different lengths; for a folder given that has
-        none.
+
+def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
+    """The finished runs of `calls`; without any, a demonstration of a few steps in the run's folder.
+
+    A `SettingsError` says why runs cannot be compared: other pictures, other numbers of steps, no family among them.
     """
     root = Path(settings.runs).expanduser() if settings.runs else runs_root()
-    runs = found_runs(settings.prefix, root)
+    runs, prefix = found_runs(settings.prefix, root), settings.prefix
     if settings.runs and not runs:
         raise SettingsError(
-            f"runs: {root} holds no finished runs called {settings.prefix}-ARM-SEED, in folders 01_pretrain, 02_probe "
-            "and 04_finetune; leave it empty for those of this workbench"
+            f"runs: {root} holds no finished runs called {prefix}-ARM-SEED in 01_pretrain, 02_probe and 04_finetune; "
+            "leave it empty for the runs of this workbench"
         )
+    if not runs:
+        return Compared(tuple(demonstrate(settings, run.folder / "demonstration", progress=run.progress)), True)
     if len({run.probed.examples for run in runs}) > 1:
-        raise SettingsError(f"prefix {settings.prefix!r}: its runs of 02_probe read different pictures; see `calls`")
+        raise SettingsError(f"prefix {prefix!r}: its runs of 02_probe read different pictures; see `calls`")
     if len(lengths := {run.steps for run in runs}) > 1:
-        raise SettingsError(
-            f"prefix {settings.prefix!r}: its runs were pre-trained and fine-tuned for different numbers of steps "
-            f"({', '.join(map(str, sorted(lengths)))}); see `calls`"
-        )
-    if runs and not {one.arm for one in runs} & set(FAMILY_ARMS):
-        raise SettingsError(
-            f"prefix {settings.prefix!r}: its finished runs are of Table 5's arms alone, none is of a family, as "
-            f"{settings.prefix}-{FAMILY_ARMS[0]}-0 would be; see `calls`"
-        )
-    if runs:
-        return Compared(tuple(runs))
-    return Compared(tuple(demonstrate(settings, run.folder / "demonstration", progress=run.progress)), True)
+        steps = ", ".join(map(str, sorted(lengths)))
+        raise SettingsError(f"prefix {prefix!r}: its runs have different numbers of steps ({steps}); see `calls`")
+    if not {run.arm for run in runs} & set(FAMILY_ARMS):
+        wanted = f"{prefix}-{FAMILY_ARMS[0]}-0"
+        raise SettingsError(f"prefix {prefix!r}: it has runs of Table 5 only, none of a family such as {wanted}")
+    return Compared(tuple(runs))
 
 
 def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
-    """Arms and seeds that are pre-trained, probed and fine-tuned to the end; of summaries, no model is opened.
+    """Arms and seeds that are pre-trained, probed and fine-tuned, from their summaries: no model is opened.
 
     `root` holds the folders of the notebooks.
     """
@@ -305,40 +303,38 @@ def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
             seed = re.fullmatch(rf"{re.escape(prefix)}-{arm}-(\d+)", folder.name)
             places = [root / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
             if seed and all((place / "summary.json").exists() for place in places):
-                trained = _summary(places[0], *LEARNT)
-                probed = _summary(places[1], "visual_tokens", "words")
-                tuned = _summary(places[2], TEXT_ALONE)
-                score = Interval(*(np.array(tuned[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
-                costs = {name: trained.get(name) for name in Budget._fields} | _taught(root, prefix, ARMS[arm])
-                learnt = {name: trained[name] for name in LEARNT} | {"text_alone": tuned[TEXT_ALONE]["vqa_score"]}
-                runs.append(
-                    FamilyRun(arm, int(seed[1]), places[0], Probed.load(folder / "probes.parquet"), score,
-                              (_steps(places[0]), _steps(places[2])), (probed["visual_tokens"], probed["words"]), costs,
-                              learnt)
-                )  # fmt: skip
+                runs.append(_found_run(arm, int(seed[1]), *places, _recognised(root, prefix, ARMS[arm])))
     return runs
 
 
-def _summary(place: Path, *names: str) -> dict[str, Any]:
-    """What a run has told of itself; these names of all."""
-    summary = read_json(place / "summary.json")
-    if missing := [name for name in names if name not in summary]:
-        raise SettingsError(
-            f"{place}: of an earlier version, without {missing[0]!r} in its summary.json; remove it and run it again"
-        )
-    return summary
+def _found_run(arm: str, seed: int, pretrained: Path, probed: Path, tuned: Path, recognised: dict) -> FamilyRun:
+    learnt, counts, vqa = (read_json(place / "summary.json") for place in (pretrained, probed, tuned))
+    score = Interval(*(np.array(vqa[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
+    text_only = vqa["baseline text only"]["vqa_score"]
+    return FamilyRun(
+        arm,
+        seed,
+        pretrained,
+        Probed.load(probed / "probes.parquet"),
+        score,
+        steps=(_steps(pretrained), _steps(tuned)),
+        tokens=(counts["visual_tokens"], counts["words"]),
+        costs={name: learnt.get(name) for name in Budget._fields} | recognised,
+        learnt={name: learnt[name] for name in LEARNT} | {"text_only": text_only},
+    )
 
 
-def _taught(root: Path, prefix: str, arm: Arm) -> dict[str, float]:
-    """What the run of `09_visual_init`, or of `vpw regions`, says that the visual side begins with."""
-    made = root / "09_visual_init" / f"{prefix}-{arm.start}"
-    if not arm.start:
-        made = shipped_run().with_name(f"09_visual_init-tiny-{arm.visual}")
+def _recognised(root: Path, prefix: str, arm: Arm) -> dict[str, float]:
+    """Colours and shapes that the visual side recognises at its start, from the run that trained it."""
     if not FAMILIES[arm.visual].pixels:
-        made = root / "regions" / prefix
-    if not (made / "summary.json").exists():
+        trained = root / "regions" / prefix
+    elif arm.start:
+        trained = root / "09_visual_init" / f"{prefix}-{arm.start}"
+    else:
+        trained = shipped_run().with_name(f"09_visual_init-tiny-{arm.visual}")
+    if not (trained / "summary.json").exists():
         return {}
-    summary = read_json(made / "summary.json")
+    summary = read_json(trained / "summary.json")
     return {f"taught_{name}": summary[f"{name}_accuracy"] for name in ("colour", "shape")}
 
 
@@ -346,40 +342,51 @@ def _steps(folder: Path) -> int:
     return int(read_json(folder / "config.json")["settings"]["train"]["steps"])
 
 
+# ------------------------------------------------------------------------------------------------- demonstration
+
+
 def demonstrate(
     settings: FamilyRunsSettings, folder: Path, *, progress: Callable[[str, int, int], None] | None = None
 ) -> list[FamilyRun]:
-    """A few steps of each family, from scratch, on a few scenes: the whole way, and no result."""
-    make_regions(
-        folder / "regions",
-        RegionSettings(scenes=FEW_SCENES, width=32, train=TrainSettings(epochs=1, images=32), workers=0),
-        progress=False,
-    )
-    scenes = {f"scenes.{key}": getattr(FEW_SCENES, key) for key in ("images", "val", "test")}
-    short = {"train.images": 8}
+    """A few steps of each family, from scratch, on a few scenes: all stages of a run, but no result."""
+    train = TrainSettings(epochs=1, images=32)
+    region_settings = RegionSettings(scenes=FEW_SCENES, width=32, train=train, workers=0)
+    make_regions(folder / "regions", region_settings, progress=False)
     runs = []
     for number, arm in enumerate(FAMILY_ARMS):
-        settings_of = pretrain_settings(
-            visual=ARMS[arm].visual, masking=ARMS[arm].masking, init_visual="", steps=settings.steps,
-            regions="" if FAMILIES[ARMS[arm].visual].pixels else str(folder / "regions"),
-            overrides=short | ARMS[arm].overrides | {f"data.{key}": value for key, value in scenes.items()}
-            | {"data.workers": 0},
-        )  # fmt: skip
-        run = open_folder(folder / arm, "01_pretrain", settings_of)
-        prepared = prepare(settings_of)
-        pretrain(run, prepared, settings_of)
-        probed = probe(prepared.model, prepared.splits["val"], images=settings.images)
-        task = finetune_settings(
-            checkpoint=str(run.folder), steps=settings.steps,
-            overrides=short | scenes | {"workers": 0, "answer_count": 2},
-        )  # fmt: skip
-        asked = prepare_task(task)
-        finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", task), asked, task)
-        score = evaluate_task(asked.model, asked.splits["val"]).interval()
-        subject = load(str(run.folder))
-        tokens = token_counts(subject, [picture for picture in prepared.splits["val"] if picture.captions])
-        runs.append(FamilyRun(arm, 0, run.folder, probed, score, (settings.steps, settings.steps), tokens,
-                              budget(prepared.model)._asdict(), {}))  # fmt: skip
+        runs.append(_short_run(settings, arm, folder))
         if progress:
             progress("demonstration", number + 1, len(FAMILY_ARMS))
     return runs
+
+
+def _short_run(settings: FamilyRunsSettings, arm: str, folder: Path) -> FamilyRun:
+    scenes = {f"scenes.{key}": getattr(FEW_SCENES, key) for key in ("images", "val", "test")}
+    overrides = {"train.images": 8, **ARMS[arm].overrides, **{f"data.{key}": value for key, value in scenes.items()}}
+    trained = pretrain_settings(
+        visual=ARMS[arm].visual,
+        masking=ARMS[arm].masking,
+        init_visual="",
+        steps=settings.steps,
+        regions="" if FAMILIES[ARMS[arm].visual].pixels else str(folder / "regions"),
+        overrides=overrides | {"data.workers": 0},
+    )
+    run, prepared = open_folder(folder / arm, "01_pretrain", trained), prepare(trained)
+    pretrain(run, prepared, trained)
+    held_out = prepared.splits["val"]
+    probed = probe(prepared.model, held_out, images=settings.images)
+    overrides = {"train.images": 8, **scenes, "workers": 0, "answer_count": 2}
+    tuned = finetune_settings(checkpoint=str(run.folder), steps=settings.steps, overrides=overrides)
+    task = prepare_task(tuned)
+    finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", tuned), task, tuned)
+    return FamilyRun(
+        arm,
+        0,
+        run.folder,
+        probed,
+        evaluate_task(task.model, task.splits["val"]).interval(),
+        steps=(settings.steps, settings.steps),
+        tokens=token_counts(load(str(run.folder)), [picture for picture in held_out if picture.captions]),
+        costs=budget(prepared.model)._asdict(),
+        learnt={},
+    )
