@@ -1,4 +1,4 @@
-"""`docs/paper_to_code.md`, `docs/systems.md` and the README name only what is there, and the paper is covered."""
+"""README and docs name only what exists: links, commands, settings, functions and tests; their examples run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+import time
 from functools import cache, reduce
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,7 @@ import pytest
 import typer
 from pydantic import BaseModel
 
+import vpworkbench as vpw
 from vpworkbench.cli import app
 from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings
@@ -36,12 +40,12 @@ class Row(NamedTuple):
     tests: str
 
 
-def table_rows(page: str) -> list[list[str]]:
-    """Cells of the tables with six columns, headings too; a page's other tables have two."""
+def table_rows(page: str, columns: int = 6) -> list[list[str]]:
+    """Cells of the tables with this number of columns, headings too; a page's other tables have two."""
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    assert {len(line) for line in lines} == {2, 6}, "a table has a row of another length"
-    return [[cell.strip() for cell in line] for line in lines if len(line) == 6]
+    assert {len(line) for line in lines} <= {2, columns}, "a table has a row of another length"
+    return [[cell.strip() for cell in line] for line in lines if len(line) == columns]
 
 
 def rows() -> list[Row]:
@@ -76,12 +80,22 @@ def leaves(settings: BaseModel, prefix: str = "") -> set[str]:
     return found
 
 
-def test_every_test_exists():
-    names = all_named("tests")
+def assert_tests_exist(names: list[str]) -> None:
     for name in names:
         file, _, function = name.partition("::")
         assert function in functions_of(file), name
+
+
+def test_every_test_exists():
+    names = all_named("tests")
+    assert_tests_exist(names)
     assert len(names) > 50
+
+
+def test_every_format_has_a_test():
+    formats = table_rows("formats.md", columns=4)[2:]
+    assert len(formats) >= 9 and all(named(tests) for *_, tests in formats)
+    assert_tests_exist([name for *_, tests in formats for name in named(tests)])
 
 
 def test_every_function_exists():
@@ -96,11 +110,12 @@ def test_every_function_exists():
     assert len(names) > 50
 
 
+KINDS_OF_SETTINGS = (PretrainSettings, VisualInitSettings, ProbeSettings, CompareSettings)
+KEYS = set().union(*(leaves(kind()) for kind in KINDS_OF_SETTINGS), leaves(finetune_settings(task="retrieval")))
+
+
 def test_every_config_key_exists():
-    kinds = (PretrainSettings, VisualInitSettings, ProbeSettings, CompareSettings)
-    valid = set().union(*(leaves(kind()) for kind in kinds), leaves(finetune_settings(task="retrieval")))
-    unknown = set(all_named("keys")) - valid
-    assert not unknown
+    assert set(all_named("keys")) <= KEYS
 
 
 @pytest.mark.parametrize("kind, count", [("Eq.", 10), ("Fig.", 5), ("Table", 6)])
@@ -116,11 +131,11 @@ def test_a_row_says_where_it_lives():
         assert named(row.keys) + named(row.tests), row
 
 
-SYSTEMS = (
-    "SOHO", "UNITER", "ViLT", "Pixel-BERT", "VisualBERT", "LXMERT", "ViLBERT", "VL-BERT", "Unified VLP", "Unicoder-VL",
-    "BUTD", "MUTAN", "MAC", "MaxEnt", "CNN+RNN", "EVE", "e-SNLI-VE-2.0", "VSE++", "SCAN", "Text Only", "Image Only",
-    "R50", "R101",
-)  # fmt: skip
+SYSTEMS = {
+    *("SOHO", "UNITER", "ViLT", "Pixel-BERT", "VisualBERT", "LXMERT", "ViLBERT", "VL-BERT", "Unified VLP"),
+    *("Unicoder-VL", "BUTD", "MUTAN", "MAC", "MaxEnt", "CNN+RNN", "EVE", "e-SNLI-VE-2.0", "VSE++", "SCAN"),
+    *("Text Only", "Image Only", "R50", "R101"),
+}
 KINDS = {"trained", "probed", "baseline", "not available"}
 
 
@@ -140,7 +155,7 @@ def systems() -> list[System]:
 
 
 def test_every_system_of_the_paper_has_a_row():
-    assert {system.name for system in systems()} == set(SYSTEMS)
+    assert {system.name for system in systems()} == SYSTEMS
     assert {system.kind for system in systems()} == KINDS
 
 
@@ -149,9 +164,7 @@ def test_what_is_said_of_a_system_runs(system):
     """Its commands are what `vpw run` and `vpw regions` accept, its tests are there; what is not available says why."""
     commands, tests = named(system.command), named(system.tests)
     assert bool(commands) == bool(tests) == (system.kind != "not available") and len(system.says) > 40
-    for name in tests:
-        file, _, function = name.partition("::")
-        assert function in functions_of(file), name
+    assert_tests_exist(tests)
     for command in commands:
         program, verb, *arguments = shlex.split(command)
         if verb == "regions":
@@ -164,16 +177,96 @@ def test_what_is_said_of_a_system_runs(system):
         assert check_parameters(notebook, defaults, given) is not None
 
 
-def test_the_readme_names_make_targets_that_are_there():
-    readme = REPOSITORY / "README.md"
-    if not readme.exists():
-        pytest.skip("no README.md")
+# --------------------------------------------------------------------------------------- all pages, and their code
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def code(page: Path) -> list[str]:
+    """Lines of code blocks, and code in sentences."""
+    text = page.read_text(encoding="utf-8")
+    inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    lines = [line for block in blocks(page, r"\w*") for line in block.splitlines()]
+    return lines + [" ".join(words.split()) for words in inline]
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in (link for link in links if not link.startswith("https://")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@every_page
+def test_every_make_target_and_public_name_exists(page):
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z][\w-]*):", makefile, flags=re.MULTILINE))
-    text = readme.read_text(encoding="utf-8")
-    code = re.findall(r"^```.*?^```", text, flags=re.MULTILINE | re.DOTALL) + re.findall(r"`[^`\n]+`", text)
-    named_there = {target for part in code for target in re.findall(r"\bmake ([a-z][\w-]*)", part)}
-    assert named_there <= targets
+    targets = set(re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)[0].split())
+    assert {target for line in code(page) for target in re.findall(r"\bmake ([a-z][\w-]*)", line)} <= targets
+    assert {name for line in code(page) for name in re.findall(r"\bvpw\.([a-zA-Z]\w*)", line)} <= set(vpw.__all__)
+
+
+@every_page
+def test_every_command_is_accepted(page):
+    """Verbs and options exist; the parameters of a run are those of its notebook."""
+    verbs = typer.main.get_command(app).commands
+    for line in code(page):
+        for command in re.findall(r"^vpw [a-z].*", line.replace("[", "").replace("]", "").replace("&&", "#")):
+            _, verb, *words = shlex.split(command, comments=True)
+            options = {option for parameter in verbs[verb].params for option in parameter.opts}
+            assert {word for word in words if re.match(r"--?[a-z]", word)} <= options, command
+            if verb == "run" and words and words[0] != "NAME":
+                known = notebook_parameters(find_notebook(words[0]))
+                assert {name for flag, name in zip(words, words[1:], strict=False) if flag == "-p"} <= known.keys()
+
+
+@every_page
+def test_every_setting_exists(page):
+    sections = {key.partition(".")[0] for key in KEYS if "." in key}
+    words = {
+        word for line in code(page) for word in re.findall(r"^[a-z_]+\.[a-z_]+$|(?<=\")[a-z_]+\.[a-z_]+(?=\":)", line)
+    }
+    assert {word for word in words if word.partition(".")[0] in sections} <= KEYS | {"train.json", "model.budget"}
+
+
+@every_page
+def test_python_examples_import_names_that_exist(page):
+    for block in blocks(page, "python"):
+        imports = [node for node in ast.parse(block).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), str(page), "exec"), {})
+
+
+def run_example(example: str) -> str:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", example], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    print(f"{time.monotonic() - began:.1f} s")
+    return done.stdout
+
+
+def test_the_first_example_of_the_readme_runs():
+    """It prints the flow of the shipped model and that of uniform attention."""
+    flow, null = re.findall(r"\[([\d. ]+)\]", run_example(blocks(REPOSITORY / "README.md", "python")[0]))
+    assert all(float(one) > float(other) > 0 for one, other in zip(flow.split(), null.split(), strict=True))
+
+
+def test_masks_on_objects_are_measured_as_the_results_say():
+    """Fewer scenes than there; the shares of their three visual sides are printed in the order of the table."""
+    (example,) = (block for block in blocks(REPOSITORY / "docs" / "results.md", "python") if "mask_shares" in block)
+    shares = re.findall(r"^rows: ([\d.]+)%", run_example(example.replace("val=400", "val=12")), flags=re.MULTILINE)
+    assert len(shares) == 3 and float(shares[0]) > float(shares[2])
 
 
 def test_what_visual_sides_were_taught_is_what_their_runs_say():
