@@ -1,7 +1,4 @@
-"""One image and its sentence taken apart: tokens, parsing attention, masks, where a word looks, answers.
-
-What the tour shows and the explorer touches; figures draw it.
-"""
+"""One image and its sentence taken apart, for the tour: tokens, parsing attention, masks, words, answers."""
 
 from __future__ import annotations
 
@@ -47,13 +44,13 @@ class Example(NamedTuple):
     boxes : float array, (vision, 4)
         x0 y0 x1 y1 of each token, as shares of the image.
     grid : int
-        Places on a side: tokens, or, of regions, places that their boxes are drawn over.
+        Places per side: tokens, or for regions the raster on which their boxes are drawn.
     parsing : float array, (vision, vision), or None
         Parsing attention, averaged over heads, rows sum to 1; None in families without one.
     pick : int
         The place of the token that all masks hide first.
     masks : dict of bool array, (place,)
-        `attention` where there is a parsing attention, and `random`; of the same budget.
+        `attention` if there is a parsing attention, and `random`; both with the same budget.
     words : list of str
     word_attention : float array, (word, place)
         Attention of each word to the visual tokens in the last layer, averaged over heads.
@@ -71,7 +68,7 @@ class Example(NamedTuple):
 
 @torch.no_grad()
 def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSettings, *, seed: int = 0) -> Example:
-    """Look at every step of the model on one picture and its first sentence."""
+    """Every step of the model on one picture and its first sentence."""
     visual = model.settings.visual
     inputs = prepare(model, [picture], [picture.captions[0]])
     seen = model.visual(inputs.forward["images"])
@@ -106,20 +103,14 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
 
 
 def _place(box: torch.Tensor, side: int) -> int:
-    """Where the middle of a box lies, row by row."""
+    """The place at the middle of a box, counted row by row."""
     column, row = ((box[:2] + box[2:]) / 2 * side).long().clamp(max=side - 1).tolist()
     return row * side + column
 
 
 @torch.no_grad()
 def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) -> torch.Tensor:
-    """Parsing attention averaged over heads; (image, vision, vision) on the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the model's visual family has none.
-    """
+    """Parsing attention averaged over heads; (image, vision, vision) on the CPU."""
     images = prepare(model, pictures, [""] * len(pictures)).forward["images"]
     parsing = model.visual(images).parsing
     if parsing is None:
@@ -136,7 +127,7 @@ def starting_visual(settings: PretrainSettings) -> nn.Module:
 
 @torch.no_grad()
 def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float = ON_OBJECT) -> ObjectShares:
-    """Do masks as large as an object lie on it? For a visual side on pictures whose objects are known.
+    """Share of masks as large as an object that lie on it, on pictures whose objects are known.
 
     The rules are `rows` and `columns` of the parsing attention, averaged over heads, where the family has one; nearest
     by `features`, `colour` and `position`; and `random`.
@@ -187,13 +178,13 @@ def budget_shares(
 def mask_errors(
     model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
 ) -> dict[str, Interval]:
-    """What is left to guess: squared error of MFR (paper Eq. 9) at the hidden tokens, mean over them and channels.
+    """Squared error of MFR (paper Eq. 9) at the hidden tokens, mean over them and channels, with the first caption.
 
     Returns
     -------
     dict
-        `attention` and `random`, by what hides them around the same picks, with each picture's first caption; and
-        `difference`, attention less random by picture. Empty for families without a parsing attention.
+        `attention` and `random`: masks of these modes around the same picks. `difference`: attention minus random,
+        paired by picture. Empty for families without a parsing attention.
     """
     if not model.settings.visual.kind.parsing:
         return {}
@@ -218,12 +209,8 @@ def mask_errors(
 
 
 def answers(model: VisualParsingModel, picture: Picture, others: Sequence[Picture]) -> pd.DataFrame:
-    """What the model says of one image: each text, whether it is true, the probability that it gives."""
-    texts = (
-        list(picture.captions[:3]) + [text for other in others for text in other.captions if picture.denies(text)][:3]
-    )
-    return pd.DataFrame({
-        "text": texts,
-        "true": [text in picture.captions for text in texts],
-        "match": match_probability(model, prepare(model, [picture] * len(texts), texts)).numpy().round(3),
-    })  # fmt: skip
+    """True and false texts about one image, each with the match probability that the model gives it."""
+    false = [text for other in others for text in other.captions if picture.denies(text)]
+    texts = [*picture.captions[:3], *false[:3]]
+    match = match_probability(model, prepare(model, [picture] * len(texts), texts)).numpy().round(3)
+    return pd.DataFrame({"text": texts, "true": [text in picture.captions for text in texts], "match": match})
