@@ -269,7 +269,7 @@ def probe(
     """
     subject = load(subject)
     if pictures is None:
-        pictures = load_held_out(subject.data)
+        pictures = load_held_out(subject.data, images=images)
     chosen = [picture for picture in pictures if picture.captions][:images]
     parts = [chosen[start : start + subject.batch] for start in range(0, len(chosen), subject.batch)]
     batches = (

@@ -43,10 +43,11 @@ def load_splits(settings: DataSettings) -> dict[str, list[Picture]]:
     return splits
 
 
-def load_held_out(settings: DataSettings) -> list[Picture]:
-    """The `val` of `load_splits`. It does not depend on the training scenes, so only one of these is generated."""
-    scenes = settings.scenes.model_copy(update={"images": 1, "test": 0})
-    return load_splits(settings.model_copy(update={"scenes": scenes}))["val"]
+def load_held_out(settings: DataSettings, *, images: int | None = None) -> list[Picture]:
+    """The `val` of `load_splits`, or its first pictures. Of generated scenes only these are made, and one to train."""
+    count = settings.scenes.val if images is None else min(images, settings.scenes.val)
+    scenes = settings.scenes.model_copy(update={"images": 1, "val": count, "test": 0})
+    return load_splits(settings.model_copy(update={"scenes": scenes}))["val"][:images]
 
 
 def evaluation_records(path: str | Path, *, images: Places = ()) -> list[Record]:
