@@ -234,11 +234,11 @@ def test_every_command_is_accepted(page):
 
 @every_page
 def test_every_setting_exists(page):
+    """Dotted names in backticks, and the keys of overrides."""
+    dotted = re.compile(r"^[a-z_]+\.[a-z_]+$|(?<=\")[a-z_]+\.[a-z_]+(?=\":)")
+    names = {name for line in code(page) for name in dotted.findall(line)} - {"train.json", "model.budget"}
     sections = {key.partition(".")[0] for key in KEYS if "." in key}
-    words = {
-        word for line in code(page) for word in re.findall(r"^[a-z_]+\.[a-z_]+$|(?<=\")[a-z_]+\.[a-z_]+(?=\":)", line)
-    }
-    assert {word for word in words if word.partition(".")[0] in sections} <= KEYS | {"train.json", "model.budget"}
+    assert {name for name in names if name.partition(".")[0] in sections} <= KEYS
 
 
 @every_page
@@ -276,5 +276,19 @@ def test_what_visual_sides_were_taught_is_what_their_runs_say():
     assert [row[0] for row in rows] == ["swin", "grid", "patch"]
     for _, folder, colours, shapes in rows:
         summary = json.loads((REPOSITORY / folder / "summary.json").read_text(encoding="utf-8"))
-        told = [f"{summary[f'{name}_accuracy']:.1%}" for name in ("colour", "shape")]
-        assert told == [f"{colours}%", f"{shapes}%"], folder
+        measured = [f"{summary[f'{name}_accuracy']:.1%}" for name in ("colour", "shape")]
+        assert measured == [f"{colours}%", f"{shapes}%"], folder
+
+
+def test_scores_of_tasks_are_those_of_their_runs():
+    """Intervals on validation and test, from the summaries in the gallery."""
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    row = r"^\| .*\]\(\.\./(papermill_runs/gallery/04_finetune-[\w-]+)/04_finetune\.ipynb\)\) \| ([^|]+) \| ([^|]+) \|"
+    rows = re.findall(row, text, flags=re.MULTILINE)
+    assert len(rows) == 6
+    for folder, *printed in rows:
+        summary = json.loads((REPOSITORY / folder / "summary.json").read_text(encoding="utf-8"))
+        (metric,) = {"vqa_score", "accuracy", "mean_recall"} & summary.keys()
+        for part, interval in zip((summary, summary["test"]), printed, strict=True):
+            mean, low, high = (f"{part[name]:.3f}" for name in (metric, f"{metric}_low", f"{metric}_high"))
+            assert interval == f"{mean} [{low}, {high}]", folder
