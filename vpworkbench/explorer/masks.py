@@ -52,14 +52,14 @@ class MasksView(View):
         super().__init__()
         self.pick, self._draw, self._delayed = -1, 0, Delayed()
         self.k = ipywidgets.IntSlider(
-            2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "220px"}
+            2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "300px"}
         )
         self.fit = ipywidgets.Button(
             description="k = its object", tooltip="a mask as large as the picked object", layout={"width": "115px"}
         )
         tooltips = ["what the pick attends to", "what attends to the pick", "both"]
         self.select = ipywidgets.ToggleButtons(
-            options=["row", "column", "symmetric"], tooltips=tooltips, style={"button_width": "84px"}
+            options=["row", "column", "symmetric"], tooltips=tooltips, style={"button_width": "95px"}
         )
         self.head = ipywidgets.Dropdown(options=_head_options(0), layout={"width": "125px"})
         self.again = ipywidgets.Button(
@@ -192,8 +192,8 @@ class MasksView(View):
                 self.errors.append(_empty_panels(["shade"] * len(masks), masks))
             for panel in [*self.panels, *self.errors]:
                 panel.observe(self._token_picked, "picked")
-        controls = row(self.k, self.fit, self.select, self.head, self.again)
-        self.widget.children = (self.status, controls, *self.panels, self.numbers, *self.errors)
+        controls = row(self.k, self.fit, self.again), row(self.select, self.head)
+        self.widget.children = (self.status, *controls, *self.panels, self.numbers, *self.errors)
 
     def _drop_panels(self) -> None:
         for panel in [*self.panels, *self.errors]:
