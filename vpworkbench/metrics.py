@@ -141,7 +141,7 @@ def recall_at(scores: ArrayLike, relevant: ArrayLike, cutoffs: Sequence[int] = (
 
     Notes
     -----
-    A tie counts against the model: a relevant candidate stands behind all others of its score.
+    A tie counts against the model: a relevant candidate ranks after all others with the same score.
     """
     scores, relevant = np.asarray(scores, dtype=np.float32), np.asarray(relevant, dtype=bool)
     if scores.shape != relevant.shape or not relevant.any(axis=1).all():

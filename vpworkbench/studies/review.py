@@ -34,7 +34,7 @@ def review(
     Parameters
     ----------
     result
-        Of the model on the same examples.
+        The scores of the model on the same examples.
     """
     if isinstance(result, RetrievalResult):
         examples, predicted, scores = _searches(examples, result)
