@@ -327,7 +327,7 @@ def settings(place: Place) -> Results:
     old_keys = {new: old for old, new in RENAMED_SETTINGS.items()}
     for kind, chosen in ((kind, chosen) for kind, choices in combinations.items() for chosen in choices):
         name = " ".join([kind, *map(str, leaves(chosen))])
-        for key, value in leaves(found(kind)(**chosen).model_dump(mode="json")):
+        for key, value in leaves(plain(found(kind)(**chosen))):
             yield f"{name}/{old_keys.get(key, key)}", value
 
 
@@ -588,6 +588,8 @@ def plain(value: Any) -> Any:
         return plain(value.to_dict("list"))
     if dataclasses.is_dataclass(value):
         return [plain(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    if fields := getattr(type(value), "model_fields", None):  # settings; a dump may leave out defaults
+        return {name: plain(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
