@@ -326,7 +326,7 @@ def settings(place: Place) -> Results:
     }
     old_keys = {new: old for old, new in RENAMED_SETTINGS.items()}
     for kind, chosen in ((kind, chosen) for kind, choices in combinations.items() for chosen in choices):
-        name = " ".join([kind, *map(str, leaves(chosen))])
+        name = " ".join([kind, *(f"{key}={value}" for key, value in leaves(chosen) if key)])
         for key, value in leaves(plain(found(kind)(**chosen))):
             yield f"{name}/{old_keys.get(key, key)}", value
 
