@@ -125,7 +125,10 @@ def test_ours_and_transformers_on_the_same_pictures(vilt, llava, scenes, tmp_pat
     table = compare.table(probed, counts)
     assert list(table.index) == list(probed)
     assert table.loc["shipped", "flow"] == pytest.approx(probed["shipped"].from_input[:, -1].mean())
-    assert (table["flow_low"] <= table["flow"]).all() and (table["excess"] > 0).all()
+    for name, one in probed.items():  # of the span from the input to the last layer, and of no other
+        assert table.loc[name, "excess"] == pytest.approx((one.flow / one.null)[:, 0, -1].mean())
+        assert table.loc[name, "null"] == pytest.approx(one.null[:, 0, -1].mean())
+    assert (table["flow_low"] <= table["flow"]).all()
     assert set(compare.means(probed)["model"]) == set(probed)
 
 
