@@ -354,7 +354,7 @@ def test_a_learned_position_is_trained_and_saved(scenes, tmp_path):
 
 def test_regions_have_boxes_in_the_place_of_positions():
     for setting in ({"sampled": 4}, {"position": "learned"}):
-        with pytest.raises(SettingsError, match="boxes in the place of positions"):
+        with pytest.raises(SettingsError, match="embeds boxes: sampled must be 0"):
             checked(VisualSettings, {"family": "regions"} | setting)
 
 
@@ -602,7 +602,7 @@ def test_what_regions_need_is_asked_before_any_work(tmp_path):
         with pytest.raises(DataError, match=r"^visual.region_files '.*': no such folder or tsv; give"):
             prepare(settings)
         assert not scenes_folder(settings.data.scenes).exists()
-    with pytest.raises(SettingsError, match="^init_visual: the features of 'regions' are given"):
+    with pytest.raises(SettingsError, match="^init_visual: visual 'regions' reads given features"):
         pretrain_settings(visual="regions", regions=str(tmp_path), init_visual="scenes")
     with pytest.raises(SettingsError, match="^regions: visual 'swin' reads pixels"):
         pretrain_settings(overrides={"visual.region_files": str(tmp_path)})

@@ -602,7 +602,7 @@ import copy
 import torch
 
 from vpworkbench.explorer import explore
-from vpworkbench.train.pretrain import load_run
+from vpworkbench.subjects import load_run
 
 model, _ = load_run()
 other = copy.deepcopy(model)

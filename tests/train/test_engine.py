@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import resource
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def run_of(scenes, name: str, stop_after: int | None = None, **train):
     run, model = open_run("01_pretrain", chosen, name=name), narrow_model(scenes)
     batches = group_batches(scenes, model, chosen.data, images=8, seed=0)
     if stop_after is not None:
-        log, original = [], batches._pixels
+        log, original = [], batches.inputs.stack
 
         def pixels(*arguments):
             log.append(1)
@@ -163,7 +164,7 @@ def run_of(scenes, name: str, stop_after: int | None = None, **train):
                 raise KeyboardInterrupt
             return original(*arguments)
 
-        batches._pixels = pixels
+        batches.inputs = SimpleNamespace(stack=pixels)
         with pytest.raises(KeyboardInterrupt):
             fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
     else:
@@ -304,7 +305,7 @@ def test_what_a_worker_cannot_read_is_named(scenes_folder, tmp_path):
     broken = [dataclasses.replace(one, image=dataclasses.replace(one.image, folder=tmp_path / "cut")) for one in scenes]
     chosen, model = settings(), narrow_model(scenes)
     batches = group_batches(broken, model, chosen.data, images=8, seed=0)
-    with pytest.raises(DataError, match=r"\A\S*cut/\S+\.(png|jpg): cannot be decoded \(.*\); restore it[^\n]*\Z"):
+    with pytest.raises(DataError, match=r"\A\S*cut/\S+\.(png|jpg): cannot be decoded \(.*\); replace it[^\n]*\Z"):
         fit(
             model,
             Pretraining(chosen),

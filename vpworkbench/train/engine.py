@@ -115,9 +115,9 @@ class _Training:
             self.checkpoints.clean()
         self.done, self.sums = self.checkpoints.load(self.model, self.optimiser, self.processes.device)
         self.processes.wait()
-        if main:
+        if main and self.done < self.total:  # a complete run is left as it is
             self.run.truncate_metrics(self.done)
-        else:
+        if not main:
             self.sums = {}  # the checkpoint has the sums of all processes: the main one continues them
         self.guard = LossGuard(self.run, self.batches.sampler, self.objective.weights, self.processes.device)
 
