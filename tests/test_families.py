@@ -611,7 +611,7 @@ def test_what_regions_need_is_asked_before_any_work(tmp_path):
     (tmp_path / "config.json").write_text("[1]")  # of something else
     assert pretrain_settings(visual="regions", regions=str(tmp_path)).visual.region_width == 2048
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SettingsError, match=r"^regions: .*config.json is no json"):
+    with pytest.raises(SettingsError, match=r"^regions: .*config.json cannot be read"):
         pretrain_settings(visual="regions", regions=str(tmp_path))
 
 
