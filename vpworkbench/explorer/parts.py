@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ WIDTH = 800  # pixels: fits beside the file browser of a 1280-pixel JupyterLab, 
 IMAGE_PX = 480  # longest side of an image in the page
 
 
-class View:
+class View(ABC):
     """One tab of the explorer.
 
     Attributes
@@ -41,17 +42,17 @@ class View:
         self.changed: Callable[[], None] = lambda: None
         self._is_quiet = False
 
+    @abstractmethod
     def show(self, readings: Sequence[Reading]) -> None:
         """Show new readings; what the user has chosen stays if it still exists."""
-        raise NotImplementedError
 
     def code(self) -> str:
         """The call that recreates the view; empty if there is none."""
         return ""
 
+    @abstractmethod
     def tables(self) -> dict[str, pd.DataFrame]:
         """The numbers of the view, by name."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Free what the view holds."""
