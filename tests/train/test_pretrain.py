@@ -148,7 +148,7 @@ def test_held_out_words_are_colours_and_shapes(model, scenes):
 def test_the_shipped_model_has_learnt_to_look():
     """Fresh held-out scenes: lower 95% bounds of ITM accuracy >= 0.90 and of the MLM ratio >= 4."""
     model, settings = load_run()
-    scenes = SceneSettings(**settings.data.scenes.model_dump() | {"images": 2, "val": 500, "test": 2, "seed": 1_000})
+    scenes = SceneSettings(**settings.data.scenes.model_dump() | {"images": 2, "val": 192, "test": 2, "seed": 1_000})
     pictures = [
         p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes, progress=False)) if p.split == "val"
     ]
