@@ -78,6 +78,9 @@ def test_a_short_run_generates_no_more_scenes_than_it_sees():
     assert pretrain_settings(steps=40).data.scenes.images == 1_000  # 640 are seen
     assert finetune_settings(steps=40).scenes.images == 2_000
     assert pretrain_settings(steps=40, overrides={"data.scenes.images": 7}).data.scenes.images == 7
+    assert pretrain_settings(steps=40).data.scenes.val == finetune_settings(steps=40).scenes.test == 100
+    assert pretrain_settings(steps=40, overrides={"data.scenes.val": 300}).data.scenes.val == 300
+    assert pretrain_settings(steps=100).data.scenes.val == finetune_settings(epochs=1).scenes.val == 500
     assert pretrain_settings(steps=40, data="elsewhere").data == pretrain_settings(steps=0, data="elsewhere").data
 
 

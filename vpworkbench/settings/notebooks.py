@@ -115,7 +115,7 @@ def pretrain_settings(
         `auto`: the start of the preset; none for regions, whose features are given.
     steps, epochs
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
-        `overrides` sets their number.
+        `overrides` sets their numbers.
     """
     base, overrides = named_preset(preset), overrides or {}
     if visual_tokens and (both := {"visual.image_px", "visual.window", "visual.regions"} & overrides.keys()):
@@ -142,9 +142,8 @@ def pretrain_settings(
         sizes = base.with_overrides(values | early).visual.sized(visual_tokens)
         overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
     settings = base.with_overrides(values | overrides)
-    if "scenes" not in settings.data.sets or "data.scenes.images" in overrides:
-        return settings
-    return settings.with_overrides({"data.scenes.images": scenes_needed(settings.data.scenes, settings.train)})
+    needed = scenes_needed(settings.data.scenes, settings.train) if "scenes" in settings.data.sets else {}
+    return settings.with_overrides({f"data.scenes.{split}": count for split, count in needed.items()} | overrides)
 
 
 def visual_init_settings(
@@ -178,10 +177,14 @@ def train_length(steps: int, epochs: float) -> dict[str, float]:
     return {"train.steps": 0 if epochs else steps, "train.epochs": epochs} if steps or epochs else {}
 
 
-def scenes_needed(scenes: SceneSettings, train: TrainSettings) -> int:
-    """The number of scenes to generate: no more than the steps use, rounded up to thousands."""
-    used = -(-train.steps * train.images // 1000) * 1000
-    return min(used, scenes.images) if train.steps else scenes.images
+def scenes_needed(scenes: SceneSettings, train: TrainSettings) -> dict[str, int]:
+    """Overrides for the numbers of scenes: in training as many as the steps use, rounded up to thousands.
+
+    A demonstration (fewer than 100 steps) learns next to nothing: 100 held-out scenes of each split measure that.
+    """
+    used = -(-train.steps * train.images // 1000) * 1000 if train.steps else scenes.images
+    held_out = {"val": 100, "test": 100} if 0 < train.steps < 100 else {}
+    return {split: min(count, getattr(scenes, split)) for split, count in ({"images": used} | held_out).items()}
 
 
 def _with_sets(given: Any) -> Any:

@@ -41,9 +41,8 @@ def finetune_settings(
         "train.checkpoint_every": checkpoint_every,
     }
     settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
-    if settings.data != "scenes" or "scenes.images" in overrides:
-        return settings
-    return settings.with_overrides({"scenes.images": scenes_needed(settings.scenes, settings.train)})
+    needed = scenes_needed(settings.scenes, settings.train) if settings.data == "scenes" else {}
+    return settings.with_overrides({f"scenes.{split}": count for split, count in needed.items()} | overrides)
 
 
 def load_examples(settings: FinetuneSettings) -> TaskExamples:
