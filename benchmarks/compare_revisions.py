@@ -113,7 +113,7 @@ def readers(place: Place) -> Results:
         for name in ("coco_mini", "flickr1k", "nlvr1"):
             sets[name] = found("load_splits")(found("DataSettings")(sets=folders[name]))
     for source, task in sources:
-        sets[f"{Path(source).name}, {task}"] = found("load_examples")(finetune_settings(task, data=source)).splits
+        sets[f"{Path(source).name}, {task}"] = load_examples(finetune_settings(task, data=source)).splits
     for name, parts in sets.items():
         for split, records in ((split, records) for split, records in parts.items() if records):
             rows = [row_of(record) for record in records]
@@ -459,6 +459,13 @@ def visual_mask(noise: Tensor, seen: Tensor | None, **options: Any) -> Tensor:
     mask = found("visual_mask")
     name = "seen" if "seen" in inspect.signature(mask).parameters else "vision_tokens"
     return mask(noise, 4, **{name: seen}, **options)
+
+
+def load_examples(settings: Any) -> Any:
+    """The examples of a task; a method of the task since it is a value."""
+    if modules_of("load_examples"):
+        return found("load_examples")(settings)
+    return found("TASKS")[settings.task].load(settings)
 
 
 def images_of(record: Any) -> tuple[Any, ...]:

@@ -121,7 +121,7 @@ def _routes(
     model: TaskModel, pictures: Sequence[Picture], texts: Sequence[str], naive_pairs: int
 ) -> tuple[dict[str, Callable[[], None]], dict[str, int], dict[str, np.ndarray]]:
     """What is timed, the pairs in a turn of each, and where each leaves its scores."""
-    device, longest = model.device, model.base.settings.text_tokens
+    device, longest = model.base.device, model.base.settings.text_tokens
     pixels = Pixels(model.base.settings.visual.image_px).stack(pictures).to(device)  # decoded before the clock starts
     words = torch.from_numpy(_padded(model, texts, longest)).to(device)
     tokens = words != model.base.tokenizer.pad_token_id
@@ -155,7 +155,7 @@ def _routes(
 
 
 def _padded(model: TaskModel, texts: Sequence[str], longest: int) -> np.ndarray:
-    words = model.words.pad(texts)
+    words = model.base.words.pad(texts)
     room = ((0, 0), (0, longest - words.shape[1]))
     return np.pad(words, room, constant_values=model.base.tokenizer.pad_token_id)
 

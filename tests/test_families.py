@@ -455,8 +455,8 @@ def test_a_tsv_of_butd_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"features": "AAA*"}, "391895: features is no base64"), ({"boxes": "AAAA"}, "391895: boxes is no base64"),
-     ({"num_boxes": "3"}, "391895: num_boxes is 3, but there are 2"), ({"num_boxes": "two"}, "391895: .* is no number"),
+    [({"features": "AAA*"}, "391895: .*float32 .*base64"), ({"boxes": "AAAA"}, "391895: .*float32 .*buffer size"),
+     ({"num_boxes": "3"}, "391895: num_boxes is 3, but there are 2"), ({"num_boxes": "two"}, "391895: no numbers"),
      ({"image_w": "60"}, r"391895: box 1 .* is outside the image of 60 x 50 px"),
      ({"image_h": "nan"}, r"391895: an image of size \[100.0, nan\]"), ({"image_h": "inf"}, "391895: an image of size"),
      ({"image_id": "7"}, "391895.jpg: no features of this image"),
@@ -479,7 +479,7 @@ def test_a_number_is_an_image_of_coco_alone(tmp_path):
         with pytest.raises(DataError, match=f"{image.name}: no features of this image"):
             files.regions(image)
     with pytest.raises(DataError, match=r"a.tsv: no features of 4 of 5 images \(dog-7.png, .*0007.jpg, \.\.\.\)"):
-        files.check_images([ImageFile(Path("images"), "7.jpg"), *others])
+        files.check([ImageFile(Path("images"), "7.jpg"), *others])
 
 
 @pytest.mark.parametrize("written", ["391895", "000000391895", "COCO_val2014_000000391895.jpg", "\ufeff391895"])
@@ -497,7 +497,7 @@ def test_field_names_and_blank_lines_are_no_images(tmp_path):
     files.check_width()
     assert len(files.regions(PHOTO).boxes) == 2
     with pytest.raises(DataError, match=r"no features of 1 of 1 images \(b.jpg\); .*; it has '391895' and so on"):
-        files.check_images([ImageFile(Path("images"), "b.jpg")])
+        files.check([ImageFile(Path("images"), "b.jpg")])
     (tmp_path / "none.tsv").write_text("\n")
     with pytest.raises(DataError, match="none.tsv: holds no regions; a tsv has a line"):
         RegionFiles(tmp_path / "none.tsv", most=3, width=WIDTH)
@@ -523,7 +523,7 @@ def test_a_tsv_that_is_written_again_gives_no_other_images_features(tmp_path):
     opened = input_of(visual)
     assert [opened.regions(image).features[0, 0] for image in images] == [1, 2]
     file.write_text(two + one + "\n")
-    with pytest.raises(DataError, match="a.tsv: changed since it was opened, at image 1; start again"):
+    with pytest.raises(DataError, match="a.tsv: image 1: its line is broken, or the file was changed; start again"):
         opened.regions(images[0])
     assert [input_of(visual).regions(image).features[0, 0] for image in images] == [1, 2]
 
@@ -535,19 +535,19 @@ def test_two_images_that_would_share_a_file_are_refused(tmp_path):
     for image in images:
         (image.folder / image.name).parent.mkdir(parents=True)
         (image.folder / image.name).write_bytes(b"one")
-    files.check_images(images)  # two sets that have the same image
+    files.check(images)  # two sets that have the same image
     (image.folder / image.name).write_bytes(b"another")
     with pytest.raises(DataError, match="train/1.jpg and .*val/1.jpg would share one image's regions"):
-        files.check_images(images)
+        files.check(images)
     coco = RegionFiles(tsv(tmp_path / "a.tsv"), most=3, width=WIDTH)
-    coco.check_images([PHOTO, ImageFile(Path("images"), f"val2014/{PHOTO.name}")])
+    coco.check([PHOTO, ImageFile(Path("images"), f"val2014/{PHOTO.name}")])
 
 
 @pytest.mark.parametrize("change, message",
     [({"size": 10}, "an image of size 10"), ({"size": [10, np.nan]}, "an image of size"),
-     ({"size": ["10", "10"]}, "an image of size"), ({"features": [["a"] * WIDTH] * 2}, "not of real numbers"),
-     ({"features": np.full((2, WIDTH), 1e300)}, "not finite"), ({"features": np.ones((2, WIDTH)) + 1j}, "complex128"),
-     ({"boxes": [["a"] * 4] * 2}, "not of real numbers")],
+     ({"features": np.full((2, WIDTH), 1e300)}, "not finite"),
+     ({"features": [["a"] * WIDTH] * 2}, "not a complete npz of numbers"),
+     ({"boxes": [["a"] * 4] * 2}, "not a complete npz of numbers")],
 )  # fmt: skip
 def test_npz_of_something_else_name_the_file(tmp_path, change, message):
     good = {"features": np.zeros((2, WIDTH)), "boxes": [[0, 0, 5, 5], [1, 1, 9, 9]], "size": [10, 10]}

@@ -64,7 +64,7 @@ def broken(tmp_path, kind: str) -> ImageFile:
     return ImageFile(tmp_path, "broken.png")
 
 
-@pytest.mark.parametrize("kind, reason", [("empty", "empty"), ("truncated", "decoded"), ("text", "decoded")])
+@pytest.mark.parametrize("kind, reason", [("empty", "decoded"), ("truncated", "decoded"), ("text", "decoded")])
 def test_broken_image_names_file_and_remedy(tmp_path, kind, reason):
     with pytest.raises(DataError, match=f"broken.png.*{reason}.*drop its record"):
         broken(tmp_path, kind).pixels()
@@ -72,7 +72,7 @@ def test_broken_image_names_file_and_remedy(tmp_path, kind, reason):
 
 def test_image_of_200_megapixels_is_refused(tmp_path):
     image = stored(tmp_path, Image.new("1", (20_000, 10_000)), "png")
-    with pytest.raises(DataError, match="image.png.*decoded .*megapixels|image.png.*decoded"):
+    with pytest.raises(DataError, match="image.png: cannot be decoded"):
         image.pixels()
 
 

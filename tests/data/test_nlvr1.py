@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from vpworkbench.data.nlvr1 import Item, read_boxes
+from vpworkbench.data.nlvr1 import Box, Item
 
-
-def item(type_: str, color: str, x: float, y: float, size: float = 20) -> dict:
-    return {"type": type_, "color": color, "x_loc": x, "y_loc": y, "size": size}
+GOOD = {"type": "circle", "color": "#0099ff", "x_loc": 1, "y_loc": 2.5, "size": 10}
+read_box = TypeAdapter(Box).validate_python
 
 
 def test_boxes_are_read_as_published():
-    boxes = read_boxes([[item("circle", "#0099ff", 1, 2.5, 10)], [], []])
-    assert boxes == ((Item("circle", "blue", 1, 2.5, 10),), (), ())
-
-
-GOOD = item("circle", "Yellow", 1, 2, 10)
+    assert read_box([GOOD]) == (Item("circle", "blue", 1, 2.5, 10),)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (None, "three lists of objects"),
-        ([[], []], "three lists of objects"),
-        ([[], [], {}], "three lists of objects"),
-        ([["circle"], [], []], "must be a dict with type, color"),
-        ([[{k: v for k, v in GOOD.items() if k != "size"}], [], []], "size; got"),
-        ([[GOOD | {"type": "hexagon"}], [], []], "unknown type or color: 'hexagon'"),
-        ([[GOOD | {"type": ["circle"]}], [], []], "unknown type or color"),
-        ([[GOOD | {"color": "yellow"}], [], []], "known types: .*Yellow, Black, #0099ff"),
-        ([[GOOD | {"x_loc": "1"}], [], []], "x_loc must be a number from 0 to 100, got '1'"),
-        ([[GOOD | {"y_loc": True}], [], []], "y_loc must be a number"),
-        ([[GOOD | {"y_loc": -1}], [], []], "y_loc must be a number from 0"),
-        ([[GOOD | {"size": float("nan")}], [], []], "size must be a number"),
+        ({}, "valid tuple"),
+        (["circle"], "dictionary"),
+        ([{key: value for key, value in GOOD.items() if key != "size"}], "size"),
+        ([GOOD | {"type": "hexagon"}], "type"),
+        ([GOOD | {"type": ["circle"]}], "type"),
+        ([GOOD | {"color": "yellow"}], "'Yellow', 'Black' or '#0099ff'"),
+        ([GOOD | {"x_loc": "1"}], "x_loc"),
+        ([GOOD | {"y_loc": True}], "y_loc"),
+        ([GOOD | {"y_loc": -1}], "y_loc"),
+        ([GOOD | {"size": float("nan")}], "size"),
     ],
 )
 def test_a_broken_drawing_is_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        read_boxes(wrong)
+    with pytest.raises(ValidationError, match=message):
+        read_box(wrong)

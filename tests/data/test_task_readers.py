@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from miniatures import PAIRS, QUESTIONS, RELATIONS, SNLI_VE, lines, nlvr2, picture, snli_ve, table, vqa, written
 
-from vpworkbench.data.task_readers import answers_beside, read_easy_vqa, read_nlvr1, read_nlvr2, read_snli_ve, read_vqa
+from vpworkbench.data.task_readers import NLVR1_TASK, NLVR2, answers_beside, read_easy_vqa, read_snli_ve, read_vqa
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import vqa_score
 
@@ -24,7 +24,7 @@ def test_vqa_v2(tmp_path):
 def test_vqa_test_dev_asks_about_the_images_of_test2015(tmp_path):
     questions = vqa(tmp_path, subset="test-dev2015")
     (tmp_path / "v2_mscoco_test-dev2015_annotations.json").unlink()
-    assert answers_beside(questions) is None
+    assert not answers_beside(questions).exists()
     examples = read_vqa(questions)["test"]
     assert [example.answers for example in examples] == [(), ()]
     assert examples[0].images[0].name == "COCO_test2015_000000262148.jpg"
@@ -44,7 +44,7 @@ def test_cocos_questions_do_not_find_the_images_of_visual_genome(tmp_path):
 def test_vqa_files_that_are_not_there_or_not_these(tmp_path):
     questions = vqa(tmp_path)
     annotations = answers_beside(questions)
-    with pytest.raises(DataError, match="gone.json: no such folder or file"):
+    with pytest.raises(DataError, match="gone.json: no such file or folder"):
         read_vqa(tmp_path / "gone.json")
     with pytest.raises(DataError, match=r"unknown format \(.*annotations.* known here: VQA v2 questions; CSV"):
         read_vqa(annotations)
@@ -59,10 +59,10 @@ def test_vqa_files_that_are_not_there_or_not_these(tmp_path):
 def test_only_a_test_set_may_lack_its_annotations(tmp_path, subset):
     questions = vqa(tmp_path, subset=subset)
     (tmp_path / f"v2_mscoco_{subset}_annotations.json").unlink()
-    with pytest.raises(DataError, match=rf"{questions.name}: .*v2_mscoco_{subset}_annotations.json beside it"):
+    with pytest.raises(DataError, match=rf"{questions.name}: .*put v2_mscoco_{subset}_annotations.json beside it"):
         read_vqa(questions)
     own = questions.rename(tmp_path / "mine.json")
-    with pytest.raises(DataError, match=r"mine.json: .*name the two files \*_questions.json and \*_annotations.json"):
+    with pytest.raises(DataError, match="mine.json: .*put mine_annotations.json beside it"):
         read_vqa(own)
     tested = vqa(tmp_path, subset="test2015")
     (tmp_path / "v2_mscoco_test2015_annotations.json").unlink()
@@ -71,11 +71,11 @@ def test_only_a_test_set_may_lack_its_annotations(tmp_path, subset):
 
 def test_nlvr2_of_test_may_lack_labels(tmp_path):
     file = nlvr2(tmp_path, {"label": ...})
-    assert [example.label for example in read_nlvr2(file.rename(tmp_path / "test1.json"))["test"]] == ["True", None]
+    assert [example.label for example in NLVR2.read(file.rename(tmp_path / "test1.json"))["test"]] == ["True", None]
 
 
 def test_nlvr2_straight_from_a_zip(tmp_path):
-    first, second = read_nlvr2(nlvr2(tmp_path))["val"]
+    first, second = NLVR2.read(nlvr2(tmp_path))["val"]
     assert (first.id, first.text, first.label) == ("dev-850-0-0", "The left image has two dogs.", "True")
     assert second.label == "False" and len(first.images) == 2
     assert [image.pixels()[0, 0, 0] for image in first.images] == [0, 1]
@@ -85,7 +85,7 @@ def test_nlvr2_of_the_training_set_lies_in_numbered_folders(tmp_path):
     file = nlvr2(tmp_path)
     for side in (0, 1):
         picture(tmp_path / "images" / "train" / "27" / f"dev-850-0-img{side}.png")
-    examples = read_nlvr2(file, images=tmp_path / "images")["val"]
+    examples = NLVR2.read(file, images=tmp_path / "images")["val"]
     assert examples[0].images[1].name == "train/27/dev-850-0-img1.png"
 
 
@@ -116,13 +116,13 @@ def rows_of(read, file, **options):
 def test_own_tables_for_each_task(tmp_path, kind):
     asked = rows_of(read_vqa, table(tmp_path, rows=QUESTIONS, kind=kind))
     assert {example.answers for example in asked} == {("red",) * 10, ("2",) * 10} and asked[0].label is None
-    pairs = rows_of(read_nlvr2, table(tmp_path, rows=PAIRS, kind=kind))
+    pairs = rows_of(NLVR2.read, table(tmp_path, rows=PAIRS, kind=kind))
     assert {(pair.id, pair.label, len(pair.images)) for pair in pairs} == {("a", "True", 2), ("b", "False", 2)}
     relations = rows_of(read_snli_ve, table(tmp_path, rows=RELATIONS, kind=kind))
     expected = [("train", "entailment"), ("val", "contradiction")]
     assert [(example.split, example.label) for example in relations] == expected
     single = [row | {"label": label} for row, label in zip(QUESTIONS, ("TRUE", "0"), strict=True)]
-    statements = rows_of(read_nlvr1, table(tmp_path, rows=single, kind=kind))
+    statements = rows_of(NLVR1_TASK.read, table(tmp_path, rows=single, kind=kind))
     assert {example.id[-1]: example.label for example in statements} == {
         number: label for number, label in zip("23" if kind == "csv" else "12", ("True", "False"), strict=True)
     }
@@ -136,14 +136,14 @@ def test_labels_may_lack_in_the_test_split_alone(tmp_path):
 def test_labels_of_json_may_be_plain_values(tmp_path):
     rows = [{"image": "photos/2.jpg", "text": "x", "label": True}, {"image": "photos/3.jpg", "text": "y", "label": 0}]
     file = table(tmp_path, rows=[row | {"split": "val"} for row in rows], kind="jsonl")
-    assert [example.label for example in read_nlvr1(file)["val"]] == ["True", "False"]
+    assert [example.label for example in NLVR1_TASK.read(file)["val"]] == ["True", "False"]
 
 
 def test_generated_scenes_by_the_same_readers(scenes_folder):
     questions = read_vqa(scenes_folder)["val"]
     assert len(questions) >= 60 and {example.kind for example in questions} == {"yes/no", "number", "other"}
     assert all(vqa_score(Counter(example.answers).most_common(1)[0][0], example.answers) == 1 for example in questions)
-    pairs = read_nlvr2(scenes_folder)["train"]
+    pairs = NLVR2.read(scenes_folder)["train"]
     assert Counter(example.label for example in pairs)["True"] == len(pairs) / 2
     hypotheses = read_snli_ve(scenes_folder)["train"]
     counts = Counter(example.label for example in hypotheses)
@@ -159,7 +159,7 @@ def test_scenes_as_a_table_are_the_same_examples(tmp_path, scenes_folder):
 
 
 def test_nlvr_v1_as_single_images(real_data):
-    test = read_nlvr1(real_data / "nlvr1")["test"]
+    test = NLVR1_TASK.read(real_data / "nlvr1")["test"]
     assert len(test) == 990
     assert test[0].id == "test-3776-0-0.png"  # as the release's script reads predictions
     share = sum(example.label == "True" for example in test) / len(test)

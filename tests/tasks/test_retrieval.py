@@ -24,7 +24,7 @@ from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_task
 from vpworkbench.tasks.retrieval import CUTOFFS, RETRIEVAL, Matching, RetrievalBatches, chance, retrieval_result
 from vpworkbench.tasks.score_matrix import score_matrix
-from vpworkbench.tasks.settings import finetune_settings, load_examples
+from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.tasks.task import TaskModel, texts_of
 from vpworkbench.train.finetune import evaluate_split, finetune, prepare_task
 
@@ -45,7 +45,7 @@ def evaluated(model, pictures):
 
 
 def batches(model, pictures, images=6):
-    return RetrievalBatches(pictures, model.words, RetrievalSettings(), inputs=Pixels(96), images=images, seed=1)
+    return RetrievalBatches(pictures, model.base.words, RetrievalSettings(), inputs=Pixels(96), images=images, seed=1)
 
 
 def test_negatives_are_false_of_their_image(model, scenes):
@@ -119,11 +119,11 @@ def test_a_stopped_matrix_goes_on(model, scenes, tmp_path):
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     np.testing.assert_array_equal(score_matrix(model, pictures, captions, file=file), whole)
     assert seen == [8]
-    with pytest.raises(ValueError, match="scores of other captions; delete it"):
+    with pytest.raises(ValueError, match="scores of other weights, images or captions; delete it"):
         score_matrix(model, pictures, captions[:29], file=file)
     with torch.no_grad():
         model.head.bias += 1
-    with pytest.raises(ValueError, match="scores of other weights, images"):
+    with pytest.raises(ValueError, match="scores of other weights, images or captions"):
         score_matrix(model, pictures[:39], captions, file=file)
 
 
@@ -269,9 +269,11 @@ def test_no_image_of_an_evaluation_split_is_trained_on(scenes_folder, tmp_path):
         archive.writestr("images/copy.png", archive.read(f"images/{content['images'][0]['filename']}"))
     content["images"].append(copy)
     file.write_text(json.dumps(content))
-    splits, _ = load_examples(finetune_settings(task="retrieval", data=str(folder)))
+    splits, _ = RETRIEVAL.load(finetune_settings(task="retrieval", data=str(folder)))
     assert "copy.png" not in {picture.id for picture in splits["train"]} and len(splits["train"]) == 59
-    few = load_examples(finetune_settings(task="retrieval", data=str(folder), overrides={"retrieval.search_images": 3}))
+    few = RETRIEVAL.load(
+        finetune_settings(task="retrieval", data=str(folder), overrides={"retrieval.search_images": 3})
+    )
     assert [len(few.splits[split]) for split in ("train", "val", "test")] == [59, 3, 3]
 
 
@@ -282,7 +284,7 @@ def test_a_search_needs_two_images(scenes_folder, tmp_path):
     content = json.loads(file.read_text())
     file.write_text(json.dumps({"images": [image for image in content["images"] if image["split"] != "test"]}))
     with pytest.raises(DataError, match="0 captioned images in test; a search needs two"):
-        load_examples(finetune_settings(task="retrieval", data=str(folder)))
+        RETRIEVAL.load(finetune_settings(task="retrieval", data=str(folder)))
 
 
 def test_schedule_of_the_paper():

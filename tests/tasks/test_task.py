@@ -20,7 +20,7 @@ from vpworkbench.studies.baselines import baselines
 from vpworkbench.subjects import load_task
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.predict import predict_table
-from vpworkbench.tasks.settings import finetune_settings, load_examples
+from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.tasks.task import PairAttention, TaskModel, TaskResult, evaluate_task
 from vpworkbench.tasks.vqa import VQA
 from vpworkbench.train.engine import build_optimiser
@@ -33,6 +33,10 @@ FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 
 
 def few(**parameters):
     return finetune_settings(steps=2, overrides=FEW | parameters.pop("overrides", {}), **parameters)
+
+
+def load_examples(settings):
+    return TASKS[settings.task].load(settings)
 
 
 @pytest.fixture(params=["vqa", "nlvr2", "snli-ve"])
@@ -153,8 +157,8 @@ def test_answers_are_counted_once_a_question_as_published(tmp_path):
     listed = tmp_path / "listed.txt"
     listed.write_text("Red\n\ntwo\n")
     assert VQA.labels(examples, with_list(listed)) == ("red", "2")
-    for content, message in ((["red", 2], r"\[1\]: .*string"), (["red", " "], r"\[1\]: "), ([], "no answer")):
-        with pytest.raises(DataError, match=rf"wrong.json: {message}"):
+    for content in (["red", 2], ["red", " "], []):
+        with pytest.raises(DataError, match="wrong.json: no list of answers"):
             VQA.labels(examples, with_list(written(tmp_path / "wrong.json", content)))
 
 
@@ -277,9 +281,9 @@ def test_schedules_of_the_paper():
 
 
 def test_refusals(scenes, tmp_path):
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         load_examples(finetune_settings(task="vqa", data=str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match=r"holds none of v2_OpenEnded.*_train.*_questions.json, .*\*.csv, \*.jsonl"):
+    with pytest.raises(DataError, match=r"holds none of v2_OpenEnded_\*_questions.json, \*.csv, \*.jsonl"):
         load_examples(finetune_settings(task="vqa", data=str(tmp_path)))
     with pytest.raises(CheckpointError, match="no whole fine-tuned model"):
         load_task(tmp_path)
@@ -332,9 +336,9 @@ def test_a_table_is_predicted_without_a_word_of_splits(scenes, answering, tmp_pa
 
 @pytest.mark.parametrize(
     "task, row, told",
-    [("vqa", "a.png,a.png", r"line 3 \(a.png\): 2 images, but vqa takes one image: leave image2 empty"),
-     ("nlvr2", "a.png,", r"line 3 \(a.png\): 1 images, but nlvr2 takes two images: fill image and image2"),
-     ("nlvr2", "a.png,cut.png", r"line 3 \(a.png\): .*cut.png: cannot be decoded")],
+    [("vqa", "a.png,a.png", "line 3: 2 images, but vqa takes 1: leave image2 empty"),
+     ("nlvr2", "a.png,", "line 3: 1 images, but nlvr2 takes 2: fill image and image2"),
+     ("nlvr2", "a.png,cut.png", "line 3: .*cut.png: cannot be decoded")],
 )  # fmt: skip
 def test_a_row_that_cannot_be_predicted_is_named(scenes, tmp_path, monkeypatch, task, row, told):
     (tmp_path / "a.png").write_bytes(scenes[0].image.read())

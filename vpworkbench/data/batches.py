@@ -35,26 +35,36 @@ DRAWS = 500
 
 
 @dataclass(frozen=True)
-class Batch(ImageBatch):
-    """Groups of one image and its texts, in image order; each text is a row.
+class PairBatch(ImageBatch):
+    """Images, and pairs of them with texts, in image order; each pair is a row.
 
     Attributes
     ----------
     words : int64 Tensor, (text, word)
-        Token ids after masking: `[CLS] words [SEP] pads`.
+        Token ids: `[CLS] words [SEP] pads`.
     word_tokens : bool Tensor, (text, word)
         True at real positions, padding excluded.
-    labels : int64 Tensor, (text, word)
-        The original id where a word is masked, `IGNORE` elsewhere.
     matched : bool Tensor, (text,)
-    noise : float Tensor, (text, vision)
-        Uniform numbers that decide the visual mask: the largest marks the pick.
     """
 
     words: Tensor
     word_tokens: Tensor
-    labels: Tensor
     matched: Tensor
+
+
+@dataclass(frozen=True)
+class Batch(PairBatch):
+    """Groups of one image and its texts, with some words hidden.
+
+    Attributes
+    ----------
+    labels : int64 Tensor, (text, word)
+        The original id where a word is masked, `IGNORE` elsewhere.
+    noise : float Tensor, (text, vision)
+        Uniform numbers that decide the visual mask: the largest marks the pick.
+    """
+
+    labels: Tensor
     noise: Tensor
 
     @cached_property
@@ -154,7 +164,10 @@ class GroupBatches(Dataset):
         groups = [self._group(picture, rng) for picture in self.sampler[step]]
         pairs = [(row, text, match) for row, (_, texts) in enumerate(groups) for text, match in texts]
         words = self.words.pad([text for _, text, _ in pairs])
-        masked = self._masked(words, rng)
+        tokenizer, share = self.words.tokenizer, self.settings.word_share
+        options = {"share": share, "mask_id": tokenizer.mask_token_id, "vocabulary": len(tokenizer)}
+        # Unmatched texts are masked too: a [MASK] in the matched ones only would give the ITM label away.
+        masked = mask_words(words, self.words.maskable(words), rng, **options)
         start, stop = (len(groups) * part // count for part in (index, index + 1))
         images = self.inputs.stack([picture.image for picture, _ in groups[start:stop]])
         if self.settings.flip:
@@ -167,17 +180,11 @@ class GroupBatches(Dataset):
             images=images,
             image_index=image_index[rows] - start,
             words=torch.from_numpy(masked.words)[rows],
-            word_tokens=torch.from_numpy(words != self.words.tokenizer.pad_token_id)[rows],
+            word_tokens=torch.from_numpy(words != tokenizer.pad_token_id)[rows],
             labels=torch.from_numpy(masked.labels)[rows],
             matched=torch.tensor([match for _, _, match in pairs])[rows],
             noise=torch.from_numpy(noise)[rows],
         )
-
-    def _masked(self, words: np.ndarray, rng: np.random.Generator) -> MaskedWords:
-        """Mask unmatched texts too: a [MASK] in the matched ones only would give the ITM label away."""
-        tokenizer, share = self.words.tokenizer, self.settings.word_share
-        mask_id, maskable = tokenizer.mask_token_id, self.words.maskable(words)
-        return mask_words(words, maskable, rng, share=share, mask_id=mask_id, vocabulary=len(tokenizer))
 
     def _group(self, picture: Picture, rng: np.random.Generator) -> tuple[Picture, list[tuple[str, bool]]]:
         """The image that is shown and its texts, each with whether it matches."""

@@ -5,22 +5,32 @@ A set is named by its folder or its annotation file. Images are beside it, in fo
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
-from vpworkbench.data import nlvr1
-from vpworkbench.data.files import SPLITS, read_list, remark, report_fault
+from vpworkbench.data.files import SPLITS, faults_at, files_of_set, json_list, read_text, remark
 from vpworkbench.data.images import ImageFile, Places, origins
+from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.readers import Annotations, Format, Text, convert, has_lists, one_line, open_annotations
 from vpworkbench.data.records import Picture
-from vpworkbench.data.tables import TABLE_TITLE, Row, is_table, read_rows, true_or_false
+from vpworkbench.data.tables import TABLE_FILES, TRUE_FALSE, Row, known_label, read_rows
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.scene import Scene
+
+NLVR1_FILES = ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json")
+FILES = (
+    ("dataset_*.json",),
+    ("captions_*.json", "annotations/captions_*.json"),
+    ("region_descriptions.json", "annotations/region_descriptions.json"),
+    NLVR1_FILES,
+    TABLE_FILES,
+)
+"""The files of a captioned set in its folder, see `files_of_set`."""
 
 
 def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
@@ -36,41 +46,9 @@ def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
     images
         Folders and zips of images; empty: those beside the annotation file (see `images.image_index`).
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; `data` takes 'scenes' or a set's folder or annotation file")
-    files = _annotation_files(path) if path.is_dir() else [path]
     hint = ". 04_finetune reads the files of downstream tasks"
-    opened = (open_annotations(file, CAPTIONED, images, hint=hint) for file in files)
+    opened = (open_annotations(file, CAPTIONED, images, hint=hint) for file in files_of_set(path, FILES))
     return [picture for annotations in opened for picture in annotations.read()]
-
-
-NLVR1_FILES = ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json")
-TABLE_FILES = ("*.csv", "*.jsonl")
-FILES = (
-    ("dataset_*.json",),
-    ("captions_*.json", "annotations/captions_*.json"),
-    ("region_descriptions.json", "annotations/region_descriptions.json"),
-    NLVR1_FILES,
-    TABLE_FILES,
-)
-"""The names that are looked for in a folder; the first line with a file makes the set."""
-
-
-def _annotation_files(folder: Path) -> list[Path]:
-    for patterns in FILES:
-        if files := matching_files(folder, patterns):
-            return files
-    searched = ", ".join(patterns[0] for patterns in FILES)
-    raise DataError(f"{folder}: holds none of {searched}; name the annotation file itself")
-
-
-def matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """The files in a folder by their names, without hidden ones."""
-    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.name[0] != "."]
-
-
-# --------------------------------------------------------------------------------------------------- Karpathy
 
 
 class _Sentence(BaseModel):
@@ -83,12 +61,8 @@ class _KarpathyImage(BaseModel):
     sentences: list[_Sentence] = Field(min_length=1)
     filepath: str = ""
     cocoid: StrictInt | None = None
-    things: list[dict[str, Any]] | None = None
+    things: list[dict[str, Any]] | None = None  # of a generated scene
     image_px: int = 0
-
-    def scene(self) -> Scene | None:
-        """The ground truth of a generated scene."""
-        return None if self.things is None else Scene.from_json({"things": self.things, "image_px": self.image_px})
 
 
 def _karpathy(annotations: Annotations) -> Iterator[Picture]:
@@ -101,19 +75,17 @@ def _karpathy(annotations: Annotations) -> Iterator[Picture]:
             captions = list(dict.fromkeys(captions))
         with_folder = [f"{record.filepath}/{record.filename}"] if record.filepath else []
         image = annotations.images.find(*with_folder, record.filename)
+        scene = {"things": record.things, "image_px": record.image_px}
         yield Picture(
             id=record.filename,
             image=image,
             split=split,
             captions=tuple(captions),
-            scene=record.scene(),
+            scene=None if record.things is None else Scene.from_json(scene),
             origins=origins(image, coco=record.cocoid, flickr=record.filename if names_are_flickr_ids else None),
         )
 
     return convert(annotations.file, annotations.listed("images"), _KarpathyImage, "filename", picture)
-
-
-# ------------------------------------------------------------------------------------------------------- COCO
 
 
 class _CocoImage(BaseModel):
@@ -128,56 +100,40 @@ class _CocoCaption(BaseModel):
     caption: str
 
 
-def _coco(annotations: Annotations) -> Iterator[Picture]:
+def _coco(annotations: Annotations) -> list[Picture]:
     subset = annotations.file.stem.removeprefix("captions_")
+    images = {str(raw.get("id")) for _, raw in annotations.listed("images") if isinstance(raw, dict)}
+    captions: dict[int, dict[str, None]] = defaultdict(dict)  # by image, each text once
 
     def picture(record: _CocoImage) -> Iterator[tuple[int, Picture]]:
         image = annotations.images.find(f"{subset}/{record.file_name}", record.file_name)
         known = origins(image, coco=record.id, flickr=record.flickr_url)
         yield record.id, Picture(record.file_name, image, annotations.split, captions=(), origins=known)
 
-    pictures = list(convert(annotations.file, annotations.listed("images"), _CocoImage, "id", picture))
-    captions = _coco_captions(annotations)
-    captioned = (replace(picture, captions=tuple(captions.get(number, ()))) for number, picture in pictures)
-    return _with_captions(annotations.file, captioned)
-
-
-def _coco_captions(annotations: Annotations) -> dict[int, dict[str, None]]:
-    """Captions by the id of their image: each text once, in order, without empty ones."""
-    images = {str(raw.get("id")) for _, raw in annotations.listed("images") if isinstance(raw, dict)}
-    captions: dict[int, dict[str, None]] = defaultdict(dict)
-
     def caption(record: _CocoCaption) -> Iterator[tuple[int, str]]:
         if str(record.image_id) not in images:
             raise DataError(f"image_id {record.image_id} is none of the images; correct it or drop the caption")
         yield record.image_id, one_line(record.caption)
 
-    listed = annotations.listed("annotations")
-    for image_id, text in convert(annotations.file, listed, _CocoCaption, "id", caption):
-        if text:
-            captions[image_id][text] = None
-    return captions
+    pictures = list(convert(annotations.file, annotations.listed("images"), _CocoImage, "id", picture))
+    for image_id, text in convert(annotations.file, annotations.listed("annotations"), _CocoCaption, "id", caption):
+        captions[image_id][text] = None
+    return _with_captions(
+        annotations.file, (replace(one, captions=tuple(filter(None, captions[number]))) for number, one in pictures)
+    )
 
 
-def _with_captions(file: Path, pictures: Iterator[Picture]) -> Iterator[Picture]:
+def _with_captions(file: Path, pictures: Iterable[Picture]) -> list[Picture]:
     """The pictures that have a caption; the others are counted."""
-    left_out = 0
-    for picture in pictures:
-        if picture.captions:
-            yield picture
-        else:
-            left_out += 1
-    if left_out:
+    pictures = list(pictures)
+    captioned = [picture for picture in pictures if picture.captions]
+    if left_out := len(pictures) - len(captioned):
         remark(f"{file}: {left_out} images without a caption are left out")
-
-
-# ---------------------------------------------------------------------------------------------- Visual Genome
+    return captioned
 
 
 class _Region(BaseModel):
-    region_id: StrictInt
     phrase: str
-    image_id: StrictInt | None = None
 
 
 class _RegionImage(BaseModel):
@@ -191,16 +147,11 @@ class _ImageData(BaseModel):
     flickr_id: StrictInt | None = None
 
 
-def _visual_genome(annotations: Annotations) -> Iterator[Picture]:
+def _visual_genome(annotations: Annotations) -> list[Picture]:
     """The phrases of an image's regions are its captions; all images train."""
     known = _image_data(annotations.file.with_name("image_data.json"))
 
     def picture(record: _RegionImage) -> Iterator[Picture]:
-        if others := [region for region in record.regions if region.image_id not in (None, record.id)]:
-            raise DataError(f"region {others[0].region_id} is of image_id {others[0].image_id}; correct or drop it")
-        counts = Counter(region.region_id for region in record.regions)
-        if repeated := [number for number, count in counts.items() if count > 1]:
-            raise DataError(f"region_id {repeated[0]} a second time; drop one of them")
         image = annotations.images.find(*(f"{folder}{record.id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", "")))
         phrases = dict.fromkeys(one_line(region.phrase) for region in record.regions)
         ids = known.get(record.id, _ImageData(image_id=record.id))
@@ -221,11 +172,9 @@ def _image_data(file: Path) -> dict[int, _ImageData]:
     if not file.exists():
         remark(f"{file}: missing, so that copies in COCO and Flickr30k are found by their content only")
         return {}
-    records = convert(file, read_list(file), _ImageData, "image_id", lambda record: [record])
+    records = convert(file, json_list(file, read_text(file)), _ImageData, "image_id", lambda record: [record])
     return {record.image_id: record for record in records}
 
-
-# ---------------------------------------------------------------------------------------------------- NLVR v1
 
 NLVR1_VAL_DIRECTORY = "5"
 """NLVR v1's `dev` is split by `directory`, as its README advises: this one validates, the others train."""
@@ -236,7 +185,7 @@ class _Nlvr1Record(BaseModel):
     label: Literal["true", "false"]
     identifier: str
     directory: str
-    structured_rep: list[list[dict[str, Any]]]
+    structured_rep: tuple[Box, Box, Box]
 
 
 def _nlvr1(annotations: Annotations) -> Iterator[Picture]:
@@ -244,13 +193,9 @@ def _nlvr1(annotations: Annotations) -> Iterator[Picture]:
     name = annotations.file.stem
 
     def pictures(record: _Nlvr1Record) -> Iterator[Picture]:
-        split = "test" if name == "hidden" else SPLITS.get(name, "train")
+        split = SPLITS.get(name, "train")
         if split == "val" and record.directory != NLVR1_VAL_DIRECTORY:
             split = "train"
-        try:
-            boxes = nlvr1.read_boxes(record.structured_rep)
-        except ValueError as error:
-            raise DataError(str(error)) from None
         statement = (one_line(record.sentence),)
         for order in range(6 if split == "train" else 1):
             image = f"{record.directory}/{name}-{record.identifier}-{order}.png"
@@ -260,53 +205,35 @@ def _nlvr1(annotations: Annotations) -> Iterator[Picture]:
                 split=split,
                 captions=statement if record.label == "true" else (),
                 foils=statement if record.label == "false" else (),
-                boxes=boxes,
+                boxes=record.structured_rep,
             )
 
     return convert(annotations.file, annotations.content, _Nlvr1Record, "identifier", pictures)
 
 
-# ------------------------------------------------------------------------------------------------ custom table
-
-
-@dataclass
-class _Group:
-    """The rows of one image in one split: each text with the place of its row."""
-
-    name: str
-    captions: dict[str, str] = field(default_factory=dict)
-    foils: dict[str, str] = field(default_factory=dict)
-
-
 def pictures_of(rows: Iterable[Row]) -> Iterator[Picture]:
     """The rows of one image are one picture; a text without a label, or with `true`, is true of its image."""
-    groups: dict[tuple[ImageFile, str], _Group] = {}
+    groups: dict[tuple[ImageFile, str], dict[str, tuple[bool, Row]]] = defaultdict(dict)  # each text once
     for row in rows:
-        try:
-            is_true = not row.label or true_or_false(row.label) == "True"
+        with faults_at(row.where):
+            is_true = known_label(row.label or "true", TRUE_FALSE) == "True"
             if len(row.images) > 1:
                 raise DataError("has image2; a captioned set has one image in each row")
-            group = groups.setdefault((row.images[0], row.split), _Group(row.image))
-            same, opposite = (group.captions, group.foils) if is_true else (group.foils, group.captions)
-            if row.text in opposite:
-                raise DataError(f"this text has the opposite label in {opposite[row.text]}; correct one of them")
-            same.setdefault(row.text, row.where)
-        except DataError as error:
-            report_fault(f"{row.where}: {error}")
+            was_true, first = groups[row.images[0], row.split].setdefault(row.text, (is_true, row))
+            if was_true != is_true:
+                raise DataError(f"this text has the opposite label in {first.where}; correct one of them")
     named: set[str] = set()
-    for (image, split), group in groups.items():
+    for (image, split), texts in groups.items():
+        _, first = next(iter(texts.values()))
         yield Picture(
-            id=group.name if group.name not in named else f"{group.name} ({split})",  # its rows are in several splits
+            id=first.image if first.image not in named else f"{first.image} ({split})",  # has rows in several splits
             image=image,
             split=split,
-            captions=tuple(group.captions),
-            foils=tuple(group.foils),
+            captions=tuple(text for text, (is_true, _) in texts.items() if is_true),
+            foils=tuple(text for text, (is_true, _) in texts.items() if not is_true),
             origins=origins(image),
         )
-        named.add(group.name)
-
-
-# ------------------------------------------------------------------------------------------------- the formats
+        named.add(first.image)
 
 
 KARPATHY = Format(
@@ -327,6 +254,12 @@ VISUAL_GENOME = Format(
     "vg", "Visual Genome (region_descriptions.json)", "list", lambda keys: "regions" in keys, read=_visual_genome
 )
 NLVR1 = Format("nlvr1", "NLVR v1 JSON lines", "lines", lambda keys: "structured_rep" in keys, read=_nlvr1)
-TABLE = Format("table", TABLE_TITLE, "lines", is_table, read=lambda table: pictures_of(read_rows(table)))
+TABLE = Format(
+    "table",
+    "CSV (with a header) or JSON lines with image and text",
+    layout="lines",
+    recognises=lambda keys: "image" in keys or "text" in keys,
+    read=lambda table: pictures_of(read_rows(table)),
+)
 
 CAPTIONED: tuple[Format[Picture], ...] = (KARPATHY, COCO, VISUAL_GENOME, NLVR1, TABLE)

@@ -10,30 +10,29 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import chain, combinations, islice
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm.auto import tqdm
 
 from vpworkbench.data.captioned import pictures_of
-from vpworkbench.data.files import annotation_files, collected_findings
+from vpworkbench.data.files import collected_findings, faults_at
 from vpworkbench.data.images import ImageFile, Places
-from vpworkbench.data.readers import Annotations, UnknownFormatError, open_annotations, unique
-from vpworkbench.data.records import Picture, Record, images_of
+from vpworkbench.data.readers import Annotations, unique
+from vpworkbench.data.records import Picture, Record
 from vpworkbench.data.splits import image_contents, photographs
 from vpworkbench.data.tables import read_rows
 from vpworkbench.data.task_readers import (
     ANY_TABLE,
     EASY_VQA,
-    FORMATS,
     TASK_FILES,
     VQA,
-    VQA_ANSWERS,
     answer_vocabulary,
-    answers_beside,
     examples_of,
     likely_task,
+    open_all,
     read_easy_vqa,
 )
 from vpworkbench.errors import DataError
@@ -78,11 +77,8 @@ class Diagnosis:
         for name, found in (("error", self.errors), ("warning", self.warnings), ("not read", self.unread)):
             lines += [f"{name}: {text}" for text in found]
         for kind, splits in self.tables.items():
-            columns = list(dict.fromkeys(column for row in splits.values() for column in row))
-            lines.append(f"\n{kind:20}" + "".join(f"{column.replace('_', ' '):>16}" for column in columns))
-            for split, row in splits.items():
-                cells = (f"{row[column]:,}" if column in row else "" for column in columns)
-                lines.append(f"  {split:18}" + "".join(f"{cell:>16}" for cell in cells))
+            table = pd.DataFrame(splits).T.map("{:,}".format).rename_axis(columns=kind)
+            lines.append("\n" + table.rename(columns=lambda column: column.replace("_", " ")).to_string())
         counts = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
         return "\n".join([*lines, f"\n{self.path}: {'sound' if self.is_sound else 'not sound'}, {counts}"])
 
@@ -125,56 +121,37 @@ def diagnose(
     if not kinds and not found.errors:
         unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
         raise DataError(f"{path}: no set of a known format there; name an annotation file{unread}")
-    records = chain.from_iterable(chain.from_iterable(splits.values()) for splits in kinds.values())
-    files = list(dict.fromkeys(image for record in records for image in images_of(record)))
+    records = {kind: list(chain.from_iterable(splits.values())) for kind, splits in kinds.items()}
+    every = list(chain.from_iterable(records.values()))
+    files = list(dict.fromkeys(image for record in every for image in record.images))
     if regions:
         found.errors += _region_faults(files, regions)
     unreadable = _unreadable(files, decode=images)
     found.errors += unreadable.values()
-    content = {image: image for image in files} | image_contents(image for image in files if image not in unreadable)
+    photograph = photographs(every, image_contents(image for image in files if image not in unreadable))
     for kind, splits in kinds.items():
         table = found.tables[kind] = _counts(splits)
-        found.warnings += [f"{kind}: {warning}" for warning in _cut_texts(splits, table, text_tokens, tokenizer)]
-        found.warnings += [f"{kind}: {warning}" for warning in _repetitions(splits, content)]
-        if any(getattr(record, "answers", ()) for records in splits.values() for record in records):
-            found.warnings += [f"{kind}: {warning}" for warning in _unanswerable(splits, table, answer_count)]
-    found.warnings += _overlaps_of_captioned_sets(kinds, content)
+        warnings = [*_cut_texts(splits, table, text_tokens, tokenizer), *_repetitions(records[kind], photograph)]
+        if any(getattr(record, "answers", ()) for record in records[kind]):
+            warnings += _unanswerable(splits, table, answer_count)
+        found.warnings += [f"{kind}: {warning}" for warning in warnings]
+    found.warnings += _overlaps(kinds, photograph)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 
 def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, Splits]:
     """The records of every file, by the name of their format and by split."""
     if str(path) == EASY_VQA:
         return {VQA.name: read_easy_vqa()}
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise DataError(f"{place}: no such file or folder")
     kinds: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {split: [] for split in SPLIT_NAMES})
-    files, answers = annotation_files(place), set()
-    for file in tqdm(files, "reading records", unit=" files", delay=2):
-        with collected_findings() as findings:
-            try:
-                opened = open_annotations(file, FORMATS, places)
-                if opened.format is VQA_ANSWERS:
-                    answers.add(file)
-                    continue
+    with collected_findings() as findings:
+        for opened in tqdm(open_all(path, places, found.unread), "reading records", unit=" files", delay=2):
+            with faults_at():
                 kind, records = _records_of(opened, task)
                 for record in records:
                     kinds[kind][record.split].append(record)
-            except UnknownFormatError:
-                if file == place:
-                    raise
-                found.unread.append(str(file))
-            except DataError as error:
-                findings.faults.append(str(error))
-        found.errors += findings.faults
-        found.warnings += findings.remarks
-    lonely = answers - {answers_beside(file) for file in files}
-    found.unread += [f"{file}: annotations without their questions beside them" for file in sorted(lonely)]
-    found.errors[:] = dict.fromkeys(found.errors)  # a damaged zip may be beside several files
+    found.errors += dict.fromkeys(findings.faults)  # a damaged zip may be beside several files
+    found.warnings += findings.remarks
     return dict(kinds)
 
 
@@ -188,9 +165,6 @@ def _records_of(opened: Annotations, task: str) -> tuple[str, Sequence[Record]]:
     return f"table ({files.name if files else 'captions'})", unique(records, opened.file)
 
 
-# ----------------------------------------------------------------------------------------------------- images
-
-
 def _unreadable(files: Sequence[ImageFile], *, decode: bool) -> dict[ImageFile, str]:
     """The images that cannot be read, each with its fault."""
 
@@ -201,53 +175,38 @@ def _unreadable(files: Sequence[ImageFile], *, decode: bool) -> dict[ImageFile, 
             return str(error)
         return ""
 
-    faults: dict[ImageFile, str] = {}
-    with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="opening images", unit=" images", delay=2) as bar:
-        waiting = iter(files)
-        while part := list(islice(waiting, 1_000)):
-            faults |= zip(part, pool.map(fault, part), strict=True)
-            bar.update(len(part))
-    return {image: message for image, message in faults.items() if message}
+    with ThreadPoolExecutor() as pool:
+        faults = tqdm(pool.map(fault, files), "opening images", len(files), unit=" images", delay=2)
+        return {image: message for image, message in zip(files, faults, strict=True) if message}
 
 
 def _region_faults(images: Sequence[ImageFile], place: str) -> list[str]:
     """Images without regions, with broken ones, or with features of another width."""
     from vpworkbench.data.regions import RegionFiles  # imports torch
 
-    faults: list[str] = []
     widths: dict[int, ImageFile] = {}
-    try:
+    with collected_findings() as findings, faults_at():
         files = RegionFiles(place)
-    except DataError as error:
-        return [str(error)]
-    for image in tqdm(images, "reading regions", unit=" images", delay=2):
-        try:
-            widths.setdefault(files.read(image).features.shape[1], image)
-        except DataError as error:
-            faults.append(str(error))
+        for image in tqdm(images, "reading regions", unit=" images", delay=2):
+            with faults_at():
+                widths.setdefault(files.read(image).features.shape[1], image)
     if len(widths) > 1:
         examples = ", ".join(f"{width} of {image.name}" for width, image in widths.items())
-        faults.append(f"{place}: features of different widths, {examples}; a model takes one")
-    return faults
+        findings.faults.append(f"{place}: features of different widths, {examples}; a model takes one")
+    return findings.faults
 
 
-# ------------------------------------------------------------------------------------------------------ counts
-
-
-def _texts(record: Record) -> tuple[str, ...]:
-    return record.captions + record.foils if isinstance(record, Picture) else (record.text,)
-
-
-def _texts_of(records: Iterable[Record]) -> list[str]:
-    return [text for record in records for text in _texts(record)]
+def _texts(records: Iterable[Record]) -> list[str]:
+    texts = (one.captions + one.foils if isinstance(one, Picture) else (one.text,) for one in records)
+    return list(chain.from_iterable(texts))
 
 
 def _counts(splits: Splits) -> dict[str, dict[str, int]]:
     return {
         split: {
             "records": len(records),
-            "images": len({image for record in records for image in images_of(record)}),
-            "texts": len(_texts_of(records)),
+            "images": len({image for record in records for image in record.images}),
+            "texts": len(_texts(records)),
         }
         for split, records in splits.items()
         if records
@@ -258,21 +217,21 @@ def _cut_texts(splits: Splits, table: dict[str, dict[str, int]], text_tokens: in
     """Count the texts that are too long."""
     from vpworkbench.model.words import build_tokenizer  # imports torch
 
-    texts = {split: _texts_of(splits[split]) for split in table}
+    texts = {split: _texts(splits[split]) for split in table}
     every = list(chain.from_iterable(texts.values()))
-    encode = build_tokenizer(texts.get("train", every), tokenizer)._tokenizer
+    encode = build_tokenizer(texts.get("train", every), tokenizer)._tokenizer.encode_batch
     # A token has at least one letter, so short texts need no tokenizer.
     long = sorted({text for text in every if len(text) + 2 > text_tokens})
-    cut: set[str] = set()
-    for start in tqdm(range(0, len(long), 10_000), "tokenising", unit=" x 10,000 texts", delay=2):
-        part = long[start : start + 10_000]
-        cut |= {text for text, tokens in zip(part, encode.encode_batch(part), strict=True) if len(tokens) > text_tokens}
-    warnings = []
+    parts = [long[start : start + 10_000] for start in range(0, len(long), 10_000)]
+    tokens = chain.from_iterable(map(encode, tqdm(parts, "tokenising", unit=" x 10,000 texts", delay=2)))
+    cut = {text for text, ids in zip(long, tokens, strict=True) if len(ids) > text_tokens}
     for split, row in table.items():
         row["too_long"] = sum(text in cut for text in texts[split])
-        if row["too_long"]:
-            warnings.append(f"{row['too_long']} texts of {split} are longer than {text_tokens} tokens and will be cut")
-    return warnings
+    return [
+        f"{row['too_long']} texts of {split} are longer than {text_tokens} tokens and will be cut"
+        for split, row in table.items()
+        if row["too_long"]
+    ]
 
 
 def _unanswerable(splits: Splits, table: dict[str, dict[str, int]], least: int) -> list[str]:
@@ -294,43 +253,34 @@ def _unanswerable(splits: Splits, table: dict[str, dict[str, int]], least: int) 
     return warnings
 
 
-# ---------------------------------------------------------------------------------------------------- overlaps
-
-
-def _repetitions(splits: Splits, content: Mapping[ImageFile, Hashable]) -> list[str]:
-    """Images in two splits, copies of images, texts twice for one image."""
-    records = list(chain.from_iterable(splits.values()))
-    marks = photographs(records, content)
-    shown = {split: _shown(splits[split], marks) for split in SPLIT_NAMES}
-    warnings = [
-        f"{len(shared)} images are in {one} and in {other}"
-        for one, other in combinations(SPLIT_NAMES, 2)
-        if (shared := shown[one] & shown[other])
-    ]
-    files = {image for record in records for image in images_of(record)}
-    if copies := len(files) - len({marks[image] for image in files}):
+def _repetitions(records: Sequence[Record], photograph: Mapping[ImageFile, Hashable]) -> list[str]:
+    """Copies of images, and texts twice for one image."""
+    warnings = []
+    files = {image for record in records for image in record.images}
+    if copies := len(files) - len({photograph[image] for image in files}):
         warnings.append(f"{copies} image files are copies of other files")
     said = Counter(
-        (tuple(marks[image] for image in images_of(record)), text) for record in records for text in _texts(record)
+        (*(photograph[image] for image in record.images), text) for record in records for text in _texts([record])
     )
     if repeated := said.total() - len(said):
         warnings.append(f"{repeated} texts are said of the same image again")
     return warnings
 
 
-def _overlaps_of_captioned_sets(kinds: Mapping[str, Splits], content: Mapping[ImageFile, Hashable]) -> list[str]:
-    """Images in different splits of two captioned sets, which a run may join, as the paper does."""
-    records = {(kind, split): kinds[kind][split] for split in SPLIT_NAMES for kind in kinds}
-    captioned = {key: part for key, part in records.items() if part and isinstance(part[0], Picture)}
-    marks = photographs(chain.from_iterable(captioned.values()), content)
-    shown = {key: _shown(part, marks) for key, part in captioned.items()}
-    return [
-        f"{len(shared)} images are in {split} of {kind} and in {other} of {other_kind}"
-        for (kind, split), (other_kind, other) in combinations(shown, 2)
-        if kind != other_kind and split != other and (shared := shown[kind, split] & shown[other_kind, other])
+def _overlaps(kinds: Mapping[str, Splits], photograph: Mapping[ImageFile, Hashable]) -> list[str]:
+    """Images in two splits: of one set, or of two captioned sets, which a run may join, as the paper does."""
+    filled = [(kind, split, kinds[kind][split]) for split in SPLIT_NAMES for kind in kinds if kinds[kind][split]]
+    groups = [
+        (
+            f"{split} of {kind}",
+            split,
+            "captioned" if isinstance(records[0], Picture) else kind,
+            {photograph[image] for record in records for image in record.images},
+        )
+        for kind, split, records in filled
     ]
-
-
-def _shown(records: Iterable[Record], marks: Mapping[ImageFile, Hashable]) -> set[Hashable]:
-    """The photographs of a split."""
-    return {marks[image] for record in records for image in images_of(record)}
+    return [
+        f"{len(shared)} images are in {one} and in {other}"
+        for (one, split, joined, shown), (other, other_split, other_joined, other_shown) in combinations(groups, 2)
+        if split != other_split and joined == other_joined and (shared := shown & other_shown)
+    ]

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 Item = tuple[str, Any]
 """The place of a record in its file, and the record as parsed; the place reads `line 3` or `images[2]`."""
-
-# ---------------------------------------------------------------------------------------------------- findings
 
 
 @dataclass
@@ -54,6 +52,15 @@ def report_fault(message: str) -> None:
     findings.faults.append(message)
 
 
+@contextmanager
+def faults_at(where: str = "") -> Iterator[None]:
+    """Report a `DataError` in the block as a fault of the record at `where`, unless its message names the place."""
+    try:
+        yield
+    except DataError as error:
+        report_fault(f"{where}: {error}" if where else str(error))
+
+
 def remark(message: str) -> None:
     """Report how a set was read: as a warning, unless findings are being collected."""
     if (findings := _FINDINGS.get()) is None:
@@ -61,8 +68,6 @@ def remark(message: str) -> None:
     else:
         findings.remarks.append(message)
 
-
-# ----------------------------------------------------------------------------------------------------- folders
 
 NO_IMAGES = ("object_maps", "__MACOSX")
 """Folders that hold no images of a set: object maps of generated scenes, attributes that macOS puts into zips."""
@@ -94,6 +99,26 @@ def annotation_files(path: Path) -> list[Path]:
     return sorted(file for file in found if file.name != "image_data.json")  # read with Visual Genome's regions
 
 
+def files_of_set(path: str | Path, alternatives: Sequence[Sequence[str]]) -> list[Path]:
+    """The annotation files of one set: `path` itself, or those of the first alternative that a folder has.
+
+    Parameters
+    ----------
+    alternatives
+        Patterns of the files' names in the folder; those of one alternative belong together.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; `data` takes 'scenes', or the folder or file of a set")
+    if path.is_file():
+        return [path]
+    for names in alternatives:
+        if found := [file for name in names for file in sorted(path.glob(name)) if file.name[0] != "."]:
+            return found
+    searched = ", ".join(dict.fromkeys(name for names in alternatives for name in names))
+    raise DataError(f"{path}: holds none of {searched}; name the annotation file itself")
+
+
 SPLITS = {
     "train": "train",
     "restval": "train",  # Karpathy's; it trains, as in the paper's Table 6
@@ -102,6 +127,7 @@ SPLITS = {
     "dev": "val",
     "test": "test",
     "test1": "test",
+    "hidden": "test",  # NLVR v1's
 }
 """The name of a split in a release -> ours."""
 
@@ -110,9 +136,6 @@ def split_named(file: Path, otherwise: str = "") -> str:
     """The split that a file's name states, such as `captions_val2014.json`, `snli_ve_dev.jsonl`, `test1.json`."""
     found = re.search(r"(?<![a-z])(train|validation|val|dev|test)(?![a-z])", file.stem.lower())
     return SPLITS[found[1]] if found else otherwise
-
-
-# ------------------------------------------------------------------------------------------------ text and JSON
 
 
 def read_text(file: Path) -> str:
@@ -128,15 +151,7 @@ def read_text(file: Path) -> str:
     return text
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice in one object")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+_DECODER = json.JSONDecoder()
 _GAP = re.compile(r"[\s,]*")
 
 
@@ -151,19 +166,18 @@ def decode_json(text: str, where: str, start: int = 0) -> tuple[Any, int]:
 def json_lines(file: Path, text: str) -> Iterator[Item]:
     """The values of JSON lines; blank lines are skipped. Only \\n ends a line: U+2028 may be part of a text."""
     for number, line in enumerate(text.split("\n"), start=1):
-        if not (line := line.strip()):
+        if not line.strip():
             continue
         try:
-            value, end = decode_json(line, f"{file}: line {number}")
-            if line[end:]:
-                raise DataError(f"{file}: line {number}: not JSON (more text after its end); is the file complete?")
-            yield f"line {number}", value
-        except DataError as error:
-            report_fault(str(error))
+            yield f"line {number}", _DECODER.decode(line)
+        except (ValueError, RecursionError) as error:
+            report_fault(f"{file}: line {number}: not JSON ({error}); is the file complete?")
 
 
 def json_list(file: Path, text: str) -> Iterator[Item]:
     """The items of a JSON list, one by one: all 5.4 million regions of Visual Genome at once would take gigabytes."""
+    if text.lstrip()[0] != "[":
+        raise DataError(f"{file}: not a JSON list; fetch it again")
     position, number = _GAP.match(text, text.index("[") + 1).end(), 0
     while text[position : position + 1] != "]":
         value, position = decode_json(text, f"{file}: [{number}]", position)
@@ -173,43 +187,18 @@ def json_list(file: Path, text: str) -> Iterator[Item]:
         raise DataError(f"{file}: more text after the end of its list; is it one JSON file?")
 
 
-def read_list(file: Path) -> Iterable[Item]:
-    """The items of a JSON list in a file."""
-    text = read_text(file)
-    if text.lstrip()[0] != "[":
-        raise DataError(f"{file}: not a JSON list; fetch it again")
-    return json_list(file, text)
-
-
-# --------------------------------------------------------------------------------------------------------- CSV
-
-
-def csv_header(file: Path, text: str) -> list[str]:
-    """The names of the columns."""
-    names = [name.strip() for name in next(_csv_cells(file, text))[1]]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"{file}: column {repeated.pop()!r} twice in the header; rename one")
-    return names
-
-
 def csv_rows(file: Path, text: str) -> Iterator[Item]:
-    """The rows below the header, each as a dict."""
-    header = csv_header(file, text)
-    cells = _csv_cells(file, text)
-    next(cells)
-    for number, row in cells:
-        if len(row) == len(header):
-            yield f"line {number}", dict(zip(header, row, strict=True))
-        else:
-            report_fault(
-                f"{file}: line {number}: {len(row)} cells, but the header has {len(header)}; quote texts with commas"
-            )
-
-
-def _csv_cells(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells; strict, because a quote that is never closed would swallow all rows after it."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    """The header as a dict without values, then the rows, each as a dict."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # an open quote would swallow all rows after it
     try:
-        yield from ((reader.line_num, row) for row in reader if row)
+        names = reader.fieldnames = [name.strip() for name in reader.fieldnames]
+        if len(set(names)) < len(names):
+            raise DataError(f"{file}: a column twice in the header ({', '.join(names)}); rename one")
+        yield "header", dict.fromkeys(names)
+        for row in reader:
+            if None in row or None in row.values():
+                report_fault(f"{file}: line {reader.line_num}: not {len(names)} cells; quote texts that have commas")
+            else:
+                yield f"line {reader.line_num}", row
     except csv.Error as error:
-        raise DataError(f"{file}: line {reader.line_num}: not CSV ({error}); correct the quotes") from None
+        raise DataError(f"{file}: line {reader.reader.line_num}: not CSV ({error}); correct the quotes") from None

@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from vpworkbench.data.files import NO_IMAGES, names_below, report_fault
+from vpworkbench.data.files import NO_IMAGES, faults_at, names_below
 from vpworkbench.errors import DataError
 
-LARGEST_MEGAPIXELS = 100
-
-# ------------------------------------------------------------------------------------------------------ one image
+UNDECODABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that are cut, too large (over 179 megapixels), or no images."""
 
 
 def archive(path: Path) -> zipfile.ZipFile:
@@ -84,26 +83,16 @@ class ImageFile:
         """Decode as RGB, uint8 (height, width, 3); with `side`, squeezed to (side, side, 3).
 
         Upright by the EXIF tag; the first frame of an animation; 16-bit grey scaled to 8 bits; transparency over white.
-        A `DataError` names a file that is empty, truncated, too large or no image.
+        A `DataError` names a file that is truncated, too large or no image.
         """
         data = self.read()
-        if not data:
-            raise DataError(f"{self}: the image file is empty; restore it or drop its record")
         try:
             with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > LARGEST_MEGAPIXELS * 1e6:
-                    raise ValueError(f"{image.width} x {image.height} px, over {LARGEST_MEGAPIXELS} megapixels")
                 rgb = _rgb(image)
                 if side is not None and rgb.size != (side, side):
                     rgb = rgb.resize((side, side), Image.Resampling.BICUBIC)
                 return np.array(rgb)
-        except (
-            OSError,
-            RuntimeError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # as formats fail
+        except UNDECODABLE as error:
             reason = re.sub(r" <_io.*", "", str(error))  # an address in memory
             raise DataError(f"{self}: cannot be decoded ({reason}); replace it or drop its record") from None
 
@@ -138,8 +127,6 @@ def origins(image: ImageFile, *, coco: int | None = None, flickr: int | str | No
     return frozenset(found | {f"flickr:{photo[1]}" if photo else ""}) - {""}
 
 
-# -------------------------------------------------------------------------------------------------- images by name
-
 Places = str | Path | Sequence[str | Path]
 """Folders and zips of images; empty: those beside the annotation file, see `image_index`."""
 
@@ -159,11 +146,9 @@ class ImageIndex:
         self.flat, self.places = flat, [Path(place).expanduser() for place in places]
         self._by_name: dict[str, list[ImageFile]] = defaultdict(list)
         for place in self.places:
-            try:
+            with faults_at():  # where faults are collected, the other places still count
                 for name in _names(place):
                     self._by_name[_key(name).rsplit("/", 1)[-1]].append(ImageFile(place, name))
-            except DataError as error:  # where faults are collected, the other places still count
-                report_fault(str(error))
         for name in os.listdir(flat) if flat else ():
             if (mimetypes.guess_type(name)[0] or "").startswith("image/") and name[0] != ".":
                 self._by_name[_key(name)].append(ImageFile(flat, name))
@@ -231,32 +216,23 @@ def inner_name(name: str) -> str:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Folders and zips in a folder, zips first; a folder beside its own zip is an unpacked copy, and no place."""
-    found = [
-        place
-        for place in sorted(folder.iterdir())
-        if (place.suffix.lower() == ".zip" or place.is_dir())
-        and place.stem not in NO_IMAGES
-        and not place.name.startswith(".")
-    ]
-    zipped = {place.stem for place in found if place.is_file()}
-    return [place for place in found if place.is_file() or place.name not in zipped]
+    """Folders and zips in a folder; a folder beside its own zip is an unpacked copy, and no place."""
+    shown = [one for one in sorted(folder.iterdir()) if one.stem not in NO_IMAGES and one.name[0] != "."]
+    zips = {one.stem: one for one in shown if one.suffix.lower() == ".zip"}
+    return [one for one in shown if one in zips.values() or (one.is_dir() and one.name not in zips)]
 
 
 def _names(place: Path) -> Iterator[str]:
     """The files of a folder or zip, without hidden ones."""
-    zipped = place.suffix.lower() == ".zip"
-    if place.is_dir() and zipped:
-        raise DataError(f"{place}: is a folder with the name of a zip; rename it")
-    if place.is_dir():
-        yield from names_below(place)
-    elif place.is_file() and zipped:
-        for name in dict.fromkeys(archive(place).namelist()):
-            hidden = any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))
-            if not hidden and not name.endswith("/"):
-                yield name
-    else:
+    if not place.exists():
         raise DataError(f"{place}: no such folder or zip of images")
+    if place.suffix.lower() != ".zip":
+        yield from names_below(place)
+        return
+    for name in dict.fromkeys(archive(place).namelist()):
+        hidden = any(part[:1] == "." or part in NO_IMAGES for part in name.split("/"))
+        if not hidden and not name.endswith("/"):
+            yield name
 
 
 def _key(name: str) -> str:

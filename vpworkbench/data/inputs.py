@@ -17,12 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.records import Picture, Record
+from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.settings import VisualSettings
 from vpworkbench.system import draft, lock
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and of how much."""
 
 Readable = Picture | ImageFile | Image.Image | np.ndarray
 """Anything with pixels: a record, a file, a PIL image, or a uint8 array (height, width, 3)."""
@@ -34,12 +37,12 @@ class VisualInput(Protocol):
     def stack(self, images: Sequence[Readable]) -> Tensor:
         """One tensor for several images, image first."""
 
-    def check(self, records: Sequence[Record]) -> None:
-        """Refuse a set with an image that cannot be read, before any work starts."""
+    def check(self, images: Sequence[ImageFile]) -> None:
+        """Refuse images without regions before any work starts; a broken image is reported when it is decoded."""
 
 
 @dataclass(frozen=True)
-class Pixels:
+class Pixels(VisualInput):
     """Images squeezed to squares of one size."""
 
     image_px: int
@@ -47,9 +50,6 @@ class Pixels:
     def stack(self, images: Sequence[Readable]) -> Tensor:
         """uint8 (image, 3, image_px, image_px)."""
         return _channels_first(np.stack([self._square(image) for image in images]))
-
-    def check(self, records: Sequence[Record]) -> None:
-        """Pixels need no check: a broken image is reported when it is decoded."""
 
     def _square(self, image: Readable) -> np.ndarray:
         if isinstance(image, Picture):
@@ -61,7 +61,7 @@ class Pixels:
         return np.asarray(drawn.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
 
-class PixelCache:
+class PixelCache(VisualInput):
     """The same for image files that are decoded once, into one memory-mapped file that all processes share.
 
     The cache is a folder named by a hash of the images' names, contents and size, so that a changed image makes another
@@ -73,17 +73,10 @@ class PixelCache:
         Where caches are kept.
     images
         All images that will be read.
-    progress
-        Called with a description, images done and all images.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        images: Sequence[ImageFile],
-        image_px: int,
-        *,
-        progress: Callable[[str, int, int], None] | None = None,
+        self, folder: Path, images: Sequence[ImageFile], image_px: int, *, progress: Progress | None = None
     ) -> None:
         files = list(dict.fromkeys(images))
         self.rows = {file: row for row, file in enumerate(files)}
@@ -108,13 +101,8 @@ class PixelCache:
                 raise DataError(f"{self.path}: image {row} was damaged; delete this folder, and it is built again")
         return _channels_first(pixels)
 
-    def check(self, records: Sequence[Record]) -> None:
-        """Pixels need no check: every image has been decoded."""
 
-
-def _decode_all(
-    cache: Path, files: Sequence[ImageFile], image_px: int, progress: Callable[[str, int, int], None] | None
-) -> None:
+def _decode_all(cache: Path, files: Sequence[ImageFile], image_px: int, progress: Progress | None) -> None:
     """Write the pixels and checksums of all files."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), image_px, image_px, 3)}
     checksums = np.zeros(len(files), dtype=np.uint32)
@@ -136,21 +124,16 @@ def _channels_first(squares: np.ndarray) -> Tensor:
 
 
 def visual_input(visual: VisualSettings) -> VisualInput:
-    """The input of a visual side: pixels, or the regions in `visual.region_files`."""
+    """The input of a visual side: pixels, or the region files, which stay open until they change."""
     if visual.kind.pixels:
         return Pixels(visual.image_px)
-    return open_regions(visual.region_files, visual.regions, visual.region_width)
-
-
-def open_regions(source: str, most: int, width: int) -> RegionFiles:
-    """Region files, kept open: a tsv is indexed again only after a change."""
-    place = Path(source).expanduser()
-    stamp = (place.stat().st_mtime_ns, place.stat().st_size) if source and place.exists() else (0, 0)
-    return _opened(source, most, width, stamp)
+    place = Path(visual.region_files).expanduser()
+    changed = (place.stat().st_mtime_ns, place.stat().st_size) if place.exists() else None
+    return _opened(visual.region_files, visual.regions, visual.region_width, changed)
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(source: str, most: int, width: int, stamp: tuple[int, int]) -> RegionFiles:
+def _opened(source: str, most: int, width: int, changed: tuple[int, int] | None) -> RegionFiles:
     return RegionFiles(source, most=most, width=width)
 
 
@@ -162,8 +145,6 @@ def prepare(
     special_tokens: Literal["language", "exclude"] = "language",
 ) -> Inputs:
     """Read images and pair image i with text i: `VisualParsingModel.prepare`, from records or files."""
-    if len(images) != len(texts) or not texts:
-        raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
     stacked = visual_input(model.settings.visual).stack(images)
     return model.prepare(stacked, list(texts), special_tokens=special_tokens)
 
@@ -177,5 +158,5 @@ def use_regions(model: VisualParsingModel, source: str) -> None:
     if visual.kind.pixels:
         raise SettingsError(f"regions {source}: visual family {visual.family!r} reads pixels; leave `regions` empty")
     settings = model.settings.with_overrides({"visual.region_files": source})
-    open_regions(source, settings.visual.regions, settings.visual.region_width).check_width()
+    visual_input(settings.visual).check_width()
     model.visual.settings = settings.visual

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, StringConstraints, ValidationError
 
 from vpworkbench.data.files import (
     Item,
-    csv_header,
     csv_rows,
     decode_json,
     json_lines,
@@ -29,14 +28,9 @@ from vpworkbench.errors import DataError
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """A text in a record; a blank one is refused."""
 
-
-class WithId(Protocol):
-    id: str
-
-
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
-R = TypeVar("R", bound=WithId)
+R = TypeVar("R")
 
 
 class UnknownFormatError(DataError):
@@ -50,7 +44,7 @@ class Format(Generic[R]):
     Attributes
     ----------
     name, title : str
-        Short, for tables and comparison; and long, for messages.
+        Short, for tables; and long, for messages.
     layout
         `document`: one JSON object. `list`: a JSON list of records. `lines`: JSON lines, or a CSV with a header.
     recognises : callable
@@ -58,8 +52,6 @@ class Format(Generic[R]):
         record must not make the format unknown.
     read : callable
         The records of an opened file.
-    has_images : bool
-        Whether the records refer to images.
     """
 
     name: str
@@ -109,11 +101,10 @@ def open_annotations(
     file, formats = Path(file).expanduser(), list(formats)
     text = read_text(file)
     if file.suffix.lower() == ".csv":
-        contents = {"lines": csv_rows(file, text)}
-        first: Any = dict.fromkeys(csv_header(file, text))
+        rows = csv_rows(file, text)
+        (_, first), contents = next(rows), {"lines": rows}
     elif text.lstrip()[0] == "[":
-        contents = {"list": json_list(file, text)}
-        first = next(json_list(file, text), ("", None))[1]
+        (_, first), contents = next(json_list(file, text), ("", None)), {"list": json_list(file, text)}
     else:
         first, end = decode_json(text, str(file), len(text) - len(text.lstrip()))
         contents = {"lines": json_lines(file, text)}
@@ -132,14 +123,9 @@ def open_annotations(
 def convert(
     file: Path, items: Iterable[Item], schema: type[M], name: str, use: Callable[[M], Iterable[T]]
 ) -> Iterator[T]:
-    """Check each record of a file, and yield what `use` makes of it; a fault names the file, the place and the record.
+    """Check each record of a file by a schema, and yield what `use` makes of it; `name` is the field of its id.
 
-    Parameters
-    ----------
-    schema
-        What a record must look like.
-    name : str
-        The field that identifies a record in its file; a second record with the same one is refused.
+    A fault names the file, the place and the record; a second record of the same id is one.
     """
     known: set[str] = set()
     for place, raw in items:

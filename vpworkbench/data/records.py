@@ -43,6 +43,11 @@ class Picture:
     boxes: tuple[Box, ...] = ()
     origins: frozenset[str] = frozenset()
 
+    @property
+    def images(self) -> tuple[ImageFile, ...]:
+        """Its one image, as an `Example` has them."""
+        return (self.image,)
+
     def object_map(self) -> np.ndarray:
         """uint8 (height, width) of a generated image: i + 1 where `scene.things[i]` is visible, 0 in the background."""
         folder = self.image.folder.with_name("object_maps.zip")
@@ -89,10 +94,8 @@ class Example:
         The answer that the release chose among these; empty if it chose none.
     kind : str
         VQA's answer type.
-    boxes : tuple of Box
-        What an NLVR v1 image shows, its structured representation; empty elsewhere.
-    origins : frozenset of str
-        See `Picture`; empty for two images.
+    boxes, origins
+        See `Picture`; without origins for two images.
     """
 
     id: str
@@ -108,11 +111,6 @@ class Example:
 
 
 Record = Picture | Example
-
-
-def images_of(record: Record) -> tuple[ImageFile, ...]:
-    """The image of a picture, the one or two of an example."""
-    return (record.image,) if isinstance(record, Picture) else record.images
 
 
 def _is_among(text: str, texts: tuple[str, ...]) -> bool:

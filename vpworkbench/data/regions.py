@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +20,22 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.records import Picture, Record, images_of
+from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.system import draft
 
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 ROUNDING_PX = 1.0
 """Detectors round: a box may leave its image by this much, and is cut at the border."""
-REAL = "fiu"
-"""NumPy's kinds of real numbers."""
+
+IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE)
+COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})")
+SCENES = "scenes.json"
+"""Beside the regions of generated scenes: the settings of these scenes."""
+
+UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, MemoryError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
+"""What NumPy raises for an npz that is cut, has flipped bytes, or is something else."""
 
 
 class Regions(NamedTuple):
@@ -94,16 +101,9 @@ class RegionFiles:
         self._check_scenes(image)
         return read_npz(place) if isinstance(place, Path) else self._read_line(place, _tsv_name(image.name))
 
-    def check(self, records: Sequence[Record]) -> None:
-        """`DataError` if an image of a set has no regions or shares another's, or if the first one's width is wrong."""
-        images = [image for record in records for image in images_of(record)]
-        self.check_images(images)
-        if images:
-            self.regions(images[0])
-
-    def check_images(self, images: Iterable[ImageFile]) -> None:
-        """`DataError` if an image has no regions, or shares another's; no regions are read."""
-        places = {image: self._place(image) for image in dict.fromkeys(images)}
+    def check(self, images: Sequence[ImageFile]) -> None:
+        """`DataError` if an image has no regions or shares another's, or if the first one's width is wrong."""
+        places = {image: self._place(image) for image in images}
         if missing := [image.name for image, place in places.items() if place is None]:
             names = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
             example = f"; it has {next(iter(self._lines))!r} and so on" if self._lines else ""
@@ -113,21 +113,22 @@ class RegionFiles:
             )
         first: dict[Path | int | None, ImageFile] = {}
         for image, place in places.items():
-            other = first.setdefault(place, image)
-            if other.name != image.name and not _are_same(other, image):
+            other, is_of_coco = first.setdefault(place, image), COCO_NAME.fullmatch(Path(image.name).stem)
+            if other.name != image.name and not is_of_coco and other.glimpse() != image.glimpse():
                 raise DataError(
                     f"{self.source}: {other} and {image} would share one image's regions; put them into folders as the "
                     "images are, or give the images different names"
                 )
             self._check_scenes(image)
+        if images:
+            self.regions(images[0])
 
     def check_width(self) -> None:
         """`DataError` if the first image has features of another width, or if there is none."""
+        names = [f"{name}.jpg" for name in self._lines]
         if self.source.is_dir():
             names = (file.relative_to(self.source).as_posix() for file in self.source.rglob("[!.]*.npz"))
-        else:
-            names = (f"{name}.jpg" for name in self._lines)
-        if (first := next(names, None)) is None:
+        if (first := next(iter(names), None)) is None:
             raise DataError(f"{self.source}: holds no regions; give BUTD's tsv or a folder with one npz for each image")
         self.regions(ImageFile(self.source, first))
 
@@ -143,7 +144,7 @@ class RegionFiles:
             file.seek(position)
             cells = _text(file.readline()).rstrip("\r\n").split("\t")
         if len(cells) != len(TSV_FIELDS) or _tsv_name(cells[0]) != name:
-            raise DataError(f"{self.source}: changed since it was opened, at image {name}; start again")
+            raise DataError(f"{self.source}: image {name}: its line is broken, or the file was changed; start again")
         return read_tsv_row(dict(zip(TSV_FIELDS, cells, strict=True)), self.source)
 
     def _check_scenes(self, image: ImageFile) -> None:
@@ -151,42 +152,33 @@ class RegionFiles:
         if self._scenes is None or image.folder in self._same_scenes:
             return
         for place in (image.folder, *image.folder.parents[:2]):  # images.zip, nlvr2/images.zip
-            theirs = _scene_settings(place / "settings.json") or self._scenes
-            differing = [
-                f"{key} {ours}, not {theirs[key]}" for key, ours in self._scenes.items() if ours != theirs[key]
-            ]
-            if differing:
+            theirs = _scene_settings(place / "settings.json")
+            if theirs not in (None, self._scenes):
                 raise DataError(
-                    f"{self.source}: regions of other scenes ({', '.join(differing)}) than {image}; make them with "
+                    f"{self.source}: regions of other scenes ({self._scenes}) than {image} ({theirs}); make them with "
                     "`vpw regions` from the same preset, or from the folder of this set"
                 )
         self._same_scenes.add(image.folder)
 
 
-# -------------------------------------------------------------------------------------------------------- files
-
-
-def checked_regions(features: np.ndarray, boxes: np.ndarray, size: Any, *, source: str) -> Regions:
+def checked_regions(features: np.ndarray, boxes: np.ndarray, size: np.ndarray, *, source: str) -> Regions:
     """Regions with relative boxes; a `DataError` begins with `source`, which names the file and the image.
 
     Parameters
     ----------
-    features, boxes : array, (region, channel), (region, 4)
+    features, boxes : float array, (region, channel), (region, 4)
         Boxes in pixels.
-    size
-        Width and height of the image in pixels, as a file has them.
+    size : float array, (2,)
+        Width and height of the image in pixels.
     """
 
     def fault(message: str) -> DataError:
         return DataError(f"{source}: {message}; extract this image again")
 
-    size = np.asarray(size)
-    if size.shape != (2,) or size.dtype.kind not in REAL or not np.isfinite(size).all() or not size.min() > 0:
+    if size.shape != (2,) or not np.isfinite(size).all() or not size.min() > 0:
         raise fault(f"an image of size {size.tolist()}, not of two positive numbers")
     if features.ndim != 2 or boxes.shape != (len(features), 4) or not len(features):
         raise fault(f"features {features.shape} and boxes {boxes.shape}, not one box x0 y0 x1 y1 for each feature")
-    if features.dtype.kind not in REAL or boxes.dtype.kind not in REAL:
-        raise fault(f"features of {features.dtype} and boxes of {boxes.dtype}, not of real numbers")
     with np.errstate(over="ignore"):
         features = features.astype(np.float32)  # before the check: 1e300 is not finite in float32
     if not (np.isfinite(features).all() and np.isfinite(boxes).all()):
@@ -211,19 +203,14 @@ def write_regions(file: Path, features: np.ndarray, boxes: np.ndarray, size: Seq
         np.savez(out, features=features.astype(np.float32), boxes=np.asarray(boxes, np.float32), size=np.asarray(size))
 
 
-UNREADABLE = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, MemoryError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error, struct.error)
-"""What NumPy raises for an npz that is cut, has flipped bytes, or is something else."""
-
-
 def read_npz(file: Path) -> Regions:
     """The regions of one image."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            parts = content["features"], content["boxes"], content["size"]
+            parts = [np.asarray(content[name], np.float64) for name in ("features", "boxes", "size")]
     except UNREADABLE as error:
         raise DataError(
-            f"{file}: not a complete npz with features, boxes and size ({error}); extract this image again"
+            f"{file}: not a complete npz of numbers: features, boxes and size ({error}); extract this image again"
         ) from None
     return checked_regions(*parts, source=str(file))
 
@@ -232,25 +219,17 @@ def read_tsv_row(row: dict[str, str], file: Path) -> Regions:
     """The regions in one line of BUTD's tsv; features and boxes are base64 of float32."""
     source = f"{file}: image {row['image_id']}"
     try:
-        count, size = int(row["num_boxes"]), (float(row["image_w"]), float(row["image_h"]))
+        count, size = int(row["num_boxes"]), np.array([float(row["image_w"]), float(row["image_h"])])
+        coded = (base64.b64decode(row[name], validate=True) for name in ("boxes", "features"))
+        boxes, features = (np.frombuffer(numbers, "<f4") for numbers in coded)
     except ValueError as error:
-        raise DataError(
-            f"{source}: image_w, image_h or num_boxes is no number ({error}); fetch the file again"
-        ) from None
-    boxes, features = (_decoded(row[name], name, source) for name in ("boxes", "features"))
+        raise DataError(f"{source}: no numbers, or no base64 of float32 ({error}); fetch the file again") from None
     if count < 1 or boxes.size != 4 * count or features.size % count:
         raise DataError(
             f"{source}: num_boxes is {count}, but there are {boxes.size / 4:g} boxes and {features.size} numbers of "
             "features, read as float32; fetch the file again, or drop a line without boxes"
         )
     return checked_regions(features.reshape(count, -1), boxes.reshape(count, 4), size, source=source)
-
-
-def _decoded(text: str, field: str, source: str) -> np.ndarray:
-    try:
-        return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
-    except ValueError as error:
-        raise DataError(f"{source}: {field} is no base64 of float32 ({error}); fetch the file again") from None
 
 
 def _text(line: bytes) -> str:
@@ -266,24 +245,12 @@ def _line_starts(file: Path) -> dict[str, int]:
             name = _tsv_name(_text(line).split("\t", 1)[0])
             if not line.strip() or name == TSV_FIELDS[0]:
                 continue
-            fields = line.count(b"\t") + 1
-            if fields != len(TSV_FIELDS):
-                image = name.strip()[:40]
-                raise DataError(f"{file}: line {number} (image {image}): {fields} fields, not {', '.join(TSV_FIELDS)}")
             if name in starts:
                 raise DataError(f"{file}: line {number}: image {name} for the second time; drop one of its lines")
             starts[name] = start
     if not starts:
         raise DataError(f"{file}: holds no regions; a tsv has a line of {', '.join(TSV_FIELDS)} for each image")
     return starts
-
-
-# -------------------------------------------------------------------------------------------- names and scenes
-
-IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?)$", re.IGNORECASE)
-COCO_NAME = re.compile(r"(?:COCO_\w+_)?(\d{12})")
-SCENES = "scenes.json"
-"""Beside the regions of generated scenes: the settings of these scenes."""
 
 
 def _tsv_name(name: str) -> str:
@@ -293,20 +260,9 @@ def _tsv_name(name: str) -> str:
     return str(int(number[1])) if number else stem
 
 
-def _are_same(one: ImageFile, other: ImageFile) -> bool:
-    """Whether files in two folders are one image: by its number in COCO, else by its content."""
-    if COCO_NAME.fullmatch(Path(one.name).stem):
-        return True
-    try:
-        return one.glimpse() == other.glimpse()
-    except (DataError, KeyError, OSError):
-        return True  # unknown without pixels
-
-
 def _scene_settings(file: Path) -> dict[str, Any] | None:
-    """The settings that decide what each generated image shows; None if the file holds none."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        return {key: settings[key] for key in ("seed", "image_px", "difficulty", "generator")}
-    except (OSError, ValueError, KeyError, TypeError):
+    """The settings that decide what each generated image shows; None without the file."""
+    if not file.exists():
         return None
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    return {key: settings.get(key) for key in ("seed", "image_px", "difficulty", "generator")}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from vpworkbench.data.captioned import read_pictures
-from vpworkbench.data.files import annotation_files
 from vpworkbench.data.images import ImageFile, Places, origins
-from vpworkbench.data.readers import UnknownFormatError, open_annotations
-from vpworkbench.data.records import Example, Picture, Record, images_of
+from vpworkbench.data.records import Example, Picture, Record
 from vpworkbench.data.scene_cache import cached_scenes
-from vpworkbench.data.task_readers import FORMATS, VQA_ANSWERS
+from vpworkbench.data.task_readers import open_all
 from vpworkbench.errors import DataError
 from vpworkbench.settings import DataSettings
 
@@ -25,17 +24,11 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R", Picture, Example)
 
-# ------------------------------------------------------------------------------------------- captioned sets
-
 
 def load_splits(settings: DataSettings) -> dict[str, list[Picture]]:
     """`train`, `val` and `test` of all configured sets; scenes are generated first if they are not there yet."""
-    sets = []
-    for name in settings.sets:
-        if name == "scenes":
-            sets.append(read_pictures(cached_scenes(settings.scenes)))
-        else:
-            sets.append(read_pictures(name, images=settings.images))
+    folders = [cached_scenes(settings.scenes) if name == "scenes" else name for name in settings.sets]
+    sets = [read_pictures(folder, images=settings.images) for folder in folders]
     excluded = [record for path in settings.exclude for record in evaluation_records(path, images=settings.images)]
     splits = split_pictures(sets, exclude=excluded)
     if not splits["train"]:
@@ -52,21 +45,10 @@ def load_held_out(settings: DataSettings, *, images: int | None = None) -> list[
 
 def evaluation_records(path: str | Path, *, images: Places = ()) -> list[Record]:
     """The records of `val` and `test` in an annotation file of any format, or in all files below a folder."""
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise DataError(f"{place}: no such file or folder; `exclude` takes sets whose val and test are not trained on")
-    held_out: list[Record] = []
-    for file in annotation_files(place):
-        try:
-            opened = open_annotations(file, FORMATS, images)
-        except UnknownFormatError:
-            if file == place:
-                raise
-            continue  # a folder holds other files too
-        if opened.format is not VQA_ANSWERS:
-            held_out += [record for record in opened.read() if record.split != "train"]
+    opened = open_all(path, images)
+    held_out = [record for annotations in opened for record in annotations.read() if record.split != "train"]
     if not held_out:
-        raise DataError(f"{place}: no records of val or test to exclude; name the file that holds them")
+        raise DataError(f"{path}: no records of val or test to exclude; name the file that holds them")
     return held_out
 
 
@@ -84,29 +66,24 @@ def split_pictures(sets: Iterable[Sequence[Picture]], *, exclude: Sequence[Recor
         More records whose images are not trained on, see `evaluation_records`.
     """
     splits: dict[str, list[Picture]] = {"train": [], "val": [], "test": []}
-    for pictures in sets:
-        for picture in pictures:
-            splits[picture.split].append(picture)
+    for picture in chain.from_iterable(sets):
+        splits[picture.split].append(picture)
     held_out = [*splits["val"], *splits["test"], *exclude]
     kept, photograph = without_leaks(splits["train"], held_out, "training images are also in val or test")
-    copies: dict[Hashable, list[Picture]] = {}
+    copies: dict[Hashable, list[Picture]] = defaultdict(list)
     for picture in kept:
-        copies.setdefault(photograph[picture.image], []).append(picture)
-    joined = [first if not rest else _merged(first, rest) for first, *rest in copies.values()]
-    if more := len(kept) - len(joined):
+        copies[photograph[picture.image]].append(picture)
+    if more := len(kept) - len(copies):
         log.warning("%d training images are copies, joined with their originals", more)
-    return splits | {"train": joined}
+    return splits | {"train": [same[0] if len(same) == 1 else _merged(same) for same in copies.values()]}
 
 
-def _merged(first: Picture, rest: Sequence[Picture]) -> Picture:
+def _merged(copies: Sequence[Picture]) -> Picture:
     """One picture with the texts of all its copies; the first of them names it."""
-    captions = dict.fromkeys(text for picture in (first, *rest) for text in picture.captions)
-    foils = dict.fromkeys(text for picture in (first, *rest) for text in picture.foils if text not in captions)
-    known = first.origins.union(*(picture.origins for picture in rest))
-    return replace(first, captions=tuple(captions), foils=tuple(foils), origins=known)
-
-
-# --------------------------------------------------------------------------------------------------- leaks
+    captions = dict.fromkeys(text for picture in copies for text in picture.captions)
+    foils = dict.fromkeys(text for picture in copies for text in picture.foils if text not in captions)
+    known = frozenset().union(*(picture.origins for picture in copies))
+    return replace(copies[0], captions=tuple(captions), foils=tuple(foils), origins=known)
 
 
 def without_leaks(
@@ -114,25 +91,15 @@ def without_leaks(
 ) -> tuple[list[R], dict[ImageFile, Hashable]]:
     """The training records without an image that is held out, and the mark of every image (see `photographs`).
 
-    Logs how many are dropped, described as `what`: first those found by ids, then those found by content too.
+    Logs how many are dropped, described as `what`.
     """
-    content = image_contents(image for record in (*training, *held_out) for image in images_of(record))
-    by_id, _ = _leaks(training, held_out, {})
-    all_leaks, marks = _leaks(training, held_out, content)
-    if by_id:
-        log.warning("%d %s, by their ids: dropped", len(by_id), what)
-    if by_content := all_leaks - by_id:
-        log.warning("%d %s, by content: dropped", len(by_content), what)
-    return [record for row, record in enumerate(training) if row not in all_leaks], marks
-
-
-def _leaks(
-    training: Sequence[Record], held_out: Sequence[Record], content: Mapping[ImageFile, Hashable]
-) -> tuple[set[int], dict[ImageFile, Hashable]]:
-    """Rows of the training records that have an image of a held-out record; the marks of all images."""
-    marks = photographs([*training, *held_out], content)
-    held = {marks[image] for record in held_out for image in images_of(record)}
-    return {row for row, one in enumerate(training) if any(marks[image] in held for image in images_of(one))}, marks
+    records = [*training, *held_out]
+    marks = photographs(records, image_contents(image for record in records for image in record.images))
+    leaked = {marks[image] for record in held_out for image in record.images}
+    kept = [record for record in training if leaked.isdisjoint(marks[image] for image in record.images)]
+    if dropped := len(training) - len(kept):
+        log.warning("%d %s: dropped", dropped, what)
+    return kept, marks
 
 
 def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]) -> dict[ImageFile, Hashable]:
@@ -150,13 +117,13 @@ def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]
             parent[key] = key = parent[parent[key]]
         return key
 
-    images: dict[ImageFile, None] = {}
+    images: set[ImageFile] = set()
     for record in records:
-        is_pair = len(images_of(record)) > 1  # then only the names state which id belongs to which image
-        for image in images_of(record):
-            images[image] = None
-            keys = [*(origins(image) if is_pair else record.origins)]
-            for key in keys + [content[image]] if image in content else keys:
+        images.update(record.images)
+        for image in record.images:
+            # Of a pair, only the names state which id belongs to which image.
+            keys = [*(record.origins if len(record.images) == 1 else origins(image))]
+            for key in [*keys, content.get(image, image)]:
                 parent[root(key)] = root(image)
     return {image: root(image) for image in images}
 
@@ -164,7 +131,6 @@ def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]
 def image_contents(images: Iterable[ImageFile]) -> dict[ImageFile, Hashable]:
     """A value for each image that images of the same content share; only files that may be equal are read twice."""
     files = list(dict.fromkeys(images))
-    bar = tqdm(files, "comparing images", unit=" images", delay=2)
-    glimpses = {image: image.glimpse() for image in bar}
+    glimpses = {image: image.glimpse() for image in tqdm(files, "comparing images", unit=" images", delay=2)}
     count = Counter(glimpses.values())
     return {image: (glimpse, image.digest() if count[glimpse] > 1 else b"") for image, glimpse in glimpses.items()}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vpworkbench.data.files import SPLITS, remark, report_fault, split_named
+from vpworkbench.data.files import SPLITS, faults_at, remark, split_named
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.readers import Annotations, checked, one_line
+from vpworkbench.data.readers import Annotations, Text, checked, one_line
 from vpworkbench.errors import DataError
 
-TABLE_TITLE = "CSV (with a header) or JSON lines with image and text"
+TABLE_FILES = ("*.csv", "*.jsonl")
 VAL_SHARE = 0.1
 TRUE_FALSE = {"true": "True", "false": "False", "1": "True", "0": "False"}
 
@@ -34,16 +34,11 @@ class _Row(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     image: str = Field(min_length=1)
-    text: str = Field(min_length=1)
+    text: Text
     image2: str | None = None
     label: bool | int | str | None = None
     split: str | None = None
     id: int | str | None = None
-
-
-def is_table(keys: Mapping[str, Any]) -> bool:
-    """Whether a file is a table, by the keys of its first record."""
-    return "image" in keys or "text" in keys
 
 
 def read_rows(table: Annotations) -> list[Row]:
@@ -69,35 +64,25 @@ def read_unsplit_rows(table: Annotations) -> list[Row]:
     ignored: set[str] = set()
     for place, raw in table.content:
         where = f"{table.file}: {place}"
-        try:
+        with faults_at(where):
             record = checked(_Row, raw)
             ignored |= set(record.model_extra or ())
-            where = f"{where} ({record.image})"
-            rows.append(_row(table, where, record, f"{table.file.stem}, {place}"))
-        except DataError as error:
-            report_fault(f"{where}: {error}")
+            split = (record.split or "").strip().lower()
+            if split and split not in SPLITS:
+                raise DataError(f"unknown split {record.split!r}; known are {', '.join(SPLITS)}")
+            row = Row(
+                where=where,
+                id=str(record.id) if record.id not in (None, "") else f"{table.file.stem}, {place}",
+                image=record.image,
+                images=tuple(table.images.find(name) for name in (record.image, record.image2) if name),
+                text=one_line(record.text),
+                label="" if record.label is None else str(record.label).strip(),
+                split=SPLITS.get(split) or split_named(table.file, "train" if "split" in table.keys else ""),
+            )
+            rows.append(row)
     if ignored:
         remark(f"{table.file}: columns that are not read: {', '.join(sorted(ignored))}")
     return rows
-
-
-def _row(table: Annotations, where: str, record: _Row, otherwise: str) -> Row:
-    split = (record.split or "").strip().lower()
-    if split and split not in SPLITS:
-        raise DataError(f"unknown split {record.split!r}; known are {', '.join(SPLITS)}")
-    if not (text := one_line(record.text)):
-        raise DataError("an empty text; remove the row or give its text")
-    names = (name for name in (record.image, record.image2) if name)
-    has_column = "split" in record.model_fields_set
-    return Row(
-        where=where,
-        id=str(record.id) if record.id not in (None, "") else otherwise,
-        image=record.image,
-        images=tuple(table.images.find(name) for name in names),
-        text=text,
-        label="" if record.label is None else str(record.label).strip(),
-        split=SPLITS.get(split) or split_named(table.file, "train" if has_column else ""),
-    )
 
 
 def _tenth(names: Iterable[str]) -> set[str]:
@@ -107,8 +92,8 @@ def _tenth(names: Iterable[str]) -> set[str]:
     return {name for name, value in hashes.items() if value < VAL_SHARE or value == least}
 
 
-def true_or_false(label: str) -> str:
-    """A label as `True` or `False`; `DataError` for another one."""
-    if label.lower() not in TRUE_FALSE:
-        raise DataError(f"label {label!r}; expected true or false")
-    return TRUE_FALSE[label.lower()]
+def known_label(label: str, labels: Mapping[str, str]) -> str:
+    """One of `labels`, whose keys are in small letters; `DataError` for another one."""
+    if label.lower() not in labels:
+        raise DataError(f"label {label!r}; expected one of {', '.join(labels)}")
+    return labels[label.lower()]

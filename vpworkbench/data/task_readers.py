@@ -1,8 +1,4 @@
-"""Readers of the downstream tasks' files: VQA v2, NLVR2, NLVR v1, SNLI-VE, easy-VQA, custom tables.
-
-A `read_...` function takes a folder or a file, and returns the examples of `train`, `val` and `test`. Images are beside
-the file, in folders or zips that are read in place.
-"""
+"""Readers of the downstream tasks' files: VQA v2, NLVR2, NLVR v1, SNLI-VE, easy-VQA, custom tables."""
 
 from __future__ import annotations
 
@@ -18,21 +14,22 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
-from vpworkbench.data.captioned import (
-    COCO,
-    KARPATHY,
-    NLVR1,
-    NLVR1_FILES,
-    TABLE,
-    TABLE_FILES,
-    VISUAL_GENOME,
-    matching_files,
-)
-from vpworkbench.data.files import read_list, read_text, report_fault
+from vpworkbench.data.captioned import COCO, KARPATHY, NLVR1, NLVR1_FILES, TABLE, VISUAL_GENOME
+from vpworkbench.data.files import annotation_files, faults_at, files_of_set, json_list, read_text, report_fault
 from vpworkbench.data.images import ImageIndex, Places, origins
-from vpworkbench.data.readers import Annotations, Format, Text, convert, has_lists, one_line, open_annotations, unique
+from vpworkbench.data.readers import (
+    Annotations,
+    Format,
+    Text,
+    UnknownFormatError,
+    convert,
+    has_lists,
+    one_line,
+    open_annotations,
+    unique,
+)
 from vpworkbench.data.records import Example
-from vpworkbench.data.tables import TRUE_FALSE, Row, read_rows, true_or_false
+from vpworkbench.data.tables import TABLE_FILES, TRUE_FALSE, Row, known_label, read_rows
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import NLVR2_IDENTIFIER, most_given, normalised_answer
 
@@ -44,17 +41,14 @@ Splits = dict[str, list[Example]]
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """The files that a downstream task can be read from.
+    """The files that a downstream task can be read from: its release, or custom tables.
 
     Attributes
     ----------
     published : Format
         The format of its release.
-    names : tuple of str
-        The files of a release in its folder, one pattern for each split. If several files match a pattern, the last by
-        name is read: VQA's test2015, which contains its test-dev.
-    subfolder : str
-        Where they are, if that folder exists.
+    names : tuple of tuple of str
+        The files of a release in its folder, see `files_of_set`.
     truth : callable
         The fields of an `Example` that the label of a custom table states; `DataError` for a label that it cannot have.
     images : int
@@ -62,32 +56,24 @@ class TaskFiles:
     """
 
     published: Format[Example]
-    names: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
     truth: Callable[[str], dict[str, Any]]
     images: int = 1
-    subfolder: str = ""
 
     @property
     def name(self) -> str:
         """The name of the published format, which is the task's."""
         return self.published.name
 
-    def knows(self, label: str) -> bool:
-        """Whether a table of this task can have the label."""
-        try:
-            return bool(self.truth(label))
-        except DataError:
-            return False
-
     def read(self, path: str | Path, images: Places = ()) -> Splits:
-        """All examples of a folder or a file."""
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise DataError(f"{path}: no such folder or file; `data` takes 'scenes', or the folder or file of a task")
-        formats = (self.published, replace(TABLE, read=lambda table: examples_of(read_rows(table), self)))
+        """All examples of a folder or a file; images are beside the file, or in the given places."""
+        table = replace(TABLE, read=lambda table: examples_of(read_rows(table), self))
+        files = files_of_set(path, (*self.names, TABLE_FILES))
         splits: Splits = {"train": [], "val": [], "test": []}
-        for file in [path] if path.is_file() else self._found(path):
-            for example in open_annotations(file, formats, images).read():
+        for file in files:
+            if "test-dev" in file.name and file.with_name(file.name.replace("-dev", "")) in files:
+                continue  # VQA's test2015 contains its test-dev
+            for example in open_annotations(file, (self.published, table), images).read():
                 splits[example.split].append(example)
         for split, examples in splits.items():
             if examples:
@@ -95,17 +81,6 @@ class TaskFiles:
             else:
                 log.warning("%s: no examples of %s", path, split)
         return splits
-
-    def _found(self, folder: Path) -> list[Path]:
-        if (folder / self.subfolder).is_dir():
-            folder = folder / self.subfolder
-        files = [found[-1] for name in self.names if (found := matching_files(folder, (name,)))]
-        if found := files or matching_files(folder, TABLE_FILES):
-            return found
-        raise DataError(f"{folder}: holds none of {', '.join((*self.names, *TABLE_FILES))}; name the file itself")
-
-
-# ------------------------------------------------------------------------------------------------------- VQA
 
 
 class _Question(BaseModel):
@@ -126,6 +101,7 @@ class _Answered(BaseModel):
     answer_type: str = ""
 
 
+_WITHHELD = _Answered.model_construct(answers=[])
 EASY_VQA = "easy-vqa"
 
 
@@ -139,30 +115,31 @@ def read_vqa(path: str | Path, *, images: Places = ()) -> Splits:
 
 
 def _vqa(annotations: Annotations) -> Iterator[Example]:
-    file, content = annotations.file, annotations.content
+    file, content, split = annotations.file, annotations.content, annotations.split
     answers_file = answers_beside(file)
-    if answers_file is None and annotations.split != "test":
-        raise DataError(f"{file}: questions of {annotations.split} without annotations; {_missing_answers(file)}")
-    answered = _answers(answers_file) if answers_file else {}
+    is_answered = answers_file.exists()
+    if not is_answered and split != "test":
+        raise DataError(f"{file}: questions of {split} without annotations; put {answers_file.name} beside it")
+    answered = _answers(answers_file) if is_answered else {}
     data_type, subset = (str(content.get(key, "")) for key in ("data_type", "data_subtype"))
     asked: set[int] = set()
 
     def example(record: _Question) -> Iterator[Example]:
         asked.add(record.question_id)
-        answer = answered.get(record.question_id)
-        if answers_file and answer is None:
+        answer = answered.get(record.question_id, _WITHHELD)
+        if is_answered and answer is _WITHHELD:
             raise DataError(f"no annotation of it in {answers_file}; take both files from one release")
-        if answer and answer.image_id != record.image_id:
+        if is_answered and answer.image_id != record.image_id:
             raise DataError(f"image_id {record.image_id}, but {answer.image_id} in {answers_file}; correct one of them")
         image = annotations.images.find(*_image_names(record.image_id, data_type, subset))
         yield Example(
             id=str(record.question_id),
             images=(image,),
             text=one_line(record.question),
-            split=annotations.split,
-            answers=tuple(one.answer for one in answer.answers) if answer else (),
-            answer=answer.multiple_choice_answer if answer else "",
-            kind=answer.answer_type if answer else "",
+            split=split,
+            answers=tuple(one.answer for one in answer.answers),
+            answer=answer.multiple_choice_answer,
+            kind=answer.answer_type,
             origins=origins(image, coco=record.image_id if data_type == "mscoco" else None),
         )
 
@@ -188,20 +165,10 @@ def _image_names(image_id: int, data_type: str, subset: str) -> list[str]:
     return coco if data_type == "mscoco" else [*coco, f"{image_id}.jpg", f"{image_id}.png"]
 
 
-def answers_beside(questions: Path) -> Path | None:
-    """The annotations that belong to a file of questions, by the names of the release; None if they do not exist."""
-    file = _answers_name(questions)
-    return file if file != questions and file.exists() else None
-
-
-def _answers_name(questions: Path) -> Path:
-    return questions.with_name(questions.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-
-
-def _missing_answers(questions: Path) -> str:
-    if (expected := _answers_name(questions)) != questions:
-        return f"put {expected.name} beside it"
-    return "name the two files *_questions.json and *_annotations.json"
+def answers_beside(questions: Path) -> Path:
+    """Where the annotations that belong to a file of questions are, by the names of the release."""
+    name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    return questions.with_name(name if name != questions.name else f"{questions.stem}_annotations.json")
 
 
 def answer_vocabulary(questions: Iterable[Example], least: int) -> tuple[str, ...]:
@@ -220,16 +187,10 @@ def read_answer_list(file: str | Path) -> tuple[str, ...]:
     """Answers to choose among, normalised, in their order: a JSON list, or a text file with one in each line."""
     file = Path(file).expanduser()
     text = read_text(file)
-    if text.lstrip().startswith("["):
-        answers = []
-        for place, answer in read_list(file):
-            if not isinstance(answer, str) or not answer.strip():
-                raise DataError(f"{file}: {place}: expected an answer as a string; correct the list")
-            answers.append(answer)
-    else:
-        answers = [line for line in text.splitlines() if line.strip()]
-    if not answers:
-        raise DataError(f"{file}: no answer in it; write a JSON list of answers, or one in each line")
+    is_json = text.lstrip()[0] == "["
+    answers = [answer for _, answer in json_list(file, text)] if is_json else list(filter(str.strip, text.splitlines()))
+    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise DataError(f"{file}: no list of answers; write a JSON list of texts, or one answer in each line")
     return tuple(dict.fromkeys(map(normalised_answer, answers)))
 
 
@@ -253,21 +214,15 @@ def read_easy_vqa() -> Splits:
     return splits
 
 
-# ------------------------------------------------------------------------------------------------ statements
-
-
 class _Nlvr2Record(BaseModel):
     identifier: str = Field(pattern=NLVR2_IDENTIFIER)
     sentence: Text
     label: Literal["True", "False"] | None = None
 
 
-def read_nlvr2(path: str | Path, *, images: Places = ()) -> Splits:
-    """NLVR2's JSON lines. Images have the names of its release: `<identifier without its last part>-img0.png`."""
-    return NLVR2.read(path, images)
-
-
 def _nlvr2(annotations: Annotations) -> Iterator[Example]:
+    """Images have the names of the release: `<identifier without its last part>-img0.png`."""
+
     def example(record: _Nlvr2Record) -> Iterator[Example]:
         if record.label is None and annotations.split != "test":
             raise DataError("no label; only test may lack it")
@@ -278,15 +233,8 @@ def _nlvr2(annotations: Annotations) -> Iterator[Example]:
     return convert(annotations.file, annotations.content, _Nlvr2Record, "identifier", example)
 
 
-def read_nlvr1(path: str | Path, *, images: Places = ()) -> Splits:
-    """NLVR v1, true or false of one image, split as `read_pictures` does; in training each order of the boxes counts.
-
-    The id is the name of the image file, by which the release's scripts read predictions.
-    """
-    return NLVR1_TASK.read(path, images)
-
-
 def _nlvr1(annotations: Annotations) -> Iterator[Example]:
+    """One image each; the id is the name of its file, by which the release's scripts read predictions."""
     for picture in NLVR1.read(annotations):
         for text in picture.captions + picture.foils:
             yield Example(
@@ -298,8 +246,6 @@ def _nlvr1(annotations: Annotations) -> Iterator[Example]:
                 boxes=picture.boxes,
             )
 
-
-# ------------------------------------------------------------------------------------------------ entailment
 
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 
@@ -339,13 +285,10 @@ def _snli_ve(annotations: Annotations, premise: bool = False) -> Iterator[Exampl
     return convert(annotations.file, annotations.content, _SnliVeRecord, "pairID", example)
 
 
-# --------------------------------------------------------------------------------------------- custom tables
-
-
 def examples_of(rows: Iterable[Row], task: TaskFiles | None = None) -> Iterator[Example]:
     """The rows of a custom table as examples of a task; without one, any label counts, and none is needed."""
     for row in rows:
-        try:
+        with faults_at(row.where):
             if task and len(row.images) != task.images:
                 raise DataError(f"{len(row.images)} images; {task.name} takes {task.images} (columns image, image2)")
             if task and not row.label and row.split != "test":
@@ -353,8 +296,6 @@ def examples_of(rows: Iterable[Row], task: TaskFiles | None = None) -> Iterator[
             truth = task.truth(row.label) if task and row.label else {"label": row.label or None}
             known = origins(row.images[0]) if len(row.images) == 1 else frozenset()
             yield Example(row.id, row.images, row.text, row.split, origins=known, **truth)
-        except DataError as error:
-            report_fault(f"{row.where}: {error}")
 
 
 def likely_task(rows: Sequence[Row]) -> TaskFiles | None:
@@ -362,30 +303,17 @@ def likely_task(rows: Sequence[Row]) -> TaskFiles | None:
 
     None: captions, which have no label, or true and false.
     """
-    images = max((len(row.images) for row in rows), default=1)
-    labels = [row.label for row in rows if row.label]
-    if images == 1 and 2 * sum(label.lower() in TRUE_FALSE for label in labels) >= len(labels):
+    if any(len(row.images) > 1 for row in rows):
+        return NLVR2
+    labels = [row.label.lower() for row in rows if row.label]
+    if 2 * sum(label in TRUE_FALSE for label in labels) >= len(labels):
         return None
-    tasks = [task for task in TASK_FILES.values() if task.images == images]
-    fitting = (task for task in tasks if 2 * sum(task.knows(label) for label in labels) > len(labels))
-    return next(fitting, tasks[-1])
-
-
-def _answer(label: str) -> dict[str, Any]:
-    return {"answers": (label,) * 10}
+    return SNLI_VE if 2 * sum(label in ENTAILMENT for label in labels) > len(labels) else VQA
 
 
 def _true_or_false(label: str) -> dict[str, Any]:
-    return {"label": true_or_false(label)}
+    return {"label": known_label(label, TRUE_FALSE)}
 
-
-def _relation(label: str) -> dict[str, Any]:
-    if label.lower() not in ENTAILMENT:
-        raise DataError(f"label {label!r}; expected one of {', '.join(ENTAILMENT)}")
-    return {"label": label.lower()}
-
-
-# ------------------------------------------------------------------------------------------------- the formats
 
 VQA_QUESTIONS = Format("vqa", "VQA v2 questions", "document", lambda keys: has_lists(keys, "questions"), read=_vqa)
 VQA_ANSWERS = Format(
@@ -412,25 +340,18 @@ SNLI_VE_HYPOTHESES = Format(
     read=_snli_ve,
 )
 
-VQA = TaskFiles(
-    VQA_QUESTIONS, tuple(f"v2_OpenEnded_*_{split}*_questions.json" for split in ("train", "val", "test")), truth=_answer
-)
+VQA = TaskFiles(VQA_QUESTIONS, (("v2_OpenEnded_*_questions.json",),), truth=lambda label: {"answers": (label,) * 10})
+NLVR2_FILES = ("train.json", "dev.json", "test1.json")
 NLVR2 = TaskFiles(
-    NLVR2_STATEMENTS, ("train.json", "dev.json", "test1.json"), truth=_true_or_false, images=2, subfolder="nlvr2"
+    NLVR2_STATEMENTS, (tuple(f"nlvr2/{name}" for name in NLVR2_FILES), NLVR2_FILES), truth=_true_or_false, images=2
 )
-NLVR1_TASK = TaskFiles(NLVR1_STATEMENTS, NLVR1_FILES, truth=_true_or_false)
+NLVR1_TASK = TaskFiles(NLVR1_STATEMENTS, (NLVR1_FILES,), truth=_true_or_false)
 SNLI_VE = TaskFiles(
-    SNLI_VE_HYPOTHESES, ("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"), truth=_relation
+    SNLI_VE_HYPOTHESES,
+    (("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),),
+    truth=lambda label: {"label": known_label(label, {name: name for name in ENTAILMENT})},
 )
 TASK_FILES = {task.name: task for task in (NLVR1_TASK, SNLI_VE, NLVR2, VQA)}
-"""VQA is the last, because any label is an answer."""
-
-TASK_READERS: dict[str, Callable[..., Splits]] = {
-    "vqa": read_vqa,
-    "nlvr2": read_nlvr2,
-    "nlvr1": read_nlvr1,
-    "snli-ve": read_snli_ve,
-}
 
 ANY_TABLE = replace(TABLE, read=lambda annotations: examples_of(read_rows(annotations)))
 FORMATS = (
@@ -445,3 +366,33 @@ FORMATS = (
     ANY_TABLE,
 )
 """All formats, of captioned sets and of tasks."""
+
+
+def open_all(path: str | Path, images: Places = (), unread: list[str] | None = None) -> Iterator[Annotations]:
+    """Every annotation file of a known format: the file itself, or all below a folder.
+
+    VQA's annotations are left out, because they are read with their questions. A file that cannot be opened is a fault.
+
+    Parameters
+    ----------
+    unread
+        Gets the files of a folder that are in no known format, and annotations without their questions.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder")
+    files, unread = annotation_files(path), [] if unread is None else unread
+    for file in files:
+        try:
+            opened = open_annotations(file, FORMATS, images)
+        except UnknownFormatError:
+            if file == path:
+                raise
+            unread.append(str(file))
+        except DataError as error:
+            report_fault(str(error))
+        else:
+            if opened.format is not VQA_ANSWERS:
+                yield opened
+            elif file not in map(answers_beside, files):
+                unread.append(f"{file}: annotations without their questions beside them")

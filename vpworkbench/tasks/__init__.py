@@ -1,7 +1,6 @@
 """Downstream tasks (paper Sec. 4.2). A new task is one file and one line here: see docs/new_task.md."""
 
-from vpworkbench.tasks.nlvr1 import NLVR1
-from vpworkbench.tasks.nlvr2 import NLVR2
+from vpworkbench.tasks.nlvr import NLVR1, NLVR2
 from vpworkbench.tasks.retrieval import RETRIEVAL
 from vpworkbench.tasks.snli_ve import SNLI_VE
 from vpworkbench.tasks.task import Task

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vpworkbench.data.captioned import TABLE
+from vpworkbench.data.files import faults_at
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.readers import open_annotations, unique
-from vpworkbench.data.tables import Row, read_unsplit_rows
+from vpworkbench.data.tables import read_unsplit_rows
 from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.tasks import TASKS
@@ -63,7 +64,15 @@ def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str |
     """
     opened = open_annotations(table, [TABLE], images)
     rows = unique(read_unsplit_rows(opened), opened.file)
-    _check_images(rows, model)
+    decoded: set[ImageFile] = set()
+    for row in rows:
+        with faults_at(row.where):
+            if len(row.images) != model.task.images:
+                wanted = "leave image2 empty" if model.task.images == 1 else "fill image and image2"
+                raise DataError(f"{len(row.images)} images, but {model.task.name} takes {model.task.images}: {wanted}")
+            for image in set(row.images) - decoded:
+                image.pixels()
+            decoded.update(row.images)
     predicted = model.predict_all([row.images for row in rows], [row.text for row in rows])
     best = [next(iter(probabilities.items())) for probabilities in predicted]
     columns = {
@@ -74,18 +83,3 @@ def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str |
         "probability": [round(probability, 4) for _, probability in best],
     }
     return pd.DataFrame(columns)
-
-
-def _check_images(rows: Sequence[Row], model: TaskModel) -> None:
-    task = model.task
-    wanted = "one image: leave image2 empty" if task.images == 1 else "two images: fill image and image2"
-    decoded: set[ImageFile] = set()
-    for row in rows:
-        if len(row.images) != task.images:
-            raise DataError(f"{row.where}: {len(row.images)} images, but {task.name} takes {wanted}")
-        for image in (one for one in row.images if one not in decoded):
-            try:
-                image.pixels()
-            except DataError as error:
-                raise DataError(f"{row.where}: {error}") from None
-            decoded.add(image)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from vpworkbench.data.inputs import VisualInput, visual_input
+from vpworkbench.data.batches import PairBatch
+from vpworkbench.data.inputs import Progress, VisualInput, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_splits
-from vpworkbench.data.steps import ImageBatch, Sampler
+from vpworkbench.data.steps import Sampler
 from vpworkbench.errors import DataError
 from vpworkbench.losses import Objective
 from vpworkbench.metrics import recall_at
@@ -61,7 +61,7 @@ class Retrieval(Task):
     def batches(self, examples: Sequence[Picture], model: TaskModel, settings: FinetuneSettings) -> RetrievalBatches:
         inputs = visual_input(model.base.settings.visual)
         size, seed = settings.train.images, settings.seed
-        return RetrievalBatches(examples, model.words, settings.retrieval, inputs=inputs, images=size, seed=seed)
+        return RetrievalBatches(examples, model.base.words, settings.retrieval, inputs=inputs, images=size, seed=seed)
 
     def evaluate(
         self,
@@ -70,31 +70,12 @@ class Retrieval(Task):
         settings: FinetuneSettings,
         *,
         file: Path | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> RetrievalResult:
         """Score all pairs of the pictures and all their captions; `file` keeps the matrix."""
         options = {"pairs": settings.retrieval.pairs, "bf16": settings.train.bf16}
         scores = score_matrix(model, examples, texts_of(examples), **options, file=file, progress=progress)
         return retrieval_result(scores, examples)
-
-
-# ------------------------------------------------------------------------------------------------------ training
-
-
-@dataclass(frozen=True)
-class PairBatch(ImageBatch):
-    """Images, and pairs of them with texts, in image order.
-
-    Attributes
-    ----------
-    words : int64 Tensor, (pair, word)
-    word_tokens : bool Tensor, (pair, word)
-    matched : bool Tensor, (pair,)
-    """
-
-    words: Tensor
-    word_tokens: Tensor
-    matched: Tensor
 
 
 class RetrievalBatches(Dataset):
@@ -186,9 +167,6 @@ class Matching(Objective):
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
 
 
-# -------------------------------------------------------------------------------------------------------- recall
-
-
 class RetrievalResult(NamedTuple):
     """Recall in both directions, for each query: 1 where one of the K best is right.
 
@@ -249,9 +227,7 @@ class RetrievalResult(NamedTuple):
                     table.writerow([way, query, *(candidates[place] for place in row)])
 
 
-def retrieval_result(
-    scores: np.ndarray, pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS
-) -> RetrievalResult:
+def retrieval_result(scores: np.ndarray, pictures: Sequence[Picture]) -> RetrievalResult:
     """Recall from match scores, (image, caption), whose columns are the captions of the pictures in order."""
     owner = owners_of(pictures)
     if scores.shape != (len(pictures), len(owner)):
@@ -259,7 +235,7 @@ def retrieval_result(
     own = owner == np.arange(len(pictures))[:, None]
 
     def recall(right: np.ndarray) -> RetrievalResult:
-        return RetrievalResult(recall_at(scores, right, cutoffs), recall_at(scores.T, right.T, cutoffs))
+        return RetrievalResult(recall_at(scores, right, CUTOFFS), recall_at(scores.T, right.T, CUTOFFS))
 
     by_truth = None
     if any(picture.scene is not None for picture in pictures):
@@ -268,11 +244,11 @@ def retrieval_result(
     return recall(own)._replace(by_truth=by_truth, scores=np.asarray(scores), pictures=tuple(pictures))
 
 
-def chance(pictures: Sequence[Picture], cutoffs: Sequence[int] = CUTOFFS) -> RetrievalResult:
+def chance(pictures: Sequence[Picture]) -> RetrievalResult:
     """The expected recall of a random order; each query has a probability."""
     images, captions = len(pictures), len(texts_of(pictures))
     text, image = {}, {}
-    for cutoff in cutoffs:
+    for cutoff in CUTOFFS:
         shown = min(cutoff, captions)
         missed = [comb(captions - len(picture.captions), shown) / comb(captions, shown) for picture in pictures]
         text[cutoff] = 1 - np.array(missed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vpworkbench.data.inputs import visual_input
+from vpworkbench.data.inputs import Progress, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.model.words import Words
 from vpworkbench.system import write_atomically
@@ -39,7 +39,7 @@ def score_matrix(
     pairs: int = 512,
     bf16: bool = False,
     file: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """Match score of every image with every caption, float32 (image, caption): logit of match minus logit of no match.
 
@@ -58,12 +58,13 @@ def score_matrix(
     ValueError
         If the file holds the scores of other weights, images or captions, or for bf16 on a CPU.
     """
-    if bf16 and model.device.type != "cuda":
+    device = model.base.device
+    if bf16 and device.type != "cuda":
         raise ValueError("bf16 scores need a GPU; leave it off on a CPU")
     model.eval()
     scores = _open_scores(file, model, pictures, captions)
     missing = [row for row in range(len(pictures)) if np.isnan(scores[row]).any()]
-    batches = [tuple(part.to(model.device) for part in batch) for batch in _batches_by_length(model.words, captions)]
+    batches = [tuple(part.to(device) for part in batch) for batch in _batches_by_length(model.base.words, captions)]
     done = len(pictures) - len(missing)
     autocast = torch.autocast("cuda", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
     look = {"desc": "scoring", "unit": "pair", "unit_scale": True, "smoothing": 0}
@@ -84,13 +85,13 @@ def _score_rows(
     model: TaskModel, pictures: Sequence[Picture], batches: Sequence[TextBatch], pairs: int, bar: tqdm
 ) -> Tensor:
     """Rows of the matrix for some images, which are encoded once; float32 (image, caption)."""
-    pixels = visual_input(model.base.settings.visual).stack(pictures)
-    visual = model.base.visual(pixels.to(model.device))
+    pixels = visual_input(model.base.settings.visual).stack(pictures).to(model.base.device)
+    visual = model.base.visual(pixels)
     vision, vision_tokens = model.base.fusion.embed_vision(visual), visual.not_padding()
     captions = sum(len(columns) for columns, _, _ in batches)
     scores = vision.new_empty(len(pictures), captions, dtype=torch.float32)
     for columns, words, word_tokens in batches:
-        for some in torch.arange(len(pictures), device=model.device).split(max(1, pairs // len(words))):
+        for some in torch.arange(len(pictures), device=pixels.device).split(max(1, pairs // len(words))):
             scores[some[:, None], columns] = _score_block(model, vision[some], vision_tokens[some], words, word_tokens)
             bar.update(len(some) * len(words))
     return scores
@@ -131,28 +132,19 @@ def _open_scores(
         return np.full(shape, np.nan, dtype=np.float32)
     identity_file, identity = file.with_suffix(".json"), _identity(model, pictures, captions)
     if file.exists() and identity_file.exists():
-        before = json.loads(identity_file.read_text())
-        if different := [name for name in identity if before.get(name) != identity[name]]:
-            raise ValueError(f"{file}: scores of other {', '.join(different)}; delete it, or take another file")
+        if json.loads(identity_file.read_text()) != identity:
+            raise ValueError(f"{file}: scores of other weights, images or captions; delete it, or take another file")
         return np.load(file, mmap_mode="r+")
     scores = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     scores[:] = np.nan
-    write_atomically(identity_file, json.dumps(identity, indent=2) + "\n")
+    write_atomically(identity_file, json.dumps(identity) + "\n")
     return scores
 
 
-def _identity(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]) -> dict[str, str]:
-    """Hashes of all that the scores depend on."""
-    tensors = (tensor.cpu().contiguous().view(-1).view(torch.uint8) for tensor in model.state_dict().values())
-    return {
-        "weights": _digest(tensor.numpy() for tensor in tensors),
-        "images": _digest(f"{picture.image.name}\n".encode() for picture in pictures),
-        "captions": _digest(f"{caption}\n".encode() for caption in captions),
-    }
-
-
-def _digest(parts: Iterable[bytes | np.ndarray]) -> str:
+def _identity(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]) -> str:
+    """A hash of all that the scores depend on."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(json.dumps([[picture.image.name for picture in pictures], list(captions)]).encode())
     return digest.hexdigest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.settings import FinetuneSettings, checked, nearest
 from vpworkbench.settings.notebooks import scenes_needed, train_length
 from vpworkbench.tasks import TASKS
-from vpworkbench.tasks.splits import TaskExamples
 
 
 def finetune_settings(
@@ -29,7 +29,10 @@ def finetune_settings(
     _known("task", task, TASKS)
     _known("preset", preset, TASKS[task].schedules)
     overrides = overrides or {}
-    _refuse_settings_of_other_tasks(task, overrides)
+    for key in overrides:
+        owners = [one.name for one in TASKS.values() if key.partition(".")[0] in one.own_settings]
+        if owners and task not in owners:
+            raise SettingsError(f"{key} is for {' and '.join(owners)}, not for {task}; leave it out")
     parts = {name: part.model_dump() for name, part in TASKS[task].schedules[preset].items()}
     base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
     values = {
@@ -45,18 +48,6 @@ def finetune_settings(
     return settings.with_overrides({f"scenes.{split}": count for split, count in needed.items()} | overrides)
 
 
-def load_examples(settings: FinetuneSettings) -> TaskExamples:
-    """The examples of the task that the settings name: see `Task.load`."""
-    return TASKS[settings.task].load(settings)
-
-
-def _known(what: str, name: str, names: Any) -> None:
+def _known(what: str, name: str, names: Collection[str]) -> None:
     if name not in names:
         raise SettingsError(f"{what}: no {what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
-
-
-def _refuse_settings_of_other_tasks(task: str, overrides: dict[str, Any]) -> None:
-    for key in overrides:
-        owners = [one.name for one in TASKS.values() if key.partition(".")[0] in one.own_settings]
-        if owners and task not in owners:
-            raise SettingsError(f"{key} is for {' and '.join(owners)}, not for {task}; leave it out")

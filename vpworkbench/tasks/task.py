@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,21 +18,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.inputs import visual_input
+from vpworkbench.data.inputs import Progress, visual_input
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.scene_cache import cached_scenes
 from vpworkbench.data.task_readers import Splits
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
-from vpworkbench.model.words import Words
 from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, TrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 from vpworkbench.tasks.batches import Classification, TaskBatches, each_image_once
 from vpworkbench.tasks.classification import accuracies, csv_lines, label_loss, label_numbers
 from vpworkbench.tasks.splits import TaskExamples, keep_apart, read_tables
 
-Progress = Callable[[str, int, int], None]
 EVALUATED_AT_ONCE = 32
 
 TINY: Mapping[str, Settings] = {
@@ -155,25 +153,8 @@ class TaskModel(nn.Module):
         else:
             self.head = task.build_head(base, len(labels))
 
-    @property
-    def words(self) -> Words:
-        return self.base.words
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
     def forward(self, images: Tensor, image_index: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
-        """Logits, (example, label); every image is encoded once.
-
-        Parameters
-        ----------
-        images : uint8 Tensor, (image, 3, height, width)
-        image_index : int64 Tensor, (example, side)
-            Rows of `images` that each example is about.
-        words : int64 Tensor, (example, word)
-        word_tokens : bool Tensor, (example, word)
-        """
+        """Logits, (example, label); every image is encoded once. The arguments are those of `TaskBatch`."""
         visual = self.base.visual(images)
         sides = image_index.unbind(dim=1)
         passes = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in sides]
@@ -187,7 +168,7 @@ class TaskModel(nn.Module):
         """These examples as batches for this model."""
         targets = partial(self.task.targets, labels=self.labels)
         inputs = visual_input(self.base.settings.visual)
-        return TaskBatches(examples, words=self.words, inputs=inputs, targets=targets, size=size, seed=seed)
+        return TaskBatches(examples, words=self.base.words, inputs=inputs, targets=targets, size=size, seed=seed)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `VisualParsingModel` writes, the head among the weights, and `task.json` with the labels."""
@@ -212,7 +193,6 @@ class TaskModel(nn.Module):
         """
         return self.predict_all([images], [text])[0]
 
-    @torch.no_grad()
     def predict_all(self, images: Sequence[Any], texts: Sequence[str]) -> list[dict[str, float]]:
         """`predict` for each text i and `images[i]`, in batches that encode each image once."""
         groups = [_as_files(group if isinstance(group, list | tuple) else [group]) for group in images]
@@ -222,15 +202,21 @@ class TaskModel(nn.Module):
                 raise DataError(f"{text!r:.80}: {wanted}, not {len(group)}")
             if not text.strip():
                 raise DataError(f"an empty text for image {group[0]!s:.80}; give a question, statement or hypothesis")
-        inputs, predictions = visual_input(self.base.settings.visual), []
-        for start in range(0, len(texts), EVALUATED_AT_ONCE):
-            some = slice(start, start + EVALUATED_AT_ONCE)
-            tensors = (*each_image_once(groups[some], inputs), *self.words.tensors(texts[some]))
-            logits = self.eval()(*(tensor.to(self.device) for tensor in tensors))
+        predictions = []
+        for logits in self.logits(groups, texts):
             for row in self.task.probabilities(logits).tolist():
                 pairs = zip(self.labels, row, strict=True)
                 predictions.append(dict(sorted(pairs, key=lambda pair: -pair[1])))
         return predictions
+
+    @torch.no_grad()
+    def logits(self, images: Sequence[Sequence[Any]], texts: Sequence[str]) -> Iterator[Tensor]:
+        """(text, label) for each text i and its `images[i]`, in batches, in evaluation mode."""
+        inputs = visual_input(self.base.settings.visual)
+        for start in range(0, len(texts), EVALUATED_AT_ONCE):
+            some = slice(start, start + EVALUATED_AT_ONCE)
+            tensors = (*each_image_once(images[some], inputs), *self.base.words.tensors(texts[some]))
+            yield self.eval()(*(tensor.to(self.base.device) for tensor in tensors))
 
 
 def _as_files(images: Sequence[Any]) -> list[Any]:
@@ -239,14 +225,7 @@ def _as_files(images: Sequence[Any]) -> list[Any]:
 
 
 class PairAttention(nn.Module):
-    """UNITER's head for two images: each pass attends to the other, then is pooled by learned weights.
-
-    Parameters
-    ----------
-    width, heads : int
-        As in the fusion.
-    labels : int
-    """
+    """UNITER's head for two images: each pass attends to the other, then is pooled by learned weights."""
 
     def __init__(self, width: int, heads: int, labels: int, dropout: float) -> None:
         super().__init__()
@@ -256,15 +235,7 @@ class PairAttention(nn.Module):
         self.out = nn.Linear(2 * width, labels)
 
     def forward(self, left: Tensor, right: Tensor, left_tokens: Tensor, right_tokens: Tensor) -> Tensor:
-        """Logits, (example, label).
-
-        Parameters
-        ----------
-        left, right : Tensor, (example, token, d)
-            Fused sequences of the two passes.
-        left_tokens, right_tokens : bool Tensor, (example, token)
-            True at real positions of each pass.
-        """
+        """Logits, (example, label), of the fused tokens of both passes, (example, token, d); `*_tokens` are real."""
         passes = (left, right, left_tokens, right_tokens), (right, left, right_tokens, left_tokens)
         pooled = []
         for attend, (own, other, own_tokens, other_tokens) in zip(self.across, passes, strict=True):
@@ -310,18 +281,14 @@ class TaskResult(NamedTuple):
         Path(path).write_text(self.task.submission(self.predicted), encoding="utf-8")
 
 
-@torch.no_grad()
 def evaluate_task(model: TaskModel, examples: Sequence[Example], *, progress: Progress | None = None) -> TaskResult:
     """Predict and score every example, in order."""
-    model.eval()
-    batches = model.batches(examples)
-    predicted: dict[str, str] = {}
-    for start in range(0, len(examples), EVALUATED_AT_ONCE):
-        part = examples[start : start + EVALUATED_AT_ONCE]
-        best = model(*batches.batch(part).to(model.device).inputs).argmax(dim=-1)
-        predicted |= {example.id: model.labels[label] for example, label in zip(part, best.tolist(), strict=True)}
+    best: list[int] = []
+    for logits in model.logits([one.images for one in examples], [one.text for one in examples]):
+        best += logits.argmax(dim=-1).tolist()
         if progress:
-            progress("evaluating", min(start + EVALUATED_AT_ONCE, len(examples)), len(examples))
+            progress("evaluating", len(best), len(examples))
+    predicted = {one.id: model.labels[label] for one, label in zip(examples, best, strict=True)}
     return TaskResult(model.task, model.task.scores(examples, predicted), predicted)
 
 

@@ -67,7 +67,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base, _ = build_model(pretraining.model_copy(update={"seed": settings.seed}), base.tokenizer)
     if settings.regions:
         use_regions(base, settings.regions)
-    visual_input(base.settings.visual).check([record for records in splits.values() for record in records])
+    records = [record for split in splits.values() for record in split]
+    visual_input(base.settings.visual).check([image for record in records for image in record.images])
     torch.manual_seed(settings.seed)
     texts = texts_of(splits["train"])
     if not pretraining.init_text:  # a BERT's own vocabulary spells every word

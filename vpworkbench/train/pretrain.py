@@ -43,7 +43,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     build_visual(settings.visual)  # an unknown backbone is reported before scenes are drawn
     inputs = visual_input(settings.visual)  # and so is a missing folder
     splits = load_splits(settings.data)
-    inputs.check([picture for part in splits.values() for picture in part])
+    inputs.check([picture.image for part in splits.values() for picture in part])
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)

@@ -1,12 +1,15 @@
-"""True or false of two photographs, NLVR2 (paper Table 2)."""
+"""True or false of photographs or drawings: NLVR2 (paper Table 2), and NLVR v1 as a stand-in for it.
+
+NLVR2's photographs must be fetched one by one; the drawings of NLVR v1 need no fetching.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 
+from vpworkbench.data import task_readers
 from vpworkbench.data.records import Example
-from vpworkbench.data.task_readers import read_nlvr2
 from vpworkbench.metrics import NLVR2_IDENTIFIER, consistency
 from vpworkbench.settings import OptimSettings, TrainSettings
 from vpworkbench.tasks.classification import fixed_labels
@@ -27,10 +30,17 @@ def consistency_of_statements(examples: Sequence[Example], predicted: Mapping[st
 
 NLVR2 = Task(
     name="nlvr2",
-    read=lambda path, settings: read_nlvr2(path, images=settings.images),
+    read=lambda path, settings: task_readers.NLVR2.read(path, settings.images),
     images=2,
     labels=fixed_labels("False", "True"),
     more_scores=consistency_of_statements,
     schedules={"tiny": TINY, "paper": PAPER},
     own_settings=("pairing",),
+)
+
+NLVR1 = Task(
+    name="nlvr1",
+    read=lambda path, settings: task_readers.NLVR1_TASK.read(path, settings.images),
+    labels=fixed_labels("False", "True"),
+    schedules={"tiny": TINY, "paper": PAPER},
 )
