@@ -338,19 +338,21 @@ def figures(place: Place) -> Results:
     one, two, *_ = shares = [found("Interval")(mean, mean - 0.1, mean + 0.05, 50) for mean in (0.6, 0.3, 0.5, 0.2, 0.9)]
     steps = {"step": np.arange(1, 61) * 20, "mlm": seeded(60, seed=3).numpy(), "itm": seeded(60, seed=4).numpy()}
     lines = pd.DataFrame(steps)
+    takes = inspect.signature(found("figures.nmi")).parameters
+    with_input = {"with_input": True} if "with_input" in takes else {}
     points = {"nulls": {"a": 0.2}, "seeds": {"a": [(0.2, 0.3)]}, "over": "seeds", "score": "VQA"}
     drawn: dict[str, tuple[list[Any], dict[str, Any]]] = {
         "flow_curves": ([{"a": flow, "b": flow / 2}, {"a": flow, "b": flow / 3}], {"null_from_input": flow[0]}),
         "flow_triangle": ([seeded(4, 4).numpy()], {}),
         "flow_directions": ([flow, flow / 2], {}),
-        "nmi": ([flow], {}),
+        "nmi": ([flow], with_input),
         "modality_map": ([seeded(9, 2).numpy(), np.arange(9) > 4, np.arange(9) < 8], {"layer": 1}),
         "score_against_flow": ([{"a": (one, two)}], points),
         "pictures": ([[image, image], ["one", "two"]], {}),
         "tokens": ([image, 4], {}),
         "parsing": ([image, maps, [0, 9], 4], {}),
         "masks": ([image, {"a": maps[0] > 0.06, "b": maps[1] > 0.06}], {"pick": 3, "grid": 4}),
-        "attention_on_image": ([image, maps[0], 4], {}),
+        "attention_on_image": ([image, maps[0], 4], {"title": "a word"}),
         "losses": ([lines], {}),
         "run_curves": ([{"a": lines, "b": lines * 2}, "mlm"], {}),
         "held_out": ([found("HeldOut")(*shares)], {}),

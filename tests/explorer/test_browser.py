@@ -39,12 +39,13 @@ EVIL = '<img src=x onerror="window.hacked = true">'
 WIDGETS = f"""
 import numpy as np
 from IPython.display import display
+from vpworkbench.explorer.parts import encoded
 from vpworkbench.explorer.widgets import Copy, Drop, Maps, Panels, Reader, Table
 
 evil = {EVIL!r}
 edges = np.linspace(0, 1, 13)
 boxes = [[edges[x], edges[y], edges[x + 1], edges[y + 1]] for y in range(12) for x in range(12)]
-picture = np.full((120, 120, 3), 1.0)
+picture = encoded(np.full((120, 120, 3), 255, np.uint8))
 shade = lambda token: np.exp(-np.abs(np.arange(144) - token) / 5)
 values = lambda token: [np.zeros(144), shade(token), shade(token) > 0.5]
 panels = Panels(label="Masks " + evil, image=picture, boxes=boxes, values=values(0), width=900,
@@ -620,7 +621,7 @@ def test_two_models_stand_side_by_side(browser: Any, jupyter: Jupyter, scenes_fo
     page.locator(".vpw-explorer").scroll_into_view_if_needed()
     page.wait_for_selector(".vpw-explorer .vpw-panels:not([data-drawn='0'])")
     titles = page.locator(".vpw-explorer .vpw-title").all_text_contents()
-    assert {"model (1): masks", "model (2): masks"} <= set(titles)
+    assert {"model: masks", "model (2): masks"} <= set(titles)
     second = page.locator(".vpw-explorer .vpw-panels .vpw-stage").nth(4)
     drawn(page, ".vpw-panels", lambda: second.click(position=cell(second, 3, 2, 6, 6)))
     page.wait_for_function(

@@ -16,7 +16,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.explorer import readings as module
-from vpworkbench.explorer.readings import Reading, read, same_boxes
+from vpworkbench.explorer.readings import Reading, read
 from vpworkbench.huggingface import ForeignInputs
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probes import flow_from_attention, inter_modality_flow
@@ -203,4 +203,4 @@ def test_subjects(model: VisualParsingModel, scenes: list[Picture]) -> None:
     assert load(found) is found
     other = narrow_model(scenes, family="patch", stride=32)
     one, two = (read(load(each), scenes[0], "a red ball") for each in (model, other))
-    assert same_boxes([one, one]) and not same_boxes([one, two])
+    assert one.same_boxes(one) and not one.same_boxes(two)

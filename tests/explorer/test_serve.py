@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from explorer.browser import SIZE, WAIT_MS, browser, screenshots  # fixtures are found by name in the module
+from explorer.browser import SIZE, WAIT_MS, browser, saved, screenshots  # fixtures are found by name in the module
 
 from vpworkbench.cli import main
 from vpworkbench.explorer import serve
@@ -40,11 +40,9 @@ def test_a_model_that_is_not_there_stops_it_before_the_server(capsys):
 
 def test_names_are_data_in_the_notebook(tmp_path):
     """A path with a quote is a text of the call, not code."""
-    written = serve.write_notebook(tmp_path / "explorer.ipynb", "a'); import os; ('", "")
+    written = serve.write_notebook(tmp_path / "explorer.ipynb", model="a'); import os; ('", regions="boxes.tsv")
     source = nbformat.read(written, as_version=4).cells[1].source
-    assert source.endswith("""explore("a'); import os; ('", None)""")
-    written = serve.write_notebook(tmp_path / "explorer.ipynb", "theirs", "", regions="boxes.tsv")
-    assert nbformat.read(written, as_version=4).cells[1].source.endswith("explore('theirs', None, regions='boxes.tsv')")
+    assert source.endswith("""explore(model="a'); import os; ('", regions='boxes.tsv')""")
 
 
 def test_a_second_model_that_is_not_there_stops_it_too(capsys):
@@ -93,6 +91,8 @@ def test_the_page_needs_the_token_and_shows_the_explorer(
 ) -> None:
     address, token = served
     page = browser.new_context(viewport=SIZE).new_page()
+    page.failures = []
+    page.on("pageerror", lambda error: page.failures.append(str(error)))
     page.set_default_timeout(2 * WAIT_MS)
     page.goto(address)
     assert "/login" in page.url and page.locator("input[type=password]").count()
@@ -107,10 +107,9 @@ def test_the_page_needs_the_token_and_shows_the_explorer(
         f"Number(document.querySelector('.vpw-panels').dataset.version) > {version}"
     )  # the kernel answered
     page.screenshot(path=screenshots / "voila.png")
-    with page.expect_download() as download:  # without code, too
-        page.get_by_role("button", name="save as one page").click()
-    kept = Path(download.value.path()).read_text()
-    assert download.value.suggested_filename == "explorer.html" and kept.count("<h2>") == 4
+    download = saved(page, page.get_by_role("button", name="save as one page"))  # without code, too
+    kept = Path(download.path()).read_text()
+    assert download.suggested_filename == "explorer.html" and kept.count("<h2>") == 4
     page.context.close()
 
 

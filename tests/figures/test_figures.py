@@ -85,7 +85,7 @@ def every_figure():
         "parsing": figures.parsing(image(), attention(), [0, 5], GRID),
         "masks": figures.masks(image(), {"attention": picked, "random": ~picked}, pick=1, grid=GRID),
         "regions": figures.regions(image(), [[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 1.0, 1.0]]),
-        "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID),
+        "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID, title="a"),
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
         "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
@@ -127,8 +127,6 @@ def test_recalls_stand_side_by_side_with_their_intervals():
     np.testing.assert_allclose(ours.y, [2 / 6, 4 / 6, 1] * 2)
     np.testing.assert_allclose(other.y[:2], [1 / 6, 3 / 6])
     assert ours.error_y.array[0] > 0 and "ours TR R@1 33.3%" in figure.layout.meta["alt"]
-    with pytest.raises(ValueError, match="at least one model"):
-        figures.recall_bars({})
 
 
 # ------------------------------------------------------------------------------------------ all figures alike
@@ -180,15 +178,15 @@ def test_text_and_curves_are_seen_on_both_backgrounds(background):
 
 
 def test_pictures_embeds_the_pixels_and_places_them_side_by_side():
-    images = np.stack([image(), image(noise=False), image()])
-    figure = figures.pictures(images, ["one", "two", "three"], columns=2)
+    images = np.stack([image(), image(noise=False), image(), image(), image()])
+    figure = figures.pictures(images, ["one", "two", "three", "four", "five"])
     drawn = traces(figure, "image")
     for given, trace in zip(images, drawn, strict=True):
         assert trace.source.startswith("data:image/png;base64,") and trace.z is None
         np.testing.assert_array_equal(np.asarray(picture_of(trace)), given)
-    first, second, third = (figure.layout[name].domain for name in ("xaxis", "xaxis2", "xaxis3"))
-    assert first == third and first[1] < second[0]
-    assert figure.layout.yaxis3.domain[1] < figure.layout.yaxis.domain[0]
+    first, second, fifth = (figure.layout[name].domain for name in ("xaxis", "xaxis2", "xaxis5"))
+    assert first == fifth and first[1] < second[0]
+    assert figure.layout.yaxis5.domain[1] < figure.layout.yaxis.domain[0]
 
 
 def test_pictures_shows_captions_as_text():
@@ -197,7 +195,7 @@ def test_pictures_shows_captions_as_text():
 
 
 def test_a_wrapped_caption_keeps_its_entities_whole():
-    figure = figures.pictures([image()] * 6, ["x" * 17 + "<" * 40] * 6, columns=6)
+    figure = figures.pictures([image()] * 4, ["x" * 17 + "<" * 40] * 4)
     lines = figure.layout.annotations[0].text.split("<br>")
     assert len(lines) > 1 and "".join(lines) == "x" * 17 + "&lt;" * 40
 
@@ -220,11 +218,11 @@ def test_images_keep_their_proportions():
 
 
 def test_tokens_are_numbered_row_by_row():
-    figure = figures.tokens(image(), (2, 3))
+    figure = figures.tokens(image(), 3)
     numbers = traces(figure, "scatter", "text")[0]
-    assert list(numbers.text) == ["0", "1", "2", "3", "4", "5"]
-    assert (numbers.x[4], numbers.y[4]) == (1.5, 1.5)
-    assert figure.layout.yaxis.range == (2, 0)  # row 0 on top
+    assert list(numbers.text) == [str(token) for token in range(9)]
+    assert (numbers.x[5], numbers.y[5]) == (2.5, 1.5)
+    assert figure.layout.yaxis.range == (3, 0)  # row 0 on top
 
 
 def test_parsing_darkens_by_the_row_of_each_pick():
@@ -248,12 +246,6 @@ def test_masks_covers_the_masked_tokens_and_counts_them():
         assert np.nansum(cover.z) == mask.sum()
     assert "attention: 3 of 16" in texts(figure) and "&lt;b&gt;none&lt;/b&gt;: 13 of 16" in texts(figure)
     assert len([trace for trace in figure.data if trace.name == "token 6"]) == 3
-
-
-def test_masks_shows_the_named_ones_in_order():
-    given = {name: np.arange(GRID**2) == place for place, name in enumerate("abc")}
-    covers = traces(figures.masks(image(), given, names=["c", "a"], grid=GRID), "heatmap")
-    assert [int(np.nanargmax(cover.z)) for cover in covers] == [2, 0]
 
 
 def test_attention_on_image_shades_by_the_weights():
@@ -375,8 +367,6 @@ def test_curves_take_intervals_of_their_own():
     np.testing.assert_allclose(band.y, [*(means + 0.1), *(means - 0.1)[::-1]])
     assert "over 2 seeds &amp; 9 images" in figure.layout.title.text
     assert figures.nmi(own).data[1].y[2] == 0.4
-    with pytest.raises(ValueError, match="within_layer"):
-        figures.flow_curves(own, {HOSTILE: Interval(*(part[:2] for part in own[HOSTILE]))})
 
 
 def test_a_score_stands_against_the_flow_and_its_null():
@@ -387,8 +377,6 @@ def test_a_score_stands_against_the_flow_and_its_null():
     assert list(null.x) == [0.3, 0.4] and list(seeds.y) == [0.6, 0.8] and point.name == SHOWN
     assert point.error_x.arrayminus[0] == pytest.approx(0.1) and point.error_y.array[0] == pytest.approx(0.1)
     assert "70.0% at 40.0%, null 30.0%" in figure.layout.meta["alt"]
-    with pytest.raises(ValueError, match="at least one model"):
-        figures.score_against_flow({}, nulls={}, seeds={}, over="", score="")
 
 
 def test_flow_triangle_is_empty_below_the_diagonal_and_counts_from_one():
@@ -411,16 +399,15 @@ def test_flow_directions_add_up():
     np.testing.assert_allclose(top, bootstrap_interval(up + down).high)
 
 
-def test_nmi_leaves_out_nan_examples_and_can_begin_with_the_input():
+def test_nmi_leaves_out_nan_examples_and_begins_with_the_input():
     values = samples(scale=1)
     values[0] = np.nan
-    figure = figures.nmi(values, with_input=True)
+    figure = figures.nmi(values)
     (curve,) = traces(figure, "scatter", "lines+markers")
     np.testing.assert_array_equal(curve.x, [0, 1, 2])
     np.testing.assert_allclose(curve.y, values[1:].mean(axis=0))
     low, high = figure.layout.yaxis.range
     assert low <= 0 and high >= 1
-    assert list(traces(figures.nmi(values), "scatter", "lines+markers")[0].x) == [1, 2, 3]
 
 
 def test_modality_map_shows_real_tokens_by_modality():
@@ -441,42 +428,18 @@ def test_modality_map_shows_real_tokens_by_modality():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: figures.pictures([image()], ["a", "b"]), "not 1 and 2 captions"),
-        (lambda: figures.pictures([], []), "not 0 and 0 captions"),
-        (lambda: figures.pictures([image() / 255], ["a"]), r"uint8 .*, not float64 \(96, 96, 3\)"),
-        (lambda: figures.tokens(image().transpose(2, 0, 1), 4), r"not uint8 \(3, 96, 96\)"),
-        (
-            lambda: figures.parsing(image(), attention(), [0], 5),
-            r"attention is \(16, 16\), but the grid needs \(25, 25\)",
-        ),
-        (lambda: figures.parsing(image(), attention(), [16], GRID), "pick 16 is not among the 16 tokens"),
+        (lambda: figures.pictures([image()], ["a", "b"]), "longer"),
+        (lambda: figures.pictures([], []), "at least one image"),
+        (lambda: figures.parsing(image(), attention(), [0], 5), "size 16 into shape"),
         (lambda: figures.parsing(image(), 2 * attention(), [0], GRID), "sum to 1"),
-        (lambda: figures.parsing(image(), attention(), [], GRID), "at least one pick"),
-        (lambda: figures.masks(image(), {"m": np.ones(9, bool)}, grid=4), r"'m' is \(9,\), .* needs \(16,\)"),
-        (lambda: figures.masks(image(), {"m": np.ones(16)}, grid=4), "'m' must be bool"),
-        (lambda: figures.masks(image(), {}, names=["m"], grid=4), r"\['m'\] are not among the masks \[\]"),
-        (lambda: figures.attention_on_image(image(), np.ones(9), 4), r"weights is \(9,\), .* needs \(16,\)"),
-        (lambda: figures.attention_on_image(image(), -np.ones(16), 4), "not negative"),
+        (lambda: figures.masks(image(), {"m": np.ones(9, bool)}, grid=4), "size 9 into shape"),
+        (lambda: figures.attention_on_image(image(), np.ones(9), 4, title=""), "size 9 into shape"),
         (lambda: figures.losses(pd.DataFrame({"step": []})), r"not \['step'\]"),
         (lambda: figures.losses(pd.DataFrame({"mlm": [1.0]})), r"column `step` .* not \['mlm'\]"),
         (lambda: figures.accuracy_bars({"a": 89.0}), "'a' is 89; shares"),
-        (lambda: figures.accuracy_bars({"a": 0.5}, chance={"b": 0.5}), r"\['b'\], .* values \['a'\]"),
-        (lambda: figures.flow_curves(samples(), samples(layers=4)), "from_input has .*: 3}, within_layer .*: 4}"),
-        (
-            lambda: figures.flow_curves({"a": samples()}, {"b": samples()}),
-            "from_input has .*{'a': 3}, within_layer {'b': 3}",
-        ),
-        (
-            lambda: figures.flow_curves(samples(), samples(), null_from_input=np.zeros(4)),
-            r"the null of '' has layers \(4,\); from_input has {'': 3}",
-        ),
-        (lambda: figures.flow_curves(np.zeros(3), np.zeros(3)), r"must be \(example, layer\), not \(3,\)"),
-        (lambda: figures.flow_triangle(np.zeros((2, 3, 3))), r"not \(2, 3, 3\)"),
-        (lambda: figures.flow_directions(samples(), samples(layers=2)), r"\(12, 3\), .* \(12, 2\)"),
-        (
-            lambda: figures.modality_map(np.zeros((4, 2)), np.ones(5, bool), np.ones(5, bool), layer=0),
-            r"points is \(4, 2\), vision \(5,\)",
-        ),
+        (lambda: figures.accuracy_bars({"a": 0.5}, chance={"b": 0.5}), "'b' is not in list"),
+        (lambda: figures.flow_curves(np.zeros(3), np.zeros(3)), r"array \(example, layer\) for each model"),
+        (lambda: figures.flow_directions(samples(), samples(layers=2)), "could not be broadcast"),
     ],
 )
 def test_what_does_not_agree_is_refused_by_name(call, message):
@@ -511,10 +474,10 @@ def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
 def test_png_is_transparent_and_shows_the_picture(tmp_path):
     red = np.full((32, 32, 3), (200, 0, 0), dtype=np.uint8)
     figure = figures.tokens(red, 2)
-    figures.to_image(figure, tmp_path / "figure.png", tmp_path / "figure.svg", scale=1)
+    figures.to_image(figure, tmp_path / "figure.png", tmp_path / "figure.svg")
     png = Image.open(tmp_path / "figure.png").convert("RGBA")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
-    assert png.size == (figure.layout.width, figure.layout.height)
+    assert png.size == (2 * figure.layout.width, 2 * figure.layout.height)
     assert png.getpixel((1, png.height - 1))[3] == 0
     red_pixels = (np.asarray(png)[..., :3] == (200, 0, 0)).all(axis=-1).mean()
     assert red_pixels > 0.5

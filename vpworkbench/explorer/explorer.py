@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import ipywidgets
+import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out, load_splits
 from vpworkbench.errors import DataError
 from vpworkbench.explorer import still
-from vpworkbench.explorer.flow import FlowView
+from vpworkbench.explorer.flow import MODELS, FlowView
 from vpworkbench.explorer.masks import MasksView, Select
-from vpworkbench.explorer.page import Part, Section, write_page
-from vpworkbench.explorer.parts import WIDTH, Delayed, View, column
+from vpworkbench.explorer.page import write_page
+from vpworkbench.explorer.parts import WIDTH, Delayed, View, close_all, column
 from vpworkbench.explorer.readings import Reading, check_index, first_caption, read
 from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
 from vpworkbench.settings import DataSettings
-from vpworkbench.subjects import Loadable, Subject, load
+from vpworkbench.subjects import Loadable, Subject, load_all
 
 PICTURES = 24
 ViewName = Literal["masks", "words", "flow", "try"]
@@ -45,16 +45,13 @@ def explore(
 
     Parameters
     ----------
-    model
-        A `VisualParsingModel`, a `TaskModel`, a `Subject` of `subjects.load`, or the name or folder of a run;
-        None: the shipped tiny model.
+    model, regions
+        See `subjects.load`.
     data
-        Pictures, a captioned set that `load_splits` reads ("scenes", a folder, a file), or None: generated scenes. The
-        held-out pictures of a set are shown.
+        Pictures, or a captioned set ("scenes", a folder, a file), of which the held-out pictures are shown; None:
+        generated scenes.
     beside
-        A second model, drawn below the first: before and after pre-training, masks by attention and at random.
-    regions : str
-        Regions for models that read them, see `subjects.load`.
+        A second model, drawn below the first, such as one before pre-training.
     pictures : int
         Largest number of pictures to choose from.
     views
@@ -64,28 +61,21 @@ def explore(
     """
     if unknown := [name for name in views if name not in ALL]:
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join(ALL)}")
-    given = (model, beside) if beside is not None else (model,)
-    subjects = [load(one, regions=regions, optional_regions=len(given) > 1) for one in given]
-    if len(subjects) == 2 and subjects[0].name == subjects[1].name:
-        subjects = [replace(one, name=f"{one.name} ({number})") for number, one in enumerate(subjects, start=1)]
+    subjects = load_all((model,) if beside is None else (model, beside), regions=regions)
     chosen = _load_pictures(data, pictures)
-    readings = _first_readings(subjects, chosen, data)
-    data_argument = None if data is None else str(data) if isinstance(data, str | Path) else _Name("pictures")
-    beside_argument = beside if beside is None or isinstance(beside, str) else _Name("other")
-    arguments = (
-        [] if model is None and data is None else [repr(model if isinstance(model, str | None) else _Name("model"))]
-    )
-    arguments += [] if data is None else [repr(data_argument)]
-    options = {"beside": (beside_argument, None), "regions": (regions, ""), "pictures": (pictures, PICTURES)}
-    options["views"] = (tuple(views), ALL)
-    arguments += [f"{name}={value!r}" for name, (value, default) in options.items() if value != default]
-    return Explorer(readings, chosen, views=views, call=f"explore({', '.join(arguments)})")
+    options = {"model": _in_code(model, "model"), "data": _in_code(data, "pictures")}
+    options |= {"beside": _in_code(beside, "other"), "regions": repr(regions)}
+    options |= {"pictures": repr(pictures), "views": repr(tuple(views))}
+    defaults = {name: repr(parameter.default) for name, parameter in signature(explore).parameters.items()}
+    call = ", ".join(f"{name}={value}" for name, value in options.items() if value != defaults[name])
+    return Explorer(_first_readings(subjects, chosen, data), chosen, views=views, call=f"explore({call})")
 
 
-class _Name(str):
-    """A variable name in code that recreates a view: its repr has no quotes."""
-
-    __repr__ = str.__str__
+def _in_code(value: object, name: str) -> str:
+    """An argument in code that recreates a view: names of runs and sets as they are, anything else as a variable."""
+    if isinstance(value, Path):
+        return repr(str(value))
+    return repr(value) if isinstance(value, str | None) else name
 
 
 def _first_readings(subjects: Sequence[Subject], pictures: Sequence[Picture], source: object) -> list[Reading]:
@@ -104,8 +94,7 @@ def _load_pictures(data: Sequence[Picture] | str | Path | None, most: int) -> li
         return list(data)[:most]
     settings = DataSettings(sets=("scenes" if data is None else str(data),))
     if settings.sets == ("scenes",):  # generate only what is shown
-        few = settings.scenes.model_copy(update={"val": min(most, settings.scenes.val)})
-        return load_held_out(settings.model_copy(update={"scenes": few}))
+        return load_held_out(settings, images=most)
     splits = load_splits(settings)
     return next((splits[name] for name in ("val", "test", "train") if splits.get(name)), [])[:most]
 
@@ -241,59 +230,25 @@ class Explorer(ipywidgets.VBox):
 
     def save_csv(self, folder: str | Path) -> list[Path]:
         """Write every table as a csv."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        for name, table in self.tables().items():
-            files.append(folder / f"{name}.csv")
-            table.to_csv(files[-1], index=False)
-        return files
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        files = {Path(folder) / f"{name}.csv": table for name, table in self.tables().items()}
+        for file, table in files.items():
+            table.to_csv(file, index=False)
+        return list(files)
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one HTML file that opens without a kernel and without a network."""
-        sections = [self._masks_section(self.masks)] if self.masks is not None else []
-        sections += [self._words_section(self.words)] if self.words is not None else []
-        sections += [self._flow_section(self.flow)] if self.flow is not None else []
-        sections.append(Section("What it says", "", [Part(self.trial.answers)]))
         models = " and ".join(one.name for one in self.subjects)
-        return write_page(path, f"{models} on “{self.readings[0].text}”", sections)
-
-    @staticmethod
-    def _masks_section(view: MasksView) -> Section:
-        if not view.readings:
-            return Section(view.title, view.status.text)
-        view.settle()
-        parts = []
-        for number, (panels, errors) in enumerate(zip(view.panels, view.errors, strict=True)):
-            parts += [Part(panels, still.masks(view, number)), Part(errors)]
-        intro = "Hover over a token to see its numbers. To pick another token, open the explorer: the model must run."
-        return Section(view.title, intro, [*parts, Part(view.numbers)])
-
-    @staticmethod
-    def _words_section(view: WordsView) -> Section:
-        parts = []
-        for number, (maps, reader) in enumerate(zip(view.maps, view.readers, strict=True)):
-            parts += [Part(maps, still.words(view, number)), Part(reader)]
-        return Section(
-            view.title, "Hover over a word to see where it looks, over a patch to see what it reads. Click pins.", parts
-        )
-
-    @staticmethod
-    def _flow_section(view: FlowView) -> Section:
-        figure = Part(go.Figure(view.figure), still.flow(view), view.save.alt)
-        parts = [Part(view.save), figure, *(Part(maps) for maps in view.maps)]
-        return Section(
-            view.title, "Dashed: uniform attention. Below the figure: A of the marked span of layers.", parts
-        )
+        title = f"{models} on “{self.readings[0].text}”"
+        return write_page(path, title, [view.section() for view in self._views])
 
     def close(self) -> None:
         """Take the explorer off the page and free its memory."""
         self._delayed.cancel()
-        controls = [part for view in self._views for part in vars(view).values() if isinstance(part, ipywidgets.Widget)]
         for view in self._views:
             view.close()
-        for widget in [*controls, *_descendants(self), self._code]:
-            _close(widget)
+        for child in self.children:
+            close_all(child)
         self.readings, self.subjects, self.children = [], [], ()
         for part in (self.layout, super()):
             part.close()
@@ -314,20 +269,22 @@ class Explorer(ipywidgets.VBox):
         if self.flow is not None and self.readings:
             self._delayed(self.flow.open)  # after the first view
         if self.readings:
-            bundle["image/png"] = base64.b64encode(still.overview(self.readings, self.masks)).decode("ascii")
+            bundle["image/png"] = base64.b64encode(self._overview()).decode("ascii")
         return bundle
 
-
-def _close(widget: ipywidgets.Widget) -> None:
-    """Close a widget with its layout and style, which ipywidgets would keep forever."""
-    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
-        if isinstance(part, ipywidgets.Widget):
-            part.close()
-
-
-def _descendants(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
-    """All widgets in a box, and in the boxes in it."""
-    found: list[ipywidgets.Widget] = []
-    for child in getattr(widget, "children", ()):
-        found += [*_descendants(child), child]
-    return found
+    def _overview(self) -> bytes:
+        """A picture of the image, its mask and the flow curves, a row for each model."""
+        figure = still.blank(940, 250 * len(self.readings))
+        rows = figure.subplots(len(self.readings), 4, squeeze=False)
+        for reading, (image, mask, *flows), colour in zip(self.readings, rows, MODELS, strict=False):
+            image.imshow(reading.image)
+            image.set_title(still.shortened(f"{reading.subject.name}: {reading.text}", 26))
+            image.set_axis_off()
+            if self.masks is not None and reading in self.masks.readings:
+                self.masks.draw_panel(mask, reading, 2 if reading.subject.base.settings.visual.kind.parsing else 3)
+            else:
+                still.panel(mask, reading, "plain", np.zeros(len(reading.boxes)), "")
+            ends = (reading.flow[0], reading.null[0]), (reading.flow.diagonal(), reading.null.diagonal())
+            for axes, values, title in zip(flows, ends, ("from the input to layer j", "within layer i"), strict=True):
+                still.curves(axes, *values, f"flow {title}", colour)
+        return still.png(figure)

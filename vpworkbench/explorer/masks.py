@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import ipywidgets
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.data.objects import objects_of_pictures
+from vpworkbench.explorer import still
+from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, Delayed, StatusText, View, image_traits, row
-from vpworkbench.explorer.readings import Reading, check_index, same_boxes
+from vpworkbench.explorer.readings import Reading, check_index
 from vpworkbench.explorer.widgets import Panels, Table
 from vpworkbench.losses import visual_mask
-from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes import objects_of_boxes
 
 Select = Literal["row", "column", "symmetric"]
 KINDS = ["plain", "shade", "mask", "mask"]
 CAPTIONS = ["the image", "attention of the token", "attention mask", "random mask"]
 ERRORS = ["error under the attention mask", "error under the random mask"]
-
-
-class Parsed(NamedTuple):
-    """Parsing attention (head, vision, vision), or None if the model has none, and the visual tokens."""
-
-    attention: Tensor | None
-    visual: VisualTokens
 
 
 class MasksView(View):
@@ -50,7 +45,7 @@ class MasksView(View):
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         super().__init__()
-        self.pick, self._draw, self._delayed = -1, 0, Delayed()
+        self.pick, self._draw, self._delayed = -1, 0, Delayed(0.35)
         self.k = ipywidgets.IntSlider(
             2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "300px"}
         )
@@ -77,20 +72,17 @@ class MasksView(View):
 
     def show(self, readings: Sequence[Reading]) -> None:
         self._delayed.cancel()
-        self.readings = [reading for reading in readings if reading.subject.base is not None]
-        self._parsed = [_parsed(reading) for reading in self.readings]
-        lines = []
-        if self.readings and not same_boxes(self.readings):  # one pick cannot fit both
-            lines = [
-                f"{other.subject.name} cuts the image into other tokens; only the first model is shown here."
-                for other in self.readings[1:]
-            ]
-            self.readings, self._parsed = self.readings[:1], self._parsed[:1]
+        ours = [reading for reading in readings if reading.subject.base is not None]
+        self.readings = ours if all(ours[0].same_boxes(other) for other in ours) else ours[:1]  # one pick must fit all
+        with torch.no_grad():
+            self._visual = [reading.subject.base.visual(reading.forward["images"]) for reading in self.readings]
+        lines = [
+            f"{other.subject.name} cuts the image into other tokens; only the first model is shown here."
+            for other in ours[len(self.readings) :]
+        ]
         lines += self._without_attention(readings)
         self.status.set(*(lines or ["Click a token, or use the arrow keys and Enter."]))
         if not self.readings:
-            self._drop_panels()
-            self.values = []
             self.widget.children = (self.status,)
             return
         self._objects = _objects(self.readings[0])
@@ -133,33 +125,45 @@ class MasksView(View):
     def tables(self) -> dict[str, pd.DataFrame]:
         """`masks`: one row for each model and visual token."""
         parts = []
-        for reading, values in zip(self.readings, self.values, strict=True):
+        for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
             table = pd.DataFrame(values[1:].T, columns=["attention", "attention_mask", "random_mask"])
-            table["attention_error"], table["random_error"] = self.errors_of(reading)
+            table["attention_error"], table["random_error"] = self._errors_of(number)
             table.insert(0, "token", range(len(table)))
             table.insert(0, "model", reading.subject.name)
             parts.append(table)
         return {"masks": pd.concat(parts, ignore_index=True)} if parts else {}
 
-    def settle(self) -> None:
-        """Do delayed work at once."""
+    def section(self) -> Section:
+        if not self.readings:
+            return Section(self.title, self.status.text)
         self._delayed.cancel()
-        if self.readings:
-            self._reconstruct(images=True)
+        self._reconstruct(images=True)
+        parts = []
+        for reading, shown, panels, errors in zip(self.readings, self._shown, self.panels, self.errors, strict=True):
+            figure = still.blank(235 * len(shown), 260)
+            for axes, panel in zip(figure.subplots(1, len(shown)), shown, strict=True):
+                self.draw_panel(axes, reading, panel)
+            parts += [Part(panels, still.png(figure)), Part(errors)]
+        intro = "Hover over a token to see its numbers. To pick another token, open the explorer: the model must run."
+        return Section(self.title, intro, [*parts, Part(self.numbers)])
+
+    def draw_panel(self, axes: Axes, reading: Reading, panel: int) -> None:
+        """Draw one panel of a reading as a still picture."""
+        values = self.values[self.readings.index(reading)]
+        still.panel(axes, reading, KINDS[panel], values[panel], CAPTIONS[panel], self.pick)
 
     def close(self) -> None:
         super().close()
         self._delayed.cancel()
-        self._drop_panels()
-        self._parsed, self.values = [], []
+        self._visual, self.values = [], []
 
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _without_attention(self, readings: Sequence[Reading]) -> list[str]:
         """The line that names the models without a parsing attention."""
         names = [reading.subject.name for reading in readings if reading.subject.base is None]
-        pairs = zip(self.readings, self._parsed, strict=True)
-        names += [reading.subject.name for reading, parsed in pairs if parsed.attention is None]
+        pairs = zip(self.readings, self._visual, strict=True)
+        names += [reading.subject.name for reading, visual in pairs if visual.parsing is None]
         if not names:
             return []
         random = "; random masks are drawn." if self.readings else "."
@@ -168,7 +172,7 @@ class MasksView(View):
     def _fit_controls(self) -> None:
         """Set the controls to the tokens, heads and objects of new readings."""
         tokens = len(self.readings[0].boxes)
-        heads = max((0 if one.attention is None else len(one.attention) for one in self._parsed), default=0)
+        heads = max(0 if visual.parsing is None else visual.parsing.shape[1] for visual in self._visual)
         with self.quiet():
             if self.k.max != tokens:
                 self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
@@ -177,28 +181,22 @@ class MasksView(View):
             control.layout.display = None if heads else "none"
         self.fit.layout.display = None if self._objects.any() else "none"
         if not 0 <= self.pick < tokens:
-            on_objects = self._objects[0].nonzero()
+            on_objects = self._objects.nonzero()
             self.pick = int(on_objects[0]) if len(on_objects) else tokens // 2
 
     def _build(self) -> None:
         """Make the panels anew if the models have others."""
-        self._shown = [range(4) if parsed.attention is not None else (0, 3) for parsed in self._parsed]
+        self._shown = [(0, 3) if visual.parsing is None else (0, 1, 2, 3) for visual in self._visual]
         if [len(panel.kinds) for panel in self.panels] != [len(shown) for shown in self._shown]:
-            self._drop_panels()
-            for shown in self._shown:
-                kinds, captions = [KINDS[place] for place in shown], [CAPTIONS[place] for place in shown]
-                masks = ERRORS[2 - len(shown) // 2 :]
-                self.panels.append(_empty_panels(kinds, captions))
-                self.errors.append(_empty_panels(["shade"] * len(masks), masks))
+            for panel in [*self.panels, *self.errors]:
+                panel.close()
+            self.panels = [_panels([KINDS[n] for n in shown], [CAPTIONS[n] for n in shown]) for shown in self._shown]
+            captions = [ERRORS[-len(shown) // 2 :] for shown in self._shown]
+            self.errors = [_panels(["shade"] * len(masks), masks) for masks in captions]
             for panel in [*self.panels, *self.errors]:
                 panel.observe(self._token_picked, "picked")
         controls = row(self.k, self.fit, self.again), row(self.select, self.head)
         self.widget.children = (self.status, *controls, *self.panels, self.numbers, *self.errors)
-
-    def _drop_panels(self) -> None:
-        for panel in [*self.panels, *self.errors]:
-            panel.close()
-        self.panels, self.errors = [], []
 
     def _token_picked(self, change: dict[str, Any]) -> None:
         if change["new"] < 0:
@@ -215,7 +213,7 @@ class MasksView(View):
         """Send the page its slice; the errors of reconstruction follow a moment later."""
         if self._is_quiet or not self.readings:
             return
-        self.values = [self._values_of(parsed.attention) for parsed in self._parsed]
+        self.values = [self._values_of(visual.parsing) for visual in self._visual]
         for reading, panel, values, shown in zip(self.readings, self.panels, self.values, self._shown, strict=True):
             hidden = [int(mask.sum()) for mask in values[2:]]
             alt = f"Token {self.pick} is picked; {hidden[0]} tokens are hidden by attention and {hidden[1]} at random."
@@ -233,7 +231,8 @@ class MasksView(View):
         noise[0, self.pick] = 2
         values = torch.zeros(4, tokens)
         if parsing is not None:
-            weights = parsing.mean(dim=0) if self.head.value < 0 else parsing[self.head.value]
+            heads = parsing[0].float().cpu()
+            weights = heads.mean(dim=0) if self.head.value < 0 else heads[self.head.value]
             given, received = weights[self.pick], weights[:, self.pick]
             select = self.select.value
             values[1] = {"row": given, "column": received, "symmetric": given + received}[select]
@@ -242,7 +241,7 @@ class MasksView(View):
         return values.numpy()
 
     def _reconstruct(self, *, images: bool = False) -> None:
-        errors = [self.errors_of(reading) for reading in self.readings]
+        errors = [self._errors_of(number) for number in range(len(self.readings))]
         for reading, panel, found in zip(self.readings, self.errors, errors, strict=True):
             traits = image_traits(reading) if images or not panel.image else {}
             traits["label"] = f"{reading.subject.name}: error of hidden tokens"
@@ -251,12 +250,12 @@ class MasksView(View):
         self._show_numbers(errors)
 
     @torch.no_grad()
-    def errors_of(self, reading: Reading) -> NDArray[np.float32]:
+    def _errors_of(self, number: int) -> NDArray[np.float32]:
         """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are not hidden."""
-        number = self.readings.index(reading)
-        model, visual = reading.subject.base, self._parsed[number].visual
+        reading = self.readings[number]
+        model = reading.subject.base
         words = {name: reading.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
-        both = visual.for_texts(torch.zeros(2, dtype=torch.long, device=model.device))
+        both = self._visual[number].for_texts(torch.zeros(2, dtype=torch.long, device=model.device))
         places = reading.vision - words["words"].shape[1]  # without the padding of regions
         masked = torch.zeros(both.features.shape[:2], dtype=torch.bool)
         masked[:, places] = torch.from_numpy(self.values[number][2:]).bool()
@@ -270,15 +269,15 @@ class MasksView(View):
     @property
     def _on_object(self) -> Tensor:
         """(vision,): True at the tokens of the picked object; all False if the pick is on background."""
-        picked = self._objects[0, self.pick]
-        return (self._objects[0] == picked) & (picked > 0)
+        picked = self._objects[self.pick]
+        return (self._objects == picked) & (picked > 0)
 
     @property
     def _object_size(self) -> int:
         return int(self._on_object.sum())
 
     def _show_numbers(self, errors: Sequence[NDArray[np.float32]] = ()) -> None:
-        """Fill the table; `errors` are those of `errors_of` for each model, empty while they are computed."""
+        """Fill the table; `errors` are those of `_errors_of` for each model, empty while they are computed."""
         has_objects = bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
@@ -287,7 +286,7 @@ class MasksView(View):
                 if not mask.any():
                     continue  # no parsing attention
                 shares = [self._share_on_object(mask, name == "random")] if has_objects else []
-                error = _mean_text(errors[number][place]) if len(errors) else "…"
+                error = f"{np.nanmean(errors[number][place]):.3f}" if len(errors) else "…"
                 rows.append([reading.subject.name, name, *shares, error])
         size = f" ({self._object_size} tokens)" if self._object_size else ""
         shares = [f"hidden beside the pick, on its object{size}"] if has_objects else []
@@ -305,8 +304,8 @@ class MasksView(View):
         return f"{100 * share:.0f}%" + (f", {100 * expected:.0f}% expected" if random else "")
 
 
-def _empty_panels(kinds: list[str], captions: list[str]) -> Panels:
-    return Panels(width=WIDTH // 4 * len(kinds), kinds=kinds, captions=captions, values=np.zeros((len(kinds), 0)))
+def _panels(kinds: list[str], captions: list[str]) -> Panels:
+    return Panels(width=WIDTH // 4 * len(kinds), kinds=kinds, captions=captions)
 
 
 def _head_options(heads: int) -> list[tuple[str, int]]:
@@ -314,22 +313,11 @@ def _head_options(heads: int) -> list[tuple[str, int]]:
     return [("mean of heads", -1), *((f"head {head + 1}", head) for head in range(heads))]
 
 
-def _mean_text(errors: NDArray[np.float32]) -> str:
-    """Mean over the hidden tokens."""
-    return f"{np.nanmean(errors):.3f}" if np.isfinite(errors).any() else "–"
-
-
-@torch.no_grad()
-def _parsed(reading: Reading) -> Parsed:
-    visual = reading.subject.base.visual(reading.forward["images"])
-    return Parsed(None if visual.parsing is None else visual.parsing[0].float().cpu(), visual)
-
-
 def _objects(reading: Reading) -> Tensor:
-    """The object of each token, (1, vision); zeros if the picture has no object masks."""
-    visual = reading.subject.base.settings.visual
-    if reading.picture.scene is None:
-        return torch.zeros(1, len(reading.boxes), dtype=torch.long)
+    """The object of each token, (vision,); 0 for background and in pictures without object masks."""
+    picture, visual = reading.picture, reading.subject.base.settings.visual
     if visual.kind.on_grid:
-        return objects_of_pictures([reading.picture], visual.grid)
-    return objects_of_boxes(torch.from_numpy(reading.picture.object_map()), torch.from_numpy(reading.boxes))[None]
+        return objects_of_pictures([picture], visual.grid)[0]
+    if picture.scene is None:
+        return torch.zeros(len(reading.boxes), dtype=torch.long)
+    return objects_of_boxes(torch.from_numpy(picture.object_map()), torch.from_numpy(reading.boxes))

@@ -7,9 +7,8 @@ import gzip
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -18,30 +17,25 @@ from plotly.offline import get_plotlyjs
 from vpworkbench.explorer.widgets import STATIC, Drawn, Table
 
 
-@dataclass(frozen=True)
-class Part:
-    """One widget, figure or text on the page.
+class Part(NamedTuple):
+    """One widget or figure on the page.
 
     Attributes
     ----------
-    content : Drawn, plotly.graph_objects.Figure, str or None
-        Text is never read as markup. None: only the picture.
+    content : Drawn or plotly.graph_objects.Figure
+        A figure describes itself in `layout.meta["alt"]`.
     picture : bytes
         PNG, shown if scripts are off or fail; a `Table` needs none.
-    alt : str
-        Description of the picture; empty: that of the widget.
     """
 
-    content: Drawn | go.Figure | str | None
+    content: Drawn | go.Figure
     picture: bytes = b""
-    alt: str = ""
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     heading: str
     paragraph: str
-    parts: Sequence[Part] = field(default_factory=list)
+    parts: Sequence[Part] = ()
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
@@ -60,7 +54,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
         *{f"<style>{state['css']}</style>" for state in widgets},
         f"</head>\n<body>\n<h1>{html.escape(title)}</h1>",
         *(_section(section) for section in sections),
-        _island("values", json.dumps(values, default=_as_json)),
+        _island("values", json.dumps(values, default=lambda data: {"base64": base64.b64encode(data).decode("ascii")})),
         _island("plotly", get_plotlyjs()) if figures else "",
         f'<script type="module">{(STATIC / "page.js").read_text(encoding="utf-8")}</script>',
         "</body>\n</html>\n",
@@ -81,24 +75,14 @@ _HEAD = """<!DOCTYPE html>
 
 
 def _section(section: Section) -> str:
-    parts = "\n".join(_part(part) for part in section.parts)
+    """The section; a part is seen as its picture until a script has filled the live one."""
+    parts = "\n".join(
+        f'<div class="part"><div class="still">{_picture(part)}</div>'
+        f'<div class="live" {"data-widget" if isinstance(part.content, Drawn) else "data-figure"}></div></div>'
+        for part in section.parts
+    )
     intro = f"<p>{html.escape(section.paragraph)}</p>" if section.paragraph else ""
     return f"<section>\n<h2>{html.escape(section.heading)}</h2>\n{intro}\n{parts}\n</section>"
-
-
-def _part(part: Part) -> str:
-    content = part.content
-    picture = _picture(part)
-    if isinstance(content, Drawn):
-        return f'<div class="part"><div class="still">{picture}</div><div class="live" data-widget></div></div>'
-    if isinstance(content, go.Figure):
-        live = '<div class="live scroll" data-figure></div>'
-        return f'<div class="part"><div class="still">{picture}</div>{live}</div>'
-    if isinstance(content, str):
-        return f'<p class="part">{html.escape(content)}</p>'
-    if content is None:
-        return f'<div class="part">{picture}</div>'
-    raise TypeError(f"write_page takes widgets, plotly figures and text, not {type(content).__name__}")
 
 
 def _picture(part: Part) -> str:
@@ -107,7 +91,7 @@ def _picture(part: Part) -> str:
         return table.to_html(border=0, escape=True, index=False)
     if not part.picture:
         return ""
-    alt = part.alt or getattr(part.content, "alt", "") or getattr(part.content, "label", "")
+    alt = part.content.alt or part.content.label if isinstance(part.content, Drawn) else part.content.layout.meta["alt"]
     data = base64.b64encode(part.picture).decode("ascii")
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
@@ -116,9 +100,3 @@ def _island(name: str, text: str) -> str:
     """Compressed text for a script. In base64 no text can close the element, and plotly's script takes a third."""
     packed = base64.b64encode(gzip.compress(text.encode("utf-8"), mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="{name}">{packed}</script>'
-
-
-def _as_json(value: object) -> dict[str, Any]:
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode("ascii")}
-    raise TypeError(f"a page cannot hold {type(value).__name__}")

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from vpworkbench.explorer.page import Section
 from vpworkbench.explorer.readings import Reading
 
 WIDTH = 800  # pixels: fits beside the file browser of a 1280-pixel JupyterLab, inside a tab
@@ -51,12 +52,19 @@ class View(ABC):
         return ""
 
     @abstractmethod
+    def section(self) -> Section:
+        """The view on a saved page."""
+
+    @abstractmethod
     def tables(self) -> dict[str, pd.DataFrame]:
         """The numbers of the view, by name."""
 
     def close(self) -> None:
-        """Free what the view holds."""
+        """Take the view off the page and free what it holds."""
         self.readings = []
+        for part in vars(self).values():
+            if isinstance(part, ipywidgets.Widget):
+                close_all(part)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -68,13 +76,22 @@ class View(ABC):
             self._is_quiet = False
 
 
+def close_all(widget: ipywidgets.Widget) -> None:
+    """Close a widget and all that is in it, with layouts and styles, which ipywidgets would keep forever."""
+    for child in getattr(widget, "children", ()):
+        close_all(child)
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if isinstance(part, ipywidgets.Widget):
+            part.close()
+
+
 class Delayed:
     """Runs the last of several calls once no other has come for a moment; at once if no event loop runs.
 
     For work that takes longer than a click may take: the page gets its slice first.
     """
 
-    def __init__(self, wait_s: float = 0.35) -> None:
+    def __init__(self, wait_s: float) -> None:
         self.wait_s = wait_s
         self._waiting: asyncio.TimerHandle | None = None
 
@@ -88,15 +105,10 @@ class Delayed:
     def cancel(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
-            self._waiting = None
 
 
 class StatusText(ipywidgets.HTML):
     """Plain sentences, for example of an error; never markup."""
-
-    def __init__(self, *lines: str) -> None:
-        super().__init__()
-        self.set(*lines)
 
     def set(self, *lines: str) -> None:
         self.value = "<br>".join(html.escape(line) for line in lines)
@@ -106,21 +118,18 @@ class StatusText(ipywidgets.HTML):
         return html.unescape(self.value.replace("<br>", "\n"))
 
 
-def encoded_for_page(image: NDArray[np.uint8]) -> bytes:
+def encoded(image: NDArray[np.uint8]) -> bytes:
     """PNG of a small image, which keeps its pixels sharp; JPEG of a large one, of which a PNG would be large too."""
     picture = Image.fromarray(image)
     picture.thumbnail((IMAGE_PX, IMAGE_PX))
     stream = io.BytesIO()
-    if max(picture.size) <= 160:
-        picture.save(stream, "PNG")
-    else:
-        picture.save(stream, "JPEG", quality=90)
+    picture.save(stream, "PNG" if max(picture.size) <= 160 else "JPEG", quality=90)
     return stream.getvalue()
 
 
 def image_traits(reading: Reading) -> dict[str, object]:
     """The traits by which a widget draws the image of a reading and its visual tokens."""
-    return {"image": encoded_for_page(reading.image), "boxes": reading.boxes, "on_grid": reading.on_grid}
+    return {"image": encoded(reading.image), "boxes": reading.boxes, "on_grid": reading.on_grid}
 
 
 def row(*children: ipywidgets.Widget) -> ipywidgets.HBox:

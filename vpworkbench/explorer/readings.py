@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from vpworkbench.data.records import Picture
 from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
 from vpworkbench.probes.layers import visit_attention_maps
-from vpworkbench.probes.layouts import patches_recorded
 from vpworkbench.subjects import Subject
 
 HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16; 16 million numbers take 32 MiB
-PRODUCTS_BYTES = 2**28  # if the products of all spans are larger, only a few are kept
 LARGEST_MAP = 1_200  # rows and columns that a page draws; larger maps are pooled
 
 
@@ -77,6 +74,10 @@ class Reading:
     def tokens(self) -> int:
         return self.attention.shape[2]
 
+    def same_boxes(self, other: Reading) -> bool:
+        """True if the visual tokens of both are at the same places, so that one pick fits both."""
+        return self.boxes.shape == other.boxes.shape and np.allclose(self.boxes, other.boxes, atol=1e-4)
+
     @property
     def on_grid(self) -> bool:
         """True if the visual tokens are the cells of a grid; False for regions and for tiles that overlap."""
@@ -121,9 +122,8 @@ class Reading:
 
     def product(self, start: int, stop: int) -> Tensor:
         """A^{i,j} (paper Eq. 4), from the input of layer `start` to the output of layer `stop`; (token, token)."""
-        rolled = self._products.setdefault(start, [])
-        if len(self._products) > 2 and self.layers * self._mixed.nbytes > PRODUCTS_BYTES:
-            self._products = {key: value for key, value in self._products.items() if key in (0, start)}
+        self._products = {key: self._products.get(key, []) for key in (0, start)}  # keep few: they are large
+        rolled = self._products[start]
         while start + len(rolled) <= stop:
             mixed = self._mixed[start + len(rolled)]
             rolled.append(mixed @ rolled[-1] if rolled else mixed)
@@ -181,15 +181,16 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     if not inputs.vision.any():
         raise ValueError(f"{model.name} makes no visual token of this input: there is nothing to look at")
     flow = inter_modality_flow(model.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
-    with patches_recorded(model.model) as shuffled:
-        attention = _attention(model.model, inputs)
-    masks = modality_masks(model.model, inputs.forward)
+    maps: list[Tensor] = []
+    visit_attention_maps(
+        model.model, inputs.forward, inputs.vision.shape, lambda attention: maps.append(attention[0].float().cpu())
+    )
+    is_large = len(maps) * maps[0].numel() > HALF_ABOVE
     given = getattr(inputs, "boxes", None)  # some models, such as VisualBERT, do not know where their regions lie
-    if given is not None:
-        boxes = given[0]
-    else:
-        boxes = (shuffled.boxes(masks.vision.shape[1]) if shuffled.order else masks.boxes)[0].cpu()
-    real = inputs.tokens[0].cpu()
+    boxes = flow.boxes if given is None else given  # ViLT draws the same order of its patches in every pass here
+    if boxes is None:
+        boxes = modality_masks(model.model, inputs.forward).boxes
+    boxes, real = boxes[0].cpu(), inputs.tokens[0].cpu()
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
     on_image = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
     in_text = (real & ~vision).nonzero()[:, 0].numpy()
@@ -205,7 +206,7 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
         modalities=torch.stack([language, vision]).numpy(),
         boxes=boxes[on_image].float().numpy(),
         regions=not base.settings.visual.kind.on_grid if base is not None else given is not None,
-        attention=attention,
+        attention=torch.stack([one.half() if is_large else one for one in maps]),
         flow=flow.flow[0].double().cpu().numpy(),
         null=flow.null[0].double().cpu().numpy(),
         hidden=tuple(part.detach() for part in hidden_states(model.model, inputs.forward, tokens=inputs.tokens)),
@@ -218,18 +219,6 @@ def _image(model: Subject, picture: Picture, inputs: Any) -> NDArray[np.uint8]:
     if model.base is not None and model.base.settings.visual.kind.pixels:
         return inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
     return picture.image.pixels()
-
-
-def _attention(model: nn.Module, inputs: Any) -> Tensor:
-    """(layer, head, token, token) of the layers in which the modalities meet."""
-    maps: list[Tensor] = []
-
-    def keep(attention: Tensor) -> None:
-        maps.append(attention[0].float().cpu())
-
-    visit_attention_maps(model, inputs.forward, tuple(inputs.vision.shape), keep)
-    small = len(maps) * maps[0].numel() <= HALF_ABOVE
-    return torch.stack([one if small else one.half() for one in maps])
 
 
 def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
@@ -254,12 +243,6 @@ def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
 def first_caption(picture: Picture) -> str:
     """The first sentence that is read with a picture."""
     return picture.captions[0] if picture.captions else "a picture"
-
-
-def same_boxes(readings: Sequence[Reading]) -> bool:
-    """True if the visual tokens of all models are at the same places, so that one pick fits all."""
-    first = readings[0].boxes
-    return all(one.boxes.shape == first.shape and np.allclose(one.boxes, first, atol=1e-4) for one in readings)
 
 
 def check_index(name: str, index: int | None, count: int) -> None:

@@ -18,36 +18,27 @@ PORT = 8866
 def serve(
     checkpoint: str = "", data: str = "", *, beside: str = "", regions: str = "", port: int = PORT, browser: bool = True
 ) -> None:
-    """Serve the explorer on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
+    """Serve `explore` on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
 
     Jupyter's token protects the page: `$JUPYTER_TOKEN`, else a new one, printed with the address.
-
-    Parameters
-    ----------
-    checkpoint, data, beside, regions : str
-        See `explore`; empty: the shipped model, generated scenes, no second model, no regions.
-    browser : bool
-        Open the page in a browser.
     """
     if find_spec("voila") is None:
         raise SettingsError("vpw explore needs Voila: pip install 'vpworkbench[voila]'")
     from voila.app import Voila
 
-    given = (checkpoint, data, beside, regions)
-    checkpoint, data, beside, regions = map(absolute_unless_name, given)  # kernels start in another folder
-    explore(checkpoint or None, data or None, beside=beside or None, regions=regions).close()  # fails before the server
+    given = {"model": checkpoint, "data": data, "beside": beside, "regions": regions}
+    options = {name: absolute_unless_name(value) for name, value in given.items() if value}  # kernels start elsewhere
+    explore(**options).close()  # fails before the server
     with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
-        notebook = write_notebook(Path(folder) / "explorer.ipynb", checkpoint, data, beside=beside, regions=regions)
+        notebook = write_notebook(Path(folder) / "explorer.ipynb", **options)
         address = ["--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0", "--Voila.auto_token=True"]
         page = [f"--Voila.open_browser={browser}", "--VoilaConfiguration.show_tracebacks=True"]
         Voila.launch_instance([str(notebook), *address, *page])
 
 
-def write_notebook(path: Path, checkpoint: str, data: str, *, beside: str = "", regions: str = "") -> Path:
-    """Write the notebook that Voila serves."""
-    options = {"beside": beside, "regions": regions}
-    more = "".join(f", {name}={value!r}" for name, value in options.items() if value)
-    call = f"explore({checkpoint or None!r}, {data or None!r}{more})"
+def write_notebook(path: Path, **options: str) -> Path:
+    """Write the notebook that Voila serves: `explore` with these options."""
+    call = f"explore({', '.join(f'{name}={value!r}' for name, value in options.items())})"
     cells = [
         nbformat.v4.new_markdown_cell("# What does the mask hide, and where do words look?"),
         nbformat.v4.new_code_cell(f"from vpworkbench.explorer import explore\n\n{call}"),

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import ipywidgets
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError, RegionsMissing
+from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, StatusText, View, column, row
 from vpworkbench.explorer.readings import Reading, first_caption
 from vpworkbench.explorer.widgets import Drop, Table
@@ -34,13 +35,7 @@ NO_REGIONS = (
 class TryView(View):
     """A sentence to edit, a picture to choose or to add, and the answers.
 
-    Parameters
-    ----------
-    readings
-        Readings of the first picture.
-    pictures : sequence of Picture
-    read : callable
-        (picture, text) -> None: lets the models read; raises an error of `UNREADABLE` if they cannot.
+    `read` lets the models read a picture with a text; it raises an error of `UNREADABLE` if they cannot.
     """
 
     title = "Try it"
@@ -62,13 +57,13 @@ class TryView(View):
         self.caption = ipywidgets.Dropdown(description="caption", layout={"width": "640px"})
         self.drop = Drop(label="Your own image: choose or drop it here", width=420)
         self.answers = Table(label="Answers", names=NAMES, width=WIDTH)
-        self.status, self.fine_tuned = StatusText(), StatusText()
+        self.status = StatusText()
         self.text.observe(lambda change: self.say(change["new"]), "value")
         self.choice.observe(lambda change: self.look(change["new"]), "value")
         self.caption.observe(lambda change: self.say(change["new"]), "value")
         self.drop.observe(lambda change: self.add_image(bytes(self.drop.file), self.drop.file_name), "count")
         self.controls = column(row(self.text, self.choice), self.status)  # shown above all views
-        self.widget.children = (row(self.caption), self.answers, self.fine_tuned, self.drop)
+        self.widget.children = (row(self.caption), self.answers, self.drop)
         self.show(readings)
 
     def show(self, readings: Sequence[Reading]) -> None:
@@ -83,9 +78,6 @@ class TryView(View):
             self.caption.value = self.text.value = text
         self.status.set(*_not_read(self.readings))
         self.answers.update(rows=[list(cells) for cells in self._rows()], alt=f"Of the sentence “{text}”.")
-        names = [reading.subject.name for reading in readings if reading.subject.task_model is not None]
-        explanation = "is fine-tuned: it has no ITM and fills no [MASK]; the pre-trained model before it does."
-        self.fine_tuned.set(*(f"{name} {explanation}" for name in names))
 
     def say(self, text: str) -> None:
         """Read another sentence with the same picture; the page shows what is wrong with it."""
@@ -98,17 +90,12 @@ class TryView(View):
 
     def add_image(self, content: bytes, name: str) -> None:
         """Add the user's own image and read it with the same sentence."""
-        file = f"{len(self.pictures)}-{Path(name).name[-60:] or 'image'}"
-        try:
-            _check_image(content)
-            (Path(self.scratch.name) / file).write_bytes(content)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-            self.drop.update(message=f"{name}: no picture that can be read")
+        if fault := _fault(content):
+            self.drop.update(message=f"{name}: {fault}")
             return
-        except _TooLarge as error:
-            self.drop.update(message=f"{name}: {error}")
-            return
-        picture = Picture(Path(name).name, ImageFile(Path(self.scratch.name), file), "test", ())
+        file = ImageFile(Path(self.scratch.name), f"image-{len(self.pictures)}")
+        (file.folder / file.name).write_bytes(content)
+        picture = Picture(Path(name).name, file, "test", ())
         self.pictures.append(picture)
         if self._try(picture, self.readings[0].text):
             self.drop.update(message=f"{name} is read")
@@ -131,12 +118,10 @@ class TryView(View):
         return True
 
     def _rows(self) -> list[tuple[str, str, str]]:
-        nothing = [("", "This model has no head that answers here.")]
-        return [
-            (reading.subject.name, question, answer)
-            for reading in self.readings
-            for question, answer in _answers(reading) or nothing
-        ]
+        return [(reading.subject.name, *answer) for reading in self.readings for answer in _answers(reading)]
+
+    def section(self) -> Section:
+        return Section("What it says", "", [Part(self.answers)])
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`answers`."""
@@ -144,24 +129,22 @@ class TryView(View):
 
     def close(self) -> None:
         super().close()
-        self.drop.close()
         self.scratch.cleanup()
         self.pictures = []
 
 
-class _TooLarge(Exception):
-    """An image has too many pixels."""
-
-
-def _check_image(content: bytes) -> None:
-    """Refuse an image that Pillow cannot read or that has too many pixels."""
+def _fault(content: bytes) -> str:
+    """Why an image cannot be read: Pillow refuses it, or it has too many pixels; empty if it can."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > LARGEST_PX:
-                raise _TooLarge(f"{image.width} x {image.height} pixels are too many; scale it down")
+                return f"{image.width} x {image.height} pixels are too many; scale it down"
             image.load()
     except Image.DecompressionBombError:  # does not say how many
-        raise _TooLarge("its pixels are too many; scale it down") from None
+        return "its pixels are too many; scale it down"
+    except (OSError, ValueError, SyntaxError):
+        return "no picture that can be read"
+    return ""
 
 
 def _answers(reading: Reading) -> list[tuple[str, str]]:
@@ -171,9 +154,9 @@ def _answers(reading: Reading) -> list[tuple[str, str]]:
         return [(task.task.name, "No answer: it judges statements about two images, and here there is one.")]
     if task is not None:
         shares = list(task.predict(picture.image, text).items())[:5]
-        return [(f"{task.task.name}: its answer", _listed(shares))]
+        return [(f"{task.task.name} (fine-tuned: no ITM, fills no [MASK])", _listed(shares))]
     if base is None:
-        return []
+        return [("", "This model has no head that answers here.")]
     share = match_probability(base, prepare(base, [picture], [text]))[0]
     answers = [("is the sentence true of the image? (ITM)", f"{100 * share:.1f}%")]
     if base.tokenizer.mask_token_id in base.words.ids(text):

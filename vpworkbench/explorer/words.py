@@ -9,9 +9,12 @@ import ipywidgets
 import numpy as np
 import pandas as pd
 
+from vpworkbench.explorer import still
+from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, StatusText, View, image_traits, row
 from vpworkbench.explorer.readings import Reading, check_index
 from vpworkbench.explorer.widgets import Maps, Reader
+from vpworkbench.figures.style import GREY
 
 GRID = ["words to image", "image to words", "entropy (1: uniform)"]
 ALT = "A picture, bright where the word under the pointer looks, and the sentence."
@@ -30,39 +33,35 @@ class WordsView(View):
 
     def __init__(self, readings: Sequence[Reading]) -> None:
         super().__init__()
-        self.mean = ipywidgets.Checkbox(True, description="mean of heads", indent=False, layout={"width": "auto"})
-        self.rolled = ipywidgets.Checkbox(
-            False, description="rolled out from the input (Eq. 4)", indent=False, layout={"width": "auto"}
-        )
+        look = {"indent": False, "layout": {"width": "auto"}}
+        self.mean = ipywidgets.Checkbox(True, description="mean of heads", **look)
+        self.rolled = ipywidgets.Checkbox(False, description="rolled out from the input (Eq. 4)", **look)
         for control in (self.mean, self.rolled):
             control.observe(lambda change: self._redraw(), "value")
         self.status = StatusText(
             "Click a cell to choose layer and head. Hover over a word or a patch; click to pin it."
         )
-        self.maps: list[Maps] = []
-        self.readers: list[Reader] = []
+        scale = {"percent": True, "low": [0.0] * 3, "high": [1.0] * 3, "row_name": "layer", "column_name": "head"}
+        self.maps = [Maps(names=GRID, count_from=1, width=WIDTH, **scale) for _ in readings]
+        self.readers = [Reader(width=WIDTH) for _ in readings]
+        for maps, reader in zip(self.maps, self.readers, strict=True):
+            maps.observe(self._cell_picked, "picked")
+            reader.observe(self._place_pinned, "pinned")
+        pairs = [widget for pair in zip(self.maps, self.readers, strict=True) for widget in pair]
+        self.widget.children = (self.status, row(self.mean, self.rolled), *pairs)
         self.show(readings)
 
     def show(self, readings: Sequence[Reading]) -> None:
         self.readings = list(readings)
-        if len(self.maps) != len(readings):
-            self._build()
         for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
             layer, head = maps.picked or (reading.layers - 1, 0)
             picked = [min(layer, reading.layers - 1), min(head, reading.heads - 1)]
-            places = len(reading.words) + len(reading.boxes)
-            label = f"{reading.subject.name}: attention"
-            pinned = reader.pinned if reader.pinned < places else -1
+            pinned = reader.pinned if reader.pinned < len(reading.words) + len(reading.boxes) else -1
+            label, alt = f"{reading.subject.name}: attention", "Shares of attention by layer and head."
             with self.quiet():
-                maps.update(
-                    values=reading.grid,
-                    names=GRID,
-                    picked=picked,
-                    label=label,
-                    alt="Shares of attention by layer and head.",
-                )
+                maps.update(values=reading.grid, picked=picked, label=label, alt=alt)
                 reader.update(
-                    words=reading.words, pinned=pinned, **image_traits(reading), **self.attention(reading, picked)
+                    words=reading.words, pinned=pinned, **image_traits(reading), **self._attention(reading, picked)
                 )
 
     def set(
@@ -88,44 +87,48 @@ class WordsView(View):
         head = None if self.mean.value else head
         return f"view.read({self.readers[0].pinned}, layer={layer}, head={head}, rolled={self.rolled.value})"
 
+    def section(self) -> Section:
+        parts = []
+        for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
+            parts += [Part(maps, self._still(reading, maps.picked, reader.pinned)), Part(reader)]
+        intro = "Hover over a word to see where it looks, over a patch to see what it reads. Click pins."
+        return Section(self.title, intro, parts)
+
+    def _still(self, reading: Reading, picked: Sequence[int], pinned: int) -> bytes:
+        """The grid of layers and heads, then where the pinned word, or else the last one, looks on the image."""
+        word = pinned if 0 <= pinned < len(reading.words) else len(reading.words) - 1
+        figure = still.blank(940, 260)
+        *grid, image = figure.subplots(1, 4)
+        for axes, name, values in zip(grid, GRID, reading.grid, strict=True):
+            still.matrix(axes, values, name, "layer", "head", vmin=0, vmax=1)
+        looks, _ = self._looks_and_reads(reading, picked)
+        title = still.shortened(f"“{reading.words[word]}” looks here", 30)
+        still.panel(image, reading, "shade", looks[word], title)
+        figure.supxlabel(still.shortened(reading.text, 120), fontsize=8, color=GREY)
+        return still.png(figure)
+
     def tables(self) -> dict[str, pd.DataFrame]:
         """`heads`: the grid; `looks`: attention between every word and every patch, both ways."""
         pairs = list(zip(self.readings, self.maps, strict=True))
         heads = [_table_of_heads(reading) for reading, _ in pairs]
-        looks = [_table_of_looks(reading, **self._arrays(reading, maps.picked)) for reading, maps in pairs]
+        looks = [_table_of_looks(reading, *self._looks_and_reads(reading, maps.picked)) for reading, maps in pairs]
         return {"heads": pd.concat(heads, ignore_index=True), "looks": pd.concat(looks, ignore_index=True)}
 
-    def close(self) -> None:
-        super().close()
-        for widget in [*self.maps, *self.readers]:
-            widget.close()
+    def _looks_and_reads(self, reading: Reading, picked: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`Reading.looks` and `Reading.reads` at the picked (layer, head), or for the mean of its heads."""
+        layer, head = picked[0], None if self.mean.value else picked[1]
+        rolled = self.rolled.value
+        return reading.looks(layer, head, rolled=rolled), reading.reads(layer, head, rolled=rolled)
 
-    def _build(self) -> None:
-        for widget in [*self.maps, *self.readers]:
-            widget.close()
-        axes = {"row_name": "layer", "column_name": "head", "count_from": 1}
-        scale = {"percent": True, "low": [0.0] * 3, "high": [1.0] * 3}
-        self.maps = [Maps(values=np.zeros((3, 1, 1)), names=GRID, width=WIDTH, **axes, **scale) for _ in self.readings]
-        self.readers = [Reader(width=WIDTH) for _ in self.readings]
-        for maps, reader in zip(self.maps, self.readers, strict=True):
-            maps.observe(self._cell_picked, "picked")
-            reader.observe(self._place_pinned, "pinned")
-        pairs = [widget for pair in zip(self.maps, self.readers, strict=True) for widget in pair]
-        self.widget.children = (self.status, row(self.mean, self.rolled), *pairs)
-
-    def attention(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
+    def _attention(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
         """The traits of a `Reader` at the picked (layer, head)."""
+        looks, reads = self._looks_and_reads(reading, picked)
         layer, head = picked
         if self.rolled.value:
             label = f"rolled out to layer {layer + 1}"
         else:
             label = f"layer {layer + 1}" + ("" if self.mean.value else f", head {head + 1}")
-        return self._arrays(reading, picked) | {"label": f"{reading.subject.name}: {label}", "alt": ALT}
-
-    def _arrays(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
-        layer, head = picked[0], None if self.mean.value else picked[1]
-        rolled = self.rolled.value
-        return {"looks": reading.looks(layer, head, rolled=rolled), "reads": reading.reads(layer, head, rolled=rolled)}
+        return {"looks": looks, "reads": reads, "label": f"{reading.subject.name}: {label}", "alt": ALT}
 
     def _cell_picked(self, change: dict[str, Any]) -> None:
         """A click on a cell asks for that head, not for the mean."""
@@ -152,7 +155,7 @@ class WordsView(View):
         if self._is_quiet:
             return
         for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
-            reader.update(**self.attention(reading, maps.picked))
+            reader.update(**self._attention(reading, maps.picked))
         self.changed()
 
 

@@ -50,11 +50,8 @@ def flow_curves(
     over : str
         Names what the bands are over, for the title; empty: the examples.
     """
-    curves = _by_name(from_input, "from_input"), _by_name(within_layer, "within_layer")
-    depths = [{name: _means(one).shape[-1] for name, one in models.items()} for models in curves]
-    if list(depths[0].items()) != list(depths[1].items()):
-        raise ValueError(f"from_input has the models and layers {depths[0]}, within_layer {depths[1]}")
-    nulls = _nulls(null_from_input, depths[0], "from_input"), _nulls(null_within_layer, depths[1], "within_layer")
+    curves = _intervals(from_input), _intervals(within_layer)
+    nulls = _nulls(null_from_input, curves[0]), _nulls(null_within_layer, curves[1])
     titles = ("From the input to layer j (Fig. 3)", "Within layer j (Fig. 4)")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.09)
     for column, (models, null) in enumerate(zip(curves, nulls, strict=True), start=1):
@@ -68,46 +65,37 @@ def flow_curves(
 
 
 def flow_triangle(flow: ArrayLike) -> go.Figure:
-    """Inter-Modality Flow of every span of layers.
-
-    Parameters
-    ----------
-    flow : array, shape (layer, layer)
-        `flow[i, j]` from the input of layer i to the output of layer j; nan where j < i.
-    """
-    flow = np.asarray(flow, dtype=float)
-    if flow.ndim != 2 or len(flow) != flow.shape[1] or len(flow) == 0:
-        raise ValueError(f"flow must be (layer, layer), of one example or a mean, not {flow.shape}")
-    layers = np.arange(1, len(flow) + 1)
-    upper = np.where(layers[:, None] <= layers, flow, np.nan)
-    numbers = np.where(np.isnan(upper), "", np.char.mod("%.1f", 100 * upper))
-    text = {"text": numbers, "texttemplate": "%{text}" if len(flow) <= 16 else None}
-    bar = {"tickformat": ".0%", "outlinewidth": 0, "thickness": 14}
-    look = {"colorscale": COLOURS, "colorbar": bar, "hoverongaps": False, "xgap": 1, "ygap": 1}
-    hover = "from the input of layer %{y} to the output of layer %{x}: %{z:.1%}<extra></extra>"
-    figure = go.Figure(go.Heatmap(x=layers, y=layers, z=upper, hovertemplate=hover, **text, **look))
+    """Inter-Modality Flow of every span: `flow[i, j]` from the input of layer i to the output of layer j."""
+    cells = triangle(np.asarray(flow, dtype=float))
+    figure = go.Figure(cells.update(colorbar={"tickformat": ".0%", "outlinewidth": 0, "thickness": 14}))
     ticks = {"dtick": max(1, math.ceil(len(flow) / 16)), "tick0": 1, "showgrid": False, "constrain": "domain"}
     figure.update_xaxes(title_text="to the output of layer j", **ticks)
     figure.update_yaxes(title_text="from the input of layer i", autorange="reversed", scaleanchor="x", **ticks)
     alt = (
         f"Share of attention that crosses the modalities for every span of {len(flow)} layers, "
-        f"from {percent(np.nanmin(upper))} to {percent(np.nanmax(upper))}."
+        f"from {percent(np.nanmin(cells.z))} to {percent(np.nanmax(cells.z))}."
     )
     title = "Inter-Modality Flow from layer i to layer j, %"
     return finish(figure, title=title, alt=alt, width=520, height=420)
 
 
-def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.Figure:
-    """The two directions of the flow within each layer, stacked; they add up to Fig. 4.
+def triangle(flow: np.ndarray) -> go.Heatmap:
+    """The cells of `flow_triangle`, with their percentages where there is room."""
+    layers = np.arange(1, len(flow) + 1)
+    upper = np.where(layers[:, None] <= layers, flow, np.nan)
+    numbers = np.where(np.isnan(upper), "", np.char.mod("%.1f", 100 * upper))
+    text = {"text": numbers, "texttemplate": "%{text}" if len(flow) <= 16 else None}
+    look = {"colorscale": COLOURS, "hoverongaps": False, "xgap": 1, "ygap": 1}
+    hover = "from the input of layer %{y} to the output of layer %{x}: %{z:.1%}<extra></extra>"
+    return go.Heatmap(x=layers, y=layers, z=upper, hovertemplate=hover, **text, **look)
 
-    Parameters
-    ----------
-    text_to_vision, vision_to_text : array, shape (example, layer)
-        Share of attention from words to the image and back. The error bar is the 95% interval of their sum.
+
+def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.Figure:
+    """The two directions of the flow within each layer, (example, layer) each, stacked; they add up to Fig. 4.
+
+    The error bar is the 95% interval of their sum.
     """
     up, down = np.asarray(text_to_vision, dtype=float), np.asarray(vision_to_text, dtype=float)
-    if up.ndim != 2 or up.shape != down.shape:
-        raise ValueError(f"text_to_vision is {up.shape}, vision_to_text {down.shape}; both: (example, layer)")
     layers = np.arange(1, up.shape[1] + 1)
     both = bootstrap_interval(up + down)
     means = bootstrap_interval(up).mean, bootstrap_interval(down).mean
@@ -122,26 +110,25 @@ def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.
         f"Attention from text to vision, {percent(means[0][0])} in layer 1 and {percent(means[0][-1])} in "
         f"layer {len(layers)}, and from vision to text, {percent(means[1][0])} and {percent(means[1][-1])}."
     )
-    title = f"Which way attention crosses, within each layer ({_examples({'': up})})"
+    title = f"Which way attention crosses, within each layer ({_examples({'': both})})"
     return finish(figure, title=title, alt=alt, width=640)
 
 
-def nmi(values: Samples, *, with_input: bool = False, over: str = "") -> go.Figure:
+def nmi(values: Samples, *, over: str = "") -> go.Figure:
     """How well two clusters match the two modalities in each layer (paper Fig. 5): a smaller NMI is more fused.
 
     Parameters
     ----------
-    values : array, shape (example, layer), or mapping of model name to such arrays
-        Mean over examples with a bootstrap 95% band; nan entries are left out.
-    with_input : bool
-        The first entry is the input of layer 1, as in `probes.hidden_states`: it is drawn at 0.
+    values : array, shape (example, layer + 1), or mapping of model name to such arrays
+        The input of layer 1 first, which is drawn at 0. Mean over examples with a bootstrap 95% band; nan entries are
+        left out.
     over : str
         See `flow_curves`.
     """
-    models = _by_name(values, "values")
+    models = _intervals(values)
     figure = make_subplots(1, 1)
-    _add_curves(figure, models, {}, legend=True, first=0 if with_input else 1, row=1, col=1)
-    figure.update_xaxes(title_text="layer (0: input of layer 1)" if with_input else "layer")
+    _add_curves(figure, models, {}, legend=True, first=0, row=1, col=1)
+    figure.update_xaxes(title_text="layer (0: input of layer 1)")
     figure.update_yaxes(title_text="NMI (0: mixed, 1: apart)", range=[-0.02, 1.02])
     title = f"Modalities as clusters, mean and 95% band over {escaped(over) or _examples(models)}"
     alt = f"NMI of two clusters and the two modalities by layer; {_ends(models, 'mean')}."
@@ -154,23 +141,18 @@ def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, lay
     Parameters
     ----------
     points : array, shape (token, 2)
-        From `probes.nmi.modality_pca`; nan at tokens left out.
+        See `probes.modality_pca`.
     vision, tokens : bool array, shape (token,)
-        Visual tokens, and real (non-padding) positions.
+        Visual tokens; real positions, which are no padding.
     layer : int
         From 0; the title counts from 1.
     """
-    points, vision, tokens = np.asarray(points, dtype=float), np.asarray(vision), np.asarray(tokens)
-    if points.shape != (len(vision), 2) or vision.shape != tokens.shape:
-        shapes = f"points is {points.shape}, vision {vision.shape}, tokens {tokens.shape}"
-        raise ValueError(f"{shapes}: (token, 2), (token,) and (token,) are needed")
+    points, vision, tokens = np.asarray(points, dtype=float), np.asarray(vision, bool), np.asarray(tokens, bool)
     figure = go.Figure()
-    drawn = tokens.astype(bool) & np.isfinite(points).all(axis=1)
-    language, visual = np.flatnonzero(drawn & ~vision.astype(bool)), np.flatnonzero(drawn & vision.astype(bool))
-    for name, colour, symbol, index in (
-        ("language", LANGUAGE, "circle", language),
-        ("vision", VISION, "square", visual),
-    ):
+    drawn = tokens & np.isfinite(points).all(axis=1)
+    language, visual = np.flatnonzero(drawn & ~vision), np.flatnonzero(drawn & vision)
+    looks = ("language", LANGUAGE, "circle", language), ("vision", VISION, "square", visual)
+    for name, colour, symbol, index in looks:
         marker = {"color": colour, "symbol": symbol, "size": 8, "opacity": 0.9}
         hover = {"customdata": index, "hovertemplate": f"{name} token %{{customdata}}<extra></extra>"}
         look = {"mode": "markers", "name": f"{name} ({len(index)})", "marker": marker}
@@ -197,22 +179,20 @@ def score_against_flow(
 
     Parameters
     ----------
-    models : mapping of str to (flow, score)
-        Flow from the input to the last layer, and the score, each a mean with its interval.
-    nulls : mapping of str to float
+    models
+        Flow from the input to the last layer, and the score, by name of the model.
+    nulls
         The same flow under uniform attention: an open mark at the height of the point.
-    seeds : mapping of str to pairs (flow, score)
-        Single runs, as small marks.
-    over, score : str
+    seeds
+        (flow, score) of single runs, as small marks.
+    over, score
         Name what the intervals are over, and the score.
-    floor : float, optional
+    floor
         Score of a model of text only, a dashed line.
     """
-    if not models:
-        raise ValueError("score_against_flow needs at least one model")
     figure, points = go.Figure(), []
     for index, (name, (flow, reached)) in enumerate(models.items()):
-        _add_point(figure, index, name, flow, reached, nulls[name], seeds[name])
+        _add_point(figure, index, name, models[name], nulls[name], seeds[name])
         points.append(f"{name} {percent(reached.mean)} at {percent(flow.mean)}, null {percent(nulls[name])}")
     if floor is not None:
         note = {"annotation_text": "text only", "annotation_position": "bottom right"}
@@ -230,24 +210,24 @@ def _add_point(
     figure: go.Figure,
     index: int,
     name: str,
-    flow: Interval,
-    score: Interval,
+    point: tuple[Interval, Interval],
     null: float,
     seeds: Sequence[tuple[float, float]],
 ) -> None:
     """One model: its mean with error bars, its single runs, and a dotted line to its null."""
     colour, symbol, label = *_look(index), escaped(name)
-    x, y = float(flow.mean), float(score.mean)
+    x, y = (float(interval.mean) for interval in point)
     group = {"legendgroup": label, "showlegend": False}
     line = {"color": colour, "dash": "dot", "width": 1.2}
     ends = {"symbol": [f"{symbol}-open", symbol], "size": [9, 0], "color": colour}
     figure.add_scatter(x=[null, x], y=[y, y], mode="lines+markers", hoverinfo="skip", line=line, marker=ends, **group)
     small = {"marker": {"symbol": symbol, "size": 5, "color": colour}, "mode": "markers", "opacity": 0.5}
     hover = "one run: %{x:.1%}, %{y:.1%}"
-    figure.add_scatter(x=[one[0] for one in seeds], y=[one[1] for one in seeds], hovertemplate=hover, **small, **group)
+    flows, scores = zip(*seeds, strict=True)
+    figure.add_scatter(x=flows, y=scores, hovertemplate=hover, **small, **group)
     across, up = (
-        error_bars(Interval(*(np.array([part], dtype=float) for part in one))) | {"color": colour}
-        for one in (flow, score)
+        error_bars(Interval(*(np.array([part], dtype=float) for part in interval))) | {"color": colour}
+        for interval in point
     )
     look = {"marker": {"symbol": symbol, "size": 11, "color": colour}, "hovertemplate": "flow %{x:.1%}, score %{y:.1%}"}
     figure.add_scatter(x=[x], y=[y], mode="markers", name=label, legendgroup=label, error_x=across, error_y=up, **look)
@@ -256,41 +236,27 @@ def _add_point(
 # ------------------------------------------------------------------------------------- curves of one or more models
 
 
-def _by_name(values: Samples, argument: str) -> dict[str, np.ndarray | Interval]:
-    """Arrays (example, layer), or intervals, by name of the model; a single model has the name ''."""
-    named = values if isinstance(values, Mapping) else {"": values}
-    arrays = {
-        str(name): value if isinstance(value, Interval) else np.asarray(value, dtype=float)
-        for name, value in named.items()
-    }
-    for name, array in arrays.items():
-        if not isinstance(array, Interval) and (array.ndim != 2 or 0 in array.shape):
-            raise ValueError(f"{argument} {name!r} must be (example, layer), not {array.shape}")
-    if not arrays:
-        raise ValueError(f"{argument} names no model")
-    return arrays
+def _intervals(samples: Samples) -> dict[str, Interval]:
+    """An interval for each layer, by name of the model; a single model has the name ''."""
+    named = samples if isinstance(samples, Mapping) else {"": samples}
+    found = {name: one if isinstance(one, Interval) else bootstrap_interval(one) for name, one in named.items()}
+    if any(one.mean.ndim != 1 for one in found.values()):
+        raise ValueError("curves need an array (example, layer) for each model; one example needs a first axis, too")
+    return found
 
 
-def _means(values: np.ndarray | Interval) -> np.ndarray:
-    return values.mean if isinstance(values, Interval) else values
-
-
-def _nulls(null: Samples | None, depths: dict[str, int], argument: str) -> dict[str, np.ndarray]:
+def _nulls(null: Samples | None, models: dict[str, Interval]) -> dict[str, np.ndarray]:
     """(layer,) by name of the model, for the models that have one."""
     if null is None:
         return {}
-    named = null if isinstance(null, Mapping) else dict.fromkeys(depths, null)
-    lines = {name: np.asarray(value, dtype=float) for name, value in named.items()}
-    lines = {name: line.mean(axis=0) if line.ndim == 2 else line for name, line in lines.items()}
-    for name, line in lines.items():
-        if line.shape != (depths.get(name),):
-            raise ValueError(f"the null of {name!r} has layers {line.shape}; {argument} has {depths}")
-    return lines
+    named = null if isinstance(null, Mapping) else dict.fromkeys(models, null)
+    lines = {name: np.asarray(line, dtype=float) for name, line in named.items()}
+    return {name: line.mean(axis=0) if line.ndim == 2 else line for name, line in lines.items()}
 
 
 def _add_curves(
     figure: go.Figure,
-    models: dict[str, np.ndarray | Interval],
+    models: dict[str, Interval],
     nulls: dict[str, np.ndarray],
     *,
     legend: bool,
@@ -298,13 +264,10 @@ def _add_curves(
     **place: int,
 ) -> None:
     """Mean, 95% band and null of each model over its layers, which count from `first`."""
-    longest = 0
     dashed = {"mode": "lines", "legendgroup": "null"}
-    for index, (name, values) in enumerate(models.items()):
+    for index, (name, interval) in enumerate(models.items()):
         (colour, symbol), label = _look(index), escaped(name) or "model"
-        interval = values if isinstance(values, Interval) else bootstrap_interval(values)
         layers = np.arange(first, first + len(interval.mean))
-        longest = max(longest, len(layers))
         figure.add_trace(_band(layers, interval, colour, label), **place)
         look = {"line": {"color": colour, "width": 2}, "marker": {"symbol": symbol, "size": 7}}
         hover = {
@@ -321,6 +284,7 @@ def _add_curves(
     if nulls and legend:  # one grey entry for the dashed lines of all models
         line = {"color": GREY, "width": 1.5, "dash": "dash"}
         figure.add_scatter(x=[None], y=[None], name="uniform attention", line=line, **dashed, **place)
+    longest = max(len(interval.mean) for interval in models.values())
     figure.update_xaxes(**_layer_ticks(longest, first), **place)
 
 
@@ -343,16 +307,13 @@ def _layer_ticks(layers: int, first: int = 1) -> dict[str, object]:
     return {"tickmode": "linear", "tick0": first, "dtick": step, "range": [first - 0.5, first + layers - 0.5]}
 
 
-def _examples(models: dict[str, np.ndarray | Interval]) -> str:
-    counts = sorted({int(np.max(one.count)) if isinstance(one, Interval) else len(one) for one in models.values()})
+def _examples(models: dict[str, Interval]) -> str:
+    counts = sorted({int(np.max(interval.count)) for interval in models.values()})
     number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{number} example{'s' if counts[-1] != 1 else ''}"
 
 
-def _ends(models: dict[str, np.ndarray | Interval], label: str) -> str:
+def _ends(models: dict[str, Interval], label: str) -> str:
     """First and last mean of each model, for the alternative text."""
-    parts = []
-    for name, values in models.items():
-        mean = values.mean if isinstance(values, Interval) else bootstrap_interval(values, resamples=1).mean
-        parts.append(f"{name + ' ' if name else ''}{mean[0]:.2f} to {mean[-1]:.2f}")
-    return f"{label} {', '.join(parts)}"
+    ends = (f"{name} {one.mean[0]:.2f} to {one.mean[-1]:.2f}".strip() for name, one in models.items())
+    return f"{label} {', '.join(ends)}"

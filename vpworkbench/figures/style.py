@@ -57,14 +57,14 @@ class ExportError(RuntimeError):
     """PNG or SVG cannot be made on this machine; the message names the remedy."""
 
 
-def to_image(figure: go.Figure, *paths: Path, scale: float = 2) -> None:
+def to_image(figure: go.Figure, *paths: Path) -> None:
     """Save a figure as PNG or SVG, by the suffix of each path; one browser is started for all paths."""
     own = "or use the camera button of the figure's own menu"
     if importlib.util.find_spec("kaleido") is None:
         raise ExportError(f"PNG and SVG need kaleido and Chrome or Chromium: pip install kaleido, {own}")
     try:
         size = {"width": figure.layout.width, "height": figure.layout.height}
-        pio.write_images([figure] * len(paths), list(paths), scale=scale, **size)
+        pio.write_images([figure] * len(paths), list(paths), scale=2, **size)
     except RuntimeError as error:
         remedy = "install one (apt install chromium, or plotly_get_chrome)"
         raise ExportError(f"PNG and SVG need a working Chrome or Chromium: {remedy}, {own}") from error

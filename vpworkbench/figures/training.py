@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,34 +51,14 @@ DASHES = ("solid", "dot", "dash")
 _SMOOTH_FROM = 40  # lines of metrics
 
 
-class HeldOutIntervals(Protocol):
-    """Held-out results of pre-training; `train.evaluate.HeldOut` explains each."""
-
-    itm_accuracy: Interval
-    itm_other_image: Interval
-    mlm_with_image: Interval
-    mlm_other_image: Interval
-    mlm_ratio: Interval
-
-
-class Scores(Protocol):
-    """A result of a task on held-out data."""
-
-    def intervals(self) -> Mapping[str, Interval]:
-        """One score, or several, by name."""
-
-
 # ------------------------------------------------------------------------------------------------- logged curves
 
 
 def losses(metrics: pd.DataFrame) -> go.Figure:
     """One small panel for each logged quantity: objectives in blue, the rest in green.
 
-    Parameters
-    ----------
-    metrics : DataFrame
-        Column `step`, and one for each quantity, as `Run.metrics()` gives them. With 40 lines or more, a running mean
-        is drawn over the raw values.
+    `metrics` has a column `step` and one for each quantity, see `Run.metrics`. With 40 lines or more, a running mean is
+    drawn over the raw values.
     """
     order = [*_OBJECTIVES, *(name for name in metrics if name not in _WATCHED), *_WATCHED]
     names = [name for name in dict.fromkeys(order) if name in metrics and name != "step"]
@@ -112,13 +92,7 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
 
 
 def run_curves(curves: Mapping[str, pd.DataFrame], quantity: str) -> go.Figure:
-    """One logged quantity of several runs in one panel.
-
-    Parameters
-    ----------
-    curves : mapping of str to DataFrame
-        Name of the run -> columns `step` and `quantity`, as `results.curves` gives them.
-    """
+    """One logged quantity of several runs in one panel; `curves` are those of `results.curves`."""
     figure = go.Figure()
     for number, (name, metrics) in enumerate(curves.items()):
         dash = DASHES[number // len(PALETTE) % len(DASHES)]
@@ -151,8 +125,11 @@ def _small_multiples(count: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ held-out scores
 
 
-def held_out(result: HeldOutIntervals) -> go.Figure:
-    """Match decisions and hidden words on held-out images, with each text's own image and with another one."""
+def held_out(result: Any) -> go.Figure:
+    """Match decisions and hidden words on held-out images, with each text's own image and with another one.
+
+    `result` is a `train.evaluate.HeldOut`.
+    """
     titles = ("Match or not (ITM)", "Hidden word (MLM)")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.12)
     itm = {"its image": result.itm_accuracy, "another image": result.itm_other_image}
@@ -185,16 +162,8 @@ def accuracy_bars(
 ) -> go.Figure:
     """Accuracies, or other shares in [0, 1], by name; with error bars if they have intervals.
 
-    Parameters
-    ----------
-    chance : mapping of str to float, optional
-        Chance level for some of the names, marked on their bars.
+    `chance` has the chance levels of some names; they are marked on the bars.
     """
-    chance = dict(chance or {})
-    if unknown := [name for name in chance if name not in values]:
-        raise ValueError(f"chance is given for {unknown}, which are not among the values {list(values)}")
-    if not values:
-        raise ValueError("accuracy_bars needs at least one value")
     width = int(np.clip(140 * len(values) + 120, 380, WIDTH))
     figure = go.Figure()
     means = _add_bars(figure, values, [BLUE] * len(values), letters=int((width - 120) / len(values) / 7))
@@ -209,8 +178,11 @@ def accuracy_bars(
     return finish(figure, title=escaped(title), alt=f"{title}: {shares}.", width=width)
 
 
-def task_scores(results: Mapping[str, Scores], *, title: str) -> go.Figure:
-    """Held-out scores by name of the model: one bar each, or one for each recall if the task is retrieval."""
+def task_scores(results: Mapping[str, Any], *, title: str) -> go.Figure:
+    """Held-out scores by name of the model: one bar each, or one for each recall if the task is retrieval.
+
+    A result has a method `intervals()` that returns one score, or several, by name.
+    """
     scores = {name: result.intervals() for name, result in results.items()}
     if any(len(score) > 1 for score in scores.values()):
         return recall_bars(scores, title=title)
@@ -219,15 +191,7 @@ def task_scores(results: Mapping[str, Scores], *, title: str) -> go.Figure:
 
 
 def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "Retrieval") -> go.Figure:
-    """Recall at K of several models, side by side.
-
-    Parameters
-    ----------
-    recalls : mapping of str to mapping of str to Interval
-        Name of the model -> `TR R@1` and so on; the same recalls for each model.
-    """
-    if not recalls:
-        raise ValueError("recall_bars needs at least one model")
+    """Recall at K of several models, side by side: name of the model -> `TR R@1` and so on, the same for each model."""
     figure, models = go.Figure(), []
     for colour, (name, found) in zip(cycle(PALETTE), recalls.items()):
         bars = _stacked(list(found.values()))
