@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from shutil import which
 
 import nbformat
@@ -17,7 +18,7 @@ import pytest
 from miniatures import lines, picture
 
 from vpworkbench.jobs.notebooks import run_notebook
-from vpworkbench.jobs.parameters import CHECKS, find_notebook, imported, notebook_parameters
+from vpworkbench.jobs.parameters import CHECKS, find_notebook, notebook_parameters
 from vpworkbench.runs import run_folder
 
 REPOSITORY = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def test_stored_without_outputs_and_with_explained_parameters(path):
 @pytest.mark.parametrize("name", CHECKS)
 def test_defaults_are_those_of_the_check(name):
     """The settings of a notebook's defaults and of a bare call are the same."""
-    check, defaults = imported(CHECKS[name]), notebook_parameters(find_notebook(name))
+    check, defaults = resolve_name(CHECKS[name]), notebook_parameters(find_notebook(name))
     accepted = inspect.signature(check).parameters
     assert check(**{key: value for key, value in defaults.items() if key in accepted}) == check()
 

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from vpworkbench import __version__
+from vpworkbench.errors import CheckpointError, DataError, RunError, SettingsError
 
 app = typer.Typer(
     help="Visual parsing workbench: pre-train, probe and look.",
@@ -33,12 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `vpw`. Exit code 2: wrong parameters, nothing was started; 1: a failure on the way."""
     try:
         app(_paired(sys.argv[1:] if arguments is None else arguments), prog_name="vpw")
-    except Exception as error:  # known errors get a short message, others keep their traceback
-        code = _exit_code(error)
-        if code is None:
-            raise
-        print(_short(error), file=sys.stderr)
-        sys.exit(code)
+    except (SettingsError, DataError, CheckpointError, FileNotFoundError, FileExistsError) as error:
+        _end(error, code=2)
+    except (RunError, OSError) as error:  # others are bugs of the package and keep their traceback
+        _end(error, code=1)
 
 
 @app.command()
@@ -56,8 +57,7 @@ def run(
     from vpworkbench.jobs.notebooks import run_notebook
 
     with _reporting():
-        parameters = _parameters(notebook, parameter or [])
-        run_notebook(notebook, name=name, parameters=parameters, again=again, until=until)
+        run_notebook(notebook, name=name, parameters=_parameters(notebook, parameter), again=again, until=until)
 
 
 @app.command()
@@ -70,7 +70,7 @@ def train(
     from vpworkbench.jobs.notebooks import train_run
 
     with _reporting():
-        print(train_run(notebook, name=name, parameters=_parameters(notebook, parameter or [])))
+        print(train_run(notebook, name=name, parameters=_parameters(notebook, parameter)))
 
 
 @app.command()
@@ -168,7 +168,6 @@ def doctor(
 
     from vpworkbench.data.doctor import diagnose
     from vpworkbench.data.task_readers import TASK_FILES
-    from vpworkbench.errors import SettingsError
     from vpworkbench.settings import nearest
 
     if task and task not in TASK_FILES:
@@ -193,7 +192,6 @@ def predict(
 ) -> None:
     """Answers of a fine-tuned model with their probabilities; for a table, csv on standard output."""
     from vpworkbench.data.inputs import use_regions
-    from vpworkbench.errors import SettingsError
     from vpworkbench.subjects import load_task
     from vpworkbench.tasks.predict import predict_table
 
@@ -226,14 +224,16 @@ def explore(
     serve(checkpoint, data, beside=beside, regions=regions, port=port, browser=browser)
 
 
-def _parameters(notebook: str, pairs: list[str]) -> dict[str, object]:
-    from vpworkbench.errors import SettingsError
+def _parameters(notebook: str, pairs: list[str] | None) -> dict[str, object]:
     from vpworkbench.jobs.parameters import find_notebook, notebook_parameters, parse_parameters
 
-    if incomplete := [pair for pair in pairs if "=" not in pair]:
-        raise SettingsError(f"-p {incomplete[0]}: a parameter needs a value (-p KEY VALUE)")
-    defaults = notebook_parameters(find_notebook(notebook))
-    return parse_parameters(dict(pair.split("=", maxsplit=1) for pair in pairs), defaults)
+    texts = {}
+    for pair in pairs or ():
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise SettingsError(f"-p {key}: a parameter needs a value (-p KEY VALUE)")
+        texts[key] = text
+    return parse_parameters(texts, notebook_parameters(find_notebook(notebook)))
 
 
 @contextmanager
@@ -249,20 +249,11 @@ def _reporting() -> Iterator[None]:
         raise typer.Exit(128 + number) from None
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from vpworkbench import __version__
-
+@app.callback(invoke_without_command=True)
+def _common(version: Annotated[bool, typer.Option("--version", help="show the version and stop")] = False) -> None:
+    if version:
         print(f"vpworkbench {__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def _common(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version and stop")
-    ] = False,
-) -> None: ...
 
 
 def _paired(arguments: list[str]) -> list[str]:
@@ -276,22 +267,15 @@ def _paired(arguments: list[str]) -> list[str]:
     return paired
 
 
-def _exit_code(error: Exception) -> int | None:
-    """2: wrong parameters; 1: a failure on the way; None: a bug of the package, which needs its traceback."""
-    from vpworkbench.errors import CheckpointError, DataError, RunError, SettingsError
-
-    if isinstance(error, (SettingsError, DataError, CheckpointError, FileNotFoundError, FileExistsError)):
-        return 2
-    return 1 if isinstance(error, (RunError, OSError)) else None
-
-
-def _short(error: Exception, most: int = 12) -> str:
+def _end(error: Exception, *, code: int) -> NoReturn:
+    """Print a short message and end the process."""
     lines = f"error: {error}".splitlines()
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         lines.append("free some space; the same call then resumes")
-    if len(lines) > most:
-        lines[most - 1 :] = [f"... and {len(lines) - most + 1} more lines"]
-    return "\n".join(line[:300] for line in lines)
+    if len(lines) > 12:
+        lines[11:] = [f"... and {len(lines) - 11} more lines"]
+    print("\n".join(line[:300] for line in lines), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ while it runs, and `summary.json` completes it.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -18,18 +17,19 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from vpworkbench import __version__
 from vpworkbench.errors import RunError, SettingsError
 from vpworkbench.settings import Settings
 from vpworkbench.system import lock, write_atomically
 
-GALLERY = "gallery"  # the folder of committed examples; no notebook may have this name
-PACKAGES = ("vpworkbench", "torch", "torchvision", "timm", "transformers", "tokenizers", "numpy")
-MOST_DIFFERENCES = 8  # shown when a run folder has other settings
+GALLERY = "gallery"  # the folder of committed examples
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "tokenizers", "numpy")
 
 
 class Run:
@@ -37,13 +37,12 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.trained_s = _seconds_trained(folder / "metrics.jsonl")
         self._opened_s = time.monotonic()
-        self._task: tuple[str, float, int] = ("", 0.0, 0)  # name, start, and count at the start
-        self._reported_s = -math.inf
-
-    def __repr__(self) -> str:
-        return f"Run({self.folder}, {'complete' if self.is_complete else 'not complete'})"
+        self._trained_s, step = 0.0, 0
+        for line in self._metric_lines():
+            self._trained_s += (line.get("step_s") or 0.0) * (line["step"] - step)
+            step = line["step"]
+        self._reported: tuple[str, float] = ("", -math.inf)  # task and time
 
     @property
     def is_complete(self) -> bool:
@@ -53,7 +52,7 @@ class Run:
     @property
     def wall_s(self) -> float:
         """Seconds since the run was opened, plus the training time in the metrics of earlier processes."""
-        return round(time.monotonic() - self._opened_s + self.trained_s, 1)
+        return round(time.monotonic() - self._opened_s + self._trained_s, 1)
 
     def writing(self) -> AbstractContextManager[None]:
         """Be the only writer of metrics and checkpoints; waits for the orphan of a killed job to end."""
@@ -67,27 +66,32 @@ class Run:
 
     def metrics(self) -> pd.DataFrame:
         """The lines of `metrics.jsonl`, in order, without a half-written last line."""
-        lines = _metric_lines(self.folder / "metrics.jsonl")
-        return pd.DataFrame([json.loads(line) for line in lines] or {"step": []})
+        return pd.DataFrame(self._metric_lines() or {"step": []})
 
     def truncate_metrics(self, step: int) -> None:
         """Drop all lines after `step` and a half-written last line, before a resumed run writes them again."""
-        path = self.folder / "metrics.jsonl"
-        lines = [line for line in _metric_lines(path) if json.loads(line)["step"] <= step]
-        if path.exists():
-            write_atomically(path, "".join(line + "\n" for line in lines))
+        lines = [json.dumps(line) + "\n" for line in self._metric_lines() if line["step"] <= step]
+        if (path := self.folder / "metrics.jsonl").exists():
+            write_atomically(path, "".join(lines))
+
+    def _metric_lines(self) -> list[dict[str, Any]]:
+        path, found = self.folder / "metrics.jsonl", []
+        complete = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a kill may cut the last
+        for number, line in enumerate(complete, start=1):
+            try:
+                found.append(json.loads(line))
+                found[-1]["step"]
+            except (ValueError, KeyError, TypeError):
+                raise RunError(f"{path}, line {number}: not a line of metrics; mend or delete it") from None
+        return found
 
     def progress(self, task: str, done: int, total: int) -> None:
-        """Report progress in `progress.json`, at most once a second, and always at the end."""
-        now = time.monotonic()
-        if task != self._task[0]:
-            self._task, self._reported_s = (task, now, done), -math.inf
-        if done < total and now - self._reported_s < 1:
+        """Report progress in `progress.json`, at most once a second, and always at the start and the end of a task."""
+        now, (before, reported_s) = time.monotonic(), self._reported
+        if task == before and done < total and now - reported_s < 1:
             return
-        self._reported_s = now
-        _, start_s, first = self._task
-        left_s = (now - start_s) / (done - first) * (total - done) if done > first else None
-        state = {"what": task, "done": done, "total": total, "left_s": left_s}
+        self._reported = task, now
+        state = {"what": task, "done": done, "total": total}
         write_atomically(self.folder / "progress.json", json.dumps(state), durable=False)
 
     def write_summary(self, **values: Any) -> None:
@@ -114,23 +118,11 @@ class Run:
         path.parent.mkdir(exist_ok=True)
         return path
 
-    def save_page(self, name: str, page: str) -> Path:
-        """Save an HTML page as `figures/<name>.html`."""
-        write_atomically(self.page(name), page)
-        return self.page(name)
-
 
 def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
     """Create the run folder of these settings with its `config.json`, or open the existing one.
 
-    Parameters
-    ----------
-    notebook : str
-        The notebook's name, without its suffix.
-    settings : Settings
-        Resolved: everything that decides the result, the seed included.
-    name : str
-        The run's name; empty takes a hash of the settings.
+    The settings are everything that decides the result, the seed included. An empty name takes a hash of them.
 
     Raises
     ------
@@ -139,7 +131,7 @@ def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
     RunError
         If the folder's `config.json` cannot be read.
     """
-    return open_folder(run_folder(notebook, name or settings_hash(settings)), notebook, settings)
+    return open_folder(run_folder(notebook, name or digest(settings.model_dump(mode="json"))), notebook, settings)
 
 
 def open_folder(folder: Path, notebook: str, settings: Settings) -> Run:
@@ -148,14 +140,18 @@ def open_folder(folder: Path, notebook: str, settings: Settings) -> Run:
     if config.exists():
         _refuse_other_settings(folder, read_json(config).get("settings", {}), settings)
     else:
+        versions = {"python": sys.version.split()[0], "vpworkbench": __version__}
+        content = {
+            "notebook": notebook,
+            "settings": settings.model_dump(mode="json"),
+            "seed": getattr(settings, "seed", None),
+            "versions": versions | {name: version(name) for name in PACKAGES},
+            "git": _git_revision(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config, json.dumps(_config(notebook, settings), indent=2) + "\n")
+        write_atomically(config, json.dumps(content, indent=2) + "\n")
     return Run(folder)
-
-
-def settings_hash(settings: Settings) -> str:
-    """Ten hexadecimal digits that equal settings share."""
-    return digest(settings.model_dump(mode="json"))
 
 
 def digest(values: dict[str, Any]) -> str:
@@ -165,8 +161,6 @@ def digest(values: dict[str, Any]) -> str:
 
 def run_folder(notebook: str, name: str) -> Path:
     """The folder of the run of this name, whether it exists or not; a `SettingsError` for an unusable name."""
-    if _safe_name(notebook) == GALLERY:
-        raise SettingsError(f"{GALLERY!r} holds the committed examples; give the notebook another name")
     return runs_root() / notebook / _safe_name(name)
 
 
@@ -212,10 +206,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a run; a `RunError` if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); delete the run's folder to start again") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{path}: holds no JSON object; delete the run's folder to start again")
     return values
 
 
@@ -228,24 +222,6 @@ def _safe_name(name: str) -> str:
     return name
 
 
-def _config(notebook: str, settings: Settings) -> dict[str, Any]:
-    return {
-        "notebook": notebook,
-        "settings": settings.model_dump(mode="json"),
-        "seed": getattr(settings, "seed", None),
-        "versions": {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES},
-        "git": _git_revision(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _git_revision() -> dict[str, Any] | None:
     """The revision of the package's own repository, and whether its files have changed; None outside git."""
 
@@ -254,8 +230,7 @@ def _git_revision() -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        if not git("ls-files", "."):
-            return None  # an environment inside another project's repository
+        git("ls-files", "--error-unmatch", __file__)  # fails for an environment inside another project's repository
         return {"revision": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "."))}
     except (OSError, subprocess.SubprocessError):
         return None
@@ -269,13 +244,8 @@ def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: Set
         if before.get(key, "(absent)") != now.get(key, "(absent)")
     ]
     if lines:
-        more = [f"  and {len(lines) - MOST_DIFFERENCES} more"] if len(lines) > MOST_DIFFERENCES else []
-        raise SettingsError(
-            "\n".join(
-                [f"{folder} holds a run with other settings:", *lines[:MOST_DIFFERENCES], *more]
-                + ["take another name, or delete that folder to start again"]
-            )
-        )
+        remedy = "take another name, or delete that folder to start again"
+        raise SettingsError("\n".join([f"{folder} holds a run with other settings; {remedy}", *lines]))
 
 
 def _number(value: Any) -> float | None:
@@ -283,23 +253,3 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, (bool, int, float)):
         raise TypeError(f"expected a number, not {value!r:.60}")
     return value if math.isfinite(value) else None  # JSON has neither nan nor inf
-
-
-def _seconds_trained(metrics: Path) -> float:
-    seconds, before = 0.0, 0
-    for line in map(json.loads, _metric_lines(metrics)):
-        seconds += (line.get("step_s") or 0.0) * (line["step"] - before)
-        before = line["step"]
-    return seconds
-
-
-def _metric_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    *complete, _ = path.read_text(encoding="utf-8").split("\n")  # a kill may have cut the last line off
-    for number, line in enumerate(complete, start=1):
-        try:
-            json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{path}, line {number}: not a line of metrics; mend or delete it") from None
-    return complete

@@ -8,12 +8,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from vpworkbench.scenes.captions import LONGEST, captions
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS, RELATIONS, decide, parse
 from vpworkbench.scenes.layout import scene_of
-from vpworkbench.scenes.questions import questions, ten_answers
 from vpworkbench.scenes.scene import COLOURS, COVERED, SHAPES, Scene, Thing
 from vpworkbench.scenes.statements import TRUTHS_OF_LABEL, hypotheses, pair_statements
+from vpworkbench.scenes.texts import LONGEST, captions, questions, ten_answers
 from vpworkbench.settings.scenes import SceneSettings
 
 
@@ -64,12 +63,6 @@ def test_the_vocabulary_is_small():
         pairs = tuple(sample[first : first + 2]), tuple(sample[first + 2 : first + 4])
         spoken.update(*(text.split() for text in pair_statements(*pairs, rng_of(first)) or ()))
     assert 60 < len(spoken) < 90 and all(word.isalpha() and word.islower() for word in spoken)
-
-
-def test_captions_need_something_to_talk_of():
-    same = tuple(Thing("star", "red", "small", "matte", at, at, 10.0, 0.0, depth=0) for at in (20, 70))
-    with pytest.raises(ValueError, match="different colour or shape"):
-        captions(Scene(same, 96), rng_of(0))
 
 
 def test_captions_of_other_images_are_rarely_true():

@@ -107,7 +107,7 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     (runs_folder / "04_finetune" / "families-swin-none-0" / "summary.json").unlink()  # still fine-tuning
     finished("others-swin-none-0", 0.35, 0.4)
     settings = FamilyRunsSettings()
-    found = family_runs.compared(settings, Run(runs_folder))
+    found = family_runs.compared(settings)
     assert [(run.arm, run.seed) for run in found.runs] == [("swin-random", 0), ("swin-random", 1), ("grid-none", 0)]
     assert {run.steps for run in found.runs} == {(3500, 400)}
     assert found.over() == "2 seeds and 6 images" and found.names() == {"swin-random": "Swin, random MFR (36 tokens)"}
@@ -141,33 +141,39 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     assert curves.data[1].y[-1] == pytest.approx(flow) and found.over() in curves.layout.title.text
     assert [folder.name for folder in found.folders] == ["families-grid-none-0", "families-swin-random-0"]
     there = FamilyRunsSettings(runs=str(runs_folder))
-    assert family_runs.compared(there, Run(runs_folder)).runs[0].folder == found.runs[0].folder
+    assert family_runs.compared(there).runs[0].folder == found.runs[0].folder
+
+
+def test_without_runs_the_committed_ones_are_shown(runs_folder):
+    found = family_runs.compared(FamilyRunsSettings())
+    assert len(found.names(tuple(family_runs.ARMS))) == len(family_runs.ARMS)
+    assert found.folders[0].is_relative_to(shipped_run().with_name("08_families-tiny"))
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
     settings = FamilyRunsSettings(runs=str(tmp_path))
     with pytest.raises(SettingsError, match=rf"runs: {tmp_path} holds no finished runs called families-ARM-SEED"):
-        family_runs.compared(settings, Run(tmp_path))
+        family_runs.compared(settings)
 
 
 def test_runs_of_table_5_alone_are_refused(runs_folder):
     finished("families-grid-none-0", 0.4, 0.5)
     with pytest.raises(SettingsError, match="Table 5 only, none of a family such as families-swin-random-0"):
-        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
+        family_runs.compared(FamilyRunsSettings())
 
 
 def test_runs_on_different_pictures_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, pictures="ghijkl")
     with pytest.raises(SettingsError, match="read different pictures"):
-        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
+        family_runs.compared(FamilyRunsSettings())
 
 
 def test_runs_of_different_lengths_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, steps=300)
-    with pytest.raises(SettingsError, match=r"numbers of steps \(\(3500, 300\), \(3500, 400\)\)"):
-        family_runs.compared(FamilyRunsSettings(), Run(runs_folder))
+    with pytest.raises(SettingsError, match=r"different steps, \[\(3500, 300\), \(3500, 400\)\]"):
+        family_runs.compared(FamilyRunsSettings())
 
 
 def test_a_prefix_that_could_be_a_pattern_is_refused():
@@ -180,7 +186,7 @@ def test_the_results_say_what_the_committed_runs_say():
     """Each row of the table in docs/results.md, from the summaries and probes in the gallery."""
     gallery = shipped_run().with_name("08_families-tiny")
     settings = FamilyRunsSettings(runs=str(gallery / "runs"))
-    found = family_runs.compared(settings, Run(gallery))
+    found = family_runs.compared(settings)
     text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
     text = " ".join(text.split())
     scores = found.scores(tuple(family_runs.ARMS)).values()

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from tqdm import tqdm
@@ -22,11 +23,10 @@ from vpworkbench.jobs.parameters import (
     cell_tags,
     check_parameters,
     find_notebook,
-    imported,
     notebook_content,
     notebook_parameters,
 )
-from vpworkbench.runs import digest, open_folder, read_json, run_folder, settings_hash
+from vpworkbench.runs import digest, open_folder, open_run, read_json, run_folder
 from vpworkbench.settings import checked, nearest
 from vpworkbench.system import lock, on_signal, write_atomically
 
@@ -50,6 +50,8 @@ def run_notebook(
 ) -> Path:
     """Execute a notebook in its run folder: start it, resume it, or report that it is complete.
 
+    Returns the path of the executed notebook, in the run's folder.
+
     Parameters
     ----------
     notebook : str
@@ -58,17 +60,10 @@ def run_notebook(
         The run's name; empty takes a hash of the settings.
     parameters : dict
         Values for the notebook's cell tagged `parameters`. Relative paths start from the current folder.
-    environment : mapping
-        More environment variables for the kernel.
     again : bool
         Execute a complete run once more, on its checkpoint and results. Without parameters it takes those of the run.
     until : str
         Stop after the first cell with this tag; the run stays incomplete, and the call without `until` completes it.
-
-    Returns
-    -------
-    Path
-        The executed notebook, in the run's folder.
 
     Raises
     ------
@@ -81,32 +76,30 @@ def run_notebook(
     """
     path = find_notebook(notebook)
     given = dict(parameters or {})
-    name = name or str(given.get("name", ""))
-    given.pop("name", None)
+    own_name = given.pop("name", "")
+    name = name or str(own_name)
     if again and name and not given:
         given = _recorded_parameters(run_folder(path.stem, name) / path.name)
     defaults = notebook_parameters(path)
     settings = check_parameters(path.stem, defaults, given)
-    name = name or (settings_hash(settings) if settings else digest({**defaults, **given, "name": ""}))
+    name = name or digest(settings.model_dump(mode="json") if settings else defaults | given | {"name": ""})
     folder = run_folder(path.stem, name)
     if again and not (folder / "summary.json").exists():
         raise SettingsError(f"{path.stem}/{name} is no complete run; run it without --again")
+    executed = folder / path.name
     shortened = _until(path, until) if until else ""
-    if settings is None:  # a notebook without settings of its own
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings:
         open_folder(folder, path.stem, settings)
     if "name" in defaults:
         given["name"] = name
-    executed = folder / path.name
     with lock(folder / ".execution.lock", patience_s=2):
         if not again and _is_finished(folder, executed):
             logger.info("%s/%s is complete, nothing to do: %s", path.stem, name, folder)
-        elif until:
-            write_atomically(executed, shortened)
-            _execute(executed, executed, given, environment or {})
         else:
-            _execute(path, executed, given, environment or {})
+            if shortened:
+                write_atomically(executed, shortened)
+            _execute(executed if shortened else path, executed, given, environment or {})
     return executed
 
 
@@ -119,27 +112,27 @@ def train_run(notebook: str, *, name: str = "", parameters: dict[str, Any] | Non
         raise SettingsError(f"{notebook}: trains nothing{nearest(notebook, TRAINING)} (known: {', '.join(TRAINING)})")
     config = run_folder(notebook, name) / "config.json" if name else None
     if not parameters and config and config.exists():
-        settings = checked(type(imported(CHECKS[notebook])()), read_json(config)["settings"])
+        settings = checked(type(resolve_name(CHECKS[notebook])()), read_json(config)["settings"])
     else:
         settings = check_parameters(notebook, notebook_parameters(find_notebook(notebook)), parameters or {})
-    run = open_folder(run_folder(notebook, name or settings_hash(settings)), notebook, settings)
-    imported(TRAINING[notebook])(run, settings)
+    run = open_run(notebook, settings, name=name)
+    resolve_name(TRAINING[notebook])(run, settings)
     return run.folder
 
 
 def _until(path: Path, tag: str) -> str:
     """The notebook up to its first cell with this tag, marked as incomplete."""
     content = notebook_content(path)
-    cells = content["cells"]
-    last = next((number for number, cell in enumerate(cells) if tag in cell_tags(cell)), None)
+    tags = [cell_tags(cell) for cell in content["cells"]]
+    last = next((number for number, found in enumerate(tags) if tag in found), None)
     if last is None:
-        known = list(dict.fromkeys(each for cell in cells for each in cell_tags(cell)))
+        known = list(dict.fromkeys(sum(tags, [])))
         raise SettingsError(
             f"--until {tag}: {path.stem} has no cell with this tag{nearest(tag, known)} (tags: {', '.join(known)})"
         )
-    shortened = {**content, "cells": cells[: last + 1]}
-    shortened["metadata"] = {**content.get("metadata", {}), "vpworkbench": {"until": tag}}
-    return json.dumps(shortened, indent=1)
+    content["cells"] = content["cells"][: last + 1]
+    content.setdefault("metadata", {})["vpworkbench"] = {"until": tag}
+    return json.dumps(content, indent=1)
 
 
 def _recorded_parameters(executed: Path) -> dict[str, Any]:
@@ -158,8 +151,9 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], environ
     started_s = time.monotonic()
     kernel = _Kernel(environment)
     RUNNING.add(kernel)
+    is_alone = threading.current_thread() is threading.main_thread()  # bars of a sweep would overwrite each other
     try:
-        with _progress_bar(executed.parent / "progress.json"), on_signal(kernel.stop):
+        with _progress_bar(executed.parent / "progress.json") if is_alone else nullcontext(), on_signal(kernel.stop):
             papermill.execute_notebook(
                 *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)),
                 parameters=parameters,
@@ -185,14 +179,14 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, Any], environ
         raise RunError("\n".join(lines)) from None
     finally:
         RUNNING.discard(kernel)
-    logger.info("%s: done in %s: %s", label, _duration(time.monotonic() - started_s), executed)
+    logger.info("%s: done in %s: %s", label, tqdm.format_interval(time.monotonic() - started_s), executed)
 
 
 class _Kernel:
     """The kernel of one execution: its environment, and the signal that was passed on to it.
 
     jupyter_client starts it in a session of its own, so neither Ctrl-C nor Slurm's SIGTERM reaches it. After a
-    SIGKILL of this process it ends by itself: ipykernel checks every second whether its parent is alive.
+    SIGKILL of this process it ends by itself.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -248,13 +242,7 @@ def _is_finished(folder: Path, executed: Path) -> bool:
 
 @contextmanager
 def _progress_bar(file: Path) -> Iterator[None]:
-    """Show what the kernel reports with `Run.progress` as a bar with the time left.
-
-    Not in the threads of a sweep, whose bars would overwrite each other.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Show what the kernel reports with `Run.progress` as a bar with the time left."""
     file.unlink(missing_ok=True)  # left by a killed process
     ended = threading.Event()
     thread = threading.Thread(target=_follow, args=(file, ended), daemon=True)
@@ -269,25 +257,18 @@ def _progress_bar(file: Path) -> Iterator[None]:
 
 def _follow(file: Path, ended: threading.Event) -> None:
     pause_s = 0.5 if sys.stderr.isatty() else 10  # a log file needs fewer lines
-    layout = "{desc}: {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
     bar, is_last = None, False
     while not is_last:
         is_last = ended.wait(pause_s)  # then look once more
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except OSError:
             continue  # nothing reported yet
         if bar is None or bar.desc != state["what"]:
-            if bar is not None:
+            if bar:
                 bar.close()
-            counts = {"initial": state["done"], "total": state["total"]}
-            bar = tqdm(desc=state["what"], **counts, bar_format=layout, dynamic_ncols=True)
-        bar.n, left_s = state["done"], state["left_s"]
-        bar.set_postfix_str("" if left_s is None else f"{_duration(left_s)} left")
-    if bar is not None:
+            bar = tqdm(desc=state["what"], initial=state["done"], total=state["total"], dynamic_ncols=True)
+        bar.n = state["done"]
+        bar.refresh()
+    if bar:
         bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02} min"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from pydantic import ValidationError, validate_call
@@ -68,9 +67,8 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
 def parse_parameters(texts: dict[str, str], defaults: dict[str, Any]) -> dict[str, Any]:
     """Words of a command line as values of the types of the notebook's defaults.
 
-    Lists and dicts are JSON, a list also where the default is a text (`-p data '["scenes", "mine"]'`); a text
-    stays as it is (papermill would turn the name `007` into a number). What cannot be parsed stays a text, and
-    `check_parameters` refuses it.
+    Lists and dicts are JSON, a list also where the default is a text (`-p data '["scenes", "mine"]'`). A text stays as
+    it is, and so does what cannot be parsed, which `check_parameters` refuses.
     """
     return {key: _parsed(text, defaults.get(key)) for key, text in texts.items()}
 
@@ -80,7 +78,7 @@ def check_parameters(notebook: str, defaults: dict[str, Any], given: dict[str, A
 
     A `SettingsError` lists all faults at once: unknown names, wrong types, and what the settings refuse.
     """
-    faults, sound = [], dict(defaults)
+    faults, sound, settings = [], dict(defaults), None
     for key, value in given.items():
         if key not in defaults:
             hint = nearest(key, defaults) or f" (known: {', '.join(defaults) or 'none'})"
@@ -89,9 +87,8 @@ def check_parameters(notebook: str, defaults: dict[str, Any], given: dict[str, A
             faults.append(f"{key}: {wanted} (given: {value!r:.60})")
         else:
             sound[key] = value
-    settings = None
     if notebook in CHECKS:
-        check = imported(CHECKS[notebook])
+        check = resolve_name(CHECKS[notebook])
         accepted = inspect.signature(check).parameters
         build = check if isinstance(check, type) else validate_call(check)
         try:
@@ -116,11 +113,6 @@ def notebook_content(path: Path) -> dict[str, Any]:
 
 def cell_tags(cell: dict[str, Any]) -> list[str]:
     return cell.get("metadata", {}).get("tags", [])
-
-
-def imported(place: str) -> Callable[..., Any]:
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _parsed(text: str, default: Any) -> Any:

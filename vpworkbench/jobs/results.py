@@ -43,7 +43,12 @@ def find_runs(notebook: str = "", where: str = "", *, gallery: bool = False) -> 
             settings.append(values)
     table = pd.DataFrame(rows, columns=None if rows else COLUMNS)
     if where and rows:
-        table = table[_fulfils(where, table, pd.DataFrame(settings))]
+        both = pd.concat([table, pd.DataFrame(settings).drop(columns=table.columns, errors="ignore")], axis=1)
+        try:
+            table = table[both.eval(where).astype(bool)]
+        except Exception as error:  # pandas raises many types for a wrong expression
+            known = ", ".join(map(str, both.columns))
+            raise SettingsError(f"where: {where!r} cannot be evaluated ({error}); columns: {known:.600}") from None
     return table.set_index("name", drop=False)
 
 
@@ -61,24 +66,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return row | {"folder": str(folder)}, settings
 
 
-def _fulfils(where: str, table: pd.DataFrame, settings: pd.DataFrame) -> pd.Series:
-    both = pd.concat([table, settings[[key for key in settings if key not in table]]], axis=1)
-    try:
-        return both.eval(where).astype(bool)
-    except Exception as error:  # pandas raises many types for a wrong expression
-        known = ", ".join(map(str, both.columns))
-        raise SettingsError(f"where: {where!r} cannot be evaluated ({error}); columns: {known:.600}") from None
-
-
 def differences(folders: Sequence[str | Path]) -> pd.DataFrame:
     """The settings in which runs differ: one row per setting, one column per run; nan if a run lacks a setting."""
-    settings = {
-        Path(folder).name: dict(flat(read_json(Path(folder) / "config.json")["settings"])) for folder in folders
-    }
-    keys = list(dict.fromkeys(key for values in settings.values() for key in values))
-    columns = {name: [values.get(key) for key in keys] for name, values in settings.items()}
-    table = pd.DataFrame(columns, index=keys, dtype=object)
-    return table[[len({repr(value) for value in row}) > 1 for row in table.to_numpy()]]
+    settings = {folder.name: dict(flat(read_json(folder / "config.json")["settings"])) for folder in map(Path, folders)}
+    table = pd.DataFrame(settings, dtype=object)
+    return table[table.map(repr).nunique(axis=1) > 1]
 
 
 def curves(folders: Sequence[str | Path], quantity: str) -> dict[str, pd.DataFrame]:

@@ -12,7 +12,7 @@ import queue
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from vpworkbench.errors import SettingsError
+from vpworkbench.errors import SettingsError, first_line
 from vpworkbench.jobs import notebooks as execution
 from vpworkbench.jobs.notebooks import run_notebook
 from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters
@@ -60,16 +60,13 @@ def read_jobs(path: str | Path) -> list[Job]:
         raise SettingsError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not yaml ({' '.join(str(error).split())})") from None
-    return _jobs(checked(Plan, content))
+    return make_jobs(content)
 
 
-def make_jobs(notebook: str, **plan: Any) -> list[Job]:
-    """Every combination of a grid and every job of a list, all checked; `plan` has the other keys of `Plan`."""
-    return _jobs(checked(Plan, {"notebook": notebook, **plan}))
-
-
-def _jobs(plan: Plan) -> list[Job]:
-    changes = [dict(one) for one in plan.jobs or ()]
+def make_jobs(content: Any) -> list[Job]:
+    """Every job of a list and every combination of a grid, all checked; `content` has the keys of `Plan`."""
+    plan = checked(Plan, content)
+    changes = list(plan.jobs or ())
     if plan.grid:
         changes += [dict(zip(plan.grid, values, strict=True)) for values in itertools.product(*plan.grid.values())]
     if not changes:
@@ -92,20 +89,19 @@ def _jobs(plan: Plan) -> list[Job]:
     return jobs
 
 
-def _name(prefix: str, change: Mapping[str, Any]) -> str:
+def _name(prefix: str, change: dict[str, Any]) -> str:
     values = {key: re.sub(r"[^\w.+@-]+", "_", str(value)) for key, value in change.items()}
-    name = "-".join(part for part in (prefix, ",".join(f"{key}={value}" for key, value in values.items())) if part)
-    return name if len(name) <= 100 else f"{prefix}-{digest(dict(change))}".lstrip("-")
+    name = "-".join(filter(None, (prefix, ",".join(f"{key}={value}" for key, value in values.items()))))
+    return name if len(name) <= 100 else f"{prefix}-{digest(change)}".lstrip("-")
 
 
-def _with_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+def _with_overrides(given: dict[str, Any]) -> dict[str, Any]:
     """Parameters with dotted keys moved into `overrides`."""
     plain = {key: value for key, value in given.items() if "." not in key}
     dotted = {key: value for key, value in given.items() if "." in key}
-    overrides = plain.get("overrides", {})
-    if not dotted or not isinstance(overrides, Mapping):  # the check of parameters reports a wrong type
-        return plain
-    return plain | {"overrides": {**overrides, **dotted}}
+    if dotted and isinstance(plain.setdefault("overrides", {}), dict):  # else the check of parameters reports it
+        plain["overrides"] = plain["overrides"] | dotted
+    return plain
 
 
 def sweep(jobs: Sequence[Job], *, workers: int = 0, scheduler: str = "") -> pd.DataFrame:
@@ -121,8 +117,6 @@ def sweep(jobs: Sequence[Job], *, workers: int = 0, scheduler: str = "") -> pd.D
         Address of a Dask scheduler. Each worker should have one thread and one GPU; all share the disk of the run
         folders. If a worker dies, another one resumes its jobs from their last checkpoint.
     """
-    if workers < 0:
-        raise SettingsError(f"workers: must be at least 0 (given: {workers})")
     stopped: list[signal.Signals] = []
     results: dict[int, tuple[str, str]] = {}
     run = _on_cluster if scheduler else _here
@@ -184,7 +178,7 @@ def _on_cluster(jobs: Sequence[Job], scheduler: str, stopped: list[signal.Signal
             done = [future for future in futures if future.done()]
             for future in done:
                 error = future.exception()
-                yield futures.pop(future), ("failed", _first_lines(error)) if error else future.result()
+                yield futures.pop(future), ("failed", first_line(error)) if error else future.result()
             time.sleep(0 if done else 0.2)
         if stopped:
             client.cancel(list(futures))
@@ -200,12 +194,8 @@ def _run(job: Job, environment: dict[str, str]) -> tuple[str, str]:
     except KeyboardInterrupt:
         return "stopped", ""
     except Exception as error:  # any type: it is reported, and the other jobs continue
-        return "failed", _first_lines(error)
+        return "failed", "\n".join(str(error).splitlines()[:3]) or type(error).__name__
     return "done", ""
-
-
-def _first_lines(error: BaseException) -> str:
-    return "\n".join(str(error).splitlines()[:3]) or type(error).__name__
 
 
 def _devices() -> list[str]:
@@ -218,8 +208,5 @@ def _devices() -> list[str]:
 
 
 def sweep_notebook(notebook: str, *, workers: int = 0, scheduler: str = "", **plan: Any) -> pd.DataFrame:
-    """Run a grid or a list of jobs of a notebook, each in a run folder, as `vpw sweep` does.
-
-    `workers` and `scheduler` are those of `sweep`, which describes the table; `plan` has the other keys of `Plan`.
-    """
-    return sweep(make_jobs(notebook, **plan), workers=workers, scheduler=scheduler)
+    """Run a grid or a list of jobs of a notebook, as `vpw sweep` does; `plan` has the other keys of `Plan`."""
+    return sweep(make_jobs({"notebook": notebook, **plan}), workers=workers, scheduler=scheduler)

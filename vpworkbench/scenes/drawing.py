@@ -35,13 +35,7 @@ STEPS = 97  # points on a side of that grid
 
 
 def render(scene: Scene, rng: np.random.Generator | int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene.
-
-    Parameters
-    ----------
-    scene : Scene
-    rng : numpy.random.Generator or int
-        Only decides the ground; an int is a seed.
+    """Draw a scene; `rng`, or a seed, only decides the ground.
 
     Returns
     -------
@@ -58,8 +52,8 @@ def render(scene: Scene, rng: np.random.Generator | int) -> tuple[np.ndarray, np
 
 def mask_of(thing: Thing, image_px: int) -> tuple[tuple[slice, slice], np.ndarray]:
     """A window around a thing, and a bool array (row, column) of the pixels in it that the thing covers."""
-    window, u, v = _window(thing, image_px, border=1)
-    return window, _look_up(_sculpt(thing.shape).distance, u, v) < 0
+    window, inward, _, _ = _window(thing, image_px, border=1)
+    return window, inward > 0
 
 
 @lru_cache(maxsize=65536)
@@ -118,9 +112,8 @@ def _ground(rng: np.random.Generator, image_px: int) -> np.ndarray:
 def _draw(canvas: np.ndarray, object_map: np.ndarray, thing: Thing, number: int) -> None:
     """Paint one thing and its soft shadow over the canvas."""
     _draw_shadow(canvas, thing)
-    window, u, v = _window(thing, len(canvas), border=1)
+    window, inward, u, v = _window(thing, len(canvas), border=1)
     sculpture = _sculpt(thing.shape)
-    inward = -thing.radius * _look_up(sculpture.distance, u, v)  # px
     paint = np.array(COLOURS[thing.colour], dtype=np.float32)
     paint = paint * _look_up(sculpture.shade[thing.material], u, v)[:, :, None]
     if thing.material == "shiny":
@@ -135,14 +128,13 @@ def _draw_shadow(canvas: np.ndarray, thing: Thing) -> None:
     """A soft shadow down and to the right, on the ground and on deeper things."""
     shift = max(1, round(0.018 * len(canvas)))
     shadow = replace(thing, x=thing.x + shift, y=thing.y + shift)
-    window, u, v = _window(shadow, len(canvas), border=shift)
-    inward = -thing.radius * _look_up(_sculpt(thing.shape).distance, u, v)
+    window, inward, _, _ = _window(shadow, len(canvas), border=shift)
     depth = np.clip(0.5 + inward / (3 * shift), 0, 1)
     canvas[window] *= (1 - 0.38 * depth * depth)[:, :, None]
 
 
-def _window(thing: Thing, image_px: int, border: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-    """The part of the picture around a thing, and its pixel centres in the thing's own frame."""
+def _window(thing: Thing, image_px: int, border: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
+    """The part of the picture around a thing; for each pixel, px inside the outline, and its u and v."""
     edges = []
     for centre in (thing.y, thing.x):
         low = max(0, math.floor(centre - thing.radius) - border)
@@ -151,7 +143,8 @@ def _window(thing: Thing, image_px: int, border: int) -> tuple[tuple[slice, slic
     x = np.arange(x0, x1, dtype=np.float32)[None, :] + 0.5
     y = np.arange(y0, y1, dtype=np.float32)[:, None] + 0.5
     u, v = _turned(thing, x, y)
-    return (slice(y0, y1), slice(x0, x1)), u, v
+    inward = -thing.radius * _look_up(_sculpt(thing.shape).distance, u, v)
+    return (slice(y0, y1), slice(x0, x1)), inward, u, v
 
 
 def _turned(thing: Thing, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

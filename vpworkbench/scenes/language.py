@@ -23,7 +23,7 @@ sentences cannot be decided from the image.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -204,19 +204,14 @@ def decide(text: str, scene: Scene) -> bool | None:
     or depends on the shape under a cloth.
     """
     program = parse(text)
-    if program is None:
-        return None
-    truths = possible_truths(program, scene)
+    truths = possible_truths(program, scene) if program else ()
     return truths.pop() if len(truths) == 1 else None
 
 
 def possible_truths(program: Program, scene: Scene) -> set[Truth]:
-    """The truth for every combination of shapes under the cloths.
-
-    One of the shapes that the sentence does not mention represents all of them.
-    """
+    """The truth for every combination of shapes under the cloths."""
     named = {phrase.shape for phrase in program.phrases if phrase.shape}
-    hidden = (*named, next(shape for shape in SHAPES if shape not in named))
+    hidden = (*named, next(shape for shape in SHAPES if shape not in named))  # one for all that are not mentioned
     worlds = product(*((hidden if thing.covered else (thing.shape,)) for thing in scene.things))
     return {_truth(program, scene, shapes) for shapes in worlds}
 
@@ -238,11 +233,12 @@ def _truth(program: Program, scene: Scene, shapes: Sequence[str]) -> Truth:
     if program.form == "is a":
         return any(i in fitting[1] for i in fitting[0])
     relation = RELATIONS[program.form]
-    return _any(
+    truths = {
         relation(scene.image_px, *(scene.things[i] for i in chosen))
         for chosen in product(*fitting)
         if len(set(chosen)) == len(chosen)
-    )
+    }
+    return True if True in truths else None if None in truths else False
 
 
 def _there(phrases: Sequence[Phrase], fitting: Sequence[list[int]]) -> Truth:
@@ -259,11 +255,6 @@ def _there(phrases: Sequence[Phrase], fitting: Sequence[list[int]]) -> Truth:
         if phrase.definite and len(found) > 1:
             return None
     return any(len(set(chosen)) == len(chosen) and not counted.intersection(chosen) for chosen in product(*singles))
-
-
-def _any(truths: Iterable[Truth]) -> Truth:
-    found = set(truths)
-    return True if True in found else None if None in found else False
 
 
 def number_of(phrase: Phrase, scene: Scene) -> int | None:
@@ -299,8 +290,8 @@ def _total(pair: Pair, number: str, things: str) -> Truth:
 
 
 def _more(pair: Pair, side: str, things: str) -> Truth:
-    counts, other = _counts(pair, things), {"left": "right", "right": "left"}[side]
-    return counts[side] > counts[other] if counts else None
+    counts = _counts(pair, things)
+    return counts[side] > min(counts.values()) if counts else None
 
 
 def _counts(pair: Pair, things: str) -> dict[str, int] | None:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+from scipy.ndimage import find_objects
 
 from vpworkbench.scenes.drawing import gap, mask_of
 from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES, SIZES, SPLITS, Scene, Thing
-from vpworkbench.settings.scenes import Difficulty, SceneSettings
+from vpworkbench.settings.scenes import SceneSettings
 
 
 class Level(NamedTuple):
@@ -39,28 +40,9 @@ LAYOUTS = 30  # tried for the same things, so that large things stay as frequent
 
 
 def scene_of(settings: SceneSettings, split: str, index: int) -> Scene:
-    """Scene `index` of a split; no file is written."""
+    """Scene `index` of a split, with at least two uncovered things of different colour or shape; writes no file."""
     rng = scene_rng(settings, split, index, stream=0)
-    return sample_scene(rng, image_px=settings.image_px, difficulty=settings.difficulty)
-
-
-def scene_rng(settings: SceneSettings, split: str, index: int, stream: int) -> np.random.Generator:
-    """Streams: 0 the scene, 1 its ground, 2 its texts, 3 the statements about a group of four."""
-    return np.random.default_rng([settings.seed, SPLITS.index(split), index, stream])
-
-
-def sample_scene(rng: np.random.Generator, *, image_px: int, difficulty: Difficulty) -> Scene:
-    """Sample a scene that has at least two uncovered things of different colour or shape.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-    image_px : int
-        Side of the square picture.
-    difficulty : {"easy", "medium", "hard"}
-        See `LEVELS`: 2 to 4, 3 to 6 or 4 to 8 things, at least 0.7, 0.6 or 0.5 of each visible.
-    """
-    level = LEVELS[difficulty]
+    level, image_px = LEVELS[settings.difficulty], settings.image_px
     while True:
         kinds = _sample_kinds(rng, level)
         for _ in range(LAYOUTS):
@@ -68,6 +50,11 @@ def sample_scene(rng: np.random.Generator, *, image_px: int, difficulty: Difficu
             things = things and _with_boxes(things, image_px, level.visible)
             if things:
                 return Scene(tuple(things), image_px)
+
+
+def scene_rng(settings: SceneSettings, split: str, index: int, stream: int) -> np.random.Generator:
+    """Streams: 0 the scene, 1 its ground, 2 its texts, 3 the statements about a group of four."""
+    return np.random.default_rng([settings.seed, SPLITS.index(split), index, stream])
 
 
 class _Kind(NamedTuple):
@@ -168,11 +155,9 @@ def _find_contact(
         step = (math.cos(direction), math.sin(direction))
         distance = (thing.radius + partner.radius) * float(rng.uniform(0.72, 0.9))
         place = (partner.x + step[0] * distance, partner.y + step[1] * distance)
-        if not _is_free(*place, thing.radius, others, image_px):
-            continue
-        if touching:
+        if touching and _is_free(*place, thing.radius, others, image_px):
             place = _contact(thing, partner, step)
-        if not touching or _is_free(*place, thing.radius, others, image_px):
+        if _is_free(*place, thing.radius, others, image_px):
             return place
     return None
 
@@ -193,13 +178,9 @@ def _with_boxes(things: Sequence[Thing], image_px: int, visible: float) -> list[
     for number, thing in enumerate(things, start=1):
         window, mask = mask_of(thing, image_px)
         owner[window][mask] = number
-        pixels.append(int(mask.sum()))
-    boxed = []
-    for number, (thing, whole) in enumerate(zip(things, pixels, strict=True), start=1):
-        mask = owner == number
-        if mask.sum() < visible * whole:
-            return None
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        boxed.append(replace(thing, box=tuple(float(edge) for edge in box)))
-    return boxed
+        pixels.append(mask.sum())
+    seen = np.bincount(owner.ravel(), minlength=len(things) + 1)[1:]
+    if (seen < visible * np.array(pixels)).any():
+        return None
+    edges = [(x.start, y.start, x.stop, y.stop) for y, x in find_objects(owner)]
+    return [replace(thing, box=tuple(map(float, box))) for thing, box in zip(things, edges, strict=True)]

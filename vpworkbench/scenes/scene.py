@@ -5,8 +5,8 @@ difficulty allows. In three scenes of ten, one thing is *covered*: a cloth shows
 and hides its shape.
 
 The modules, in the order that data passes them: `layout` samples scenes, `drawing` paints them, `language` decides
-which sentences are true of them, `captions`, `questions` and `statements` write texts, and `write` writes everything in
-the formats of published data sets.
+which sentences are true of them, `texts` and `statements` write sentences, and `write` writes everything in the formats
+of published data sets.
 """
 
 from __future__ import annotations

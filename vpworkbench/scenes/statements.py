@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vpworkbench.scenes.language import DIRECTIONS, NUMBERS, decide_pair, parse, possible_truths
+from vpworkbench.scenes.language import DIRECTIONS, decide_pair, parse, possible_truths
 from vpworkbench.scenes.scene import SHAPES, Scene, Thing
-from vpworkbench.scenes.wording import absent_name, pick, plural_phrase, weighted
+from vpworkbench.scenes.texts import absent_name, pick, plural_phrase, weighted
 
 TRUTHS_OF_LABEL = {"entailment": {True}, "neutral": {True, False}, "contradiction": {False}}
 
@@ -27,18 +27,8 @@ TRUTHS_OF_LABEL = {"entailment": {True}, "neutral": {True, False}, "contradictio
 def hypotheses(scene: Scene, caption: str, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Six hypotheses with their labels for a scene with a covered thing, and none otherwise.
 
-    Parameters
-    ----------
-    scene : Scene
-    caption : str
-        The premise; no hypothesis repeats it.
-    rng : numpy.random.Generator
-
-    Returns
-    -------
-    list of (text, label)
-        Twice three of one form, with the labels entailment, neutral and contradiction. Fewer if few forms fit the
-        scene; always the same number of each label.
+    They are twice three of one form, with the labels entailment, neutral and contradiction; fewer if few forms fit the
+    scene. None repeats the caption, which is the premise.
     """
     covered = [thing for thing in scene.things if thing.covered]
     if not covered:
@@ -89,10 +79,6 @@ def _two_names(scene: Scene, covered: Thing, label: str, rng: np.random.Generato
             return two
 
 
-def _there(scene: Scene, covered: Thing, label: str, relation: str, rng: np.random.Generator) -> str:
-    return f"there is a {_name(scene, covered, label, rng)}"
-
-
 def _there_are_two(scene: Scene, covered: Thing, label: str, relation: str, rng: np.random.Generator) -> str:
     one, other = _two_names(scene, covered, label, rng)
     return f"there is a {one} and a {other}"
@@ -114,7 +100,12 @@ def _shape(scene: Scene, covered: Thing, label: str, relation: str, rng: np.rand
     return f"the {thing.colour} thing is a {shape}"
 
 
-_HYPOTHESES: dict[Callable[..., str], float] = {_there: 0.35, _direction: 0.30, _there_are_two: 0.15, _shape: 0.20}
+_HYPOTHESES: dict[Callable[..., str], float] = {
+    lambda scene, covered, label, relation, rng: f"there is a {_name(scene, covered, label, rng)}": 0.35,
+    _direction: 0.30,
+    _there_are_two: 0.15,
+    _shape: 0.20,
+}
 
 
 # ------------------------------------------------------------------------------------ statements about two images
@@ -148,39 +139,22 @@ def _plural(scenes: ScenePair, rng: np.random.Generator) -> str:
     return plural_phrase(pick(rng, scenes), rng, by_colour=rng.random() < 0.5)
 
 
-def _one_side(scenes: ScenePair, rng: np.random.Generator) -> str:
-    return f"the {pick(rng, ('left', 'right'))} image has a {_noun(scenes, rng)}"
-
-
-def _both(scenes: ScenePair, rng: np.random.Generator) -> str:
-    return f"both images have a {_noun(scenes, rng)}"
-
-
-def _exactly_one(scenes: ScenePair, rng: np.random.Generator) -> str:
-    return f"exactly one image has a {_noun(scenes, rng)}"
-
-
-def _total(scenes: ScenePair, rng: np.random.Generator) -> str:
-    number = NUMBERS[int(rng.integers(2, 5))]
-    return f"there are {number} {_plural(scenes, rng)} in total"
-
-
 def _more(scenes: ScenePair, rng: np.random.Generator) -> str:
     side, other = pick(rng, (("left", "right"), ("right", "left")))
     return f"the {side} image has more {_plural(scenes, rng)} than the {other} image"
 
 
-def _side_direction(scenes: ScenePair, rng: np.random.Generator) -> str:
+def _direction_on_one_side(scenes: ScenePair, rng: np.random.Generator) -> str:
     side = int(rng.integers(2))
     a, b = pick(rng, scenes[side].pairs)
     return f"in the {('left', 'right')[side]} image a {a.name} is {pick(rng, DIRECTIONS)} a {b.name}"
 
 
 _STATEMENTS: dict[Callable[[ScenePair, np.random.Generator], str], float] = {
-    _one_side: 0.15,
-    _both: 0.25,
-    _exactly_one: 0.2,
-    _total: 0.2,
+    lambda scenes, rng: f"the {pick(rng, ('left', 'right'))} image has a {_noun(scenes, rng)}": 0.15,
+    lambda scenes, rng: f"both images have a {_noun(scenes, rng)}": 0.25,
+    lambda scenes, rng: f"exactly one image has a {_noun(scenes, rng)}": 0.2,
+    lambda scenes, rng: f"there are {pick(rng, ('two', 'three', 'four'))} {_plural(scenes, rng)} in total": 0.2,
     _more: 0.2,
-    _side_direction: 0.2,
+    _direction_on_one_side: 0.2,
 }

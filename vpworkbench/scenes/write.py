@@ -14,10 +14,10 @@ import signal
 import threading
 import zipfile
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from itertools import chain, islice, repeat
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,11 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vpworkbench.scenes.captions import PER_IMAGE, captions
 from vpworkbench.scenes.drawing import render
 from vpworkbench.scenes.layout import scene_of, scene_rng
-from vpworkbench.scenes.questions import questions, ten_answers
 from vpworkbench.scenes.scene import SPLITS, Scene
 from vpworkbench.scenes.statements import hypotheses, pair_statements
+from vpworkbench.scenes.texts import PER_IMAGE, captions, questions, ten_answers
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.system import draft
 
@@ -46,15 +45,8 @@ PART = 16 * GROUP  # images that a process makes at a time
 def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None = None, progress: bool = True) -> Path:
     """Write a data set of scenes, either complete or not at all.
 
-    Parameters
-    ----------
-    folder : Path
-        Created. If it holds these very settings already, nothing is done.
-    settings : SceneSettings
-    processes : int, optional
-        Default: the number of usable cores. The files do not depend on it.
-    progress : bool
-        Show a progress bar once the work has taken two seconds.
+    If `folder` holds these very settings already, nothing is done. The files do not depend on the number of processes
+    (default: one for each usable core). A progress bar appears after two seconds.
 
     Returns
     -------
@@ -69,7 +61,6 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     OSError
         If the files cannot be written, for example on a full disk; nothing is left behind.
     """
-    folder = Path(folder)
     if _is_written(folder, settings):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,22 +109,14 @@ def _is_written(folder: Path, settings: SceneSettings) -> bool:
 # ----------------------------------------------------------------------------------------------------------- parts
 
 
-class _Names(NamedTuple):
+def _text_files(split: str) -> dict[str, str]:
     """The text files of a split, named as in the published data sets."""
-
-    questions: str
-    annotations: str
-    statements: str
-    hypotheses: str
-
-
-def _names_of(split: str) -> _Names:
-    return _Names(
-        questions=f"v2_OpenEnded_scenes_{split}_questions.json",
-        annotations=f"v2_scenes_{split}_annotations.json",
-        statements=f"nlvr2/{NLVR2_SPLITS[split]}.json",
-        hypotheses=f"snli_ve_{SNLI_VE_SPLITS[split]}.jsonl",
-    )
+    return {
+        "questions": f"v2_OpenEnded_scenes_{split}_questions.json",
+        "annotations": f"v2_scenes_{split}_annotations.json",
+        "statements": f"nlvr2/{NLVR2_SPLITS[split]}.json",
+        "hypotheses": f"snli_ve_{SNLI_VE_SPLITS[split]}.jsonl",
+    }
 
 
 class _Part(NamedTuple):
@@ -171,7 +154,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def _add_texts(part: _Part, scene: Scene, split: str, index: int, rng: np.random.Generator) -> None:
     """Captions, questions and hypotheses of one image."""
-    files = _names_of(split)
+    files = _text_files(split)
     name, number = f"{split}-{index:06d}", SPLITS.index(split) * 10_000_000 + index
     texts = captions(scene, rng)
     sentences = [
@@ -185,13 +168,13 @@ def _add_texts(part: _Part, scene: Scene, split: str, index: int, rng: np.random
         ids = {"image_id": number, "question_id": number * 1000 + k}
         kinds = {"question_type": question.kind, "answer_type": question.answer_type}
         answers = {"multiple_choice_answer": question.answer, "answers": ten_answers(question, rng)}
-        part.texts[files.questions].append(json.dumps(ids | {"question": question.text}))
-        part.texts[files.annotations].append(json.dumps(ids | kinds | answers))
+        part.texts[files["questions"]].append(json.dumps(ids | {"question": question.text}))
+        part.texts[files["annotations"]].append(json.dumps(ids | kinds | answers))
     for k, (text, label) in enumerate(hypotheses(scene, texts[0], rng)):
         line = {"Flickr30K_ID": name, "sentence1": texts[0], "sentence2": text}
         line |= {"gold_label": label, "annotator_labels": [label]}
         line |= {"captionID": f"{name}.png#0", "pairID": f"{name}.png#0r{k}{label[0]}"}
-        part.texts[files.hypotheses].append(json.dumps(line))
+        part.texts[files["hypotheses"]].append(json.dumps(line))
 
 
 def _add_statements(
@@ -209,24 +192,20 @@ def _add_statements(
         for k, sentence in enumerate(statements):
             line = {"sentence": sentence, "label": str(k == pair), "synset": "scene"}
             line |= {"identifier": f"{name}-{k}", "left_url": left, "right_url": right}
-            part.texts[_names_of(split).statements].append(json.dumps(line))
+            part.texts[_text_files(split)["statements"]].append(json.dumps(line))
 
 
 def _parts(tasks: Sequence[tuple[SceneSettings, str, int, int]], processes: int) -> Iterator[_Part]:
     """Parts in order; a few are made ahead, never all, so that memory stays small."""
-    processes = min(processes, len(tasks))
-    if processes <= 1:
+    if processes == 1:
         yield from (_make_part(*task) for task in tasks)
         return
-    pool = ProcessPoolExecutor(processes, initializer=_end_with_parent)
-    try:
+    with ProcessPoolExecutor(processes, initializer=_end_with_parent) as pool:
         waiting = iter(tasks)
         ahead = deque(pool.submit(_make_part, *task) for task in islice(waiting, 3 * processes))
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(pool.submit(_make_part, *task) for task in islice(waiting, 1))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
@@ -244,43 +223,36 @@ def _end_with_parent() -> None:
 
 
 def _write_all(folder: Path, settings: SceneSettings, processes: int | None, progress: bool) -> None:
+    """Images as they are made; the texts, which are small, at the end."""
     counts = {"train": settings.images, "val": settings.val, "test": settings.test}
     tasks = [
         (settings, split, start, min(start + PART, count))
         for split, count in counts.items()
         for start in range(0, count, PART)
     ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    texts: dict[str, list[str]] = defaultdict(list)
     (folder / "nlvr2").mkdir()
     with ExitStack() as stack:
         archives = {
             name: stack.enter_context(zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED))
             for name in (IMAGES, OBJECT_MAPS, PAIR_IMAGES)
         }
-        texts = _text_files(folder, [split for split in counts if counts[split]])
-        add_records = {name: stack.enter_context(file) for name, file in texts.items()}
         bar = stack.enter_context(tqdm(total=sum(counts.values()), unit=" images", delay=2, disable=not progress))
-        for part in stack.enter_context(closing(_parts(tasks, processes or _usable_cores()))):
+        for part in stack.enter_context(closing(_parts(tasks, min(processes or cores, len(tasks))))):
             for name, images in part.images.items():
                 for image, png in images:
                     archives[name].writestr(zipfile.ZipInfo(image), png)  # ZipInfo's date is fixed: equal files
             for name, records in part.texts.items():
-                add_records[name](records)
+                texts[name] += records
             bar.update(len(part.images[IMAGES]))
+    _write_texts(folder, [split for split in counts if counts[split]], texts)
     (folder / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-AddRecords = Callable[[Sequence[str]], None]
-
-
-def _text_files(folder: Path, splits: Sequence[str]) -> dict[str, AbstractContextManager[AddRecords]]:
-    """Every text file of the data set, by name; entering one opens it for records that are JSON already."""
-    files = {ENTRIES: _json_list(folder / ENTRIES, "images", {"dataset": "scenes"})}
+def _write_texts(folder: Path, splits: Sequence[str], texts: dict[str, list[str]]) -> None:
+    _write_list(folder / ENTRIES, "images", {"dataset": "scenes"}, texts[ENTRIES])
     for split in splits:
-        names = _names_of(split)
         header = {
             "info": {"description": "Generated scenes in the format of VQA v2", "version": "2.0"},
             "license": {"name": "generated"},
@@ -288,24 +260,14 @@ def _text_files(folder: Path, splits: Sequence[str]) -> dict[str, AbstractContex
             "data_subtype": split,
             "task_type": "Open-Ended",
         }
-        files[names.questions] = _json_list(folder / names.questions, "questions", header)
-        files[names.annotations] = _json_list(folder / names.annotations, "annotations", header)
-        files[names.statements] = _json_lines(folder / names.statements)
-        files[names.hypotheses] = _json_lines(folder / names.hypotheses)
-    return files
+        for key, name in _text_files(split).items():
+            if key in ("questions", "annotations"):
+                _write_list(folder / name, key, header, texts[name])
+            else:
+                (folder / name).write_text("".join(f"{record}\n" for record in texts[name]), encoding="utf-8")
 
 
-@contextmanager
-def _json_lines(path: Path) -> Iterator[AddRecords]:
-    with path.open("w", encoding="utf-8") as file:
-        yield lambda records: file.writelines(f"{record}\n" for record in records)
-
-
-@contextmanager
-def _json_list(path: Path, key: str, header: dict[str, Any]) -> Iterator[AddRecords]:
-    """One JSON object whose last value is a long list, written record by record."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(f'{json.dumps(header)[:-1]}, "{key}": [')
-        separators = chain(["\n"], repeat(",\n"))
-        yield lambda records: file.writelines(next(separators) + record for record in records)
-        file.write("\n]}\n")
+def _write_list(path: Path, key: str, header: dict[str, Any], records: Sequence[str]) -> None:
+    """One JSON object whose last value is a list of records, which are JSON already."""
+    text = ",\n".join(records)
+    path.write_text(f'{json.dumps(header)[:-1]}, "{key}": [\n{text}\n]}}\n', encoding="utf-8")

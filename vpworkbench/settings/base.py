@@ -51,7 +51,7 @@ def checked(kind: type[S], values: dict[str, Any]) -> S:
         raise SettingsError(fault_lines(error, setting_paths(kind))) from None
 
 
-def fault_lines(error: ValidationError, valid: Iterable[str]) -> str:
+def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
     """One line for each fault that pydantic found; an unknown setting gets the nearest valid name."""
     lines = []
     for fault in error.errors():
@@ -93,14 +93,11 @@ def absolute_unless_name(value: Any) -> Any:
     return absolute_path(value) if isinstance(value, str) and re.search(r"[/\\]", value) else value
 
 
-def as_tuple(value: Any) -> Any:
-    """A single text as a tuple of one."""
-    return (value,) if isinstance(value, str) else value
-
-
 LocalPath = Annotated[str, BeforeValidator(absolute_path)]
 """A path."""
 PathOrName = Annotated[str, BeforeValidator(absolute_unless_name)]
 """A path, or the name of something shipped, installed or cached."""
-PathsOrNames = Annotated[tuple[PathOrName, ...], BeforeValidator(as_tuple)]
+PathsOrNames = Annotated[
+    tuple[PathOrName, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 """Several of them; a single one may be given without a list."""

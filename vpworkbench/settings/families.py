@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 
@@ -44,10 +44,8 @@ class Family:
 
     def build(self, settings: Any) -> Any:
         """The network with random weights; nothing is downloaded."""
-        if isinstance(self.network, str):
-            module, name = self.network.split(":")
-            return getattr(import_module(module), name)(settings)
-        return self.network(settings)
+        network = resolve_name(self.network) if isinstance(self.network, str) else self.network
+        return network(settings)
 
 
 def _swin_step(visual: Any) -> int:

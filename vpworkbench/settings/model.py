@@ -17,11 +17,7 @@ SMALLEST_PX, LARGEST_PX = 8, 4096
 class VisualSettings(Settings):
     """The visual side: how an image becomes visual tokens (paper Sec. 3.1, Table 5)."""
 
-    family: str = Field(
-        "swin",
-        description="a key of `FAMILIES`: Swin visual parser, CNN grid features (SOHO, Pixel-BERT), patches (ViLT), "
-        "regions (UNITER)",
-    )
+    family: str = Field("swin", description="swin; grid (SOHO, Pixel-BERT), patch (ViLT), regions (UNITER): `FAMILIES`")
     image_px: int = Field(96, ge=SMALLEST_PX, le=LARGEST_PX, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="swin: side of a patch of the first stage")
     width: int = Field(96, ge=8, description="swin: channels of the first stage; each later stage doubles them")
@@ -32,18 +28,10 @@ class VisualSettings(Settings):
     backbone: str = Field("resnet10t", description="grid: a CNN of timm; needs `output_stride` unless stride is 32")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
-    frozen_norm: bool = Field(
-        False, description="grid: freeze the statistics of batch norm; always on for pre-trained weights"
-    )
-    dictionary: int = Field(
-        0, ge=0, le=65_536, description="grid: codes in the visual dictionary (SOHO: 2048); 0: no dictionary"
-    )
-    sampled: int = Field(
-        0, ge=0, description="tokens drawn at random from each image in pre-training (Pixel-BERT); 0: all"
-    )
-    position: Literal["sine", "learned"] = Field(
-        "sine", description="position embedding of grid tokens: sine (the paper's), or a learned table (ViLT)"
-    )
+    frozen_norm: bool = Field(False, description="grid: freeze batch-norm statistics; pre-trained ones always are")
+    dictionary: int = Field(0, ge=0, le=65_536, description="grid: codes in the dictionary (SOHO: 2048); 0: none")
+    sampled: int = Field(0, ge=0, description="tokens drawn per image in pre-training (Pixel-BERT); 0: all")
+    position: Literal["sine", "learned"] = Field("sine", description="of grid tokens: the paper's, or a table (ViLT)")
     regions: int = Field(36, ge=1, le=1024, description="regions: at most N per image, the first N in its file")
     region_width: int = Field(2048, ge=1, description="regions: channels of a feature (BUTD: 2048)")
     region_files: LocalPath = Field("", description="regions: a folder with an npz for each image, or a BUTD tsv")

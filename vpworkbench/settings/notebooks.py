@@ -21,30 +21,28 @@ from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainS
 REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
 
 
+def _with_sets(given: Any) -> Any:
+    return {"sets": given} if isinstance(given, str | list | tuple) else given
+
+
 class ProbeSettings(Settings):
     """Parameters of `00_tour` and `02_probe`: which model is probed, on how many held-out pictures."""
 
-    checkpoint: PathOrName = Field(
-        "", description="a checkpoint folder, a 01_pretrain run, or a model of transformers; '' the shipped model"
-    )
+    checkpoint: PathOrName = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     data: Annotated[PathsOrNames, BeforeValidator(lambda given: given or ())] = Field(
         (), description="captioned sets; '' those that the model was trained on, scenes for third-party models"
     )
     regions: LocalPath = Field("", description=REGIONS)
     images: int = Field(64, ge=2, le=100_000)
-    special_tokens: Literal["language", "exclude"] = Field(
-        "language", description="[CLS] and [SEP] count as language, or belong to neither modality"
-    )
+    special_tokens: Literal["language", "exclude"] = Field("language", description="what [CLS] and [SEP] count as")
     seed: int = Field(0, ge=0, lt=2**31)
 
 
 class CompareSettings(Settings):
     """Parameters of `03_compare_models`: which models are compared, on which held-out pictures."""
 
-    models: PathsOrNames = Field(
-        ("",), min_length=1, description="runs, checkpoints, or models of transformers; '' the shipped model"
-    )
-    data: Annotated[DataSettings, BeforeValidator(lambda given: _with_sets(given))] = Field(
+    models: PathsOrNames = Field(("",), min_length=1, description="checkpoints, runs or models, as in `ProbeSettings`")
+    data: Annotated[DataSettings, BeforeValidator(_with_sets)] = Field(
         DataSettings(), description="captioned sets, or all settings of data"
     )
     regions: LocalPath = Field("", description=REGIONS)
@@ -74,14 +72,12 @@ class RunsSettings(Settings):
 
 
 class FamilyRunsSettings(Settings):
-    """Parameters of `08_families`: which runs are compared; without runs, the size of the demonstration."""
+    """Parameters of `08_families`: which runs are compared, and the length of those in the list of calls."""
 
     prefix: str = Field("families", pattern=r"^\w[\w.-]*$", description="the names of the runs begin with it")
     runs: LocalPath = Field("", description="the folder of the runs; '' the run folders of this workbench")
     seeds: int = Field(3, ge=1, le=100, description="seeds of each arm in the list of calls")
     length: int = Field(0, ge=0, description="optimiser steps of each listed training; 0: those of the presets")
-    steps: int = Field(6, ge=1, description="optimiser steps of the demonstration")
-    images: int = Field(16, ge=2, description="pictures probed in the demonstration")
 
 
 def pretrain_settings(
@@ -185,10 +181,6 @@ def scenes_needed(scenes: SceneSettings, train: TrainSettings) -> dict[str, int]
     used = -(-train.steps * train.images // 1000) * 1000 if train.steps else scenes.images
     held_out = {"val": 100, "test": 100} if 0 < train.steps < 100 else {}
     return {split: min(count, getattr(scenes, split)) for split, count in ({"images": used} | held_out).items()}
-
-
-def _with_sets(given: Any) -> Any:
-    return {"sets": given} if isinstance(given, str | list | tuple) else given
 
 
 def _region_values(folder: str) -> dict[str, Any]:

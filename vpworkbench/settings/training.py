@@ -16,18 +16,12 @@ TRAINING_SCENES = SceneSettings(images=12_000, val=500, test=500)
 class DataSettings(Settings):
     """Which images and texts are used, and how they form a batch of groups (paper Sec. 4.1)."""
 
-    sets: PathsOrNames = Field(
-        ("scenes",), min_length=1, description="'scenes', or folders and annotation files of real sets"
-    )
+    sets: PathsOrNames = Field(("scenes",), min_length=1, description="'scenes', or folders and annotation files")
     images: PathsOrNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
-    exclude: PathsOrNames = Field(
-        (), description="folders and annotation files, also of tasks, whose val and test images are not trained on"
-    )
+    exclude: PathsOrNames = Field((), description="sets and tasks whose val and test images are not trained on")
     scenes: SceneSettings = TRAINING_SCENES
     text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
-    grouped: bool = Field(
-        True, description="each image with several texts; false: with one, and the image is replaced at p 0.5"
-    )
+    grouped: bool = Field(True, description="several texts per image; false: one, and the image is replaced at p 0.5")
     matched_per_image: int = Field(2, ge=1)
     unmatched_per_image: int = Field(2, ge=0)
     word_share: float = Field(0.15, gt=0, lt=1, description="share of words masked for MLM")
@@ -40,18 +34,12 @@ class MaskSettings(Settings):
     """Which visual tokens are masked for feature regression (paper Eq. 9)."""
 
     mode: Literal["none", "random", "attention", "code"] = Field(
-        "attention",
-        description="random, attention: k tokens, whose features are predicted (MFR); code: all tokens of one code of "
-        "the visual dictionary, which is predicted (MVM of SOHO)",
+        "attention", description="random, attention: k tokens (MFR); code: all tokens of one code (MVM of SOHO)"
     )
     where: Literal["tokens", "pixels"] = Field(
-        "tokens",
-        description="tokens: mask after the parser, which has mixed them with their neighbours; pixels: mask before "
-        "the parser too, with one mask for each image and one more pass of the parser",
+        "tokens", description="mask after the parser, or before it too: one mask per image, one more pass"
     )
-    budget: int | None = Field(
-        None, ge=1, description="k, masked tokens per image including the pick; default round(0.15 m), at least 2"
-    )
+    budget: int | None = Field(None, ge=1, description="k, masked tokens per image with the pick; default 0.15 m")
     select: Literal["row", "column", "symmetric"] = Field(
         "row", description="tokens that the pick attends to (row), that attend to the pick (column), or both"
     )
@@ -94,9 +82,7 @@ class TrainSettings(Settings):
     log_every: int = Field(20, ge=1, description="optimiser steps between lines of metrics.jsonl")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     bf16: bool = Field(False, description="bfloat16 autocast; needs a GPU or CPU that is fast at it")
-    processes: int = Field(
-        1, ge=1, exclude=True, description="GPUs (or CPU processes) that share each step; not part of a run's identity"
-    )
+    processes: int = Field(1, ge=1, exclude=True, description="GPUs (or CPU processes) that share each step")
     keep_last: int = Field(1, ge=1, description="checkpoints to keep, the final weights included")
     keep_best: bool = Field(False, description="keep the weights of the lowest held-out loss too; needs probe_every")
     probe_every: int = Field(0, ge=0, description="optimiser steps between probes of a held-out batch; 0: never")
@@ -201,11 +187,7 @@ class RetrievalSettings(Settings):
 
     negatives: int = Field(2, ge=1, description="unmatched captions for each image, from its batch")
     hard: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="draw them instead from this share of all training captions: those nearest to the image by the "
-        "frozen dual projection",
+        0.0, ge=0, le=1, description="draw them from this share of all captions, the nearest by the dual projection"
     )
     flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
     search_images: int = Field(0, ge=0, description="search the first N images of val and of test; 0: all")
@@ -217,18 +199,13 @@ class FinetuneSettings(Settings):
 
     task: str = Field(description="a key of `tasks.TASKS`")
     preset: str = "tiny"
-    data: PathOrName = Field(
-        "scenes",
-        description="'scenes', 'easy-vqa', the folder of the task's files, or one file; retrieval: any captioned set",
-    )
+    data: PathOrName = Field("scenes", description="'scenes', 'easy-vqa', the task's files; retrieval: a captioned set")
     images: PathsOrNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
     scenes: SceneSettings = TRAINING_SCENES
     checkpoint: PathOrName = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: keep answers given for at least N train+val questions")
-    answer_list: LocalPath = Field(
-        "", description="VQA: a file with the answers, a json list or one per line; '' those that answer_count keeps"
-    )
+    answer_list: LocalPath = Field("", description="VQA: a file of answers, a json list or one per line; '' by count")
     pairing: Literal["pair", "pair-attention"] = Field(
         "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vpworkbench.data import nlvr1
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
-from vpworkbench.data.records import Example, Picture
+from vpworkbench.data.records import Example
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root
 from vpworkbench.settings import FinetuneSettings
@@ -49,17 +49,10 @@ def baselines(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, TaskResult] | dict[str, RetrievalResult]]:
-    """The results of simple models, which are trained once and scored on every split.
+    """The results of simple models, which are trained once, on at most `most` examples, and scored on every split.
 
     They are the most frequent label, text only, image only, and text times pooled features; for NLVR v1 MaxEnt on the
-    drawn structure too. For retrieval: chance, and two dual encoders.
-
-    Parameters
-    ----------
-    most : int
-        Largest number of training examples for each of them.
-    folder : Path or None
-        Keeps the dual encoders.
+    drawn structure too. For retrieval: chance, and two dual encoders, which `folder` keeps.
 
     Returns
     -------
@@ -69,10 +62,14 @@ def baselines(
     splits = {split: records for split, records in prepared.splits.items() if split != "train"}
     scored = {split: records for split, records in splits.items() if prepared.is_answered(split)}
     found: dict[str, dict[str, Any]] = {split: {} for split in splits}
-    if isinstance(prepared.model.task, Retrieval):
+    task = prepared.model.task
+    if isinstance(task, Retrieval):
+        batches = task.batches(prepared.splits["train"], prepared.model, settings)
         with tempfile.TemporaryDirectory() as scratch:
             for split, pictures in scored.items():
-                found[split] = _searches(prepared, settings, pictures, folder or Path(scratch), progress)
+                scores = dual_scores(batches, pictures, settings, folder=folder or Path(scratch), progress=progress)
+                results = {name: retrieval_result(one, pictures) for name, one in scores.items()}
+                found[split] = {"chance": chance(pictures)} | results
         return found
     examples = [example for part in scored.values() for example in part]
     predictions = _classify(prepared, settings, examples, most, progress) if examples else {}
@@ -80,21 +77,8 @@ def baselines(
         remaining = iter(labels)  # by place: two splits may share ids
         for split, part in scored.items():
             predicted = {example.id: str(next(remaining)) for example in part}
-            task = prepared.model.task
             found[split][name] = TaskResult(task, task.scores(part, predicted), predicted)
     return found
-
-
-def _searches(
-    prepared: PreparedTask,
-    settings: FinetuneSettings,
-    pictures: Sequence[Picture],
-    folder: Path,
-    progress: Progress | None,
-) -> dict[str, RetrievalResult]:
-    batches = prepared.model.task.batches(prepared.splits["train"], prepared.model, settings)
-    scores = dual_scores(batches, pictures, settings, folder=folder, progress=progress)
-    return {"chance": chance(pictures)} | {name: retrieval_result(one, pictures) for name, one in scores.items()}
 
 
 def _classify(
@@ -135,8 +119,9 @@ class ProductFusion(nn.Module):
     BUTD reads words with a GRU and pools regions by attention; here words are counted and tokens are averaged.
     """
 
-    def __init__(self, words: int, features: int, labels: int, width: int = 256) -> None:
+    def __init__(self, words: int, features: int, labels: int) -> None:
         super().__init__()
+        width = 256
         self.text = nn.Sequential(nn.Linear(words, width), nn.Tanh())
         self.image = nn.Sequential(nn.Linear(features, width), nn.Tanh())
         self.out = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, labels))
@@ -153,16 +138,9 @@ def text_times_features(
     new_texts: Sequence[str],
     new_features: np.ndarray,
     *,
-    epochs: int = 30,
-    seed: int = 0,
+    seed: int,
 ) -> list[str]:
-    """Labels for new examples by a `ProductFusion` trained on the others.
-
-    Parameters
-    ----------
-    features, new_features : array, (example, feature)
-        The result of `image_features`.
-    """
+    """Labels for new examples by a `ProductFusion` trained on the others; features as from `image_features`."""
     scaler = StandardScaler()
     counter = CountVectorizer(ngram_range=(1, 2), token_pattern=WORD, max_features=5_000, dtype=np.float32)
     known, target = np.unique(labels, return_inverse=True)
@@ -172,7 +150,7 @@ def text_times_features(
         torch.manual_seed(seed)
         model = ProductFusion(words.shape[1], vision.shape[1], len(known))
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-        for _ in range(epochs):
+        for _ in range(30):
             for rows in torch.randperm(len(words)).split(64):
                 loss = nn.functional.cross_entropy(model(words[rows], vision[rows]), torch.from_numpy(target)[rows])
                 optimiser.zero_grad()
@@ -243,12 +221,8 @@ def image_features(
 def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
     """Finished runs of `04_finetune` whose settings differ from these only in `seed` and `pretrained`.
 
-    Settings that do not change a run's result (checkpoint and log intervals, workers) are ignored.
-
-    Returns
-    -------
-    DataFrame
-        `pretrained`, `seed`, `score` (on validation), one row for each run; equal runs once.
+    Settings that do not change a run's result (checkpoint and log intervals, workers) are ignored. One row for each
+    run, equal runs once: `pretrained`, `seed` and `score` (on validation).
     """
     wanted, rows, metric = _without_seed(settings.model_dump(mode="json")), {}, TASKS[settings.task].metric
     for folder in sorted((runs_root() / "04_finetune").glob("*")):
@@ -269,10 +243,7 @@ def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
 def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:
     """Mean score over seeds, pre-trained and from scratch, and their difference by seed; 95% intervals (Student's t).
 
-    Parameters
-    ----------
-    runs
-        The result of `runs_by_start`. Bounds are nan if there are fewer than two seeds.
+    `runs` is the result of `runs_by_start`. Bounds are nan if there are fewer than two seeds.
     """
     by_seed = runs.pivot(index="seed", columns="pretrained", values="score")
     names = {True: "pre-trained", False: "from scratch"}

@@ -69,9 +69,8 @@ def probe_all(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Probed]:
     """Probe every model on the same pictures; by name of the model. A stopped call continues from `folder`."""
+    options = {"images": len(pictures), "seed": seed, "progress": progress}
     return {
-        subject.name: probe(
-            subject, pictures, images=len(pictures), seed=seed, folder=folder / f"model-{number}", progress=progress
-        )
+        subject.name: probe(subject, pictures, folder=folder / f"model-{number}", **options)
         for number, subject in enumerate(subjects)
     }

@@ -36,34 +36,16 @@ from vpworkbench.stats import Interval, bootstrap_interval
 
 
 class Example(NamedTuple):
-    """One image and one sentence, as arrays.
+    """One image and one sentence, as arrays. A place is a token of a grid, or a square of the raster of regions."""
 
-    Attributes
-    ----------
-    image : uint8 array, (height, width, 3)
-    boxes : float array, (vision, 4)
-        x0 y0 x1 y1 of each token, as shares of the image.
-    grid : int
-        Places per side: tokens, or for regions the raster on which their boxes are drawn.
-    parsing : float array, (vision, vision), or None
-        Parsing attention, averaged over heads, rows sum to 1; None in families without one.
-    pick : int
-        The place of the token that all masks hide first.
-    masks : dict of bool array, (place,)
-        `attention` if there is a parsing attention, and `random`; both with the same budget.
-    words : list of str
-    word_attention : float array, (word, place)
-        Attention of each word to the visual tokens in the last layer, averaged over heads.
-    """
-
-    image: np.ndarray
-    boxes: np.ndarray
-    grid: int
-    parsing: np.ndarray | None
-    pick: int
-    masks: dict[str, np.ndarray]
+    image: np.ndarray  # uint8, (height, width, 3)
+    boxes: np.ndarray  # (vision, 4): x0 y0 x1 y1 of each token, as shares of the image
+    grid: int  # places per side
+    parsing: np.ndarray | None  # (vision, vision): parsing attention, mean over heads, rows sum to 1
+    pick: int  # the place that all masks hide first
+    masks: dict[str, np.ndarray]  # bool, (place,): "attention" if there is a parsing attention, and "random"
     words: list[str]
-    word_attention: np.ndarray
+    word_attention: np.ndarray  # (word, place): of each word to the visual tokens in the last layer, mean over heads
 
 
 @torch.no_grad()
@@ -80,6 +62,8 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
     flow = inter_modality_flow(model, inputs.forward, inputs.vision, inputs.tokens, rows=list(range(len(words))))
     boxes = modality_masks(model, inputs.forward).boxes[0, len(words) :].cpu().masked_fill(~real[0, :, None], torch.nan)
     side = visual.grid if visual.kind.on_grid else REGIONS_SIDE
+    picked = boxes[int(noise[0].argmax())]
+    column, row = ((picked[:2] + picked[2:]) / 2 * side).long().clamp(max=side - 1).tolist()  # its middle
 
     def drawn(values: torch.Tensor) -> torch.Tensor:
         return painted(values, boxes.expand(*values.shape, 4), side).flatten(-2)
@@ -95,17 +79,11 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
         boxes=boxes[real[0]].numpy(),
         grid=side,
         parsing=None if parsing is None else parsing[0].numpy(),
-        pick=_place(boxes[int(noise[0].argmax())], side),
+        pick=row * side + column,
         masks=({} if parsing is None else {"attention": masked(parsing)}) | {"random": masked(None)},
         words=model.tokenizer.convert_ids_to_tokens(words.tolist()),
         word_attention=drawn(flow.rows[0, -1].mean(dim=0)[:, len(words) :].cpu()).numpy(),
     )
-
-
-def _place(box: torch.Tensor, side: int) -> int:
-    """The place at the middle of a box, counted row by row."""
-    column, row = ((box[:2] + box[2:]) / 2 * side).long().clamp(max=side - 1).tolist()
-    return row * side + column
 
 
 @torch.no_grad()
@@ -130,14 +108,7 @@ def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float 
     """Share of masks as large as an object that lie on it, on pictures whose objects are known.
 
     The rules are `rows` and `columns` of the parsing attention, averaged over heads, where the family has one; nearest
-    by `features`, `colour` and `position`; and `random`.
-
-    Parameters
-    ----------
-    visual : nn.Module
-        The visual side of a model (`model.visual`), of a family on a grid.
-    share : float
-        Share of a token's pixels that an object must cover for the token to be on it.
+    by `features`, `colour` and `position`; and `random`. A token is on an object that covers this share of its pixels.
     """
     settings, parts = visual.settings, defaultdict(list)
     if not settings.kind.on_grid:
@@ -180,11 +151,8 @@ def mask_errors(
 ) -> dict[str, Interval]:
     """Squared error of MFR (paper Eq. 9) at the hidden tokens, mean over them and channels, with the first caption.
 
-    Returns
-    -------
-    dict
-        `attention` and `random`: masks of these modes around the same picks. `difference`: attention minus random,
-        paired by picture. Empty for families without a parsing attention.
+    `attention` and `random` are masks of these modes around the same picks; `difference` is the first minus the second,
+    paired by picture. Empty for families without a parsing attention.
     """
     if not model.settings.visual.kind.parsing:
         return {}

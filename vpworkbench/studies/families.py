@@ -7,7 +7,6 @@ the same scenes before (`weights.shipped_visual`). Only the way from an image to
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,47 +17,26 @@ import numpy as np
 import pandas as pd
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.model.budget import Budget, budget
-from vpworkbench.probing import Probed, probe
-from vpworkbench.runs import Run, open_folder, read_json, runs_root, shipped_run
-from vpworkbench.settings import FamilyRunsSettings, RegionSettings, TrainSettings, pretrain_settings
+from vpworkbench.model.budget import Budget
+from vpworkbench.probing import Probed
+from vpworkbench.runs import read_json, runs_root, shipped_run
+from vpworkbench.settings import FamilyRunsSettings
 from vpworkbench.settings.families import FAMILIES
-from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.stats import Interval, flatten, over_seeds, seeds_and_samples_interval
-from vpworkbench.subjects import load, token_counts
-from vpworkbench.tasks.settings import finetune_settings
-from vpworkbench.tasks.task import evaluate_task
-from vpworkbench.train.finetune import finetune, prepare_task
-from vpworkbench.train.pretrain import prepare, pretrain
-from vpworkbench.train.region_features import make_regions
 
 PROBED = 128
 """Held-out pictures probed in each run."""
 LEARNT = ("itm_accuracy", "mlm_with_image", "mlm_other_image")  # in the summary of 01_pretrain
-FEW_SCENES = SceneSettings(images=64, val=32, test=4)  # of the demonstration
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the comparison.
-
-    Attributes
-    ----------
-    label : str
-        Its name in figures and tables.
-    visual, masking : str
-        Parameters of `01_pretrain`.
-    start : str
-        Its visual side starts from the run PREFIX-START of `09_visual_init`. Empty: from shipped weights, or from given
-        features.
-    overrides : dict
-        Further settings.
-    """
+    """One row of the comparison; all but the label are parameters of `01_pretrain`."""
 
     label: str
     visual: str
     masking: str
-    start: str = ""
+    start: str = ""  # run PREFIX-START of 09_visual_init; empty: shipped weights, or given features
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,30 +67,22 @@ class FamilyRun(NamedTuple):
 
     Attributes
     ----------
-    folder : Path
-        The run of `01_pretrain`.
-    score : Interval
-        VQA on the scenes, over questions.
-    steps : tuple of int
-        Of pre-training and of fine-tuning.
-    tokens : tuple of float
-        Mean numbers of visual tokens and of words.
     costs : dict
         `budget.Budget`, and how well the visual side recognised colours and shapes of held-out scenes when it started:
         at tokens of objects, or in the boxes of regions.
     learnt : dict
         Held-out accuracies after pre-training: ITM (`itm_accuracy`, chance 0.5), masked colour and shape words with
         their image (`mlm_with_image`) and with another one (`mlm_other_image`). `text_only` is the VQA score of
-        logistic regression on the questions. Empty in a demonstration.
+        logistic regression on the questions.
     """
 
     arm: str
     seed: int
-    folder: Path
+    folder: Path  # the run of 01_pretrain
     probed: Probed
-    score: Interval
-    steps: tuple[int, int]
-    tokens: tuple[float, float]
+    score: Interval  # VQA on the scenes, over questions
+    steps: tuple[int, int]  # of pre-training and of fine-tuning
+    tokens: tuple[float, float]  # mean numbers of visual tokens and of words
     costs: dict[str, Any]
     learnt: dict[str, float]
 
@@ -129,16 +99,9 @@ class FamilyRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs side by side; a dict has one entry for each arm with runs, by the label with its number of tokens.
-
-    Attributes
-    ----------
-    demonstration : bool
-        The runs have too few steps to be a result. The text of the intervals says so.
-    """
+    """Runs side by side; a dict has one entry for each arm with runs, by the label with its number of tokens."""
 
     runs: tuple[FamilyRun, ...]
-    demonstration: bool = False
 
     def runs_of(self, arm: str) -> list[FamilyRun]:
         """One run for each seed."""
@@ -146,14 +109,12 @@ class Compared:
 
     def names(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, str]:
         """Each arm that has runs -> its label with its number of tokens."""
-        found = {arm: runs[0] for arm in arms if (runs := self.runs_of(arm))}
-        return {arm: f"{ARMS[arm].label} ({run.tokens[0]:.3g} tokens)" for arm, run in found.items()}
+        tokens = {run.arm: run.tokens[0] for run in reversed(self.runs)}
+        return {arm: f"{ARMS[arm].label} ({tokens[arm]:.3g} tokens)" for arm in arms if arm in tokens}
 
     def over(self, arms: Sequence[str] = FAMILY_ARMS) -> str:
         """Numbers of seeds and images that the intervals of these arms are over."""
         images = f"{len(self.runs[0].probed.examples)} images"
-        if self.demonstration:
-            return f"{images} ({self.runs[0].steps[0]} steps: a DEMONSTRATION)"
         counts = sorted({len(self.runs_of(arm)) for arm in self.names(arms)})
         seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         return f"{seeds} seed{'s' * (counts[-1] > 1)} and {images}"
@@ -164,9 +125,9 @@ class Compared:
         return list({run.arm: run.folder for run in reversed(self.runs)}.values())
 
     @property
-    def text_only(self) -> float | None:
-        """Mean VQA score of a model of the questions only; None in a demonstration."""
-        return None if self.demonstration else float(np.mean([run.learnt["text_only"] for run in self.runs]))
+    def text_only(self) -> float:
+        """Mean VQA score of a model of the questions only."""
+        return float(np.mean([run.learnt["text_only"] for run in self.runs]))
 
     def costs(self) -> pd.DataFrame:
         """One row for each arm: its mean number of visual tokens, and `FamilyRun.costs`."""
@@ -205,17 +166,16 @@ class Compared:
 
     def table_5(self) -> pd.DataFrame:
         """The paper's Table 5 at this size: cost of an arm, F^{1,L} with its null, and VQA."""
-        rows = {}
-        nulls, scores = self.last_nulls(TABLE_5), self.scores(TABLE_5)
+        rows, nulls, scores = {}, self.last_nulls(TABLE_5), self.scores(TABLE_5)
         for arm, name in self.names(TABLE_5).items():
-            runs = self.runs_of(arm)
+            runs, (flow, score) = self.runs_of(arm), scores[name]
             rows[ARMS[arm].label] = {
                 "visual parameters": runs[0].costs["visual_parameters"],
                 "visual multiply-adds": runs[0].costs["visual_multiply_adds"],
                 "tokens": runs[0].tokens[0],
-                **flatten({"flow": scores[name][0]}),
+                **flatten({"flow": flow}),
                 "null": nulls[name],
-                **flatten({"vqa": scores[name][1]}),
+                **flatten({"vqa": score}),
                 "seeds": len(runs),
             }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("arm")
@@ -259,33 +219,33 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
 
 
 def _call(notebook: str, name: str, **parameters: Any) -> list[str]:
-    given = {key: value for key, value in parameters.items() if value != {}}
-    pairs = [("-p", key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in given.items()]
-    return ["vpw", "run", notebook, "--name", name, *(part for pair in pairs for part in pair)]
+    words = ["vpw", "run", notebook, "--name", name]
+    for key, value in parameters.items():
+        if value != {}:
+            words += ["-p", key, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
 
 
 # ------------------------------------------------------------------------------------------------- the runs found
 
 
-def compared(settings: FamilyRunsSettings, run: Run) -> Compared:
-    """The finished runs of `calls`; without any, a demonstration of a few steps in the run's folder.
+def compared(settings: FamilyRunsSettings) -> Compared:
+    """The finished runs of `calls`; where there are none yet, those that ship with the repository.
 
     A `SettingsError` says why runs cannot be compared: other pictures, other numbers of steps, no family among them.
     """
-    root = Path(settings.runs).expanduser() if settings.runs else runs_root()
-    runs, prefix = found_runs(settings.prefix, root), settings.prefix
+    root, prefix = Path(settings.runs).expanduser() if settings.runs else runs_root(), settings.prefix
+    runs = found_runs(prefix, root)
     if settings.runs and not runs:
         raise SettingsError(
             f"runs: {root} holds no finished runs called {prefix}-ARM-SEED in 01_pretrain, 02_probe and 04_finetune; "
             "leave it empty for the runs of this workbench"
         )
-    if not runs:
-        return Compared(tuple(demonstrate(settings, run.folder / "demonstration", progress=run.progress)), True)
+    runs = runs or found_runs("families", shipped_run().with_name("08_families-tiny") / "runs")
     if len({run.probed.examples for run in runs}) > 1:
         raise SettingsError(f"prefix {prefix!r}: its runs of 02_probe read different pictures; see `calls`")
-    if len(lengths := {run.steps for run in runs}) > 1:
-        steps = ", ".join(map(str, sorted(lengths)))
-        raise SettingsError(f"prefix {prefix!r}: its runs have different numbers of steps ({steps}); see `calls`")
+    if len(steps := {run.steps for run in runs}) > 1:
+        raise SettingsError(f"prefix {prefix!r}: its runs have different steps, {sorted(steps)}; see `calls`")
     if not {run.arm for run in runs} & set(FAMILY_ARMS):
         wanted = f"{prefix}-{FAMILY_ARMS[0]}-0"
         raise SettingsError(f"prefix {prefix!r}: it has runs of Table 5 only, none of a family such as {wanted}")
@@ -300,27 +260,26 @@ def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
     runs = []
     for arm in ARMS:
         for folder in sorted((root / "02_probe").glob(f"{prefix}-{arm}-*")):
-            seed = re.fullmatch(rf"{re.escape(prefix)}-{arm}-(\d+)", folder.name)
+            seed = folder.name.removeprefix(f"{prefix}-{arm}-")
             places = [root / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
-            if seed and all((place / "summary.json").exists() for place in places):
-                runs.append(_found_run(arm, int(seed[1]), *places, _recognised(root, prefix, ARMS[arm])))
+            if seed.isdigit() and all((place / "summary.json").exists() for place in places):
+                runs.append(_found_run(arm, int(seed), *places, _recognised(root, prefix, ARMS[arm])))
     return runs
 
 
 def _found_run(arm: str, seed: int, pretrained: Path, probed: Path, tuned: Path, recognised: dict) -> FamilyRun:
     learnt, counts, vqa = (read_json(place / "summary.json") for place in (pretrained, probed, tuned))
-    score = Interval(*(np.array(vqa[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0))
-    text_only = vqa["baseline text only"]["vqa_score"]
+    trained = [read_json(place / "config.json")["settings"]["train"] for place in (pretrained, tuned)]
     return FamilyRun(
         arm,
         seed,
         pretrained,
         Probed.load(probed / "probes.parquet"),
-        score,
-        steps=(_steps(pretrained), _steps(tuned)),
+        Interval(*(np.array(vqa[f"vqa_score{part}"]) for part in ("", "_low", "_high")), np.array(0)),
+        steps=tuple(int(one["steps"]) for one in trained),
         tokens=(counts["visual_tokens"], counts["words"]),
         costs={name: learnt.get(name) for name in Budget._fields} | recognised,
-        learnt={name: learnt[name] for name in LEARNT} | {"text_only": text_only},
+        learnt={name: learnt[name] for name in LEARNT} | {"text_only": vqa["baseline text only"]["vqa_score"]},
     )
 
 
@@ -336,57 +295,3 @@ def _recognised(root: Path, prefix: str, arm: Arm) -> dict[str, float]:
         return {}
     summary = read_json(trained / "summary.json")
     return {f"taught_{name}": summary[f"{name}_accuracy"] for name in ("colour", "shape")}
-
-
-def _steps(folder: Path) -> int:
-    return int(read_json(folder / "config.json")["settings"]["train"]["steps"])
-
-
-# ------------------------------------------------------------------------------------------------- demonstration
-
-
-def demonstrate(
-    settings: FamilyRunsSettings, folder: Path, *, progress: Callable[[str, int, int], None] | None = None
-) -> list[FamilyRun]:
-    """A few steps of each family, from scratch, on a few scenes: all stages of a run, but no result."""
-    train = TrainSettings(epochs=1, images=32)
-    region_settings = RegionSettings(scenes=FEW_SCENES, width=32, train=train, workers=0)
-    make_regions(folder / "regions", region_settings, progress=False)
-    runs = []
-    for number, arm in enumerate(FAMILY_ARMS):
-        runs.append(_short_run(settings, arm, folder))
-        if progress:
-            progress("demonstration", number + 1, len(FAMILY_ARMS))
-    return runs
-
-
-def _short_run(settings: FamilyRunsSettings, arm: str, folder: Path) -> FamilyRun:
-    scenes = {f"scenes.{key}": getattr(FEW_SCENES, key) for key in ("images", "val", "test")}
-    overrides = {"train.images": 8, **ARMS[arm].overrides, **{f"data.{key}": value for key, value in scenes.items()}}
-    trained = pretrain_settings(
-        visual=ARMS[arm].visual,
-        masking=ARMS[arm].masking,
-        init_visual="",
-        steps=settings.steps,
-        regions="" if FAMILIES[ARMS[arm].visual].pixels else str(folder / "regions"),
-        overrides=overrides | {"data.workers": 0},
-    )
-    run, prepared = open_folder(folder / arm, "01_pretrain", trained), prepare(trained)
-    pretrain(run, prepared, trained)
-    held_out = prepared.splits["val"]
-    probed = probe(prepared.model, held_out, images=settings.images)
-    overrides = {"train.images": 8, **scenes, "workers": 0, "answer_count": 2}
-    tuned = finetune_settings(checkpoint=str(run.folder), steps=settings.steps, overrides=overrides)
-    task = prepare_task(tuned)
-    finetune(open_folder(folder / f"{arm}-vqa", "04_finetune", tuned), task, tuned)
-    return FamilyRun(
-        arm,
-        0,
-        run.folder,
-        probed,
-        evaluate_task(task.model, task.splits["val"]).interval(),
-        steps=(settings.steps, settings.steps),
-        tokens=token_counts(load(str(run.folder)), [picture for picture in held_out if picture.captions]),
-        costs=budget(prepared.model)._asdict(),
-        learnt={},
-    )

@@ -29,12 +29,8 @@ def review(
 ) -> list[Reviewed]:
     """The first right and the first wrong examples, half of `count` each, or fewer where there are fewer.
 
-    For retrieval they are captions, each with the image that was found first and, after it, its own.
-
-    Parameters
-    ----------
-    result
-        The scores of the model on the same examples.
+    `result` has the model's scores of these examples. For retrieval, each caption comes with the image that was found
+    first and, after it, its own.
     """
     if isinstance(result, RetrievalResult):
         examples, predicted, scores = _searches(examples, result)
