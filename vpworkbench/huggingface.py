@@ -6,7 +6,7 @@ ViLT, VisualBERT and LXMERT are opened as their encoders, whatever head a checkp
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,28 +23,24 @@ from vpworkbench.probes import modality_masks
 MOST_REGIONS = 36  # per image: the number that VisualBERT and LXMERT were trained with
 
 
-class RegionInputs(NamedTuple):
-    """How a model takes regions: its setting for their width; its arguments, from features, boxes and real places."""
+class RegionNames(NamedTuple):
+    """What a model calls its regions."""
 
-    width: str
-    arguments: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+    width: str  # setting: channels of a feature
+    features: str  # argument of the forward
+    boxes: str = ""  # argument of the forward; empty if it takes none
 
 
 REGION_MODELS = {
-    "visual_bert": RegionInputs(
-        "visual_embedding_dim", lambda features, boxes, real: {"visual_embeds": features, "visual_attention_mask": real}
-    ),
-    "lxmert": RegionInputs(
-        "visual_feat_dim",
-        lambda features, boxes, real: {"visual_feats": features, "visual_pos": boxes, "visual_attention_mask": real},
-    ),
+    "visual_bert": RegionNames("visual_embedding_dim", "visual_embeds"),
+    "lxmert": RegionNames("visual_feat_dim", "visual_feats", "visual_pos"),
 }
 """By `model_type`."""
 ENCODERS = ("vilt", *REGION_MODELS)
 
 
 class ForeignInputs(NamedTuple):
-    """A batch that a probe reads (`probing.ProbeInputs`), with the boxes of regions, (example, token, 4), if any."""
+    """A batch as `Subject.prepare` gives it, with the boxes of regions, (example, token, 4), if any."""
 
     forward: dict[str, Any]
     vision: Tensor
@@ -65,12 +61,8 @@ def is_pretrained(source: str) -> bool:
 def open_pretrained(source: str, *, regions: str = "") -> Processed:
     """A model with its processor, from a folder, the local cache or, for a name OWNER/NAME, the hub.
 
-    Raises
-    ------
-    CheckpointError
-        If there is no such model, or it needs `regions` and there are none.
-    DataError
-        If `regions` has features of another width.
+    `CheckpointError` if there is no such model, or it needs `regions` and there are none; `DataError` if `regions` has
+    features of another width.
     """
     place = str(Path(source).expanduser()) if Path(source).expanduser().exists() else source
     where = {"local_files_only": "/" not in place}  # a mistyped run name does not go to the hub
@@ -96,7 +88,7 @@ def open_pretrained(source: str, *, regions: str = "") -> Processed:
             f"{source}: {reason}; a folder of transformers holds the model and its processor or tokenizer, each saved "
             "there by save_pretrained"
         ) from None
-    return Processed(model, processor) if files is None else ProcessedRegions(model, processor, files)
+    return Processed(model, processor, files)
 
 
 def _open_regions(source: str, config: Any, regions: str) -> RegionFiles:
@@ -114,10 +106,13 @@ def _open_regions(source: str, config: Any, regions: str) -> RegionFiles:
 
 
 class Processed:
-    """Calls a model's own processor: (pictures, texts) -> `ForeignInputs`, picture i with text i."""
+    """Calls a model's own processor: (pictures, texts) -> `ForeignInputs`, picture i with text i.
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
-        self.model, self.processor = model, processor
+    With `regions`, they replace the pixels, and the processor is a tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, regions: RegionFiles | None) -> None:
+        self.model, self.processor, self.regions = model, processor, regions
 
     def __call__(
         self,
@@ -126,24 +121,22 @@ class Processed:
         *,
         special_tokens: Literal["language", "exclude"] = "language",
     ) -> ForeignInputs:
+        if self.regions is None:
+            images = [Image.fromarray(picture.image.pixels()) for picture in pictures]
+            prompts = [self._prompt(text) for text in texts]
+            arguments, placed = self.processor(images=images, text=prompts, padding=True, return_tensors="pt"), None
+        else:
+            arguments, placed = self._with_regions(pictures, texts)
         device = next(self.model.parameters()).device
-        arguments, regions = self.read(pictures, texts)
         forward = {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
         masks = modality_masks(self.model, forward)
-        language = masks.tokens & ~masks.vision
+        language, boxes = masks.tokens & ~masks.vision, None
         if special_tokens == "exclude":
-            language = without_special_tokens(language, forward, getattr(self.processor, "tokenizer", self.processor))
-        boxes = None
-        if regions is not None:
+            language &= ~self._special_tokens(language, forward)
+        if placed is not None:
             boxes = torch.full((*masks.vision.shape, 4), torch.nan)
-            boxes[:, -regions.shape[1] :] = regions
+            boxes[:, -placed.shape[1] :] = placed
         return ForeignInputs(forward, masks.vision, masks.tokens, language, boxes)
-
-    def read(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor | None]:
-        """The arguments of the model's forward, and the boxes of its regions, if it takes any."""
-        images = [Image.fromarray(picture.image.pixels()) for picture in pictures]
-        prompts = [self._prompt(text) for text in texts]
-        return self.processor(images=images, text=prompts, padding=True, return_tensors="pt"), None
 
     @property
     def is_chat(self) -> bool:
@@ -158,40 +151,28 @@ class Processed:
         token = getattr(self.processor, "image_token", "")
         return f"{token} {text}" if token and self.model.config.model_type != "paligemma" else text
 
-
-class ProcessedRegions(Processed):
-    """Texts by the model's tokenizer, regions from files instead of pixels."""
-
-    def __init__(self, model: nn.Module, tokenizer: Any, regions: RegionFiles) -> None:
-        super().__init__(model, tokenizer)
-        self.regions = regions
-
-    def read(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor | None]:
-        words = self.processor(texts, padding=True, truncation=True, return_tensors="pt")
+    def _with_regions(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor]:
+        """The arguments of the forward, and the boxes of the regions, (image, region, 4), nan at padding."""
         packed = self.regions.stack(pictures)
         packed = packed[:, : int(packed[..., -1].sum(dim=1).max())]  # no more padding than the batch needs
         features, boxes, real = packed.split((self.regions.width, 4, 1), dim=2)
-        real, dtype = real[..., 0], self.model.dtype
-        arguments = REGION_MODELS[self.model.config.model_type].arguments
-        placed = boxes.masked_fill(real[..., None] == 0, torch.nan)
-        return {**words, **arguments(features.to(dtype), boxes.to(dtype), real)}, placed
+        names, dtype = REGION_MODELS[self.model.config.model_type], self.model.dtype
+        arguments = {
+            **self.processor(texts, padding=True, truncation=True, return_tensors="pt"),
+            names.features: features.to(dtype),
+            "visual_attention_mask": real[..., 0],
+        }
+        if names.boxes:
+            arguments[names.boxes] = boxes.to(dtype)
+        return arguments, boxes.masked_fill(real == 0, torch.nan)
 
-
-def without_special_tokens(language: Tensor, forward: dict[str, Any], tokenizer: Any) -> Tensor:
-    """The set L without [CLS], [SEP] and other special tokens; bool (example, token).
-
-    Raises
-    ------
-    ValueError
-        If the model adds language tokens that `input_ids` does not hold.
-    """
-    ids = forward["input_ids"]
-    if ids.shape == language.shape:  # image tokens are among the words
-        ids = ids[language]
-    else:
-        ids = ids[forward["attention_mask"].bool()]
-    if len(ids) != int(language.sum()):
-        raise ValueError("special_tokens 'exclude': this model adds language tokens that input_ids does not hold")
-    kept = language.clone()
-    kept[language] = ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
-    return kept
+    def _special_tokens(self, language: Tensor, forward: dict[str, Any]) -> Tensor:
+        """True at [CLS], [SEP] and other special tokens among the language tokens; bool (example, token)."""
+        ids, tokenizer = forward["input_ids"], getattr(self.processor, "tokenizer", self.processor)
+        # Image tokens are among the words, or they follow the words without ids.
+        ids = ids[language if ids.shape == language.shape else forward["attention_mask"].bool()]
+        if len(ids) != int(language.sum()):
+            raise ValueError("special_tokens 'exclude': this model adds language tokens that input_ids does not hold")
+        special = torch.zeros_like(language)
+        special[language] = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
+        return special

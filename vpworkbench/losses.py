@@ -15,15 +15,9 @@ from torch.nn import functional
 
 
 class Objective(ABC):
-    """What a model is trained for: losses of a batch as sums, and the counts that make means of them.
+    """What a model is trained for: losses of a batch as sums, and the counts that make means of them."""
 
-    Attributes
-    ----------
-    weights : mapping of str to float
-        Weight of each loss in the total.
-    """
-
-    weights: Mapping[str, float]
+    weights: Mapping[str, float]  # of each loss in the total
 
     @abstractmethod
     def counts(self, batch: Any) -> dict[str, int]:
@@ -94,16 +88,8 @@ def visual_mask(
 def code_mask(noise: Tensor, codes: Tensor) -> Tensor:
     """Hide all tokens with one code (SOHO Sec. 3.3), so that no hidden token can be copied from one like it.
 
-    Parameters
-    ----------
-    noise : Tensor, (text, vision)
-        Uniform numbers. The largest among the first tokens of each code marks the pick: all codes of an image are
-        equally likely.
-    codes : int64 Tensor, (text, vision)
-
-    Returns
-    -------
-    bool Tensor, (text, vision)
+    Of the uniform `noise`, the largest among the first tokens of each code marks the pick: all codes of an image are
+    equally likely. `noise`, `codes` and the mask are (text, vision).
     """
     same = codes[:, :, None] == codes[:, None, :]
     first = ~same.tril(diagonal=-1).any(dim=2)
@@ -127,14 +113,7 @@ def hide_pixels(images: Tensor, masked: Tensor) -> Tensor:
 
 
 def masked_language_modeling(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log likelihood of the hidden words (paper Eq. 7).
-
-    Parameters
-    ----------
-    logits : Tensor, (word, vocabulary)
-        At the hidden words of matched pairs.
-    labels : int64 Tensor, (word,)
-    """
+    """Negative log likelihood of the hidden words of matched pairs (paper Eq. 7); (word, vocabulary), int64 (word,)."""
     return functional.cross_entropy(at_least_float32(logits), labels, reduction="sum")
 
 
@@ -150,18 +129,16 @@ def cosine_cost(text: Tensor, vision: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def transport_plan(
-    cost: Tensor, word_tokens: Tensor, vision_tokens: Tensor, *, beta: float = 0.5, iterations: int = 50
-) -> Tensor:
+def transport_plan(cost: Tensor, word_tokens: Tensor, vision_tokens: Tensor) -> Tensor:
     """Plan of optimal transport by the inexact proximal point method (IPOT, Xie et al. 2020, paper ref. 42).
+
+    50 proximal steps of size beta = 0.5; one Sinkhorn step solves the problem of each.
 
     Parameters
     ----------
     cost : Tensor, (text, word, vision)
     word_tokens, vision_tokens : bool Tensor, (text, word), (text, vision)
         The tokens to transport; each set has uniform mass 1.
-    beta : float
-        Proximal step; each of the `iterations` solves its problem by one Sinkhorn step.
 
     Returns
     -------
@@ -169,13 +146,13 @@ def transport_plan(
         Zero at all other tokens; all zero if a set is empty.
     """
     both = word_tokens[:, :, None] & vision_tokens[:, None, :]
-    kernel = torch.where(both, (-cost / beta).exp(), 0)
+    kernel = torch.where(both, (-cost / 0.5).exp(), 0)
     count_words = word_tokens.sum(dim=1, keepdim=True).clamp(min=1).to(cost)
     count_vision = vision_tokens.sum(dim=1, keepdim=True).clamp(min=1).to(cost)
     plan = both.to(cost)
     right = vision_tokens / count_vision
     tiny = torch.finfo(cost.dtype).tiny
-    for _ in range(iterations):
+    for _ in range(50):
         step = kernel * plan
         left = word_tokens / (count_words * torch.bmm(step, right[..., None])[..., 0]).clamp(min=tiny)
         right = vision_tokens / (count_vision * torch.bmm(left[:, None], step)[:, 0]).clamp(min=tiny)

@@ -1,41 +1,32 @@
-"""Probes of many examples, batch by batch: saved, resumed, merged, and averaged with intervals."""
+"""Probes of many pictures, batch by batch: saved, resumed, and averaged with intervals."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
 
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.probes.flow import inter_modality_flow
-from vpworkbench.probes.layers import LayerNames, hidden_states
+from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.nmi import modality_nmi
 from vpworkbench.stats import bootstrap_interval
-from vpworkbench.subjects import Loadable, load
+from vpworkbench.subjects import Loadable, Subject, load
 from vpworkbench.system import draft
 
 SPANS = ("flow", "null", "text_to_vision", "vision_to_text")
+QUANTITIES = (*SPANS, "nmi")
+PROBES_FILE = "probes.parquet"
 _CONFIG = b"vpworkbench"  # key of the config in a file's schema
-
-
-class ProbeInputs(Protocol):
-    """A batch: keyword arguments of the model's forward; visual, real and language tokens as bool (example, token)."""
-
-    forward: Mapping[str, Any]
-    vision: Tensor
-    tokens: Tensor
-    language: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,9 +43,9 @@ class Probed:
         Fig. 5; the first column is the embedding; nan where it is undefined. LXMERT attends twice in each layer, so its
         spans count half layers.
     examples : tuple of str
-        Names, or else positions.
+        Position and name of each picture.
     config : dict
-        The config given to `probe_dataset`; a list of all configs after a merge.
+        What decided the numbers: model, count of images, special tokens, seed.
     """
 
     flow: np.ndarray
@@ -63,7 +54,7 @@ class Probed:
     vision_to_text: np.ndarray
     nmi: np.ndarray
     examples: tuple[str, ...]
-    config: Any = None
+    config: Mapping[str, Any] | None = None
 
     @property
     def from_input(self) -> np.ndarray:
@@ -97,28 +88,26 @@ class Probed:
         1 as in the paper; for nmi both are the layer, and 0 is the embedding), `mean`, `low`, `high`, `count`.
         """
         with np.errstate(invalid="ignore", divide="ignore"):
-            quantities = {name: getattr(self, name) for name in SPANS} | {"excess": self.flow / self.null}
-        rows = []
+            excess = self.flow / self.null
+        quantities = {name: getattr(self, name) for name in SPANS} | {"excess": excess, "nmi": self.nmi}
+        tables = []
         for quantity, values in quantities.items():
-            interval = bootstrap_interval(values, seed)
-            for start, stop in zip(*np.triu_indices(values.shape[1]), strict=True):
-                rows.append((quantity, start + 1, stop + 1, *(part[start, stop] for part in interval)))
-        interval = bootstrap_interval(self.nmi, seed)
-        rows += [("nmi", layer, layer, *(part[layer] for part in interval)) for layer in range(self.nmi.shape[1])]
-        return pd.DataFrame(rows, columns=["quantity", "start", "stop", "mean", "low", "high", "count"])
+            start, stop, cells = _spans(values)
+            interval = bootstrap_interval(values, seed)._asdict()
+            columns = {"start": start, "stop": stop} | {name: part[cells] for name, part in interval.items()}
+            tables.append(pd.DataFrame({"quantity": quantity, **columns}))
+        return pd.concat(tables, ignore_index=True)
 
     def table(self) -> pd.DataFrame:
         """Every number, one row each: `example`, `quantity`, `start`, `stop`, `value`; spans as in `means`."""
-        starts, stops = np.triu_indices(self.flow.shape[1])
-        layers = np.arange(self.nmi.shape[1])
-        parts = [(name, starts + 1, stops + 1, getattr(self, name)[:, starts, stops]) for name in SPANS]
-        parts.append(("nmi", layers, layers, self.nmi))
-        frames = []
-        for name, start, stop, values in parts:
-            columns = {"example": np.repeat(self.examples, values.shape[1]), "quantity": name}
-            columns |= {"start": np.tile(start, len(values)), "stop": np.tile(stop, len(values))}
-            frames.append(pd.DataFrame(columns | {"value": values.ravel()}))
-        return pd.concat(frames, ignore_index=True)
+        tables = []
+        for name in QUANTITIES:
+            start, stop, cells = _spans(getattr(self, name))
+            values = getattr(self, name)[:, *cells]  # example span
+            columns = {"start": np.tile(start, len(values)), "stop": np.tile(stop, len(values))}
+            columns = {"example": np.repeat(self.examples, len(start)), "quantity": name, **columns}
+            tables.append(pd.DataFrame({**columns, "value": values.ravel()}))
+        return pd.concat(tables, ignore_index=True)
 
     def save(self, path: str | Path) -> None:
         """Write `table` and the config as parquet, completely or not at all."""
@@ -137,111 +126,26 @@ class Probed:
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a file of probes ({error}); probe again") from None
         frame = read.to_pandas()
-        examples = tuple(frame.loc[frame["quantity"] == "nmi", "example"].drop_duplicates())
-        parts = {name: rows for name, rows in frame.groupby("quantity", sort=False)}
-        layers = int(parts["flow"]["stop"].max())
-        spans = np.triu_indices(layers)
-        squares = {}
-        for name in SPANS:
-            squares[name] = np.full((len(examples), layers, layers), np.nan)
-            squares[name][:, spans[0], spans[1]] = parts[name]["value"].to_numpy().reshape(len(examples), -1)
-        nmi = parts["nmi"]["value"].to_numpy().reshape(len(examples), -1)
-        return cls(**squares, nmi=nmi, examples=examples, config=config)
+        examples = tuple(frame["example"].unique())
+        parts = dict(list(frame.groupby("quantity")))
+        layers = parts["flow"]["stop"].max()
+        arrays = {name: np.full((len(examples), layers, layers), np.nan) for name in SPANS}
+        arrays["nmi"] = np.empty((len(examples), parts["nmi"]["stop"].max() + 1))
+        for name, array in arrays.items():
+            array[:, *_spans(array)[2]] = parts[name]["value"].to_numpy().reshape(len(examples), -1)
+        return cls(**arrays, examples=examples, config=config)
 
-    @classmethod
-    def merge(cls, parts: Sequence[Probed]) -> Probed:
-        """The examples of several runs as one set; the runs must share their layers, but no example."""
-        depths = {part.flow.shape[1] for part in parts}
-        if len(depths) > 1:
-            raise ValueError(f"models with {sorted(depths)} layers cannot be merged: compare them instead")
-        examples = [name for part in parts for name in part.examples]
-        if len(set(examples)) < len(examples):
-            twice = next(name for name in examples if examples.count(name) > 1)
-            raise ValueError(f"example {twice!r} is in more than one run: it would count twice")
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in (*SPANS, "nmi")}
-        return cls(**joined, examples=tuple(examples), config=[part.config for part in parts])
+
+def _spans(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    """First and last layer of each number of an example, as in `Probed.means`, and the indices of the number."""
+    if values.ndim == 2:
+        layers = np.arange(values.shape[1])
+        return layers, layers, (layers,)
+    cells = np.triu_indices(values.shape[1])
+    return cells[0] + 1, cells[1] + 1, cells
 
 
 @torch.no_grad()
-def probe_dataset(
-    model: nn.Module,
-    batches: Iterable[ProbeInputs],
-    *,
-    total: int,
-    folder: str | Path | None = None,
-    config: Mapping[str, Any] | None = None,
-    examples: Sequence[str] | None = None,
-    layers: LayerNames | None = None,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Probed:
-    """Inter-Modality Flow and NMI of every example, batch by batch.
-
-    Parameters
-    ----------
-    batches : iterable of ProbeInputs
-        To resume a stopped call, give the same batches in the same order.
-    total : int
-        Number of batches, for the progress bar.
-    folder : path, optional
-        Gets `probes.parquet`, and one part for each batch until that is complete. The same call again continues after
-        the last part, or reads the complete file. A folder with probes of another config is refused.
-    config : mapping, optional
-        Everything that decides the numbers; it is saved with them.
-    examples : sequence of str, optional
-        Name of each example, in order.
-    layers : str, list of str or callable, optional
-        See `inter_modality_flow`.
-    """
-    settings = json.loads(json.dumps({**(config or {}), "seed": seed}, default=str))
-    folder = None if folder is None else Path(folder)
-    parts = [] if folder is None else _parts(folder, settings)
-    if folder is not None and (folder / "probes.parquet").exists():
-        return parts[0]
-    for number, inputs in enumerate(islice(batches, len(parts), None), start=len(parts)):
-        before = sum(len(part.examples) for part in parts)
-        part = _probe(model, inputs, layers, seed, first=before)
-        if examples is not None:
-            part = replace(part, examples=tuple(examples[before : before + len(part.examples)]))
-        if len(part.examples) != len(part.nmi):
-            raise ValueError(f"examples has {len(examples or ())} names for {before + len(part.nmi)} examples or more")
-        parts.append(replace(part, config=settings))
-        if folder is not None:
-            parts[-1].save(folder / f"part-{number:06}.parquet")
-        if progress:
-            progress("probing", number + 1, total)
-    if not parts:
-        raise ValueError("batches is empty: nothing was probed")
-    whole = replace(Probed.merge(parts), config=settings)
-    if folder is not None:
-        whole.save(folder / "probes.parquet")
-        for file in folder.glob("part-*.parquet"):
-            file.unlink()
-    return whole
-
-
-def _parts(folder: Path, settings: Mapping[str, Any]) -> list[Probed]:
-    """Probes that an earlier call saved: the complete file, or its parts in order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = folder / "probes.parquet"
-    files = [whole] if whole.exists() else sorted(folder.glob("part-*.parquet"))
-    parts = [Probed.load(file) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if part.config != settings:
-            raise ValueError(f"{file}: probes of another config ({part.config}, not {settings}); take another folder")
-    return parts
-
-
-def _probe(model: nn.Module, inputs: ProbeInputs, layers: LayerNames | None, seed: int, *, first: int) -> Probed:
-    sets = inputs.vision, inputs.tokens
-    flow = inter_modality_flow(model, inputs.forward, *sets, language=inputs.language, layers=layers)
-    hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens, layers=layers)
-    nmi = modality_nmi(hidden, *sets, language=inputs.language, seed=seed)
-    arrays = (flow.flow, flow.null, flow.text_to_vision, flow.vision_to_text, nmi)
-    names = tuple(str(number) for number in range(first, first + len(nmi)))
-    return Probed(*(array.double().cpu().numpy() for array in arrays), examples=names)
-
-
 def probe(
     subject: Loadable = "",
     pictures: Sequence[Picture] | None = None,
@@ -265,24 +169,56 @@ def probe(
     special_tokens
         [CLS] and [SEP] count as language, or belong to neither modality.
     folder : Path or None
-        See `probe_dataset`.
+        Gets `probes.parquet`, and one part for each batch until that is complete. The same call again continues after
+        the last part, or reads the complete file. A folder with probes of another config is refused.
     """
     subject = load(subject)
     if pictures is None:
         pictures = load_held_out(subject.data, images=images)
     chosen = [picture for picture in pictures if picture.captions][:images]
-    parts = [chosen[start : start + subject.batch] for start in range(0, len(chosen), subject.batch)]
-    batches = (
-        subject.prepare(part, [picture.captions[0] for picture in part], special_tokens=special_tokens)
-        for part in parts
-    )
-    return probe_dataset(
-        subject.model.eval(),
-        batches,
-        total=len(parts),
-        folder=folder,
-        config={"model": subject.name, "images": len(chosen), "special_tokens": special_tokens},
-        examples=[f"{number}/{picture.id}" for number, picture in enumerate(chosen)],
-        seed=seed,
-        progress=progress,
-    )
+    if not chosen:
+        raise ValueError("none of the pictures has a caption: there is nothing to probe")
+    names = tuple(f"{number}/{picture.id}" for number, picture in enumerate(chosen))
+    config = {"model": subject.name, "images": len(chosen), "special_tokens": special_tokens, "seed": seed}
+    parts = [] if folder is None else _saved(folder, config)
+    if folder is not None and (folder / PROBES_FILE).exists():
+        return parts[0]
+    starts = range(0, len(chosen), subject.batch)
+    for number in range(len(parts), len(starts)):
+        some = slice(starts[number], starts[number] + subject.batch)
+        arrays = _probe(subject, chosen[some], special_tokens, seed)
+        parts.append(Probed(**arrays, examples=names[some], config=config))
+        if folder is not None:
+            parts[-1].save(folder / f"part-{number:06}.parquet")
+        if progress:
+            progress("probing", number + 1, len(starts))
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in QUANTITIES}
+    probed = Probed(**joined, examples=names, config=config)
+    if folder is not None:
+        probed.save(folder / PROBES_FILE)
+        for file in folder.glob("part-*.parquet"):
+            file.unlink()
+    return probed
+
+
+def _saved(folder: Path, config: Mapping[str, Any]) -> list[Probed]:
+    """Probes that an earlier call saved: the complete file, or its parts in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / PROBES_FILE] if (folder / PROBES_FILE).exists() else sorted(folder.glob("part-*.parquet"))
+    parts = [Probed.load(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.config != config:
+            raise ValueError(f"{file}: probes of another config ({part.config}, not {config}); take another folder")
+    return parts
+
+
+def _probe(subject: Subject, pictures: Sequence[Picture], special_tokens: str, seed: int) -> dict[str, np.ndarray]:
+    """The arrays of `Probed` of one batch."""
+    texts = [picture.captions[0] for picture in pictures]
+    inputs = subject.prepare(pictures, texts, special_tokens=special_tokens)
+    sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
+    model = subject.model.eval()
+    flow = inter_modality_flow(model, inputs.forward, **sets)
+    hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
+    found = {name: getattr(flow, name) for name in SPANS} | {"nmi": modality_nmi(hidden, **sets, seed=seed)}
+    return {name: array.double().cpu().numpy() for name, array in found.items()}

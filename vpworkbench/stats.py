@@ -33,9 +33,7 @@ def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- bootstrap over samples
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = RESAMPLES
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, seed: int = 0) -> Interval:
     """Percentile bootstrap of the mean over samples.
 
     Parameters
@@ -48,17 +46,15 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0 or len(values) == 0:
         raise ValueError("bootstrap_interval needs at least one sample along the first axis")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level}")
     flat = values.reshape(len(values), -1)
     present = ~np.isnan(flat)
     filled = np.where(present, flat, 0.0)
     generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=resamples)
+    counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=RESAMPLES)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (counts @ filled) / (counts @ present)  # resample position
         mean = filled.sum(axis=0) / present.sum(axis=0)
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2
     low, high = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     known = present.any(axis=0)
     low[known], high[known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)

@@ -15,7 +15,7 @@ from torch import nn
 from vpworkbench.data.inputs import prepare, use_regions
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
-from vpworkbench.huggingface import ProcessedRegions, is_pretrained, open_pretrained
+from vpworkbench.huggingface import is_pretrained, open_pretrained
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
@@ -31,38 +31,25 @@ LARGEST_BATCH = 16
 class Subject:
     """A model under study.
 
-    Attributes
-    ----------
-    name : str
-        In figures and tables.
-    model : Module
-        The module whose attention is probed, in evaluation mode.
-    prepare : callable
-        (pictures, texts, special_tokens="language") -> `probing.ProbeInputs`, picture i with text i.
-    batch : int
-        Image-text pairs in one pass.
-    data : DataSettings
-        The set that it was trained on; scenes if that is unknown.
-    base : VisualParsingModel or None
-        The same module if it is one of ours: it has the heads of pre-training, and perhaps a parsing attention.
-    task_model : TaskModel or None
-        The fine-tuned model, if there is one: it answers.
+    `prepare(pictures, texts, special_tokens="language")` makes a batch, picture i with text i. It holds `forward`, the
+    keyword arguments of the model's forward, and `vision`, `tokens` and `language`: visual, real and language tokens,
+    bool (example, token).
     """
 
-    name: str
-    model: nn.Module
+    name: str  # in figures and tables
+    model: nn.Module  # whose attention is probed
     prepare: Callable[..., Any]
-    batch: int = LARGEST_BATCH
-    data: DataSettings = DataSettings()
-    base: VisualParsingModel | None = None
-    task_model: TaskModel | None = None
+    batch: int = LARGEST_BATCH  # image-text pairs in one pass
+    data: DataSettings = DataSettings()  # the set that it was trained on; scenes if that is unknown
+    base: VisualParsingModel | None = None  # `model` if it is one of ours, with heads and perhaps a parsing attention
+    task_model: TaskModel | None = None  # the fine-tuned model, if there is one: it answers
 
     @property
     def reads_regions(self) -> bool:
         """True if it takes region features from files instead of pixels."""
         if self.base is not None:
             return not self.base.settings.visual.kind.pixels
-        return isinstance(self.prepare, ProcessedRegions)
+        return getattr(self.prepare, "regions", None) is not None
 
 
 Loadable = Subject | TaskModel | VisualParsingModel | str | None
@@ -87,11 +74,10 @@ def load(source: Loadable = "", *, regions: str = "", optional_regions: bool = F
         If there is no such model, or it needs regions and there are none.
     DataError, SettingsError
         If `regions` has features of another width, or the model reads pixels.
-    TypeError
-        For a module that is not ours: how it takes pictures is unknown.
     """
     subject = _load(source, regions)
-    if not regions or isinstance(subject.prepare, ProcessedRegions) or not isinstance(source, str | None):
+    opened_with_them = subject.base is None and subject.reads_regions
+    if not regions or opened_with_them or not isinstance(source, str | None):
         return subject
     if subject.reads_regions:
         try:
@@ -165,20 +151,13 @@ def _of_transformers(source: str, regions: str) -> Subject:
 
 
 def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings]:
-    """A pre-trained model and the settings of its run.
+    """A pre-trained model and the settings of its run; `CheckpointError` if there is no finished run.
 
-    Parameters
-    ----------
-    checkpoint : str
-        A run's folder or its `checkpoint/`, or the name of a run of `01_pretrain`; empty: the tiny model that ships.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no finished run; the message names the places.
+    `checkpoint` is a run's folder or its `checkpoint/`, or the name of a run of `01_pretrain`. Empty: the tiny model
+    that ships.
     """
-    places = [Path(checkpoint).expanduser()] if checkpoint else []
-    places += [runs_root() / "01_pretrain" / checkpoint] if checkpoint else [shipped_run()]
+    named = Path(checkpoint).expanduser(), runs_root() / "01_pretrain" / checkpoint
+    places = named if checkpoint else [shipped_run()]
     for place in places:
         folder = place.parent if place.name == "checkpoint" else place
         if (folder / "config.json").exists() and (folder / "checkpoint" / "model.safetensors").exists():
@@ -190,10 +169,7 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
 def load_task(checkpoint: str | Path) -> TaskModel:
     """A fine-tuned model, by the folder of its run or checkpoint, or the name of a run of `04_finetune`.
 
-    Raises
-    ------
-    CheckpointError
-        If there is none.
+    `CheckpointError` if there is none.
     """
     return load_task_model(_task_folder(str(checkpoint)) or Path(checkpoint).expanduser())
 

@@ -1,5 +1,7 @@
 """Attention calls: a handler reads them, and may change them."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -99,6 +101,12 @@ def test_maps_are_the_models_own(model):
 
 
 def test_the_registered_attention_works_only_within_a_probe(model):
+    calls_of(model)  # the first probe registers it
     model.set_attn_implementation(ATTENTION)
     with pytest.raises(RuntimeError, match="only works within a probe"):
         model(input_ids=WORDS)
+
+
+def test_the_probes_are_imported_without_transformers():
+    code = "import sys, vpworkbench.probes; print({'transformers', 'timm'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=120).strip() == "set()"

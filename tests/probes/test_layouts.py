@@ -553,7 +553,7 @@ def test_internvl_takes_its_tiles_from_the_processor():
 def test_images_that_do_not_fit_the_ids_and_unknown_families():
     torch.manual_seed(0)
     family = llava()
-    with pytest.raises(ValueError, match="18 visual tokens, but a grid of patches makes 27 from 3 images"):
+    with pytest.raises(ValueError, match="18 visual tokens, but 3 images of this size make 27"):
         modality_masks(family.model, family.inputs | {"pixel_values": pixels(3, 3, 24, 24)})
     with pytest.raises(ValueError, match="attention_mask is .* pass the plain one"):
         modality_masks(family.model, family.inputs | {"attention_mask": torch.ones(2, 1, 15, 15)})

@@ -58,9 +58,9 @@ def test_targets_are_the_scores_of_the_answers():
     assert targets == {"yes": 1.0, "no": pytest.approx(0.3)}
 
 
-def test_accuracy_and_its_refusal():
+def test_accuracy_needs_a_prediction_of_each_label():
     assert accuracy(["a", "b"], ["a", "c"]).tolist() == [1, 0]
-    with pytest.raises(ValueError, match="2 predictions for 1 labels"):
+    with pytest.raises(ValueError, match="zip"):
         accuracy(["a", "b"], ["a"])
 
 
@@ -69,10 +69,8 @@ def test_consistency_asks_for_every_pair_of_a_statement():
     predicted = {**labels, "dev-1-1-0": "True"}
     assert consistency(labels, labels) == 1
     assert consistency(predicted, labels) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="dev-2-0-0: no prediction"):
+    with pytest.raises(KeyError, match="dev-2-0-0"):
         consistency({key: value for key, value in labels.items() if key != "dev-2-0-0"}, labels)
-    with pytest.raises(ValueError, match="mine, line 2: no identifier of NLVR2's release"):
-        consistency({"mine, line 2": "True"}, {"mine, line 2": "True"})
 
 
 def test_recall_is_top_k_accuracy_and_ties_count_against():
@@ -87,5 +85,3 @@ def test_recall_is_top_k_accuracy_and_ties_count_against():
     assert recall_at([[3.0, 1.0, 2.0, 0.0]], several, [1, 2]) == {1: [0], 2: [1]}
     with pytest.raises(ValueError, match="nan"):
         recall_at([[np.nan, 1.0]], [[True, False]])
-    with pytest.raises(ValueError, match="relevant one"):
-        recall_at([[0.0, 1.0]], [[False, False]])

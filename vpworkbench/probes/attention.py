@@ -14,24 +14,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.integrations import sdpa_attention
-from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:  # importing it takes seconds
+    from transformers import PretrainedConfig
 
 ATTENTION = "vpworkbench_probe"
 # For models set to eager attention: there a mask of None means full attention, in sdpa it may mean causal attention.
 ATTENTION_AS_EAGER = f"{ATTENTION}_eager"
-
-# Attention modules of transformers outside its interface. By name, because importing their files takes seconds.
-OWN_SELF_ATTENTION = ("ViltSelfAttention", "VisualBertSelfAttention", "FlavaSelfAttention")
-OWN_CROSS_ATTENTION = ("LxmertAttention",)
 
 # Additive masks in use: -inf, the smallest number of the dtype, BERT's old -10,000 (-9,984 in bfloat16).
 _MASKED_BELOW = -5000.0
@@ -43,31 +39,16 @@ _REFUSED_OPTIONS = {"softcap": "soft-capped scores", "s_aux": "attention sinks",
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention layer of one forward pass.
-
-    Attributes
-    ----------
-    module, name : nn.Module, str
-        The layer, and its name in the model.
-    query : Tensor, shape (example, head, query, channel)
-    key, value : Tensor, shape (example, key head, key, channel)
-        Grouped-query models have fewer key heads than heads.
-    mask : Tensor or None, shape (example or 1, head or 1, query or 1, key)
-        bool, True where a query may attend; or additive.
-    scaling : float
-        Factor of the scores.
-    causal : bool
-        True where the mask is None and the kernel applies the causal mask itself.
-    """
+    """One attention layer of one forward pass."""
 
     module: nn.Module
-    name: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float
-    causal: bool
+    name: str  # of the layer in the model
+    query: Tensor  # example head query channel
+    key: Tensor  # example key_head key channel; grouped-query models have fewer key heads than heads
+    value: Tensor  # as the key, but with channels of its own
+    mask: Tensor | None  # (example or 1, head or 1, query or 1, key); bool, True where a query may attend, or additive
+    scaling: float  # factor of the scores
+    causal: bool  # True where the mask is None and the kernel applies the causal mask itself
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -76,7 +57,10 @@ class AttentionCall:
 
     def output(self) -> Tensor:
         """The layer's output as the model expects it, (example, query, head, channel)."""
-        return self._fused(self.query, self.key, self.value, self.mask)
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        tensors = self.query, self.key, self.value, self.mask
+        return sdpa_attention_forward(self.module, *tensors, scaling=self.scaling, is_causal=self.causal)[0]
 
     def output_and_columns(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output, and `softmax(Q K^T) columns` for every head, on the fused kernel.
@@ -85,14 +69,8 @@ class AttentionCall:
         so all three are padded with zeros, which changes no score; a multiple of 8 keeps them aligned. A few heads are
         computed at a time, because the padded copies could otherwise dominate the memory of the forward.
 
-        Parameters
-        ----------
-        columns : Tensor, shape (example, key, column)
-
-        Returns
-        -------
-        Tensor, shape (example, query, head, channel)
-        Tensor, shape (example, query, head, column)
+        `columns` is (example, key, column); the results are (example, query, head, channel) and (example, query, head,
+        column).
         """
         (examples, heads, queries, _), key_heads = self.query.shape, self.key.shape[1]
         channels, count = self.value.shape[-1], columns.shape[-1]
@@ -109,22 +87,15 @@ class AttentionCall:
             key, value = _padded(self.key[:, of_keys], width), _padded(self.value[:, of_keys], width)
             value[..., channels : channels + count] = columns.to(value.dtype)[:, None]
             mask = self.mask[:, of_queries] if self.mask is not None and self.mask.shape[1] > 1 else self.mask
-            wide = self._fused(query, key, value, mask)
+            wide = replace(self, query=query, key=key, value=value, mask=mask).output()
             output[:, :, of_queries] = wide[..., :channels]
             carried[:, :, of_queries] = wide[..., channels : channels + count]
         return output, carried
 
     def weights(self, picked: Tensor | None = None) -> Tensor:
-        """Softmax weights of the picked queries, in float32 or better.
+        """Softmax weights, (example, head, picked, key), in float32 or better, of the queries at (example, picked).
 
-        Parameters
-        ----------
-        picked : LongTensor, shape (example, picked), optional
-            Positions of queries. All of them by default, which needs memory query x key.
-
-        Returns
-        -------
-        Tensor, shape (example, head, picked, key)
+        By default those of all queries, which needs memory query x key.
         """
         examples, queries, _ = self.lengths
         if picked is None:
@@ -154,7 +125,13 @@ class AttentionCall:
             allowed = _allowed(self.mask[:, :, 0]).to(columns)  # example head key
             share = allowed / allowed.sum(dim=-1, keepdim=True)
             return (share.mean(dim=1, keepdim=True) @ columns).expand(-1, queries, -1)
-        return self._uniform_by_zero_queries(columns)
+        # Equal scores give uniform weights, and the fused kernel needs no query x key memory.
+        allowed = _allowed(self.mask)
+        count = columns.shape[2]
+        values = F.pad(columns, (0, -count % 8))[:, None].expand(-1, allowed.shape[1], -1, -1)
+        zeros = values.new_zeros(*values.shape[:2], queries, values.shape[3])
+        spread = F.scaled_dot_product_attention(zeros, torch.zeros_like(values), values, attn_mask=allowed)
+        return spread.mean(dim=1)[..., :count]
 
     def can_attend(self, queries: Tensor, keys: Tensor) -> bool:
         """Whether any of `queries` may attend to any of `keys`; both bool (example, token)."""
@@ -174,16 +151,7 @@ class AttentionCall:
 
     @property
     def _same_for_every_query(self) -> bool:
-        return self.mask is not None and (self.mask.shape[2] == 1 or self.mask.stride(2) == 0)
-
-    def _uniform_by_zero_queries(self, columns: Tensor) -> Tensor:
-        """Equal scores give uniform weights, and the fused kernel needs no query x key memory."""
-        allowed = _allowed(self.mask)
-        count = columns.shape[2]
-        values = F.pad(columns, (0, -count % 8))[:, None].expand(-1, allowed.shape[1], -1, -1)
-        queries = values.new_zeros(*values.shape[:2], self.lengths[1], values.shape[3])
-        spread = F.scaled_dot_product_attention(queries, torch.zeros_like(values), values, attn_mask=allowed)
-        return spread.mean(dim=1)[..., :count]
+        return self.mask.shape[2] == 1 or self.mask.stride(2) == 0
 
     def _mask_of(self, picked: Tensor) -> Tensor | None:
         if self.mask is None:
@@ -194,10 +162,6 @@ class AttentionCall:
         example = torch.arange(len(picked), device=picked.device)[:, None]
         return self.mask.expand(len(picked), -1, -1, -1)[example, :, picked].transpose(1, 2)
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        options = {"scaling": self.scaling, "is_causal": self.causal}
-        return sdpa_attention.sdpa_attention_forward(self.module, query, key, value, mask, **options)[0]
-
 
 Handler = Callable[[AttentionCall], Tensor]
 """Computes the output of an attention layer, (example, query, head, channel); most return `call.output()`."""
@@ -207,10 +171,10 @@ Handler = Callable[[AttentionCall], Tensor]
 def intercept_attention(model: nn.Module, handler: Handler) -> Iterator[None]:
     """In the block, `handler` computes every attention layer of `model`, without gradients.
 
-    Afterwards, also after an exception, the model's attention setting, cache setting, hooks and training mode and the
-    random state are as before.
+    Afterwards, also after an exception, the model's settings, its hooks and the random state are as before.
     """
     refuse_randomness(model)
+    _register()
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
     configs = attention_configs(model)
     if not configs:
@@ -234,14 +198,13 @@ def intercept_attention(model: nn.Module, handler: Handler) -> Iterator[None]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore settings, hooks, training mode and random state of `model` when the block ends."""
+    """Restore settings, hooks and random state of `model` when the block ends."""
+    modules = list(model.modules())
     configs = [(config, dict(config.__dict__)) for config in attention_configs(model)]
-    modules = [
-        (module, module.training, set(module._forward_hooks), set(module._forward_pre_hooks))
-        for module in model.modules()
-    ]
+    kinds = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+    hooks = [(held, set(held)) for module in modules for held in map(vars(module).get, kinds)]
     installed = "_output_capturing_hooks_installed"  # transformers adds hooks for good, and marks the module so
-    unmarked = [module for module, *_ in modules if installed not in module.__dict__]
+    unmarked = [module for module in modules if installed not in module.__dict__]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(devices=list(devices)):
@@ -250,14 +213,9 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for config, settings in configs:
             config.__dict__.clear()
             config.__dict__.update(settings)
-        for module, training, hooks, pre_hooks in modules:
-            module.training = training
-            for hook in set(module._forward_hooks) - hooks:
-                module._forward_hooks.pop(hook)
-                module._forward_hooks_with_kwargs.pop(hook, None)
-            for hook in set(module._forward_pre_hooks) - pre_hooks:
-                module._forward_pre_hooks.pop(hook)
-                module._forward_pre_hooks_with_kwargs.pop(hook, None)
+        for held, before in hooks:
+            for hook in set(held) - before:
+                del held[hook]
         for module in unmarked:
             module.__dict__.pop(installed, None)
 
@@ -268,12 +226,13 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         raise ValueError("past_key_values: a probe needs the whole sequence in one pass; leave it out")
     if inputs.get("output_attentions"):
         raise ValueError("output_attentions would store every attention map; leave it out")
-    cache = {"use_cache": False} if inputs.get("use_cache") else {}
-    return model(**{**inputs, **cache})
+    return model(**{**inputs, "use_cache": False} if inputs.get("use_cache") else inputs)
 
 
 def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
     """Every transformers config in `model` and its parts, nested ones too, once each."""
+    from transformers import PretrainedConfig
+
     found: dict[int, PretrainedConfig] = {}
     waiting = [value for module in model.modules() for value in vars(module).values()]
     while waiting:
@@ -329,49 +288,30 @@ def _attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
-        attention_mask = sdpa_attention.create_position_bias_mask(position_bias, attention_mask, causal, query, key)
+        from transformers.integrations.sdpa_attention import create_position_bias_mask
+
+        attention_mask = create_position_bias_mask(position_bias, attention_mask, causal, query, key)
         causal = False
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return handler(AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)), None
 
 
-def _attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _attend(module, *args, **{**kwargs, "is_causal": False})
+@cache
+def _register() -> None:
+    """Make both implementations known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
+    def attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return _attend(module, *args, **{**kwargs, "is_causal": False})
 
-def _mask_as_eager(*args: Any, **kwargs: Any) -> Tensor | None:
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    def mask_as_eager(*args: Any, **kwargs: Any) -> Tensor | None:
+        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-AttentionInterface.register(ATTENTION_AS_EAGER, _attend_as_eager)
-AttentionMaskInterface.register(ATTENTION_AS_EAGER, _mask_as_eager)
-
-
-@contextmanager
-def _own_attention_replaced(model: nn.Module) -> Iterator[None]:
-    """In the block, attention modules outside the interface call the handler; afterwards they are as before."""
-    forwards = dict.fromkeys(OWN_SELF_ATTENTION, _own_self_attention)
-    forwards |= dict.fromkeys(OWN_CROSS_ATTENTION, _own_attention)
-    changed = [
-        module
-        for module in model.modules()
-        if type(module).__name__ in forwards and type(module).__module__.startswith("transformers.")
-    ]
-    for module in changed:
-        module.forward = partial(forwards[type(module).__name__], module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward  # the instance's own; the class's is in force again
-
-
-def _own_self_attention(
-    module: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
-) -> tuple[Tensor]:
-    return _own_attention(module, hidden_states, hidden_states, attention_mask)
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionInterface.register(ATTENTION_AS_EAGER, attend_as_eager)
+    AttentionMaskInterface.register(ATTENTION_AS_EAGER, mask_as_eager)
 
 
 def _own_attention(
@@ -388,6 +328,38 @@ def _own_attention(
 
     query, key, value = heads(module.query(hidden_states)), heads(module.key(context)), heads(module.value(context))
     return (_attend(module, query, key, value, attention_mask, is_causal=False)[0].flatten(2),)
+
+
+def _own_self_attention(
+    module: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
+) -> tuple[Tensor]:
+    return _own_attention(module, hidden_states, hidden_states, attention_mask)
+
+
+# Attention modules of transformers outside its interface, by name, and what replaces their forward.
+OWN_ATTENTION = {
+    "ViltSelfAttention": _own_self_attention,
+    "VisualBertSelfAttention": _own_self_attention,
+    "FlavaSelfAttention": _own_self_attention,
+    "LxmertAttention": _own_attention,
+}
+
+
+@contextmanager
+def _own_attention_replaced(model: nn.Module) -> Iterator[None]:
+    """In the block, attention modules outside the interface call the handler; afterwards they are as before."""
+    changed = [
+        module
+        for module in model.modules()
+        if type(module).__name__ in OWN_ATTENTION and type(module).__module__.startswith("transformers.")
+    ]
+    for module in changed:
+        module.forward = partial(OWN_ATTENTION[type(module).__name__], module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward  # the instance's own; the class's is in force again
 
 
 def _allowed(mask: Tensor) -> Tensor:

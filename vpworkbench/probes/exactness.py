@@ -59,33 +59,31 @@ def check(
         short = {name: value[:count] if torch.is_tensor(value) else value for name, value in inputs.items()}
     sets = Modalities(*(part[:count] for part in sets))
     fused = inter_modality_flow(model, short, sets.vision, sets.tokens, language=sets.language, layers=layers)
-    difference = _difference(fused.flow.nan_to_num(), printed_flow(model, short, sets, layers))
+    difference = _difference(fused.flow.nan_to_num(), _printed_flow(model, short, sets, layers))
     result = Check(outputs, difference, len(fused.layers), vision.shape[1], count)
     print(result)
     return result
 
 
-def printed_flow(
+def _printed_flow(
     model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None = None
 ) -> Tensor:
     """Eq. 2-6 from explicit maps, with the products formed; (example, layer, layer), 0 for j < i."""
-    examples, tokens = sets.vision.shape
-    products: list[Tensor] = []  # A^{i,j} for each start i, example query key
-    shares: list[Tensor] = []  # for each j, example start
+    factors: list[Tensor] = []  # A of each layer, example query key
 
-    def multiply(attention: Tensor) -> None:
-        identity = torch.eye(tokens, dtype=torch.float64, device=attention.device)
-        layer = identity / 2 + attention.mean(dim=1).double() / 2  # Eq. 3
-        products[:] = [layer @ product for product in products] + [layer]
-        share = [
-            [crossing_share(*one) for one in zip(product, sets.vision, sets.language, strict=True)]
-            for product in products
-        ]
-        shares.append(torch.tensor(share, dtype=torch.float64).T)
+    def keep(attention: Tensor) -> None:
+        identity = torch.eye(attention.shape[-1], dtype=torch.float64, device=attention.device)
+        factors.append(identity / 2 + attention.mean(dim=1).double() / 2)  # Eq. 3
 
-    visit_attention_maps(model, inputs, (examples, tokens), multiply, layers=layers)
-    padded = [torch.nn.functional.pad(share, (0, len(shares) - share.shape[-1])) for share in shares]
-    return torch.stack(padded, dim=-1)
+    visit_attention_maps(model, inputs, tuple(sets.vision.shape), keep, layers=layers)
+    flow = torch.zeros(len(sets.vision), len(factors), len(factors), dtype=torch.float64)
+    for start, product in enumerate(factors):
+        for stop in range(start, len(factors)):
+            if stop > start:
+                product = factors[stop] @ product  # Eq. 4
+            for example, one in enumerate(zip(product, sets.vision, sets.language, strict=True)):
+                flow[example, start, stop] = crossing_share(*one)
+    return flow
 
 
 def _floating(outputs: Any, path: str = "") -> dict[str, Tensor]:
@@ -104,4 +102,4 @@ def _floating(outputs: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+    return float((one.double().cpu() - other.double().cpu()).abs().max()) if one.numel() else 0.0

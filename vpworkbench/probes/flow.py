@@ -12,7 +12,7 @@ map. `vpworkbench.probes.exactness` compares it with the formula as printed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
-from vpworkbench.probes.formula import (
-    Modalities,
-    both_modalities,
-    crossing,
-    crossing_by_head,
-    crossing_by_token,
-    indicators,
-    with_vision,
-)
+from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head, with_vision
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, streams_of
 from vpworkbench.probes.layouts import patches_recorded
 
@@ -49,8 +41,6 @@ class InterModalityFlow:
         Within one layer, each head's inter over the heads' mean of inter + intra; the mean is `within_layer`.
     layers : tuple of str
         Names of the attention layers.
-    per_token : Tensor, shape (example, layer, layer, token), or None
-        Share of each query's attention that crosses; nan at tokens in neither set.
     rows, columns : Tensor, shape (example, layer, head, picked, token), or None
         Softmax weights of the picked queries (which tokens they attend to) and of the picked keys (which tokens attend
         to them), without residual.
@@ -66,12 +56,11 @@ class InterModalityFlow:
     null: Tensor
     per_head: Tensor
     layers: tuple[str, ...]
-    per_token: Tensor | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    rows_from_input: Tensor | None = None
-    columns_from_input: Tensor | None = None
-    boxes: Tensor | None = None
+    rows: Tensor | None
+    columns: Tensor | None
+    rows_from_input: Tensor | None
+    columns_from_input: Tensor | None
+    boxes: Tensor | None
 
     @cached_property
     def flow(self) -> Tensor:
@@ -103,7 +92,6 @@ def inter_modality_flow(
     language: Tensor | None = None,
     rows: Tensor | Sequence[int] | None = None,
     columns: Tensor | Sequence[int] | None = None,
-    per_token: bool = False,
     starts: Sequence[int] | None = None,
     layers: LayerNames | None = None,
 ) -> InterModalityFlow:
@@ -126,8 +114,6 @@ def inter_modality_flow(
     rows, columns : LongTensor, shape (example, picked) or (picked,), optional
         Tokens whose rows and columns of attention are wanted. Rows rolled out from the input cost about one eager pass
         more, in bounded memory; everything else is nearly free.
-    per_token : bool
-        Also return each token's own flow.
     starts : sequence of int, optional
         Layers at which spans start, by default all; spans of one layer are always included. `starts=[0]` gives
         `from_input` and `within_layer` for the least work.
@@ -136,16 +122,11 @@ def inter_modality_flow(
         where other layers have the same sequence length.
     """
     sets = both_modalities(vision, tokens, language)
-    options = {
-        "rows": _picked(rows, sets, "rows"),
-        "columns": _picked(columns, sets, "columns"),
-        "per_token": per_token,
-        "starts": starts,
-    }
+    rows, columns = _positions(rows, sets, "rows"), _positions(columns, sets, "columns")
     with patches_recorded(model) as shuffled:
-        recorder = recorded_pass(model, inputs, sets, layers, **options)
+        recorder = recorded_pass(model, inputs, sets, layers, rows=rows, columns=columns, starts=starts)
     recorder.raise_if_undefined()
-    return recorder.result(shuffled.boxes(vision.shape[1]) if shuffled.order else None)
+    return recorder.result(shuffled.boxes(vision.shape[1]))
 
 
 def recorded_pass(
@@ -155,23 +136,23 @@ def recorded_pass(
     recorder = FlowRecorder(sets, LayerChoice(*sets.vision.shape, layers, streams_of(model)), **options)
     with intercept_attention(model, recorder):
         recorder.outputs = run_model(model, inputs)
-    recorder.choice.raise_unless_one_stack(model, inputs)
+    recorder.choice.raise_unless_one_stack()
     return recorder
 
 
-def _picked(picked: Tensor | Sequence[int] | None, sets: Modalities, name: str) -> Tensor | None:
+def _positions(picked: Tensor | Sequence[int] | None, sets: Modalities, name: str) -> Tensor | None:
+    """Positions of tokens as (example, picked)."""
     if picked is None:
         return None
     examples, tokens = sets.vision.shape
     picked = torch.as_tensor(picked, device=sets.vision.device)
     picked = picked.expand(examples, -1) if picked.ndim == 1 else picked
-    if picked.is_floating_point() or picked.ndim != 2 or len(picked) != examples:
+    shaped = picked.ndim == 2 and len(picked) == examples and picked.numel() > 0 and not picked.is_floating_point()
+    if not shaped or picked.min() < 0 or picked.max() >= tokens:
         raise ValueError(
-            f"{name} must hold token positions, (picked,) or ({examples}, picked), not "
+            f"{name} must hold token positions from 0 to {tokens - 1}, (picked,) or ({examples}, picked), not "
             f"{picked.dtype} {tuple(picked.shape)}"
         )
-    if picked.numel() == 0 or picked.min() < 0 or picked.max() >= tokens:
-        raise ValueError(f"{name} must hold positions from 0 to {tokens - 1}")
     return picked.long()
 
 
@@ -190,19 +171,18 @@ class FlowRecorder:
         *,
         rows: Tensor | None = None,
         columns: Tensor | None = None,
-        per_token: bool = False,
         starts: Sequence[int] | None = None,
     ) -> None:
         self.sets, self.choice, self.starts = sets, choice, starts
-        self.rows = None if rows is None else PickedRows(rows)
+        self.rows = None if rows is None else PickedRows(rows, sets.vision.shape[1])
         self.columns = None if columns is None else PickedColumns(columns, sets.vision.shape[1])
         self.spans: list[list[int]] = []  # per layer: start of each column carried through it
         self.crossed: list[tuple[Tensor, Tensor]] = []  # per layer: (example, start) each
         self.null: list[Tensor] = []  # per layer: (example, start)
         self.heads: list[Tensor] = []  # per layer: (example, head)
-        self.token_flows: list[Tensor] | None = [] if per_token else None  # per layer: (example, token, start)
         self._padded = not bool(sets.tokens.all())
-        self._two_sets: bool | None = None  # whether 1_V is carried beside 1_L; known at the first chosen layer
+        # Whether 1_V is carried beside 1_L; if every real token is in a set, the first chosen layer decides.
+        self._two_sets = True if (sets.vision | sets.language != sets.tokens).any() else None
         self._checked_masks: list[Tensor | None] = []
         # Share of each token's attention that ends in L (and V), with the model's attention and with a uniform one.
         self._ends_in = self._ends_in_uniform = torch.empty(0)  # example token (start set)
@@ -240,7 +220,6 @@ class FlowRecorder:
             null=self._triangle(self.null),
             per_head=torch.stack(self.heads, dim=1),
             layers=tuple(self.choice.names),
-            per_token=None if self.token_flows is None else self._triangle(self.token_flows),
             rows=None if rows is None else torch.stack(rows.weights, dim=1),
             columns=None if columns is None else torch.stack(columns.weights, dim=1),
             rows_from_input=None if rows is None else rows.from_input(),
@@ -256,20 +235,20 @@ class FlowRecorder:
                 f"in examples {apart.nonzero().flatten().tolist()} the mask never lets one modality attend to the "
                 "other: nothing can flow between them"
             )
-        for layer, heads in enumerate(self.heads):
-            if heads.isnan().any():
-                broken = heads.isnan().any(dim=1).nonzero().flatten().tolist()
+        for name, heads in zip(self.choice.names, self.heads, strict=True):
+            broken = heads.isnan().any(dim=1).nonzero().flatten().tolist()
+            if broken:
                 raise ValueError(
-                    f"attention is nan in {self.choice.names[layer]} (examples {broken}): the model's hidden states "
-                    "are nan there, or a real token can attend to nothing"
+                    f"attention is nan in {name} (examples {broken}): the model's hidden states are nan there, or a "
+                    "real token can attend to nothing"
                 )
 
     def _triangle(self, by_stop: list[Tensor]) -> Tensor:
-        """(example, [token,] start) for each last layer -> (example, layer, layer[, token])."""
+        """(example, start) for each last layer -> (example, layer, layer)."""
         layers, first = len(by_stop), by_stop[0]
-        square = first.new_full((len(first), layers, layers, *first.shape[1:-1]), torch.nan)
+        square = first.new_full((len(first), layers, layers), torch.nan)
         for stop, (starts, values) in enumerate(zip(self.spans, by_stop, strict=True)):
-            square[:, starts, stop] = values.movedim(-1, 1).to(square)
+            square[:, starts, stop] = values.to(square)
         return square
 
     def _move_to(self, query: Tensor) -> None:
@@ -279,11 +258,10 @@ class FlowRecorder:
 
     def _check_padding(self, call: AttentionCall, block: Block) -> None:
         """1 - 1_L is 1_V only if no token in neither set, such as padding, is attended to."""
-        if any(call.mask is mask for mask in self._checked_masks) or self._two_sets:
+        if self._two_sets or any(call.mask is mask for mask in self._checked_masks):
             return
         self._checked_masks.append(call.mask)
-        padding = ~self.sets.tokens[:, block.keys]
-        attended = not self.sets.complete or call.can_attend(self.sets.tokens[:, block.queries], padding)
+        attended = call.can_attend(self.sets.tokens[:, block.queries], ~self.sets.tokens[:, block.keys])
         if not block.is_whole_layer:
             attended = attended or self._padded  # the other attentions of the layer are not known yet
         if attended and self._two_sets is False:
@@ -295,7 +273,7 @@ class FlowRecorder:
 
     def _open_layer(self, call: AttentionCall) -> None:
         dtype = torch.promote_types(call.query.dtype, torch.float32)
-        fresh = indicators(self.sets, dtype)[..., : 2 if self._two_sets else 1]  # example token set
+        fresh = self.sets.indicators(dtype)[..., : 2 if self._two_sets else 1]  # example token set
         carried: list[int] = []
         if self.spans:
             kept = [i for i, start in enumerate(self.spans[-1]) if self.starts is None or start in self.starts]
@@ -325,23 +303,15 @@ class FlowRecorder:
     def _close_layer(self) -> None:
         self._ends_in, self._ends_in_uniform = self._after, self._after_uniform
         self.heads.append(crossing_by_head(with_vision(self._within), self.sets))
-        ends_in = with_vision(self._by_span(self._ends_in))
-        self.crossed.append(crossing(ends_in, self.sets))
+        self.crossed.append(crossing(with_vision(self._by_span(self._ends_in)), self.sets))
         self.null.append(sum(crossing(with_vision(self._by_span(self._ends_in_uniform)), self.sets)))
-        if self.token_flows is not None:
-            self.token_flows.append(crossing_by_token(ends_in, self.sets))
-        for picked in (self.columns, self.rows):
-            if picked is not None:
-                picked.close_layer()
 
     def _by_span(self, columns: Tensor) -> Tensor:
         return columns.unflatten(-1, (-1, 2 if self._two_sets else 1))
 
     def _without_empty_rows(self, columns: Tensor, rows: slice) -> Tensor:
         """A padding query may have no key; some kernels return nan, and 0 * nan would spread it."""
-        if not self._padded:
-            return columns
-        return columns.masked_fill(~self.sets.tokens[:, rows, None] & columns.isnan(), 0.0)
+        return columns.masked_fill(~self.sets.tokens[:, rows, None] & columns.isnan(), 0.0) if self._padded else columns
 
 
 # ------------------------------------------------------------------------------------------ picked rows and columns
@@ -353,8 +323,6 @@ class PickedColumns:
     def __init__(self, picked: Tensor, tokens: int) -> None:
         self._onehot = one_hot(picked, tokens).transpose(1, 2)  # example token picked
         self._rolled = self._onehot.float()
-        self._after: Tensor | None = None
-        self._fresh: Tensor | None = None  # example token head picked
         self.weights: list[Tensor] = []
         self.from_input: list[Tensor] = []
 
@@ -366,62 +334,47 @@ class PickedColumns:
     def add(self, carried: Tensor, block: Block) -> None:
         """carried : Tensor, shape (example, query, head, 2 * picked)."""
         fresh, rolled = carried.to(self._rolled).chunk(2, dim=-1)
-        if self._after is None:
+        if block.is_first:
             self._after = self._rolled.clone()
             self._fresh = fresh.new_zeros(len(fresh), self._rolled.shape[1], *fresh.shape[2:])
-        self._fresh[:, block.queries] += fresh
+        self._fresh[:, block.queries] += fresh  # example token head picked
         self._after[:, block.queries] = (self._after[:, block.queries] + rolled.mean(dim=2)) / 2
-
-    def close_layer(self) -> None:
-        """Keep the layer's columns, and roll its result on."""
-        self.weights.append(self._fresh.permute(0, 2, 3, 1))
-        self.from_input.append(self._after.transpose(1, 2))
-        self._rolled, self._after = self._after, None
+        if block.is_last:
+            self.weights.append(self._fresh.permute(0, 2, 3, 1))
+            self.from_input.append(self._after.transpose(1, 2))
+            self._rolled = self._after
 
 
-@dataclass
 class PickedRows:
     """Picked rows of attention, from queries and keys; these are kept for the roll-out, linear in tokens."""
 
-    picked: Tensor
-    weights: list[Tensor] = field(default_factory=list)
-    _layers: list[list[tuple[AttentionCall, Block]]] = field(default_factory=list)
-    _open: list[tuple[AttentionCall, Block]] = field(default_factory=list)
+    def __init__(self, picked: Tensor, tokens: int) -> None:
+        self.picked, self.tokens = picked, tokens
+        self.weights: list[Tensor] = []  # per layer: (example, head, picked, token)
+        self._layers: list[list[tuple[AttentionCall, Block]]] = []
 
     def add(self, call: AttentionCall, block: Block) -> None:
-        """Keep one attention of the layer."""
-        self._open.append((call, block))
-
-    def close_layer(self) -> None:
-        """Compute the picked rows of the layer's joint matrix, (example, head, picked, token)."""
-        tokens, first = self._tokens, self._open[0][0]
-        joint = first.query.new_zeros(*self.picked.shape, tokens, first.query.shape[1], dtype=torch.float32)
-        joint = joint.permute(0, 3, 1, 2).contiguous()
-        for call, block in self._open:
-            self.picked = self.picked.to(call.query.device)
-            begin, end, _ = block.queries.indices(tokens)
-            inside = (self.picked >= begin) & (self.picked < end)
-            weights = call.weights((self.picked - begin).clamp(0, end - begin - 1))
-            joint[..., block.keys] += weights.to(joint) * inside[:, None, :, None]
-        self.weights.append(joint)
-        self._layers.append(self._open)
-        self._open = []
+        """The picked rows that lie in this attention."""
+        self.picked = self.picked.to(call.query.device)
+        if block.is_first:
+            (examples, picked), heads = self.picked.shape, call.query.shape[1]
+            self.weights.append(call.query.new_zeros(examples, heads, picked, self.tokens, dtype=torch.float32))
+            self._layers.append([])
+        begin, end, _ = block.queries.indices(self.tokens)
+        inside = (self.picked >= begin) & (self.picked < end)
+        weights = call.weights((self.picked - begin).clamp(0, end - begin - 1))
+        self.weights[-1][..., block.keys] += weights.to(self.weights[-1]) * inside[:, None, :, None]
+        self._layers[-1].append((call, block))
 
     def from_input(self) -> Tensor:
         """Rows of A^{1,j}, from the last factor to the first; (example, layer, picked, token)."""
         examples, picked = self.picked.shape
-        onehot = one_hot(self.picked, self._tokens).to(self.weights[0])
-        rolled = onehot.new_empty(examples, 0, self._tokens)  # example (stop picked) token
+        onehot = one_hot(self.picked, self.tokens).to(self.weights[0])
+        rolled = onehot.new_empty(examples, 0, self.tokens)  # example (stop picked) token
         for layer in reversed(self._layers):
             rolled = torch.cat([onehot.to(rolled), rolled], dim=1)
             rolled = self._times_layer(rolled.to(layer[0][0].query.device), layer)
         return rolled.unflatten(1, (len(self._layers), picked))
-
-    @property
-    def _tokens(self) -> int:
-        calls = self._layers[0] if self._layers else self._open
-        ends = [block.keys.stop for _, block in calls]
-        return calls[0][0].lengths[2] if None in ends else max(ends)
 
     def _times_layer(self, rows: Tensor, layer: list[tuple[AttentionCall, Block]]) -> Tensor:
         """rows (example, row, token) times A of a layer, whose attentions each halve the state before them."""
@@ -434,10 +387,10 @@ class PickedRows:
         return product + rows * share
 
 
-def _rows_times_attention(rows: Tensor, call: AttentionCall, entries: int = 2**24) -> Tensor:
+def _rows_times_attention(rows: Tensor, call: AttentionCall) -> Tensor:
     """rows (example, row, query) times attention, averaged over heads; by blocks of queries."""
     examples, queries, keys = call.lengths
-    size = max(1, entries // (examples * call.query.shape[1] * keys))
+    size = max(1, 2**24 // (examples * call.query.shape[1] * keys))  # at most 2^24 weights at a time
     product = rows.new_zeros(*rows.shape[:2], keys)
     for some in torch.arange(queries, device=rows.device).split(size):
         weights = call.weights(some.expand(examples, -1)).mean(dim=1)  # example some key

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# ------------------------------------------------------------------------------------------------ the sets V and L
-
 
 class Modalities(NamedTuple):
     """The sets V and L of a batch; all bool (example, token), padding in neither."""
@@ -21,14 +19,13 @@ class Modalities(NamedTuple):
     tokens: Tensor
 
     @property
-    def complete(self) -> bool:
-        """Whether every token belongs to one of the two sets."""
-        return bool((self.vision | self.language == self.tokens).all())
-
-    @property
     def one_sided(self) -> Tensor:
         """(example,) bool: True where V or L is empty."""
         return ~(self.vision.any(dim=1) & self.language.any(dim=1))
+
+    def indicators(self, dtype: torch.dtype) -> Tensor:
+        """1_L and 1_V: (example, token, set)."""
+        return torch.stack([self.language, self.vision], dim=-1).to(dtype)
 
 
 def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -> Modalities:
@@ -40,14 +37,10 @@ def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -
         `vision` and `language` may cover padding, which is in neither set; they must not overlap.
     """
     for name, value in {"vision": vision, "tokens": tokens, "language": language}.items():
-        if value is None:
-            continue
-        if value.dtype != torch.bool or value.ndim != 2:
-            raise ValueError(f"{name} must be bool of shape (example, token), not {value.dtype} {tuple(value.shape)}")
-        if value.shape != vision.shape:
+        if value is not None and (value.dtype != torch.bool or value.ndim != 2 or value.shape != vision.shape):
             raise ValueError(
-                f"vision is {tuple(vision.shape)} but {name} is {tuple(value.shape)}: both must cover the sequence on "
-                "which the attention runs, (example, token)"
+                f"vision is {tuple(vision.shape)} and {name} is {value.dtype} {tuple(value.shape)}: each must be bool, "
+                "(example, token), over the sequence on which the attention runs"
             )
     tokens, vision = tokens.to(vision.device), vision & tokens.to(vision.device)
     language = ~vision if language is None else language.to(vision.device)
@@ -59,26 +52,14 @@ def modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -
 def both_modalities(vision: Tensor, tokens: Tensor, language: Tensor | None = None) -> Modalities:
     """As `modalities`, and refuse examples that lack one: their flow would be 0 in any model."""
     sets = modalities(vision, tokens, language)
-    problems = {
-        "are all padding": ~sets.tokens.any(dim=1),
-        "have no visual token": ~sets.vision.any(dim=1),
-        "have no language token": ~sets.language.any(dim=1),
-    }
-    for problem, where in problems.items():
-        if where.any():
+    for kind, part in (("visual", sets.vision), ("language", sets.language)):
+        lacking = (~part.any(dim=1)).nonzero().flatten().tolist()
+        if lacking:
             raise ValueError(
-                f"examples {where.nonzero().flatten().tolist()} {problem}; check `vision`, `tokens` and `language`, or "
-                "leave these examples out"
+                f"examples {lacking} have no {kind} token; check `vision`, `tokens` and `language`, or leave these "
+                "examples out"
             )
     return sets
-
-
-def indicators(sets: Modalities, dtype: torch.dtype) -> Tensor:
-    """1_L and 1_V: (example, token, set)."""
-    return torch.stack([sets.language, sets.vision], dim=-1).to(dtype)
-
-
-# --------------------------------------------------------------------------------------------------- the definition
 
 
 def flow_from_attention(attention: Tensor, vision: Tensor, *, language: Tensor | None = None) -> Tensor:
@@ -107,7 +88,7 @@ def flow_from_attention(attention: Tensor, vision: Tensor, *, language: Tensor |
     weights = attention.mean(dim=1)  # layer query key
     flow = weights.new_full((len(weights), len(weights)), torch.nan)
     for start in range(len(weights)):
-        ends_in = indicators(sets, weights.dtype)[0]  # token set: share of its attention that ends in L, in V
+        ends_in = sets.indicators(weights.dtype)[0]  # token set: share of its attention that ends in L, in V
         for stop in range(start, len(weights)):
             ends_in = (ends_in + weights[stop] @ ends_in) / 2  # the residual keeps half, Eq. 3
             flow[start, stop] = sum(crossing(ends_in[None], sets))
@@ -148,13 +129,6 @@ def crossing_by_head(ends_in: Tensor, sets: Modalities) -> Tensor:
     from_language, from_vision = _sums(ends_in, sets)
     total = (from_language + from_vision).sum(dim=-1).mean(dim=1, keepdim=True)
     return (from_language[..., 1] + from_vision[..., 0]) / total
-
-
-def crossing_by_token(ends_in: Tensor, sets: Modalities) -> Tensor:
-    """Share of each token's own attention that crosses, (example, token, ...); nan for tokens in neither set."""
-    to_language, to_vision = (ends_in / ends_in.sum(dim=-1, keepdim=True)).unbind(dim=-1)
-    flow = torch.where(sets.vision[..., None], to_language, to_vision)
-    return flow.masked_fill(~(sets.vision | sets.language)[..., None], torch.nan)
 
 
 def _sums(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ and a layer consists of several attentions, each of them a block of the layer's 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, refuse_randomness, run_model, unchanged
 
@@ -64,42 +64,30 @@ def streams_of(model: nn.Module) -> Streams | None:
     return next((streams for kind, streams in TWO_STREAMS.items() if kind in kinds), None)
 
 
-@dataclass
 class LayerChoice:
     """Chooses the attention layers in which the probed sequence attends to itself; for one forward pass.
 
-    Other layers (a vision tower, cross attention to an encoder) run as usual.
-
-    Parameters
-    ----------
-    examples, tokens : int
-        Size of the probed batch.
-    layers : str, list of str or callable, optional
-        Needed only where layers elsewhere have the same sequence length: a prefix such as "language_model" will do.
-    streams : Streams, optional
-        For a model of two streams.
+    Other layers (a vision tower, cross attention to an encoder) run as usual. Where some of them have the same sequence
+    length, `layers` is needed: a prefix such as "language_model" will do.
     """
 
-    examples: int
-    tokens: int
-    layers: LayerNames | None = None
-    streams: Streams | None = None
-    names: list[str] = field(default_factory=list)  # of the chosen layers
-    _others: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
-    _attentions: int = 0
-    _words: int = 0  # length of the first of two streams
+    def __init__(self, examples: int, tokens: int, layers: LayerNames | None, streams: Streams | None) -> None:
+        self.examples, self.tokens, self.layers, self.streams = examples, tokens, layers, streams
+        self.names: list[str] = []  # of the chosen layers
+        self._others: list[tuple[str, tuple[int, int, int]]] = []  # name and lengths
+        self._attentions = 0  # of two streams
+        self._words = 0  # length of the first of two streams
 
     def block(self, call: AttentionCall) -> Block | None:
         """The part of the joint matrix that this attention is; None if its layer is not chosen."""
-        named = self.layers is None or is_named(call.name, self.layers)
-        if named and self.streams and re.search(self.streams.inside, call.name):
+        if not is_named(call.name, self.layers):
+            return None
+        if self.streams and re.search(self.streams.inside, call.name):
             return self._block_of_streams(call)
-        joint = call.lengths == (self.examples, self.tokens, self.tokens)
-        if named and not self.streams and joint:
+        if not self.streams and call.lengths == (self.examples, self.tokens, self.tokens):
             self.names.append(call.name)
             return Block(slice(None), slice(None), is_first=True, is_last=True)
-        if named:
-            self._others.append((call.name, call.lengths))
+        self._others.append((call.name, call.lengths))
         return None
 
     def _block_of_streams(self, call: AttentionCall) -> Block:
@@ -114,50 +102,49 @@ class LayerChoice:
         lengths = [self._words, self.tokens - self._words]
         if (examples, queries, keys) != (self.examples, lengths[from_stream], lengths[to_stream]):
             raise ValueError(
-                f"`vision` has {self.tokens} tokens in {self.examples} examples, but {call.name} attends from "
-                f"{queries} to {keys} tokens in {examples}: it must cover the words and then the image, as the two "
-                "streams of this model build them"
+                f"`vision` has {self._size}, but {call.name} attends from {queries} to {keys} tokens in {examples}: it "
+                "must cover the words and then the image, as the two streams of this model build them"
             )
         return Block(parts[from_stream], parts[to_stream], is_first, is_last)
 
-    def raise_unless_one_stack(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def raise_unless_one_stack(self) -> None:
         """After the pass: refuse chosen layers that are not one stack of layers on one sequence."""
         if self.streams and self._attentions:
             return
         stacks = list(dict.fromkeys(_stack(name) for name in self.names))
         if not stacks:
-            raise ValueError(self._nothing_chosen(model, inputs))
+            raise ValueError(self._nothing_chosen())
         if len(stacks) > 1 and self.layers is None:
             raise ValueError(
                 f"{len(stacks)} stacks of attention layers run on {self.tokens} tokens: {', '.join(stacks)}; name "
                 f"those in which the modalities meet, e.g. layers={stacks[-1].split('.*')[0]!r}"
             )
-        changed = [(name, size) for name, size in self._others if _stack(name) in stacks]
-        if changed:
-            name, (examples, queries, keys) = changed[0]
-            raise ValueError(
-                f"{name} attends from {queries} to {keys} tokens in {examples} examples, but `vision` has "
-                f"{self.tokens} tokens in {self.examples}: a flow needs one sequence throughout"
-            )
+        for name, (examples, queries, keys) in self._others:
+            if _stack(name) in stacks:
+                raise ValueError(
+                    f"{name} attends from {queries} to {keys} tokens in {examples} examples, but `vision` has "
+                    f"{self._size}: a flow needs one sequence throughout"
+                )
 
-    def _nothing_chosen(self, model: nn.Module, inputs: Mapping[str, Any]) -> str:
-        kind = type(model).__name__
+    @property
+    def _size(self) -> str:
+        return f"{self.tokens} tokens in {self.examples} examples"
+
+    def _nothing_chosen(self) -> str:
         if not self._others:
             chosen = "" if self.layers is None else f" named by layers={self.layers!r}"
             return (
-                f"no attention layer of {kind}{chosen} goes through transformers' attention interface or is otherwise "
-                "known here; pass its attention maps to flow_from_attention instead"
+                f"no attention layer{chosen} goes through transformers' attention interface or is otherwise known "
+                "here; pass the model's attention maps to flow_from_attention instead"
             )
-        shapes = [f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value)]
         lengths = [
             f"{name}: {queries} queries x {keys} keys in {examples} examples"
             for name, (examples, queries, keys) in sorted({(_stack(name), size) for name, size in self._others})
         ]
         return (
-            f"`vision` has {self.tokens} tokens in {self.examples} examples, but {kind} built sequences of other "
-            f"lengths from the inputs ({', '.join(shapes)}): {'; '.join(lengths)}. Tokens that the model's forward "
-            "adds (image tokens, a class token) belong in `vision` and `tokens` too; a modality that is only in the "
-            "keys of a cross attention has no joint sequence to probe"
+            f"`vision` has {self._size}, but the model built sequences of other lengths: {'; '.join(lengths)}. Tokens "
+            "that its forward adds (image tokens, a class token) belong in `vision` and `tokens` too; a modality that "
+            "is only in the keys of a cross attention has no joint sequence to probe"
         )
 
 
@@ -166,10 +153,10 @@ def _stack(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def is_named(name: str, layers: LayerNames) -> bool:
-    """Whether `layers` chooses the module of this name."""
-    if callable(layers):
-        return bool(layers(name))
+def is_named(name: str, layers: LayerNames | None) -> bool:
+    """Whether `layers` chooses the module of this name; None chooses all."""
+    if layers is None or callable(layers):
+        return layers is None or bool(layers(name))
     prefixes = [layers] if isinstance(layers, str) else layers
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
@@ -185,14 +172,8 @@ def visit_attention_maps(
     """Run `model` and pass the joint attention map of each chosen layer to `visit`, layer by layer.
 
     The map W is (example, head, query, key), softmax weights in float32 or better, which takes memory token^2. In a
-    model of two streams 0.5 (I + W) is what the layer's attentions do together (Eq. 3); W is float64 there.
-
-    Parameters
-    ----------
-    shape : (int, int)
-        Examples and tokens of the joint sequence.
-    layers : str, list of str or callable, optional
-        See `LayerChoice`.
+    model of two streams 0.5 (I + W) is what the layer's attentions do together (Eq. 3); W is float64 there. `shape` has
+    the examples and the tokens of the joint sequence.
     """
     choice = LayerChoice(*shape, layers, streams_of(model))
     mixed = torch.empty(0)  # 0.5 (I + W) of the layer, example head query key
@@ -217,7 +198,7 @@ def visit_attention_maps(
 
     with intercept_attention(model, handler):
         run_model(model, inputs)
-    choice.raise_unless_one_stack(model, inputs)
+    choice.raise_unless_one_stack()
 
 
 # -------------------------------------------------------------------------------------------------- hidden states
@@ -231,16 +212,14 @@ def hidden_states(
     A transformers model returns its own `output_hidden_states`. In any other module with a transformers encoder inside
     (ours), they are read from the blocks of that encoder.
 
-    Parameters
-    ----------
-    tokens : BoolTensor, shape (example, token), optional
-    layers : str, list of str or callable, optional
-        Both choose one stack of layers where a model has several, see `LayerChoice`.
+    Where a model has several stacks of layers, `tokens`, bool (example, token), or `layers` choose one.
 
     Returns
     -------
     tuple over layer + 1 of Tensor, shape (example, token, channel)
     """
+    from transformers import PreTrainedModel  # importing it takes seconds
+
     if isinstance(model, PreTrainedModel) and layers is None:
         refuse_randomness(model)
         with unchanged(model), torch.no_grad():
@@ -267,28 +246,24 @@ def _hidden_states_of_blocks(
     model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None, layers: LayerNames | None
 ) -> tuple[Tensor, ...]:
     attended: list[str] = []
-    states: dict[str, list[Tensor]] = {}  # name of a list of blocks -> input of its first, outputs
+    states: defaultdict[str, list[Tensor]] = defaultdict(list)  # name of a list of blocks -> input, outputs
 
     def handler(call: AttentionCall) -> Tensor:
         fits = tokens is None or call.lengths[:2] == tuple(tokens.shape)
-        if fits and (layers is None or is_named(call.name, layers)):
+        if fits and is_named(call.name, layers):
             attended.append(call.name)
         return call.output()
 
-    def remember(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            outputs = states.setdefault(name, [])
-            if not outputs:
-                outputs.append(args[0] if args else kwargs["hidden_states"])
-            outputs.append(output if torch.is_tensor(output) else output[0])
-
-        return hook
+    def remember(name: str, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not states[name]:
+            states[name].append(args[0] if args else kwargs["hidden_states"])
+        states[name].append(output if torch.is_tensor(output) else output[0])
 
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     with intercept_attention(model, handler):
         for name, blocks in lists.items():
             for block in blocks:
-                block.register_forward_hook(remember(name), with_kwargs=True)
+                block.register_forward_hook(partial(remember, name), with_kwargs=True)
         run_model(model, inputs)
     owners = {max((name for name in states if layer.startswith(name + ".")), key=len, default="") for layer in attended}
     if len(owners) != 1 or not owners <= set(states):

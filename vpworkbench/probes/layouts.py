@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -51,10 +52,11 @@ def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None) -> 
     tiles : sequence of (rows, columns), optional
         For each image, the tiles that the processor cut it into; needed only for InternVL, whose inputs do not show it.
     """
-    kind = _model_type(model)
+    config = getattr(model, "config", None)
+    kind = getattr(getattr(model, "settings", None), "architecture", "") or getattr(config, "model_type", "")
     if kind in LAYOUTS:
         return LAYOUTS[kind](model, inputs, tiles)
-    if _image_ids(model.config) and torch.is_tensor(inputs.get("input_ids")):
+    if _image_ids(config):
         return _without_boxes(model, inputs)
     raise ValueError(
         f"the layout of {type(model).__name__} (model_type {kind!r}) is not known here; known are "
@@ -98,37 +100,39 @@ def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
     return torch.where(inside, values[..., None, None], 0).amax(dim=-3)
 
 
-def tile_boxes(rows: int, columns: int, grid: tuple[int, int], *, thumbnail: bool) -> Tensor:
-    """Boxes of an image cut into tiles with a grid each, row by row, then those of a thumbnail of the whole image."""
-    tiles = [grid_boxes(*grid, tuple(tile.tolist())) for tile in grid_boxes(rows, columns)]
-    return torch.cat([*tiles, grid_boxes(*grid)] if thumbnail else tiles)
-
-
 # ------------------------------------------------------------------------------- images as tokens among the words
 
 
-def _laid_out(inputs: Inputs, vision: Tensor, images: Sequence[Tensor], source: str) -> ModalityMasks:
-    """Give the boxes of all images, in their order, to the visual tokens, in theirs."""
-    boxes = torch.full((*vision.shape, 4), torch.nan, device=vision.device)
-    image = torch.full(vision.shape, -1, dtype=torch.long, device=vision.device)
-    made, places = sum(map(len, images)), int(vision.sum())
-    if made != places:
-        raise ValueError(
-            f"input_ids hold {places} visual tokens, but {source} makes {made} from {len(images)} images: take ids and "
-            "images from one call of the processor"
-        )
-    if images:
-        boxes[vision] = torch.cat(list(images)).to(boxes)
-        numbers = torch.arange(len(images)).repeat_interleave(torch.tensor([len(one) for one in images]))
-        image[vision] = numbers.to(image)
-    return ModalityMasks(vision, _real(inputs, vision), boxes, image)
+def _laid_out(inputs: Inputs, *kinds: tuple[Tensor, Sequence[Tensor]]) -> ModalityMasks:
+    """Give the boxes of images, in their order, to the visual tokens, in theirs.
+
+    Each of `kinds` has the tokens of one kind of images, bool (example, token), and the boxes of each image.
+    """
+    shape, device = kinds[0][0].shape, kinds[0][0].device
+    boxes = torch.full((*shape, 4), torch.nan, device=device)
+    image = torch.full(shape, -1, dtype=torch.long, device=device)
+    count = 0
+    for vision, images in kinds:
+        lengths = torch.tensor([len(one) for one in images], dtype=torch.long)
+        made, places = int(lengths.sum()), int(vision.sum())
+        if made != places:
+            raise ValueError(
+                f"input_ids hold {places} visual tokens, but {len(images)} images of this size make {made}: take ids "
+                "and images from one call of the processor"
+            )
+        if images:
+            boxes[vision] = torch.cat(list(images)).to(boxes)
+            image[vision] = (count + torch.arange(len(images)).repeat_interleave(lengths)).to(image)
+        count += len(images)
+    vision = image >= 0
+    return ModalityMasks(vision, _real(inputs), boxes, image)
 
 
-def _real(inputs: Inputs, vision: Tensor) -> Tensor:
+def _real(inputs: Inputs) -> Tensor:
     """The 2-D attention mask; all tokens where there is none."""
     mask = inputs.get("attention_mask")
     if mask is None:
-        return torch.ones_like(vision)
+        return torch.ones_like(_ids(inputs), dtype=torch.bool)
     if mask.ndim != 2:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}: pass the plain one, (example, token)")
     return mask.bool()
@@ -150,45 +154,43 @@ def _placeholder(model: nn.Module, inputs: Inputs) -> Tensor:
     return _ids(inputs) == _image_ids(model.config)[0]
 
 
-def _pixels(inputs: Inputs) -> Tensor:
-    return inputs["pixel_values"]
+def _alike(boxes_of: Callable[..., Tensor], model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+    """Every image has the boxes `boxes_of(model, inputs)`."""
+    images = [boxes_of(model, inputs)] * len(inputs["pixel_values"])
+    return _laid_out(inputs, (_placeholder(model, inputs), images))
 
 
 def _patches(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
     """Rows and columns of patches of the vision tower."""
     size = model.config.vision_config.patch_size
-    patch = size if isinstance(size, Sequence) else (size, size)
-    return _pixels(inputs).shape[-2] // patch[0], _pixels(inputs).shape[-1] // patch[1]
+    rows, columns = size if isinstance(size, Sequence) else (size, size)
+    height, width = inputs["pixel_values"].shape[-2:]
+    return height // rows, width // columns
 
 
-def _whole_grid(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """LLaVA, PaliGemma: every image is a grid of patches, row by row."""
+def _patch_grid(model: nn.Module, inputs: Inputs) -> Tensor:
+    """LLaVA, PaliGemma: patches, row by row; perhaps after the tower's class token."""
     boxes = grid_boxes(*_patches(model, inputs))
-    if getattr(model.config, "vision_feature_select_strategy", "") == "full":
-        boxes = torch.cat([grid_boxes(1, 1), boxes])  # the tower's class token
-    images = [boxes] * len(_pixels(inputs))
-    return _laid_out(inputs, _placeholder(model, inputs), images, "a grid of patches")
+    full = getattr(model.config, "vision_feature_select_strategy", "") == "full"
+    return torch.cat([grid_boxes(1, 1), boxes]) if full else boxes
 
 
-def _pooled_grid(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _pooled_grid(model: nn.Module, inputs: Inputs) -> Tensor:
     """Gemma 3: the grid is pooled to a fixed number of tokens."""
     side = round(model.config.mm_tokens_per_image**0.5)
-    images = [grid_boxes(side, side)] * len(_pixels(inputs))
-    return _laid_out(inputs, _placeholder(model, inputs), images, "mm_tokens_per_image")
+    return grid_boxes(side, side)
 
 
-def _codes(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _code_grid(model: nn.Module, inputs: Inputs) -> Tensor:
     """Chameleon: the code book halves each side once at every level but the first."""
     levels = len(model.config.vq_config.channel_multiplier) - 1
-    rows, columns = (side // 2**levels for side in _pixels(inputs).shape[-2:])
-    images = [grid_boxes(rows, columns)] * len(_pixels(inputs))
-    return _laid_out(inputs, _placeholder(model, inputs), images, "the code book")
+    return grid_boxes(*(side // 2**levels for side in inputs["pixel_values"].shape[-2:]))
 
 
 def _merged_grids(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     """Qwen-VL: frames x rows x columns of patches, merged 2 x 2; images and videos have ids of their own."""
     merge = model.config.vision_config.spatial_merge_size
-    ids, parts, count = _ids(inputs), [], 0
+    kinds = []
     for kind in ("image", "video"):
         grids = inputs.get(f"{kind}_grid_thw")
         frames = [
@@ -196,17 +198,14 @@ def _merged_grids(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMas
             for times, rows, columns in ([] if grids is None else grids.tolist())
             for _ in range(times)
         ]
-        vision = ids == getattr(model.config, f"{kind}_token_id")
-        part = _laid_out(inputs, vision, frames, f"{kind}_grid_thw")
-        parts.append(part._replace(image=torch.where(vision, part.image + count, -1)))
-        count += len(frames)
-    images, videos = parts
-    return ModalityMasks(
-        images.vision | videos.vision,
-        images.tokens,
-        torch.where(videos.vision[..., None], videos.boxes, images.boxes),
-        torch.maximum(images.image, videos.image),
-    )
+        kinds.append((_ids(inputs) == getattr(model.config, f"{kind}_token_id"), frames))
+    return _laid_out(inputs, *kinds)
+
+
+def _tile_boxes(rows: int, columns: int, grid: tuple[int, int], *, whole: bool) -> Tensor:
+    """Boxes of an image cut into tiles with a grid each, row by row; then those of the whole image, if it follows."""
+    tiles = [grid_boxes(*grid, tuple(tile.tolist())) for tile in grid_boxes(rows, columns)]
+    return torch.cat([*tiles, grid_boxes(*grid)] if whole else tiles)
 
 
 def _runs(row: Tensor) -> list[tuple[int, int]]:
@@ -222,8 +221,7 @@ def _written_tiles(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMa
     whole image, and follows the same token everywhere.
     """
     ids, vision = _ids(inputs), _placeholder(model, inputs)
-    scale = model.config.scale_factor
-    rows, columns = (side // scale for side in _patches(model, inputs))
+    grid = tuple(side // model.config.scale_factor for side in _patches(model, inputs))
     images: list[Tensor] = []
     for row, places in zip(ids, vision, strict=True):
         runs = _runs(places)
@@ -232,22 +230,20 @@ def _written_tiles(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMa
             if row[begin - 1] != row[runs[-1][0] - 1]:
                 cut.append((begin, end))
                 continue
-            ends = sum(after[0] - before[1] > 2 for before, after in pairwise([*cut, (begin, end)]))
-            if len(cut) % max(ends, 1):
-                raise ValueError(f"input_ids hold an image of {len(cut)} tiles in {ends} rows, not a grid of tiles")
-            tiled = [tile_boxes(ends, len(cut) // ends, (rows, columns), thumbnail=False)] if cut else []
-            images.append(torch.cat([*tiled, grid_boxes(rows, columns)]))
+            rows = sum(after[0] - before[1] > 2 for before, after in pairwise([*cut, (begin, end)]))
+            columns, rest = divmod(len(cut), max(rows, 1))
+            if rest:
+                raise ValueError(f"input_ids hold an image of {len(cut)} tiles in {rows} rows, not a grid of tiles")
+            images.append(_tile_boxes(rows, columns, grid, whole=True))
             cut = []
-    return _laid_out(inputs, vision, images, "each tile")
+    return _laid_out(inputs, (vision, images))
 
 
 def _tiles_in_a_row(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     """InternVL: all tiles of an image in one run, then the thumbnail; only its processor knows the rows and columns."""
-    scale = model.config.downsample_ratio
-    rows, columns = (round(side * scale) for side in _patches(model, inputs))
+    rows, columns = (round(side * model.config.downsample_ratio) for side in _patches(model, inputs))
     vision = _placeholder(model, inputs)
-    lengths = [end - begin for row in vision for begin, end in _runs(row)]
-    counts = [length // (rows * columns) for length in lengths]
+    counts = [(end - begin) // (rows * columns) for row in vision for begin, end in _runs(row)]
     if tiles is None and any(count > 1 for count in counts):
         raise ValueError(
             f"images of {counts} tiles: pass tiles=[(rows, columns), ...] for the {len(counts)} images, as the "
@@ -260,15 +256,15 @@ def _tiles_in_a_row(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityM
     for (down, across), count in zip(cuts, counts, strict=True):
         if count not in (down * across, down * across + 1):
             raise ValueError(f"tiles: {down} x {across} is not the {count} tiles of an image")
-        images.append(tile_boxes(down, across, (rows, columns), thumbnail=count > down * across))
-    return _laid_out(inputs, vision, images, "each tile")
+        images.append(_tile_boxes(down, across, (rows, columns), whole=count > down * across))
+    return _laid_out(inputs, (vision, images))
 
 
 def _without_boxes(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """Any other model that marks its image tokens by an id."""
     vision = torch.isin(_ids(inputs), torch.tensor(_image_ids(model.config), device=_ids(inputs).device))
     boxes = torch.full((*vision.shape, 4), torch.nan, device=vision.device)
-    return ModalityMasks(vision, _real(inputs, vision), boxes, torch.where(vision, 0, -1))
+    return ModalityMasks(vision, _real(inputs), boxes, torch.where(vision, 0, -1))
 
 
 # ----------------------------------------------------------------------------------------- words, then the image
@@ -282,17 +278,14 @@ def _side_by_side(
     Parameters
     ----------
     boxes : Tensor, shape (example, vision, 4)
-    real : BoolTensor, shape (example, vision), optional
-        Visual tokens that are not padding.
+    real : Tensor, shape (example, vision), optional
+        True, or 1, at visual tokens that are not padding.
     extra : int
         Tokens in front that belong to neither words nor image (a class token of the fusion).
     """
-    ids = _ids(inputs)
+    ids, words = _ids(inputs), _real(inputs)
     examples, count = boxes.shape[:2]
-    mask = inputs.get("attention_mask")
-    words = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    real = torch.ones(examples, count, dtype=torch.bool) if real is None else real
-    real = real.to(ids.device)
+    real = (torch.ones(examples, count) if real is None else real).to(ids.device).bool()
     image = torch.arange(examples, device=ids.device)[:, None].expand(-1, count)
     nowhere = torch.full((*words.shape, 4), torch.nan, device=ids.device)
 
@@ -312,39 +305,30 @@ def _ours(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     """This package's own: words, then the grid of visual tokens, or regions with their boxes."""
     words, visual = inputs["words"], model.settings.visual
     given = {"input_ids": words, "attention_mask": inputs["word_tokens"]}
-    if not visual.kind.on_grid:
-        seen = model.visual(inputs["images"])
-        return _side_by_side(given, seen.boxes, real=seen.tokens)
-    grid = visual.grid
-    return _side_by_side(given, grid_boxes(grid, grid).expand(len(words), -1, -1))
+    if visual.kind.on_grid:
+        return _side_by_side(given, grid_boxes(visual.grid, visual.grid).expand(len(words), -1, -1))
+    seen = model.visual(inputs["images"])
+    return _side_by_side(given, seen.boxes, real=seen.tokens)
 
 
 def _regions(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """VisualBERT: words, then regions, whose boxes the model does not receive."""
-    features = inputs["visual_embeds"]
-    boxes = torch.full((*features.shape[:2], 4), torch.nan)
-    real = inputs.get("visual_attention_mask")
-    return _side_by_side(inputs, boxes, real=None if real is None else real.bool())
-
-
-def _placed_regions(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """LXMERT: words, then regions with their boxes (`visual_pos`)."""
-    real = inputs.get("visual_attention_mask")
-    return _side_by_side(inputs, inputs["visual_pos"], real=None if real is None else real.bool())
+    """Words, then regions: LXMERT receives their boxes (`visual_pos`), VisualBERT does not."""
+    boxes = inputs.get("visual_pos")
+    if boxes is None:
+        boxes = torch.full((*inputs["visual_embeds"].shape[:2], 4), torch.nan)
+    return _side_by_side(inputs, boxes, real=inputs.get("visual_attention_mask"))
 
 
 def _with_class_token(inputs: Inputs, patch: int) -> Tensor:
     """The tower's class token, with the whole image as its box, then the grid; (example, vision, 4)."""
-    rows, columns = (side // patch for side in _pixels(inputs).shape[-2:])
-    boxes = torch.cat([grid_boxes(1, 1), grid_boxes(rows, columns)])
-    return boxes.expand(len(_pixels(inputs)), -1, -1)
+    examples, _, height, width = inputs["pixel_values"].shape
+    return torch.cat([grid_boxes(1, 1), grid_boxes(height // patch, width // patch)]).expand(examples, -1, -1)
 
 
 def _flava(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     """FLAVA's multimodal encoder: a class token of its own, the image with its class token, the words."""
-    config = model.config
-    boxes = _with_class_token(inputs, config.image_config.patch_size)
-    own = int(config.multimodal_config.use_cls_token)
+    boxes = _with_class_token(inputs, model.config.image_config.patch_size)
+    own = int(model.config.multimodal_config.use_cls_token)
     return _side_by_side(inputs, boxes, image_first=True, extra=own)
 
 
@@ -362,9 +346,11 @@ class ShuffledPatches:
     def __init__(self) -> None:
         self.order: list[tuple[Tensor, Tensor, tuple[int, int]]] = []  # (patch row and column, mask, grid)
 
-    def boxes(self, tokens: int) -> Tensor:
-        """(example, token, 4): nan at the words, the whole image at the class token."""
-        (patches, mask, (rows, columns)), *_ = self.order
+    def boxes(self, tokens: int) -> Tensor | None:
+        """(example, token, 4): nan at the words, the whole image at the class token; None for other models."""
+        if not self.order:
+            return None
+        patches, mask, (rows, columns) = self.order[0]
         size = torch.tensor([columns, rows], device=patches.device)
         corner = patches.flip(-1)  # x, y
         boxes = torch.cat([corner / size, (corner + 1) / size], dim=-1)
@@ -379,22 +365,19 @@ def patches_recorded(model: nn.Module) -> Iterator[ShuffledPatches]:
     """In the block, record the order of ViLT's patches: it draws a new one in every forward, in eval mode too."""
     shuffled = ShuffledPatches()
     changed = [module for module in model.modules() if type(module).__name__ == "ViltEmbeddings"]
+
+    def visual_embed(embed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        features, mask, (patches, grid) = embed(*args, **kwargs)
+        shuffled.order.append((patches, mask, grid))
+        return features, mask, (patches, grid)
+
     for module in changed:
-        module.visual_embed = _recorded(module.visual_embed, shuffled)
+        module.visual_embed = partial(visual_embed, module.visual_embed)
     try:
         yield shuffled
     finally:
         for module in changed:
             del module.visual_embed
-
-
-def _recorded(embed: Callable[..., Any], shuffled: ShuffledPatches) -> Callable[..., Any]:
-    def visual_embed(*args: Any, **kwargs: Any) -> Any:
-        features, mask, (patches, grid) = embed(*args, **kwargs)
-        shuffled.order.append((patches, mask, grid))
-        return features, mask, (patches, grid)
-
-    return visual_embed
 
 
 def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
@@ -403,33 +386,28 @@ def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
         run_model(model, inputs)
     if not shuffled.order:
         raise ValueError(f"{type(model).__name__} embedded no pixel_values: pass `vision` and `tokens` yourself")
-    mask = shuffled.order[0][1].bool()
-    return _side_by_side(inputs, shuffled.boxes(mask.shape[1]), real=mask)
-
-
-def _model_type(model: nn.Module) -> str:
-    settings = getattr(model, "settings", None)
-    return getattr(settings, "architecture", "") or getattr(getattr(model, "config", None), "model_type", "")
+    real = shuffled.order[0][1]
+    return _side_by_side(inputs, shuffled.boxes(real.shape[1]), real=real)
 
 
 Layout = Callable[[nn.Module, Inputs, Tiles], ModalityMasks]
 
 LAYOUTS: dict[str, Layout] = {
     "vpworkbench": _ours,
-    "llava": _whole_grid,
-    "vipllava": _whole_grid,
-    "paligemma": _whole_grid,
+    "llava": partial(_alike, _patch_grid),
+    "vipllava": partial(_alike, _patch_grid),
+    "paligemma": partial(_alike, _patch_grid),
+    "gemma3": partial(_alike, _pooled_grid),
+    "chameleon": partial(_alike, _code_grid),
     "qwen2_vl": _merged_grids,
     "qwen2_5_vl": _merged_grids,
     "qwen3_vl": _merged_grids,
     "idefics3": _written_tiles,
     "smolvlm": _written_tiles,
     "internvl": _tiles_in_a_row,
-    "gemma3": _pooled_grid,
-    "chameleon": _codes,
     "vilt": _vilt,
     "visual_bert": _regions,
-    "lxmert": _placed_regions,
+    "lxmert": _regions,
     "flava": _flava,
     "bridgetower": _bridgetower,
 }

@@ -1,7 +1,4 @@
-"""Do masks follow objects? (paper Fig. 2, counted)
-
-Attention-guided masking hides a picked token together with the tokens that it attends to. Where objects are known, the
-share of hidden tokens on the picked object says how well attention follows objects. Two rulers:
+"""Do masks follow objects? (paper Fig. 2, counted): the share of hidden tokens on the picked token's object.
 
 * `shares_on_objects`: the mask is as large as the picked object, and the pick itself does not count. A rule that
   follows objects perfectly scores 1 whatever their sizes, so rules and models can be compared.
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vpworkbench.stats import Interval, bootstrap_interval, flatten, paired_interval
+from vpworkbench.stats import Interval, bootstrap_interval, paired_interval
 
 ON_OBJECT = 0.2
 """Share of a token's pixels that an object must cover for the token to be on it; 0.5 suits photographs."""
@@ -49,8 +46,6 @@ def objects_of_tokens(object_map: Tensor, grid: int | tuple[int, int], share: fl
     """
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     height, width = object_map.shape[-2:]
-    if object_map.is_floating_point() or object_map.dtype == torch.bool:
-        raise ValueError(f"object_map must hold whole numbers, not {object_map.dtype}")
     if not (0 < rows <= height and 0 < columns <= width):
         raise ValueError(f"{height} x {width} pixels cannot be divided into {rows} x {columns} tokens")
     row = torch.arange(height, device=object_map.device) * rows // height
@@ -67,15 +62,7 @@ def objects_of_tokens(object_map: Tensor, grid: int | tuple[int, int], share: fl
 def objects_of_boxes(object_map: Tensor, boxes: Tensor, share: float = ON_OBJECT) -> Tensor:
     """The object in each box of one image, by the rule of `objects_of_tokens`.
 
-    Parameters
-    ----------
-    object_map : Tensor of whole numbers, shape (height, width)
-    boxes : Tensor, shape (token, 4)
-        x0 y0 x1 y1 as shares of the image.
-
-    Returns
-    -------
-    LongTensor, shape (token,)
+    `object_map` is (height, width), `boxes` are x0 y0 x1 y1 as shares of the image, (token, 4); int64 (token,).
     """
     height, width = object_map.shape
     numbers = int(object_map.max()) + 1
@@ -144,21 +131,13 @@ class ObjectShares:
         """Mean difference between two rules on the same objects."""
         return paired_interval(self.shares[first], self.shares[second], seed)
 
-    def table(self, seed: int = 0) -> list[dict[str, str | float | int]]:
-        """One row for each rule: `rule`, `share`, `share_low`, `share_high`, `objects`."""
-        return [
-            {"rule": rule, **flatten({"share": interval}), "objects": len(self.sizes)}
-            for rule, interval in self.intervals(seed).items()
-        ]
 
-
-def shares_on_objects(
-    rules: Mapping[str, Tensor], objects: Tensor, tokens: Tensor | None = None, *, smallest: int = SMALLEST_OBJECT
-) -> ObjectShares:
+def shares_on_objects(rules: Mapping[str, Tensor], objects: Tensor, tokens: Tensor | None = None) -> ObjectShares:
     """How much of a mask as large as the picked object lies on that object, for several rules.
 
-    Every token of every object of at least `smallest` tokens is picked in turn. On an object of n tokens the mask hides
-    the pick and the n - 1 other tokens with the largest scores; the share is that of those n - 1 on the object.
+    Every token of every object of at least `SMALLEST_OBJECT` tokens is picked in turn. On an object of n tokens the
+    mask hides the pick and the n - 1 other tokens with the largest scores; the share is that of those n - 1 on the
+    object.
 
     Parameters
     ----------
@@ -173,7 +152,7 @@ def shares_on_objects(
     image, pick = (objects > 0).nonzero(as_tuple=True)
     on_object = objects[image] == objects[image, pick, None]  # pick token
     size = on_object.sum(dim=1)
-    kept = size >= smallest
+    kept = size >= SMALLEST_OBJECT
     image, pick, on_object, size = image[kept], pick[kept], on_object[kept], size[kept]
     real = torch.ones_like(objects, dtype=torch.bool) if tokens is None else tokens
     others = real[image].scatter(1, pick[:, None], False)
@@ -217,11 +196,8 @@ class BudgetShares(NamedTuple):
 
 
 def shares_at_budget(masked: Tensor, pick: Tensor, objects: Tensor, *, seed: int = 0) -> BudgetShares:
-    """Share of masked tokens on the picked object for masks of one budget; parameters as for `mask_on_object`."""
-    share, random, largest = (
-        rule(masked, pick, objects).cpu().double().numpy()
-        for rule in (mask_on_object, random_on_object, largest_on_object)
-    )
+    """Means of `mask_on_object` over images, for masks of one budget."""
+    share, random, largest = (part.cpu().double().numpy() for part in mask_on_object(masked, pick, objects))
     left_out = int(np.isnan(share).sum())
     return BudgetShares(
         share=bootstrap_interval(share, seed),
@@ -233,8 +209,16 @@ def shares_at_budget(masked: Tensor, pick: Tensor, objects: Tensor, *, seed: int
     )
 
 
-def mask_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """Share of masked tokens, the picked one included, on the picked token's object.
+class MaskOnObject(NamedTuple):
+    """Shares in [0, 1] of masked tokens, the pick included, on the picked object; (image,), nan if it is background."""
+
+    share: Tensor
+    random: Tensor  # expected if the tokens beside the pick were drawn at random, with the same budget
+    largest: Tensor  # that the budget allows: small objects cannot fill the mask
+
+
+def mask_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> MaskOnObject:
+    """How much of each mask lies on the object of its picked token.
 
     Parameters
     ----------
@@ -243,45 +227,13 @@ def mask_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
     pick : LongTensor, shape (image,)
     objects : LongTensor, shape (image, vision)
         From `objects_of_tokens`.
-
-    Returns
-    -------
-    Tensor, shape (image,)
-        In [0, 1]; nan where the pick is background.
     """
-    picked = _object_of_pick(masked, pick, objects)
-    share = (masked & (objects == picked)).sum(dim=1) / masked.sum(dim=1)
-    return share.masked_fill(picked[:, 0] == 0, torch.nan)
-
-
-def random_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """Expected `mask_on_object` if the tokens beside the pick were drawn at random, with the same budget.
-
-    Exact: the mean of a hypergeometric count.
-    """
-    picked = _object_of_pick(masked, pick, objects)
-    budget, size = masked.sum(dim=1), (objects == picked).sum(dim=1)
-    others = max(masked.shape[1] - 1, 1)
-    share = (1 + (budget - 1) * (size - 1) / others) / budget
-    return share.masked_fill(picked[:, 0] == 0, torch.nan)
-
-
-def largest_on_object(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """The largest `mask_on_object` that the budget allows: small objects cannot fill the mask."""
-    picked = _object_of_pick(masked, pick, objects)
-    budget, size = masked.sum(dim=1), (objects == picked).sum(dim=1)
-    return (size.clamp(max=budget) / budget).masked_fill(picked[:, 0] == 0, torch.nan)
-
-
-def _object_of_pick(masked: Tensor, pick: Tensor, objects: Tensor) -> Tensor:
-    """(image, 1), after checking that the arguments fit together."""
-    if masked.dtype != torch.bool or masked.shape != objects.shape or masked.ndim != 2:
-        raise ValueError(
-            "masked must be bool and objects whole numbers, both (image, vision), not "
-            f"{masked.dtype} {tuple(masked.shape)} and {objects.dtype} {tuple(objects.shape)}"
-        )
-    if pick.shape != masked.shape[:1]:
-        raise ValueError(f"pick must hold one token for each of {len(masked)} images")
     if not masked.gather(1, pick[:, None]).all():
         raise ValueError("the picked token must be masked too: it is part of the budget")
-    return objects.gather(1, pick[:, None])
+    picked = objects.gather(1, pick[:, None])
+    budget, size = masked.sum(dim=1), (objects == picked).sum(dim=1)
+    share = (masked & (objects == picked)).sum(dim=1) / budget
+    # the mean of a hypergeometric count
+    random = (1 + (budget - 1) * (size - 1) / max(masked.shape[1] - 1, 1)) / budget
+    largest = size.clamp(max=budget) / budget
+    return MaskOnObject(*(part.masked_fill(picked[:, 0] == 0, torch.nan) for part in (share, random, largest)))

@@ -8,7 +8,7 @@ restarts of all examples run at once on the products of tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from vpworkbench.probes.formula import Modalities, modalities
 
+RESTARTS = 10
 _ITERATIONS, _TOLERANCE, _TRIALS = 300, 1e-4, 2  # scikit-learn's; 2 + log(k) trials of k-means++
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}  # of examples at a time; small enough for a processor's cache
+# Features and products of examples at a time: small enough for a processor's cache.
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 
 class Clusters(NamedTuple):
@@ -33,14 +35,13 @@ def modality_nmi(
     tokens: Tensor,
     *,
     language: Tensor | None = None,
-    restarts: int = 10,
     seed: int = 0,
     starts: Tensor | None = None,
 ) -> Tensor:
     """NMI between two k-means clusters and the two modalities, per example and layer (paper Fig. 5).
 
-    The best of `restarts` runs of Lloyd's algorithm from k-means++, like scikit-learn's `KMeans(2, n_init=10)`; the
-    same starting centres give the same labels and NMI.
+    The best of 10 runs of Lloyd's algorithm from k-means++, like scikit-learn's `KMeans(2, n_init=10)`; the same
+    starting centres give the same labels and NMI.
 
     Parameters
     ----------
@@ -49,7 +50,6 @@ def modality_nmi(
     vision, tokens : BoolTensor, shape (example, token)
     language : BoolTensor, shape (example, token), optional
         `tokens & ~vision` by default; tokens in neither set are left out.
-    restarts : int
     seed : int
         Seed of the starting centres, which depend neither on the other examples of the batch nor on padding.
     starts : Tensor, shape (layer, example, restart, 2, channel), optional
@@ -58,49 +58,38 @@ def modality_nmi(
     Returns
     -------
     Tensor, shape (example, layer)
-        float64 (float32 on devices without it), in [0, 1]; 1 if the clusters are the modalities. nan, with a warning,
-        for examples with fewer than two tokens or only one modality.
+        float64, in [0, 1]; 1 if the clusters are the modalities. nan, with a warning, for examples with only one
+        modality.
     """
     sets = _checked_sets(hidden_states, vision, tokens, language)
-    labels = [
-        cluster_tokens(
-            hidden,
-            sets.vision | sets.language,
-            restarts=restarts,
-            seed=seed + layer * 1_000_003,
-            starts=None if starts is None else starts[layer],
-        ).labels
-        for layer, hidden in enumerate(hidden_states)
-    ]
-    return torch.stack([_nmi(label, sets) for label in labels], dim=1)
+    counted, found = sets.vision | sets.language, []
+    for layer, hidden in enumerate(hidden_states):
+        given = None if starts is None else starts[layer]
+        found.append(_nmi(cluster_tokens(hidden, counted, seed=seed + layer * 1_000_003, starts=given).labels, sets))
+    return torch.stack(found, dim=1)
 
 
-def cluster_tokens(
-    hidden: Tensor, tokens: Tensor, *, restarts: int = 10, seed: int = 0, starts: Tensor | None = None
-) -> Clusters:
+def cluster_tokens(hidden: Tensor, tokens: Tensor, *, seed: int = 0, starts: Tensor | None = None) -> Clusters:
     """k-means with two clusters on the tokens of each example of one layer.
 
-    Parameters
-    ----------
-    hidden : Tensor, shape (example, token, channel)
-    tokens : BoolTensor, shape (example, token)
-        Tokens to be clustered.
-    starts : Tensor, shape (example, restart, 2, channel), optional
-        Starting centres instead of k-means++.
+    `hidden` is (example, token, channel), `tokens` bool (example, token). `starts`, (example, restart, 2, channel), are
+    starting centres instead of k-means++.
     """
+    examples, length, channels = hidden.shape
+    size = max(1, _CHUNK_BYTES.get(hidden.device.type, 2**28) // (8 * length * (length + channels)))
     parts = []
-    for chunk in _chunks(hidden):
+    for begin in range(0, examples, size):
+        chunk = slice(begin, begin + size)
         real = tokens.to(hidden.device)[chunk]
         centred, mean = _centred(hidden[chunk], real)
-        products = centred @ centred.transpose(1, 2)  # example token token
-        if hidden.device.type != "mps":  # differences of squares below need the digits
-            products = products.double()
+        products = (centred @ centred.transpose(1, 2)).double()  # differences of squares below need the digits
         if starts is None:
-            first = _plus_plus(products, real, restarts, seed)
+            first = _plus_plus(products, real, seed)
         else:
             centres = starts[chunk].to(products) - mean[:, None, None].to(products)
-            first = _from_centres(centred.to(products), centres)
-        parts.append(_lloyd(products, real, first, _TOLERANCE / hidden.shape[-1]))
+            towards = torch.einsum("etc,erkc->etrk", centred.to(products), centres)
+            first = _Centres(towards, centres.square().sum(dim=-1))
+        parts.append(_lloyd(products, real, first, _TOLERANCE / channels))
     return Clusters(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -119,28 +108,23 @@ def modality_pca(
     The sign of each component makes its largest loading positive, as in scikit-learn.
     """
     sets = _checked_sets(hidden_states, vision, tokens, language)
-    layers = [_two_components(hidden, sets.vision | sets.language) for hidden in hidden_states]
-    return PrincipalComponents(*(torch.stack(part, dim=1) for part in zip(*layers, strict=True)))
-
-
-def _two_components(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    real = tokens.to(hidden.device)
-    centred, _ = _centred(hidden, real)
-    left, singular, loadings = torch.linalg.svd(centred, full_matrices=False)
-    left, loadings = left[..., :2], loadings[:, :2]
-    largest = loadings.gather(2, loadings.abs().argmax(dim=2, keepdim=True))[..., 0]
-    coordinates = left * (singular[:, :2] * largest.sign())[:, None]
-    explained = singular[:, :2] ** 2 / (singular**2).sum(dim=1, keepdim=True)
-    return coordinates.masked_fill(~real[..., None], torch.nan), explained
+    coordinates, explained = [], []
+    for hidden in hidden_states:
+        real = (sets.vision | sets.language).to(hidden.device)
+        centred, _ = _centred(hidden, real)
+        left, singular, loadings = torch.linalg.svd(centred, full_matrices=False)
+        left, loadings = left[..., :2], loadings[:, :2]
+        largest = loadings.gather(2, loadings.abs().argmax(dim=2, keepdim=True))[..., 0]
+        both = left * (singular[:, :2] * largest.sign())[:, None]
+        coordinates.append(both.masked_fill(~real[..., None], torch.nan))
+        explained.append(singular[:, :2] ** 2 / (singular**2).sum(dim=1, keepdim=True))
+    return PrincipalComponents(torch.stack(coordinates, dim=1), torch.stack(explained, dim=1))
 
 
 def _checked_sets(
     hidden_states: Sequence[Tensor], vision: Tensor, tokens: Tensor, language: Tensor | None
 ) -> Modalities:
     sets = modalities(vision, tokens, language)
-    counted = sets.vision | sets.language
-    if len(hidden_states) == 0:
-        raise ValueError("hidden_states is empty: pass (example, token, channel) for each layer")
     for layer, hidden in enumerate(hidden_states):
         if hidden.ndim != 3 or hidden.shape[:2] != vision.shape:
             raise ValueError(
@@ -148,26 +132,17 @@ def _checked_sets(
                 "(example, token, channel) and (example, token)"
             )
         total = hidden.sum(dim=2, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        broken = ~total.isfinite() & counted.to(hidden.device)
+        broken = ~total.isfinite() & (sets.vision | sets.language).to(hidden.device)
         if broken.any():
             examples = broken.any(dim=1).nonzero().flatten().tolist()
             raise ValueError(f"hidden_states[{layer}] holds nan or infinity in examples {examples}")
-    undefined = sets.one_sided | (counted.sum(dim=1) < 2)
-    if undefined.any():
+    if sets.one_sided.any():
         warnings.warn(
-            f"{int(undefined.sum())} of {len(undefined)} examples have fewer than two tokens or only one modality "
-            f"(examples {undefined.nonzero().flatten().tolist()}): their NMI is nan",
+            f"{int(sets.one_sided.sum())} of {len(vision)} examples lack a modality "
+            f"(examples {sets.one_sided.nonzero().flatten().tolist()}): their NMI is nan",
             stacklevel=3,
         )
     return sets
-
-
-def _chunks(hidden: Tensor) -> Iterator[slice]:
-    """Slices of examples whose features and products fit into `_CHUNK_BYTES`."""
-    examples, tokens, channels = hidden.shape
-    budget = _CHUNK_BYTES.get(hidden.device.type, 2**28)
-    size = max(1, budget // (8 * tokens * (tokens + channels)))
-    return (slice(start, start + size) for start in range(0, examples, size))
 
 
 def _centred(hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,24 +164,18 @@ class _Centres(NamedTuple):
     square: Tensor  # (example, restart, 2) squared length
 
 
-def _from_centres(centred: Tensor, centres: Tensor) -> _Centres:
-    """centres : Tensor, shape (example, restart, 2, channel), in the centred coordinates."""
-    towards = torch.einsum("etc,erkc->etrk", centred, centres)
-    return _Centres(towards, centres.square().sum(dim=-1))
-
-
-def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Centres:
+def _plus_plus(products: Tensor, real: Tensor, seed: int) -> _Centres:
     """Greedy k-means++ as in scikit-learn: of two candidates for the second centre, the one that leaves less inertia.
 
     All examples share the uniform draws, so that position in the batch and padding do not matter.
     """
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(restarts, 1 + _TRIALS, generator=generator, dtype=torch.float64).to(products)
+    draws = torch.rand(RESTARTS, 1 + _TRIALS, generator=generator, dtype=torch.float64).to(products)
     square = products.diagonal(dim1=1, dim2=2)  # example token
     count = real.sum(dim=1)
     order = (~real).long().argsort(dim=1, stable=True)  # real tokens first
     # The first centres are spread over the tokens: restarts that start alike would end alike.
-    spread = (torch.arange(restarts).to(draws) + draws[:, 0]) / restarts
+    spread = (torch.arange(RESTARTS).to(draws) + draws[:, 0]) / RESTARTS
     nth = (spread * count[:, None]).long().clamp(max=real.shape[1] - 1)
     first = order.gather(1, nth)  # example restart
 
@@ -224,8 +193,8 @@ def _plus_plus(products: Tensor, real: Tensor, restarts: int, seed: int) -> _Cen
     best = torch.stack(left, dim=-1).argmin(dim=-1, keepdim=True)
     picked = torch.cat([first[..., None], candidates.gather(2, best)], dim=-1)  # example restart 2
     index = picked.flatten(1)[:, None].expand(-1, real.shape[1], -1)
-    towards = products.gather(2, index).unflatten(2, (restarts, 2))
-    return _Centres(towards, square.gather(1, picked.flatten(1)).unflatten(1, (restarts, 2)))
+    towards = products.gather(2, index).unflatten(2, (RESTARTS, 2))
+    return _Centres(towards, square.gather(1, picked.flatten(1)).unflatten(1, (RESTARTS, 2)))
 
 
 class _Means(NamedTuple):
@@ -238,6 +207,20 @@ class _Means(NamedTuple):
     square: Tensor  # (example, restart) squared length of that sum
     share: Tensor  # (example, restart, 2) 1 / size of each cluster
 
+    def as_centres(self) -> _Centres:
+        signed = self.share * self.share.new_tensor([-1.0, 1.0])
+        return _Centres(self.towards[..., None] * signed[:, None], self.square[..., None] * signed**2)
+
+
+class _Unsettled(NamedTuple):
+    """The examples with a restart still running, and their tokens."""
+
+    example: Tensor  # (example,) number in the chunk
+    products: Tensor  # (example, token, token)
+    real: Tensor  # (example, token)
+    square: Tensor  # (example, token)
+    limit: Tensor  # (example, 1)
+
 
 def _lloyd(products: Tensor, real: Tensor, starts: _Centres, scale: float) -> Clusters:
     """Lloyd's algorithm for all restarts of all examples at once, with scikit-learn's rules.
@@ -246,50 +229,31 @@ def _lloyd(products: Tensor, real: Tensor, starts: _Centres, scale: float) -> Cl
     """
     square = products.diagonal(dim1=1, dim2=2)  # example token
     limit = (scale * square.sum(dim=1) / real.sum(dim=1).clamp(min=1))[:, None]
-    members = _without_empty(_nearest(starts, real), real, square, starts)
+    away = starts.square[:, None] - 2 * starts.towards  # squared distance minus the token's squared length
+    members = _without_empty((away[..., 1] < away[..., 0]) & real[..., None], real, square, lambda: starts)
     means = done = _means(products, real, members)
     running = _first_shift(starts, means, real, members) > limit  # example restart
-    unsettled = torch.arange(len(real), device=real.device)  # examples with a restart still running
-    state = _State(products, real, square, limit, members, running)
+    left = _Unsettled(torch.arange(len(real), device=real.device), products, real, square, limit)
     for _ in range(_ITERATIONS - 1):
-        keep = state.running.any(dim=1)
+        keep = running.any(dim=1)
         if not keep.any():
             break
-        if 2 * int(keep.sum()) <= len(unsettled):  # otherwise the copy costs more than it saves
-            done = _with_rows(done, unsettled, means)
-            unsettled, means = unsettled[keep], _Means(*(part[keep] for part in means))
-            state = _State(*(part[keep] for part in state))
-        means, state = _step(means, state)
-    return _best(_with_rows(done, unsettled, means), real, square)
-
-
-class _State(NamedTuple):
-    """The inputs of a step of Lloyd's algorithm, for the examples that have not settled."""
-
-    products: Tensor  # (example, token, token)
-    real: Tensor  # (example, token)
-    square: Tensor  # (example, token)
-    limit: Tensor  # (example, 1)
-    members: Tensor  # (example, token, restart) bool: cluster 1
-    running: Tensor  # (example, restart) bool
-
-
-def _step(means: _Means, state: _State) -> tuple[_Means, _State]:
-    products, real, square, limit, members, running = state
-    assigned = _nearer(means, real)
-    count = assigned.sum(dim=1)
-    if ((count == 0) | (count == real.sum(dim=1, keepdim=True))).any():
-        assigned = _without_empty(assigned, real, square, _as_centres(means))
-    moved = _means(products, real, assigned)
-    changed = (assigned != members).any(dim=1)
-    still = running & changed & (_shift(means, moved, assigned) > limit)
-    # a restart that has stopped keeps its means while others run
-    means = _Means(
-        torch.where(running[:, None], moved.towards, means.towards),
-        torch.where(running, moved.square, means.square),
-        torch.where(running[..., None], moved.share, means.share),
-    )
-    return means, state._replace(members=assigned, running=still)
+        if 2 * int(keep.sum()) <= len(keep):  # otherwise the copy costs more than it saves
+            done = _with_rows(done, left.example, means)
+            left, means = _Unsettled(*(part[keep] for part in left)), _Means(*(part[keep] for part in means))
+            members, running = members[keep], running[keep]
+        assigned = _without_empty(_nearer(means, left.real), left.real, left.square, means.as_centres)
+        moved = _means(left.products, left.real, assigned)
+        changed = (assigned != members).any(dim=1)
+        still = running & changed & (_shift(means, moved, assigned) > left.limit)
+        # a restart that has stopped keeps its means while others run
+        means = _Means(
+            torch.where(running[:, None], moved.towards, means.towards),
+            torch.where(running, moved.square, means.square),
+            torch.where(running[..., None], moved.share, means.share),
+        )
+        members, running = assigned, still
+    return _best(_with_rows(done, left.example, means), real, square)
 
 
 def _with_rows(done: _Means, examples: Tensor, means: _Means) -> _Means:
@@ -297,25 +261,19 @@ def _with_rows(done: _Means, examples: Tensor, means: _Means) -> _Means:
     return _Means(*(old.index_copy(0, examples, new) for old, new in zip(done, means, strict=True)))
 
 
-def _nearest(centres: _Centres, real: Tensor) -> Tensor:
-    """(example, token, restart) bool: True where the second centre is strictly nearer."""
-    away = centres.square[:, None] - 2 * centres.towards  # squared distance minus the token's squared length
-    return (away[..., 1] < away[..., 0]) & real[..., None]
-
-
 def _nearer(means: _Means, real: Tensor) -> Tensor:
-    """As `_nearest`, with both distances reduced to one comparison."""
+    """(example, token, restart) bool: True where mean 1 is strictly nearer; both distances in one comparison."""
     threshold = means.square * (means.share[..., 1] - means.share[..., 0]) / 2
     return (means.towards > threshold[:, None]) & real[..., None]
 
 
-def _without_empty(assigned: Tensor, real: Tensor, square: Tensor, centres: _Centres) -> Tensor:
+def _without_empty(assigned: Tensor, real: Tensor, square: Tensor, centres: Callable[[], _Centres]) -> Tensor:
     """Members of cluster 1; an empty cluster takes the token farthest from its centre."""
     count = assigned.sum(dim=1)  # example restart
     empty = (count == 0) | (count == real.sum(dim=1, keepdim=True))
     if not empty.any():
         return assigned
-    away = _distances(assigned, real, square, centres)
+    away = _distances(assigned, real, square, centres())
     farthest = away.argmax(dim=1, keepdim=True)
     swapped = assigned.scatter(1, farthest, ~assigned.gather(1, farthest))
     pointless = (away.amax(dim=1) <= 0) | (real.sum(dim=1, keepdim=True) < 2)
@@ -330,16 +288,11 @@ def _means(products: Tensor, real: Tensor, members: Tensor) -> _Means:
     return _Means(towards, (one * towards).sum(dim=1), 1 / sizes.clamp(min=1))
 
 
-def _as_centres(means: _Means) -> _Centres:
-    signed = means.share * means.share.new_tensor([-1.0, 1.0])
-    return _Centres(means.towards[..., None] * signed[:, None], means.square[..., None] * signed**2)
-
-
 def _first_shift(old: _Centres, new: _Means, real: Tensor, members: Tensor) -> Tensor:
     """(example, restart): squared distance from the starts to the means of `members`."""
     clusters = torch.stack([real[..., None] & ~members, members], dim=-1).to(old.towards)
     between = (clusters * old.towards).sum(dim=1) * new.share
-    return (_as_centres(new).square - 2 * between + old.square).sum(dim=-1)
+    return (new.as_centres().square - 2 * between + old.square).sum(dim=-1)
 
 
 def _shift(old: _Means, new: _Means, members: Tensor) -> Tensor:
@@ -361,7 +314,7 @@ def _distances(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) 
 
 def _best(means: _Means, real: Tensor, square: Tensor) -> Clusters:
     labels = _nearer(means, real)
-    inertia = _distances(labels, real, square, _as_centres(means)).sum(dim=1)  # example restart
+    inertia = _distances(labels, real, square, means.as_centres()).sum(dim=1)  # example restart
     best = inertia.argmin(dim=1, keepdim=True)
     index = best[:, None].expand(-1, labels.shape[1], -1)
     chosen = labels.gather(2, index)[..., 0].long().masked_fill(~real, -1)
@@ -370,16 +323,13 @@ def _best(means: _Means, real: Tensor, square: Tensor) -> Clusters:
 
 def _nmi(labels: Tensor, sets: Modalities) -> Tensor:
     """NMI of clusters and modalities, arithmetic mean of the entropies; (example,)."""
-    modality = torch.stack([sets.language, sets.vision], dim=-1).to(labels.device)
-    cluster = torch.stack([labels == 0, labels == 1], dim=-1)
-    dtype = torch.float32 if labels.device.type == "mps" else torch.float64
-    joint = torch.einsum("etm,etc->emc", modality.to(dtype), cluster.to(dtype))
+    modality = sets.indicators(torch.float64).to(labels.device)
+    cluster = torch.stack([labels == 0, labels == 1], dim=-1).double()
+    joint = torch.einsum("etm,etc->emc", modality, cluster)
     joint = joint / joint.sum(dim=(1, 2), keepdim=True)
-    by_modality, by_cluster = joint.sum(dim=2), joint.sum(dim=1)
-    entropies = _entropy(by_modality) + _entropy(by_cluster)
+    entropies = _entropy(joint.sum(dim=2)) + _entropy(joint.sum(dim=1))
     shared = (entropies - _entropy(joint.flatten(1))).clamp(min=0)
-    undefined = sets.one_sided | (sets.vision | sets.language).sum(dim=1).lt(2)
-    return (2 * shared / entropies).masked_fill(undefined.to(labels.device), torch.nan)
+    return (2 * shared / entropies).masked_fill(sets.one_sided.to(labels.device), torch.nan)
 
 
 def _entropy(share: Tensor) -> Tensor:
