@@ -33,7 +33,7 @@ def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- bootstrap over samples
 
 
-def bootstrap_interval(values: ArrayLike, seed: int = 0) -> Interval:
+def bootstrap_interval(values: ArrayLike, seed: int = 0, *, resamples: int = RESAMPLES) -> Interval:
     """Percentile bootstrap of the mean over samples.
 
     Parameters
@@ -50,7 +50,7 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0) -> Interval:
     present = ~np.isnan(flat)
     filled = np.where(present, flat, 0.0)
     generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=RESAMPLES)
+    counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=resamples)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (counts @ filled) / (counts @ present)  # resample position
         mean = filled.sum(axis=0) / present.sum(axis=0)
