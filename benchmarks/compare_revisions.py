@@ -57,6 +57,8 @@ RENAMED_SETTINGS: dict[str, str] = {}
 """Old key -> new key of a setting, both dotted, such as `data.workers`."""
 ON_OBJECT = "a token is on an object that covers a fifth of its pixels"
 INTENDED: dict[str, str] = {
+    "settings/FamilyRunsSettings*/steps": "without runs, 08_families shows the committed ones and trains nothing",
+    "settings/FamilyRunsSettings*/images": "without runs, 08_families shows the committed ones and probes nothing",
     "figures/*/words": "titles, axis labels and descriptions of figures are in plain English",
     "model/example taken apart*": ON_OBJECT,
     "probes/mask shares*": ON_OBJECT,
@@ -99,7 +101,7 @@ def scenes(place: Place) -> Results:
     """Every file of two small sets of generated scenes: images, object masks and all texts."""
     for difficulty, counts in (("easy", (24, 8, 8)), ("hard", (8, 4, 4))):
         wanted = found("SceneSettings")(**dict(zip(SCENES, counts, strict=True)), difficulty=difficulty, seed=5)
-        folder = found("write_scenes")(place.scratch / difficulty, wanted, processes=1, progress=False)
+        folder = found("write_scenes")(place.scratch / difficulty, wanted, processes=1)
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             yield f"{difficulty}/{file.relative_to(folder)}", file.read_bytes()
 
@@ -424,7 +426,7 @@ def region_files(place: Place) -> str:
     """Features of the true boxes of the same scenes, by a network trained for three steps."""
     few, length = found("SceneSettings")(**SCENES), found("TrainSettings")(steps=3, images=16)
     wanted = found("RegionSettings")(seed=SEED, scenes=few, train=length, workers=0)
-    found("make_regions")(place.scratch / "regions", wanted, progress=False)
+    found("make_regions")(place.scratch / "regions", wanted)
     return str(place.scratch / "regions")
 
 

@@ -66,7 +66,7 @@ def run(runs_folder: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def scenes_folder(scratch: Path) -> Path:
-    return write_scenes(scratch / "scenes", SCENES, progress=False)
+    return write_scenes(scratch / "scenes", SCENES)
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def test_files_do_not_depend_on_the_number_of_processes(folder: Path, tmp_path: 
 
 
 def test_a_smaller_set_is_the_beginning_of_a_larger_one(folder: Path, tmp_path: Path):
-    few = write_scenes(tmp_path / "few", SMALL.model_copy(update={"images": 10}), progress=False)
+    few = write_scenes(tmp_path / "few", SMALL.model_copy(update={"images": 10}))
     of_train = [entry for entry in images_of(folder) if entry["split"] == "train"]
     assert [e for e in images_of(few) if e["split"] == "train"] == of_train[:10]
     with zipfile.ZipFile(few / "images.zip") as a, zipfile.ZipFile(folder / "images.zip") as b:
@@ -205,7 +205,7 @@ def test_five_hundred_images_a_second(tmp_path: Path):
     """On two cores that are free; other work on them makes this fail."""
     settings = SceneSettings(images=4000, val=0, test=0)
     start = time.perf_counter()
-    write_scenes(tmp_path / "scenes", settings, processes=2, progress=False)
+    write_scenes(tmp_path / "scenes", settings, processes=2)
     speed = 4000 / (time.perf_counter() - start)
     print(f"{speed:.0f} images/s with load {os.getloadavg()[0]:.1f}")
     assert speed >= 500

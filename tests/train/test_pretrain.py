@@ -149,9 +149,7 @@ def test_the_shipped_model_has_learnt_to_look():
     """Fresh held-out scenes: lower 95% bounds of ITM accuracy >= 0.90 and of the MLM ratio >= 4."""
     model, settings = load_run()
     scenes = SceneSettings(**settings.data.scenes.model_dump() | {"images": 2, "val": 192, "test": 2, "seed": 1_000})
-    pictures = [
-        p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes, progress=False)) if p.split == "val"
-    ]
+    pictures = [p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes)) if p.split == "val"]
     result = evaluate(model, pictures, settings.data, scored=ATTRIBUTE_WORDS)
     print(result)
     assert result.itm_accuracy.low >= 0.90 and result.mlm_ratio.low >= 4

@@ -42,7 +42,7 @@ def settings(source: str = "scenes", **changes: object) -> RegionSettings:
 @pytest.fixture(scope="module")
 def regions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "regions"
-    make_regions(folder, settings(), progress=False)
+    make_regions(folder, settings())
     return folder
 
 
@@ -61,18 +61,18 @@ def test_every_image_has_its_true_boxes_and_the_pairs_too(regions, scenes):
 
 def test_the_same_call_keeps_what_is_there_and_mends_the_rest(regions, tmp_path):
     again = tmp_path / "again"
-    make_regions(again, settings(), progress=False)
+    make_regions(again, settings())
     files = sorted(path.relative_to(regions) for path in regions.rglob("*.npz"))
     assert [(again / file).read_bytes() for file in files] == [(regions / file).read_bytes() for file in files]
     lost, kept = again / files[3], again / files[5]
     content, written = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
     (again / "summary.json").unlink()
-    make_regions(again, settings(), progress=False)
+    make_regions(again, settings())
     assert lost.read_bytes() == content and kept.stat().st_mtime_ns == written
     assert not list(again.rglob(".*.npz")) and (again / "summary.json").exists()
     with pytest.raises(SettingsError, match="width: 16 there, 24 now"):
-        make_regions(again, settings(width=24), progress=False)
+        make_regions(again, settings(width=24))
 
 
 def few_steps(regions: Path) -> PretrainSettings:
@@ -88,7 +88,7 @@ def test_they_train_a_model_by_their_folder_alone(regions):
 
 
 def test_regions_of_other_scenes_are_refused(regions, tmp_path):
-    other = read_pictures(write_scenes(tmp_path / "other", SCENES.model_copy(update={"seed": 5}), progress=False))
+    other = read_pictures(write_scenes(tmp_path / "other", SCENES.model_copy(update={"seed": 5})))
     files = input_of(pretrain_settings(visual="regions", regions=str(regions)).visual)
     with pytest.raises(DataError, match="regions of other scenes .*'seed': 0.* than .*train-000000.png .*'seed': 5"):
         files.check([picture.image for picture in other])
@@ -104,7 +104,7 @@ def test_regions_of_other_scenes_are_refused(regions, tmp_path):
         subjects.load(str(run)).prepare(other[:1], ["a ball"])
     with pytest.raises(DataError, match="regions of other scenes"):
         subjects.load(str(run), regions=str(regions)).prepare(other[:1], ["a ball"])
-    make_regions(tmp_path / "theirs", settings(scenes=SCENES.model_copy(update={"seed": 5})), progress=False)
+    make_regions(tmp_path / "theirs", settings(scenes=SCENES.model_copy(update={"seed": 5})))
     subject = subjects.load(str(run), regions=str(tmp_path / "theirs"))
     assert subject.prepare(other[:1], ["a ball"]).vision.sum() == min(3, len(other[0].scene.things))
 
@@ -165,10 +165,10 @@ def test_a_set_without_true_boxes_is_one_clear_error(tmp_path, capsys):
     (tmp_path / "mine.csv").write_text("image,text\na.png,a dog\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match="a.png: its true boxes are not known.*detector"):
-        make_regions(tmp_path / "out", settings(str(tmp_path)), progress=False)
+        make_regions(tmp_path / "out", settings(str(tmp_path)))
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileExistsError, match="holds no regions"):
-        make_regions(tmp_path, settings(), progress=False)
+        make_regions(tmp_path, settings())
     with pytest.raises(SystemExit) as stopped:
         main(["regions", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--images", "8"])
     assert stopped.value.code == 2 and "no such file or folder" in capsys.readouterr().err
@@ -179,23 +179,23 @@ def test_regions_of_nlvr1_come_from_its_folder(tmp_path):
     few = {"train": TrainSettings(epochs=1, images=60)}
     place = nlvr1(tmp_path / "set").parent
     with pytest.raises(DataError, match=r"dev-7-0-0.png: .* px, but something is drawn at .* restore it"):
-        make_regions(tmp_path / "small", settings(str(place), **few), progress=False)
+        make_regions(tmp_path / "small", settings(str(place), **few))
     for file in place.rglob("*.png"):
         Image.new("RGB", (400, 100), "white").save(file)
-    made = make_regions(tmp_path / "made", settings(str(place), **few), progress=False)
+    made = make_regions(tmp_path / "made", settings(str(place), **few))
     assert made["images"] == 12 and made["regions"] == 1
     for order, x in enumerate((10, 10, 160, 310, 160, 310)):  # where the first box stands
         found = read_npz(tmp_path / "made" / "2" / f"dev-7-1-{order}.npz")
         np.testing.assert_allclose(found.boxes * [400, 100, 400, 100], [[x, 10, x + 20, 30]], atol=1e-3)
     nothing = nlvr1(tmp_path / "nothing", {"structured_rep": [[], [], []]}).parent
     with pytest.raises(DataError, match="dev-7-1-0.png: nothing is drawn there"):
-        make_regions(tmp_path / "none", settings(str(nothing), **few), progress=False)
+        make_regions(tmp_path / "none", settings(str(nothing), **few))
     assert not (tmp_path / "none").exists()
 
 
 def test_a_feature_may_have_any_width(tmp_path):
     made = settings(width=12, train=TrainSettings(epochs=1, images=60))
-    make_regions(tmp_path / "made", made, progress=False)
+    make_regions(tmp_path / "made", made)
     assert read_npz(next((tmp_path / "made").rglob("train-*.npz"))).features.shape[1] == 12
 
 

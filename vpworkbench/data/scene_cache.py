@@ -21,6 +21,6 @@ def scenes_folder(settings: SceneSettings) -> Path:
     return cache_root() / f"scenes-{settings.image_px}px-{settings.difficulty}-{digest}"
 
 
-def cached_scenes(settings: SceneSettings, *, progress: bool = True) -> Path:
+def cached_scenes(settings: SceneSettings) -> Path:
     """The folder of generated scenes; they are made first if they are not there yet."""
-    return write_scenes(scenes_folder(settings), settings, progress=progress)
+    return write_scenes(scenes_folder(settings), settings)

@@ -19,17 +19,9 @@ COLUMNS = ["notebook", "name", "complete", "seed", "folder"]
 def find_runs(notebook: str = "", where: str = "", *, gallery: bool = False) -> pd.DataFrame:
     """All runs, one row each, indexed by name: `notebook`, `complete`, `seed`, the summary's values, `folder`.
 
-    A run that cannot be read keeps its row, with the reason in the column `fault`.
-
-    Parameters
-    ----------
-    notebook : str
-        Only runs of this notebook; empty: all.
-    where : str
-        A condition on results and settings, in the syntax of `DataFrame.eval`. In the names of settings underscores
-        replace dots, e.g. `itm_accuracy > 0.9 and mask_mode == "attention"`.
-    gallery : bool
-        Include the committed examples.
+    A run that cannot be read keeps its row, with the reason in the column `fault`. `where` is a condition on results
+    and settings in the syntax of `DataFrame.eval`; in the names of settings underscores replace dots, such as
+    `itm_accuracy > 0.9 and mask_mode == "attention"`. `gallery` includes the committed examples.
     """
     folders = [config.parent for config in sorted(runs_root().glob("*/*/config.json"))]
     folders = [folder for folder in folders if folder.parent.name != GALLERY]

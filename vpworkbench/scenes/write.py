@@ -42,7 +42,7 @@ GROUP = 4  # images that share two statements, as two pairs
 PART = 16 * GROUP  # images that a process makes at a time
 
 
-def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None = None, progress: bool = True) -> Path:
+def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None = None) -> Path:
     """Write a data set of scenes, either complete or not at all.
 
     If `folder` holds these very settings already, nothing is done. The files do not depend on the number of processes
@@ -67,7 +67,7 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     try:
         with draft(folder) as unfinished:
             unfinished.mkdir()
-            _write_all(unfinished, settings, processes, progress)
+            _write_all(unfinished, settings, processes)
     except OSError as error:
         if not _is_written(folder, settings):  # else another process was faster, with the same files
             raise OSError(
@@ -222,7 +222,7 @@ def _end_with_parent() -> None:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _write_all(folder: Path, settings: SceneSettings, processes: int | None, progress: bool) -> None:
+def _write_all(folder: Path, settings: SceneSettings, processes: int | None) -> None:
     """Images as they are made; the texts, which are small, at the end."""
     counts = {"train": settings.images, "val": settings.val, "test": settings.test}
     tasks = [
@@ -238,7 +238,7 @@ def _write_all(folder: Path, settings: SceneSettings, processes: int | None, pro
             name: stack.enter_context(zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED))
             for name in (IMAGES, OBJECT_MAPS, PAIR_IMAGES)
         }
-        bar = stack.enter_context(tqdm(total=sum(counts.values()), unit=" images", delay=2, disable=not progress))
+        bar = stack.enter_context(tqdm(total=sum(counts.values()), unit=" images", delay=2))
         for part in stack.enter_context(closing(_parts(tasks, min(processes or cores, len(tasks))))):
             for name, images in part.images.items():
                 for image, png in images:

@@ -88,15 +88,12 @@ def absolute_path(value: Any) -> Any:
     return os.path.abspath(path) if os.path.exists(path) else value
 
 
-def absolute_unless_name(value: Any) -> Any:
-    """As `absolute_path`, but a bare word stays: `scenes` names a data set even beside a folder `scenes`."""
-    return absolute_path(value) if isinstance(value, str) and re.search(r"[/\\]", value) else value
-
-
 LocalPath = Annotated[str, BeforeValidator(absolute_path)]
 """A path."""
-PathOrName = Annotated[str, BeforeValidator(absolute_unless_name)]
-"""A path, or the name of something shipped, installed or cached."""
+PathOrName = Annotated[
+    str, BeforeValidator(lambda value: absolute_path(value) if re.search(r"[/\\]", str(value)) else value)
+]
+"""A path, or the name of something shipped, installed or cached: `scenes` is a set even beside a folder `scenes`."""
 PathsOrNames = Annotated[
     tuple[PathOrName, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
 ]

@@ -37,7 +37,7 @@ MARGIN = 0.1
 KINDS = {"colour": tuple(COLOURS), "shape": (*SHAPES, COVERED), "material": MATERIALS}
 
 
-def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = True) -> dict[str, float]:
+def make_regions(folder: Path, settings: RegionSettings) -> dict[str, float]:
     """Train the CNN and write one npz for each image; a repeated call keeps existing files and makes the others.
 
     `folder` is a run folder: `config.json` comes first, then `checkpoint/`, and `summary.json` last. Give its path to
@@ -53,7 +53,7 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise FileExistsError(f"{folder} exists and holds no regions; choose another folder")
     run = open_folder(folder, "regions", settings)
-    written = cached_scenes(settings.scenes, progress=progress)
+    written = cached_scenes(settings.scenes)
     scenes = read_pictures(written)
     place, pictures = (Path(settings.source), given) if given else (written, scenes)
     counts = counts or [len(true_boxes(picture)) for picture in scenes]
@@ -62,7 +62,7 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
     training, held_out = ([one for one in scenes if one.split == split] for split in ("train", "val"))
     model, read = RegionNetwork(settings), partial(labelled_crops, crop_px=settings.crop_px)
     train_labels(model, training, read, run, settings, what="training the region network")
-    write_features(folder, model, pictures, settings.crop_px, progress=progress)
+    write_features(folder, model, pictures, settings.crop_px)
     for copy, original in pair_sources(place).items():  # images of statements on pairs have names of their own
         if not (target := _npz(folder, copy)).exists():
             with draft(target, durable=False) as file:
@@ -74,12 +74,10 @@ def make_regions(folder: Path, settings: RegionSettings, *, progress: bool = Tru
 
 
 @torch.no_grad()
-def write_features(
-    folder: Path, model: RegionNetwork, pictures: Sequence[Picture], crop_px: int, *, progress: bool = True
-) -> None:
+def write_features(folder: Path, model: RegionNetwork, pictures: Sequence[Picture], crop_px: int) -> None:
     """Write one npz for each image that has none; in fixed parts, so that a repeated call writes equal bytes."""
     device = next(model.eval().parameters()).device
-    with tqdm(total=len(pictures), desc="writing regions", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(pictures), desc="writing regions", unit="image") as bar:
         for start in range(0, len(pictures), AT_ONCE):
             part = pictures[start : start + AT_ONCE]
             bar.update(len(part))
