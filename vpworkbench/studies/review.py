@@ -36,8 +36,6 @@ def review(
         examples, predicted, scores = _searches(examples, result)
     else:
         predicted, scores = result.predicted, result.scores
-    if len(examples) != len(scores):
-        raise ValueError(f"{len(scores)} scores for {len(examples)} examples")
     scored = list(zip(examples, map(float, scores), strict=True))
     right = [(example, score) for example, score in scored if score >= 0.5]
     wrong = [(example, score) for example, score in scored if score < 0.5]
