@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
-from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head, with_vision
+from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, streams_of
 from vpworkbench.probes.layouts import patches_recorded
 
@@ -125,7 +125,6 @@ def inter_modality_flow(
     rows, columns = _positions(rows, sets, "rows"), _positions(columns, sets, "columns")
     with patches_recorded(model) as shuffled:
         recorder = recorded_pass(model, inputs, sets, layers, rows=rows, columns=columns, starts=starts)
-    recorder.raise_if_undefined()
     return recorder.result(shuffled.boxes(vision.shape[1]))
 
 
@@ -212,28 +211,13 @@ class FlowRecorder:
         return output
 
     def result(self, boxes: Tensor | None) -> InterModalityFlow:
-        """What was recorded in the pass."""
-        rows, columns = self.rows, self.columns
-        return InterModalityFlow(
-            text_to_vision=self._triangle([to_vision for to_vision, _ in self.crossed]),
-            vision_to_text=self._triangle([to_text for _, to_text in self.crossed]),
-            null=self._triangle(self.null),
-            per_head=torch.stack(self.heads, dim=1),
-            layers=tuple(self.choice.names),
-            rows=None if rows is None else torch.stack(rows.weights, dim=1),
-            columns=None if columns is None else torch.stack(columns.weights, dim=1),
-            rows_from_input=None if rows is None else rows.from_input(),
-            columns_from_input=None if columns is None else torch.stack(columns.from_input, dim=1),
-            boxes=boxes,
-        )
-
-    def raise_if_undefined(self) -> None:
-        """Refuse examples in which the modalities never meet, or attention is nan."""
-        apart = self._triangle(self.null).nan_to_num().amax(dim=(1, 2)) == 0
-        if apart.any():
+        """What was recorded in the pass; refuses examples in which the modalities never meet, or attention is nan."""
+        null, rows, columns = self._triangle(self.null), self.rows, self.columns
+        apart = (null.nan_to_num().amax(dim=(1, 2)) == 0).nonzero().flatten().tolist()
+        if apart:
             raise ValueError(
-                f"in examples {apart.nonzero().flatten().tolist()} the mask never lets one modality attend to the "
-                "other: nothing can flow between them"
+                f"in examples {apart} the mask never lets one modality attend to the other: nothing can flow between "
+                "them"
             )
         for name, heads in zip(self.choice.names, self.heads, strict=True):
             broken = heads.isnan().any(dim=1).nonzero().flatten().tolist()
@@ -242,6 +226,18 @@ class FlowRecorder:
                     f"attention is nan in {name} (examples {broken}): the model's hidden states are nan there, or a "
                     "real token can attend to nothing"
                 )
+        return InterModalityFlow(
+            text_to_vision=self._triangle([to_vision for to_vision, _ in self.crossed]),
+            vision_to_text=self._triangle([to_text for _, to_text in self.crossed]),
+            null=null,
+            per_head=torch.stack(self.heads, dim=1),
+            layers=tuple(self.choice.names),
+            rows=None if rows is None else torch.stack(rows.weights, dim=1),
+            columns=None if columns is None else torch.stack(columns.weights, dim=1),
+            rows_from_input=None if rows is None else rows.from_input(),
+            columns_from_input=None if columns is None else torch.stack(columns.from_input, dim=1),
+            boxes=boxes,
+        )
 
     def _triangle(self, by_stop: list[Tensor]) -> Tensor:
         """(example, start) for each last layer -> (example, layer, layer)."""
@@ -302,9 +298,9 @@ class FlowRecorder:
 
     def _close_layer(self) -> None:
         self._ends_in, self._ends_in_uniform = self._after, self._after_uniform
-        self.heads.append(crossing_by_head(with_vision(self._within), self.sets))
-        self.crossed.append(crossing(with_vision(self._by_span(self._ends_in)), self.sets))
-        self.null.append(sum(crossing(with_vision(self._by_span(self._ends_in_uniform)), self.sets)))
+        self.heads.append(crossing_by_head(self._within, self.sets))
+        self.crossed.append(crossing(self._by_span(self._ends_in), self.sets))
+        self.null.append(sum(crossing(self._by_span(self._ends_in_uniform), self.sets)))
 
     def _by_span(self, columns: Tensor) -> Tensor:
         return columns.unflatten(-1, (-1, 2 if self._two_sets else 1))
@@ -383,16 +379,9 @@ class PickedRows:
         for call, block in reversed(layer):
             share[block.queries] /= 2
             weighed = rows[:, :, block.queries] * share[block.queries]
-            product[:, :, block.keys] += _rows_times_attention(weighed, call)
+            examples, queries, keys = call.lengths
+            size = max(1, 2**24 // (examples * call.query.shape[1] * keys))  # at most 2^24 weights at a time
+            for some in torch.arange(queries, device=rows.device).split(size):
+                weights = call.weights(some.expand(examples, -1)).mean(dim=1)  # example some key
+                product[:, :, block.keys] += weighed[:, :, some] @ weights.to(rows)
         return product + rows * share
-
-
-def _rows_times_attention(rows: Tensor, call: AttentionCall) -> Tensor:
-    """rows (example, row, query) times attention, averaged over heads; by blocks of queries."""
-    examples, queries, keys = call.lengths
-    size = max(1, 2**24 // (examples * call.query.shape[1] * keys))  # at most 2^24 weights at a time
-    product = rows.new_zeros(*rows.shape[:2], keys)
-    for some in torch.arange(queries, device=rows.device).split(size):
-        weights = call.weights(some.expand(examples, -1)).mean(dim=1)  # example some key
-        product += rows[:, :, some] @ weights.to(rows)
-    return product

@@ -105,12 +105,8 @@ def crossing_share(matrix: Tensor, vision: Tensor, language: Tensor | None = Non
 
 
 # ------------------------------------------------------------------------- Eq. 5-6 from each token's share in L and V
-# `ends_in` (example, token, ..., set) is the share of each query's attention that ends in L (0) and in V (1).
-
-
-def with_vision(ends_in: Tensor) -> Tensor:
-    """Add the share that ends in V where only the share that ends in L is carried."""
-    return ends_in if ends_in.shape[-1] == 2 else torch.cat([ends_in, 1 - ends_in], dim=-1)
+# `ends_in` (example, token, ..., set) is the share of each query's attention that ends in L (0) and in V (1). If only L
+# is given, the rest ends in V.
 
 
 def crossing(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
@@ -133,5 +129,7 @@ def crossing_by_head(ends_in: Tensor, sets: Modalities) -> Tensor:
 
 def _sums(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
     """`ends_in` summed over the queries in L, and over those in V; (example, ..., set) both."""
+    if ends_in.shape[-1] == 1:
+        ends_in = torch.cat([ends_in, 1 - ends_in], dim=-1)
     queries = (sets.language.to(ends_in), sets.vision.to(ends_in))
     return tuple(torch.einsum("et,et...->e...", query, ends_in) for query in queries)

@@ -22,22 +22,14 @@ Tiles = Sequence[tuple[int, int]] | None
 
 
 class ModalityMasks(NamedTuple):
-    """The modality and the place of each token of a batch, over the sequence that the model's attention runs on.
+    """The modality and the place of each token of a batch, over the sequence that the model's attention runs on."""
 
-    Attributes
-    ----------
-    vision, tokens : BoolTensor, shape (example, token)
-        Visual tokens; real (non-padding) tokens.
-    boxes : Tensor, shape (example, token, 4)
-        nan where a token has no place on an image (words, learned queries, separators of rows).
-    image : LongTensor, shape (example, token)
-        Which of the inputs' images, counted over the batch, a token belongs to; -1 elsewhere.
-    """
-
-    vision: Tensor
-    tokens: Tensor
-    boxes: Tensor
-    image: Tensor
+    vision: Tensor  # bool (example, token): visual tokens
+    tokens: Tensor  # bool (example, token): real (non-padding) tokens
+    boxes: (
+        Tensor  # (example, token, 4): nan where a token has no place on an image (words, learned queries, separators)
+    )
+    image: Tensor  # int64 (example, token): which of the inputs' images, counted over the batch; -1 elsewhere
 
 
 def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None) -> ModalityMasks:
@@ -341,23 +333,17 @@ def _bridgetower(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMask
 
 
 class ShuffledPatches:
-    """The order that ViLT drew for its patches in one forward."""
+    """Where the class token and the patches of ViLT lie in one forward; None for other models."""
 
-    def __init__(self) -> None:
-        self.order: list[tuple[Tensor, Tensor, tuple[int, int]]] = []  # (patch row and column, mask, grid)
+    placed: Tensor | None = None  # example vision 4; nan at padding
+    real: Tensor | None = None  # example vision
 
     def boxes(self, tokens: int) -> Tensor | None:
-        """(example, token, 4): nan at the words, the whole image at the class token; None for other models."""
-        if not self.order:
+        """Boxes of the whole sequence, (example, token, 4): the words come first."""
+        if self.placed is None:
             return None
-        patches, mask, (rows, columns) = self.order[0]
-        size = torch.tensor([columns, rows], device=patches.device)
-        corner = patches.flip(-1)  # x, y
-        boxes = torch.cat([corner / size, (corner + 1) / size], dim=-1)
-        whole = boxes.new_tensor([0.0, 0.0, 1.0, 1.0]).expand(len(boxes), 1, 4)
-        placed = torch.cat([whole, boxes], dim=1).masked_fill(~mask.bool()[..., None], torch.nan)
-        words = boxes.new_full((len(boxes), tokens - placed.shape[1], 4), torch.nan)
-        return torch.cat([words, placed], dim=1)
+        words = self.placed.new_full((len(self.placed), tokens - self.placed.shape[1], 4), torch.nan)
+        return torch.cat([words, self.placed], dim=1)
 
 
 @contextmanager
@@ -367,9 +353,14 @@ def patches_recorded(model: nn.Module) -> Iterator[ShuffledPatches]:
     changed = [module for module in model.modules() if type(module).__name__ == "ViltEmbeddings"]
 
     def visual_embed(embed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        features, mask, (patches, grid) = embed(*args, **kwargs)
-        shuffled.order.append((patches, mask, grid))
-        return features, mask, (patches, grid)
+        features, mask, (patches, (rows, columns)) = embed(*args, **kwargs)
+        size = torch.tensor([columns, rows], device=patches.device)
+        corner = patches.flip(-1)  # x, y
+        boxes = torch.cat([corner / size, (corner + 1) / size], dim=-1)
+        whole = grid_boxes(1, 1).to(boxes).expand(len(boxes), 1, 4)
+        shuffled.real = mask.bool()
+        shuffled.placed = torch.cat([whole, boxes], dim=1).masked_fill(~shuffled.real[..., None], torch.nan)
+        return features, mask, (patches, (rows, columns))
 
     for module in changed:
         module.visual_embed = partial(visual_embed, module.visual_embed)
@@ -384,10 +375,9 @@ def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     """ViLT: words, a class token, patches in the order that a forward draws from this random state."""
     with patches_recorded(model) as shuffled, unchanged(model), torch.no_grad():
         run_model(model, inputs)
-    if not shuffled.order:
+    if shuffled.placed is None:
         raise ValueError(f"{type(model).__name__} embedded no pixel_values: pass `vision` and `tokens` yourself")
-    real = shuffled.order[0][1]
-    return _side_by_side(inputs, shuffled.boxes(real.shape[1]), real=real)
+    return _side_by_side(inputs, shuffled.placed, real=shuffled.real)
 
 
 Layout = Callable[[nn.Module, Inputs, Tiles], ModalityMasks]

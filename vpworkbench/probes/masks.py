@@ -108,20 +108,13 @@ def nearest_by_features(features: Tensor) -> Tensor:
 class ObjectShares:
     """Share of hidden tokens on the picked object, the pick left out, for each rule that chooses what is hidden.
 
-    Attributes
-    ----------
-    shares : dict of array, shape (object,)
-        Name of the rule -> share in [0, 1] of each object, averaged over its tokens as picks. `random` is the share
-        expected of random masks.
-    sizes : int array, shape (object,)
-        Tokens of each object, and of the mask.
-    images : int array, shape (object,)
-        The image that each object is in.
+    `shares` has them by rule, (object,), in [0, 1]: means over an object's tokens as picks. `random` is what random masks
+    are expected to have.
     """
 
     shares: dict[str, np.ndarray]
-    sizes: np.ndarray
-    images: np.ndarray
+    sizes: np.ndarray  # (object,) tokens of each object, and of the mask
+    images: np.ndarray  # (object,) the image that each object is in
 
     def intervals(self, seed: int = 0) -> dict[str, Interval]:
         """Mean share of each rule with its bootstrap interval over objects."""

@@ -253,7 +253,12 @@ def _lloyd(products: Tensor, real: Tensor, starts: _Centres, scale: float) -> Cl
             torch.where(running[..., None], moved.share, means.share),
         )
         members, running = assigned, still
-    return _best(_with_rows(done, left.example, means), real, square)
+    means = _with_rows(done, left.example, means)
+    labels = _nearer(means, real)
+    inertia = _distances(labels, real, square, means.as_centres()).sum(dim=1)  # example restart
+    best = inertia.argmin(dim=1, keepdim=True)
+    chosen = labels.gather(2, best[:, None].expand(-1, labels.shape[1], -1))[..., 0]
+    return Clusters(chosen.long().masked_fill(~real, -1), inertia.gather(1, best)[:, 0])
 
 
 def _with_rows(done: _Means, examples: Tensor, means: _Means) -> _Means:
@@ -310,15 +315,6 @@ def _distances(labels: Tensor, real: Tensor, square: Tensor, centres: _Centres) 
     away = centres.square[:, None] - 2 * centres.towards
     own = torch.where(labels, away[..., 1], away[..., 0]) + square[..., None]
     return own.clamp(min=0) * real[..., None]
-
-
-def _best(means: _Means, real: Tensor, square: Tensor) -> Clusters:
-    labels = _nearer(means, real)
-    inertia = _distances(labels, real, square, means.as_centres()).sum(dim=1)  # example restart
-    best = inertia.argmin(dim=1, keepdim=True)
-    index = best[:, None].expand(-1, labels.shape[1], -1)
-    chosen = labels.gather(2, index)[..., 0].long().masked_fill(~real, -1)
-    return Clusters(chosen, inertia.gather(1, best)[:, 0])
 
 
 def _nmi(labels: Tensor, sets: Modalities) -> Tensor:
