@@ -88,8 +88,8 @@ def visual_mask(
 def code_mask(noise: Tensor, codes: Tensor) -> Tensor:
     """Hide all tokens with one code (SOHO Sec. 3.3), so that no hidden token can be copied from one like it.
 
-    Of the uniform `noise`, the largest among the first tokens of each code marks the pick: all codes of an image are
-    equally likely. `noise`, `codes` and the mask are (text, vision).
+    The largest `noise` (uniform) among the first tokens of each code marks the pick: all codes of an image are equally
+    likely. `noise`, `codes` and the mask are (text, vision).
     """
     same = codes[:, :, None] == codes[:, None, :]
     first = ~same.tril(diagonal=-1).any(dim=2)

@@ -258,7 +258,7 @@ class FlowRecorder:
             return
         self._checked_masks.append(call.mask)
         attended = call.can_attend(self.sets.tokens[:, block.queries], ~self.sets.tokens[:, block.keys])
-        if not block.is_whole_layer:
+        if not (block.is_first and block.is_last):
             attended = attended or self._padded  # the other attentions of the layer are not known yet
         if attended and self._two_sets is False:
             raise ValueError(

@@ -32,11 +32,6 @@ class Block(NamedTuple):
     is_first: bool
     is_last: bool
 
-    @property
-    def is_whole_layer(self) -> bool:
-        """Whether this attention is the only one of its layer."""
-        return self.is_first and self.is_last
-
 
 class Streams(NamedTuple):
     """A model of two streams, words (0) and image (1): the attentions of its layers in their order."""
@@ -102,8 +97,9 @@ class LayerChoice:
         lengths = [self._words, self.tokens - self._words]
         if (examples, queries, keys) != (self.examples, lengths[from_stream], lengths[to_stream]):
             raise ValueError(
-                f"`vision` has {self._size}, but {call.name} attends from {queries} to {keys} tokens in {examples}: it "
-                "must cover the words and then the image, as the two streams of this model build them"
+                f"`vision` has {self.tokens} tokens in {self.examples} examples, but {call.name} attends from "
+                f"{queries} to {keys} tokens in {examples}: it must cover the words and then the image, as the two "
+                "streams of this model build them"
             )
         return Block(parts[from_stream], parts[to_stream], is_first, is_last)
 
@@ -123,12 +119,8 @@ class LayerChoice:
             if _stack(name) in stacks:
                 raise ValueError(
                     f"{name} attends from {queries} to {keys} tokens in {examples} examples, but `vision` has "
-                    f"{self._size}: a flow needs one sequence throughout"
+                    f"{self.tokens} in {self.examples}: a flow needs one sequence throughout"
                 )
-
-    @property
-    def _size(self) -> str:
-        return f"{self.tokens} tokens in {self.examples} examples"
 
     def _nothing_chosen(self) -> str:
         if not self._others:
@@ -142,9 +134,10 @@ class LayerChoice:
             for name, (examples, queries, keys) in sorted({(_stack(name), size) for name, size in self._others})
         ]
         return (
-            f"`vision` has {self._size}, but the model built sequences of other lengths: {'; '.join(lengths)}. Tokens "
-            "that its forward adds (image tokens, a class token) belong in `vision` and `tokens` too; a modality that "
-            "is only in the keys of a cross attention has no joint sequence to probe"
+            f"`vision` has {self.tokens} tokens in {self.examples} examples, but the model built sequences of other "
+            f"lengths: {'; '.join(lengths)}. Tokens that its forward adds (image tokens, a class token) belong in "
+            "`vision` and `tokens` too; a modality that is only in the keys of a cross attention has no joint sequence "
+            "to probe"
         )
 
 
@@ -155,8 +148,10 @@ def _stack(name: str) -> str:
 
 def is_named(name: str, layers: LayerNames | None) -> bool:
     """Whether `layers` chooses the module of this name; None chooses all."""
-    if layers is None or callable(layers):
-        return layers is None or bool(layers(name))
+    if layers is None:
+        return True
+    if callable(layers):
+        return bool(layers(name))
     prefixes = [layers] if isinstance(layers, str) else layers
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
@@ -184,7 +179,7 @@ def visit_attention_maps(
         if block is None:
             return call.output()
         weights = call.weights()
-        if block.is_whole_layer:
+        if block.is_first and block.is_last:
             visit(weights)
             return call.output()
         identity = torch.eye(shape[1], dtype=torch.float64, device=weights.device)

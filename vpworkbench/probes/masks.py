@@ -108,8 +108,8 @@ def nearest_by_features(features: Tensor) -> Tensor:
 class ObjectShares:
     """Share of hidden tokens on the picked object, the pick left out, for each rule that chooses what is hidden.
 
-    `shares` has them by rule, (object,), in [0, 1]: means over an object's tokens as picks. `random` is what random masks
-    are expected to have.
+    `shares` has them by rule, (object,), in [0, 1]: means over an object's tokens as picks. `random` is expected of
+    random masks.
     """
 
     shares: dict[str, np.ndarray]
