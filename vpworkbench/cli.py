@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -156,16 +157,12 @@ def doctor(
     images: Annotated[bool, typer.Option(help="decode every image, or only check that it exists")] = True,
     task: Annotated[str, typer.Option(help="vqa, nlvr1, nlvr2 or snli-ve; default: recognised by its labels")] = "",
     text_tokens: Annotated[int, typer.Option(help="longest text in tokens, [CLS] and [SEP] included", min=3)] = 40,
-    tokenizer: Annotated[
-        str, typer.Option(help="minilm, the folder of a BERT or checkpoint; default: built from the training texts")
-    ] = "",
+    tokenizer: Annotated[str, typer.Option(help="minilm, or the folder of a BERT; default: built from the texts")] = "",
     answer_count: Annotated[int, typer.Option(help="VQA: keep answers given for at least N train+val questions")] = 9,
     regions: Annotated[str, typer.Option(help="region files of the images, npz or BUTD tsv; all are read")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False,
 ) -> None:
     """Examine a set before a run: broken records, missing images, overlaps. Exit code 1 if it has errors."""
-    import json
-
     from vpworkbench.data.doctor import diagnose
     from vpworkbench.data.task_readers import TASK_FILES
     from vpworkbench.settings import nearest
@@ -184,9 +181,7 @@ def predict(
     checkpoint: Annotated[str, typer.Argument(help="a fine-tuned run or checkpoint")],
     image: Annotated[list[Path] | None, typer.Option(help="an image; twice for NLVR2")] = None,
     text: Annotated[str, typer.Option(help="question, statement or hypothesis")] = "",
-    table: Annotated[
-        Path | None, typer.Option(help="csv or json lines with image (image2) and text: one prediction a row")
-    ] = None,
+    table: Annotated[Path | None, typer.Option(help="csv or json lines with image (image2) and text")] = None,
     place: Places = None,
     regions: Annotated[str, typer.Option(help="for models that read regions: the region files of these images")] = "",
 ) -> None:
@@ -212,9 +207,7 @@ def explore(
     checkpoint: Annotated[str, typer.Argument(help="a run or checkpoint, also fine-tuned; default: the shipped")] = "",
     data: Annotated[str, typer.Option(help="a captioned set, whose held-out pictures are shown; default: scenes")] = "",
     beside: Annotated[str, typer.Option(help="a second run or checkpoint, shown below on the same input")] = "",
-    regions: Annotated[
-        str, typer.Option(help="for models that read regions: folder of npz or BUTD tsv; default: the run's own")
-    ] = "",
+    regions: Annotated[str, typer.Option(help="for models that read regions: npz or BUTD tsv; default: its own")] = "",
     port: Annotated[int, typer.Option(help="port of 127.0.0.1")] = 8866,
     browser: Annotated[bool, typer.Option(help="open the page")] = True,
 ) -> None:
