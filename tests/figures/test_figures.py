@@ -450,20 +450,15 @@ def test_what_does_not_agree_is_refused_by_name(call, message):
 # ----------------------------------------------------------------------------------------------------- export
 
 
-def test_png_without_kaleido_names_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(figures.ExportError, match="pip install kaleido.*own menu"):
-        figures.to_image(go.Figure(), tmp_path / "figure.png")
+@pytest.mark.parametrize("fault", [ValueError("kaleido package"), RuntimeError("Google Chrome")])
+def test_without_kaleido_or_a_browser_only_the_page_is_saved(fault, monkeypatch, tmp_path, caplog):
+    def fail(*_, **__):
+        raise fault
 
-
-def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
-    def no_chrome(*_, **__):
-        raise RuntimeError("Kaleido requires Google Chrome to be installed.")
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(pio, "write_images", no_chrome)
-    with pytest.raises(figures.ExportError, match="apt install chromium.*own menu"):
-        figures.to_image(go.Figure(), tmp_path / "figure.png")
+    monkeypatch.setattr(pio, "write_images", fail)
+    figures.export(go.Figure(), tmp_path / "figure.html")
+    assert (tmp_path / "figure.html").exists()
+    assert "pip install kaleido; apt install chromium" in caplog.text and "camera button" in caplog.text
 
 
 @pytest.mark.browser
@@ -474,7 +469,7 @@ def test_png_without_a_browser_names_the_remedy(monkeypatch, tmp_path):
 def test_png_is_transparent_and_shows_the_picture(tmp_path):
     red = np.full((32, 32, 3), (200, 0, 0), dtype=np.uint8)
     figure = figures.tokens(red, 2)
-    figures.to_image(figure, tmp_path / "figure.png", tmp_path / "figure.svg")
+    figures.export(figure, tmp_path / "figure.html")
     png = Image.open(tmp_path / "figure.png").convert("RGBA")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
     assert png.size == (2 * figure.layout.width, 2 * figure.layout.height)

@@ -17,10 +17,10 @@ from vpworkbench.data.splits import load_held_out, load_splits
 from vpworkbench.errors import DataError
 from vpworkbench.explorer import still
 from vpworkbench.explorer.flow import MODELS, FlowView
-from vpworkbench.explorer.masks import MasksView, Select
+from vpworkbench.explorer.masks import MasksView
 from vpworkbench.explorer.page import write_page
 from vpworkbench.explorer.parts import WIDTH, Delayed, View, close_all, column
-from vpworkbench.explorer.readings import Reading, check_index, first_caption, read
+from vpworkbench.explorer.readings import Reading, check_index, read
 from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
@@ -68,7 +68,7 @@ def explore(
     options |= {"pictures": repr(pictures), "views": repr(tuple(views))}
     defaults = {name: repr(parameter.default) for name, parameter in signature(explore).parameters.items()}
     call = ", ".join(f"{name}={value}" for name, value in options.items() if value != defaults[name])
-    return Explorer(_first_readings(subjects, chosen, data), chosen, views=views, call=f"explore({call})")
+    return Explorer(_first_readings(subjects, chosen, data), chosen, views, f"explore({call})")
 
 
 def _in_code(value: object, name: str) -> str:
@@ -82,8 +82,9 @@ def _first_readings(subjects: Sequence[Subject], pictures: Sequence[Picture], so
     """Readings of the first picture that all models can read."""
     refused: Exception = DataError(f"{source}: no picture to explore")
     for picture in pictures:
+        text = picture.captions[0] if picture.captions else "a picture"
         try:
-            return [read(one, picture, first_caption(picture)) for one in subjects]
+            return [read(one, picture, text) for one in subjects]
         except UNREADABLE as error:
             refused = error
     raise refused
@@ -100,24 +101,13 @@ def _load_pictures(data: Sequence[Picture] | str | Path | None, most: int) -> li
 
 
 class Explorer(ipywidgets.VBox):
-    """Four views of one input: masks, words and patches, flow, try it.
+    """Four views of one input: `masks`, `words` and `flow`, each None if it is not shown, and `trial`.
 
-    Attributes
-    ----------
-    masks, words, flow : View or None
-        None if a view is not shown.
-    trial : TryView
-    readings : list of Reading
-        The present input, read by each model.
+    `readings` is the present input, read by each model.
     """
 
     def __init__(
-        self,
-        readings: Sequence[Reading],
-        pictures: Sequence[Picture],
-        *,
-        views: Sequence[ViewName] = ALL,
-        call: str = "explore(...)",
+        self, readings: Sequence[Reading], pictures: Sequence[Picture], views: Sequence[ViewName], call: str
     ) -> None:
         super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 40}px"})
         self.add_class("vpw-explorer")
@@ -174,35 +164,23 @@ class Explorer(ipywidgets.VBox):
         self.trial.look(picture)
         return self
 
-    def pick(
-        self,
-        token: int | None = None,
-        *,
-        k: int | None = None,
-        select: Select | None = None,
-        head: int | None = None,
-        draw: int | None = None,
-    ) -> Explorer:
-        """Pick a visual token and choose what is hidden with it; see `MasksView.set`."""
-        self._view("masks").set(token, k=k, select=select, head=head, draw=draw)
-        return self
+    def pick(self, token: int | None = None, **options: Any) -> Explorer:
+        """Pick a visual token and choose what is hidden with it: `k`, `select`, `head`, `draw`, see `MasksView.set`."""
+        return self._set("masks", token, **options)
 
-    def read(
-        self, place: int | None = None, *, layer: int | None = None, head: int | None = None, rolled: bool | None = None
-    ) -> Explorer:
-        """Pin a word or a patch, choose layer and head; see `WordsView.set`."""
-        self._view("words").set(place, layer=layer, head=head, rolled=rolled)
-        return self
+    def read(self, place: int | None = None, **options: Any) -> Explorer:
+        """Pin a word or a patch, choose `layer`, `head` and `rolled`, see `WordsView.set`."""
+        return self._set("words", place, **options)
 
-    def span(self, start: int, stop: int, *, model: int = 0, layer: int | None = None) -> Explorer:
-        """Choose a span of layers, from 0; see `FlowView.set`."""
-        self._view("flow").set(start, stop, model=model, layer=layer)
-        return self
+    def span(self, start: int, stop: int, **options: Any) -> Explorer:
+        """Choose a span of layers, from 0, and the `model` and `layer` of the tokens, see `FlowView.set`."""
+        return self._set("flow", start, stop, **options)
 
-    def _view(self, name: ViewName) -> Any:
+    def _set(self, name: ViewName, *places: int | None, **options: Any) -> Explorer:
         if (view := getattr(self, name)) is None:
             raise ValueError(f"this explorer was opened without the view {name!r}; add it to `views`")
-        return view
+        view.set(*places, **options)
+        return self
 
     @property
     def code(self) -> str:

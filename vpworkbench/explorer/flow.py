@@ -27,10 +27,7 @@ MODELS = PALETTE[2:]
 """Colours of the first and the second model; those of language and vision are for tokens."""
 TOKENS = ("language", LANGUAGE, "circle"), ("vision", VISION, "square")
 MENU = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
-"""Buttons left out of plotly's menu: one uploads the chart, and a wide menu covers the title of the last panel.
-
-Dragging zooms, a double click resets.
-"""
+"""Buttons left out of plotly's menu: one uploads the chart, and a wide menu covers the title of the last panel."""
 LONGEST_NAME = 20  # letters in the title of a panel
 ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 

@@ -31,14 +31,7 @@ ERRORS = ["error under the attention mask", "error under the random mask"]
 class MasksView(View):
     """The image with its tokens; one pick, its row of the parsing attention, the resulting mask, and a random mask.
 
-    Attributes
-    ----------
-    panels, errors : list of Panels
-        One for each model of this package; only the random mask if a model has no parsing attention.
-    numbers : Table
-        What each mask hides and leaves.
-    values : list of array, shape (panel, token)
-        Values in the panels of each model, including panels that are not shown.
+    Only models of this package are shown, and only the random mask of one without a parsing attention.
     """
 
     title = "Masks"
@@ -61,9 +54,9 @@ class MasksView(View):
             description="draw again", tooltip="another random mask", layout={"width": "100px"}
         )
         self.status, self.numbers = StatusText(), Table(label="What each mask hides and leaves", width=WIDTH)
-        self.panels: list[Panels] = []
+        self.panels: list[Panels] = []  # one for each model
         self.errors: list[Panels] = []
-        self.values: list[NDArray[np.float32]] = []
+        self.values: list[NDArray[np.float32]] = []  # (panel, token) of each model, also of panels that are not shown
         for control in (self.k, self.select, self.head):
             control.observe(lambda change: self._redraw(), "value")
         self.fit.on_click(lambda button: self.k.set_trait("value", self._object_size))
@@ -80,7 +73,12 @@ class MasksView(View):
             f"{other.subject.name} cuts the image into other tokens; only the first model is shown here."
             for other in ours[len(self.readings) :]
         ]
-        lines += self._without_attention(readings)
+        names = [reading.subject.name for reading in readings if reading.subject.base is None]
+        pairs = zip(self.readings, self._visual, strict=True)
+        if names := names + [reading.subject.name for reading, visual in pairs if visual.parsing is None]:
+            drawn = "; random masks are drawn." if self.readings else "."
+            reason = "only the Swin parser has a parsing attention"
+            lines.append(f"No mask by attention for {', '.join(names)}: {reason}{drawn}")
         self.status.set(*(lines or ["Click a token, or use the arrow keys and Enter."]))
         if not self.readings:
             self.widget.children = (self.status,)
@@ -126,11 +124,9 @@ class MasksView(View):
         """`masks`: one row for each model and visual token."""
         parts = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
-            table = pd.DataFrame(values[1:].T, columns=["attention", "attention_mask", "random_mask"])
-            table["attention_error"], table["random_error"] = self._errors_of(number)
-            table.insert(0, "token", range(len(table)))
-            table.insert(0, "model", reading.subject.name)
-            parts.append(table)
+            names = ["attention", "attention_mask", "random_mask", "attention_error", "random_error"]
+            columns = dict(zip(names, [*values[1:], *self._errors_of(number)], strict=True))
+            parts.append(pd.DataFrame({"model": reading.subject.name, "token": range(values.shape[1])} | columns))
         return {"masks": pd.concat(parts, ignore_index=True)} if parts else {}
 
     def section(self) -> Section:
@@ -158,16 +154,6 @@ class MasksView(View):
         self._visual, self.values = [], []
 
     # ------------------------------------------------------------------------------------------------ drawing
-
-    def _without_attention(self, readings: Sequence[Reading]) -> list[str]:
-        """The line that names the models without a parsing attention."""
-        names = [reading.subject.name for reading in readings if reading.subject.base is None]
-        pairs = zip(self.readings, self._visual, strict=True)
-        names += [reading.subject.name for reading, visual in pairs if visual.parsing is None]
-        if not names:
-            return []
-        random = "; random masks are drawn." if self.readings else "."
-        return [f"No mask by attention for {', '.join(names)}: only the Swin parser has a parsing attention{random}"]
 
     def _fit_controls(self) -> None:
         """Set the controls to the tokens, heads and objects of new readings."""

@@ -18,18 +18,10 @@ from vpworkbench.explorer.widgets import STATIC, Drawn, Table
 
 
 class Part(NamedTuple):
-    """One widget or figure on the page.
-
-    Attributes
-    ----------
-    content : Drawn or plotly.graph_objects.Figure
-        A figure describes itself in `layout.meta["alt"]`.
-    picture : bytes
-        PNG, shown if scripts are off or fail; a `Table` needs none.
-    """
+    """One widget or figure on the page; a figure describes itself in `layout.meta["alt"]`."""
 
     content: Drawn | go.Figure
-    picture: bytes = b""
+    picture: bytes = b""  # PNG, shown if scripts are off or fail; a `Table` needs none
 
 
 class Section(NamedTuple):
@@ -50,8 +42,7 @@ def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Pat
         "figures": figures,
     }
     pieces = [
-        _HEAD.format(title=html.escape(title), style=(STATIC / "page.css").read_text(encoding="utf-8")),
-        *{f"<style>{state['css']}</style>" for state in widgets},
+        _HEAD.format(title=html.escape(title), style=(STATIC / "page.css").read_text(encoding="utf-8") + Drawn._css),
         f"</head>\n<body>\n<h1>{html.escape(title)}</h1>",
         *(_section(section) for section in sections),
         _island("values", json.dumps(values, default=lambda data: {"base64": base64.b64encode(data).decode("ascii")})),

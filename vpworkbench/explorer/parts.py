@@ -23,24 +23,14 @@ IMAGE_PX = 480  # longest side of an image in the page
 
 
 class View(ABC):
-    """One tab of the explorer.
-
-    Attributes
-    ----------
-    title : str
-    widget : ipywidgets.VBox
-    readings : list of Reading
-        One for each model.
-    changed : callable
-        Called after the user has changed what is shown.
-    """
+    """One tab of the explorer: `widget` shows `readings`, one for each model."""
 
     title = ""
 
     def __init__(self) -> None:
         self.widget = column()
         self.readings: list[Reading] = []
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[], None] = lambda: None  # called after the user has changed what is shown
         self._is_quiet = False
 
     @abstractmethod

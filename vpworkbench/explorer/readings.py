@@ -194,31 +194,28 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
     on_image = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
     in_text = (real & ~vision).nonzero()[:, 0].numpy()
-    base = model.base
+    visual = None if model.base is None else model.base.settings.visual
+    if visual is not None and visual.kind.pixels:
+        image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()  # the pixels that the model reads
+    else:
+        image = picture.image.pixels()
     return Reading(
         subject=model,
         picture=picture,
         text=text,
-        image=_image(model, picture, inputs),
+        image=image,
         words=_words(model, inputs, in_text),
         language=in_text,
         vision=on_image,
         modalities=torch.stack([language, vision]).numpy(),
         boxes=boxes[on_image].float().numpy(),
-        regions=not base.settings.visual.kind.on_grid if base is not None else given is not None,
+        regions=given is not None if visual is None else not visual.kind.on_grid,
         attention=torch.stack([one.half() if is_large else one for one in maps]),
         flow=flow.flow[0].double().cpu().numpy(),
         null=flow.null[0].double().cpu().numpy(),
         hidden=tuple(part.detach() for part in hidden_states(model.model, inputs.forward, tokens=inputs.tokens)),
         forward=dict(inputs.forward),
     )
-
-
-def _image(model: Subject, picture: Picture, inputs: Any) -> NDArray[np.uint8]:
-    """The pixels that the model reads if it is one of ours, else those of the file."""
-    if model.base is not None and model.base.settings.visual.kind.pixels:
-        return inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()
-    return picture.image.pixels()
 
 
 def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
@@ -238,11 +235,6 @@ def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:
         return [f"token {place}" for place in places]
     words = map(str, tokenizer.convert_ids_to_tokens(ids.tolist()))
     return [word.replace("Ġ", "").replace("▁", "") or "·" for word in words]  # some tokenizers mark a space so
-
-
-def first_caption(picture: Picture) -> str:
-    """The first sentence that is read with a picture."""
-    return picture.captions[0] if picture.captions else "a picture"
 
 
 def check_index(name: str, index: int | None, count: int) -> None:

@@ -12,12 +12,8 @@ from vpworkbench.errors import SettingsError
 from vpworkbench.explorer import explore
 from vpworkbench.settings.base import absolute_unless_name
 
-PORT = 8866
 
-
-def serve(
-    checkpoint: str = "", data: str = "", *, beside: str = "", regions: str = "", port: int = PORT, browser: bool = True
-) -> None:
+def serve(checkpoint: str, data: str, *, beside: str, regions: str, port: int, browser: bool) -> None:
     """Serve `explore` on 127.0.0.1 until it is stopped; each visitor gets a kernel of their own.
 
     Jupyter's token protects the page: `$JUPYTER_TOKEN`, else a new one, printed with the address.

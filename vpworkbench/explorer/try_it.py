@@ -17,7 +17,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, StatusText, View, column, row
-from vpworkbench.explorer.readings import Reading, first_caption
+from vpworkbench.explorer.readings import Reading
 from vpworkbench.explorer.widgets import Drop, Table
 from vpworkbench.model.readouts import fill_mask, match_probability
 
@@ -77,7 +77,7 @@ class TryView(View):
             self.caption.options = list(dict.fromkeys([*picture.captions[:10], *picture.foils[:4], text]))
             self.caption.value = self.text.value = text
         self.status.set(*_not_read(self.readings))
-        self.answers.update(rows=[list(cells) for cells in self._rows()], alt=f"Of the sentence “{text}”.")
+        self.answers.update(rows=self.tables()["answers"].to_numpy().tolist(), alt=f"Of the sentence “{text}”.")
 
     def say(self, text: str) -> None:
         """Read another sentence with the same picture; the page shows what is wrong with it."""
@@ -86,7 +86,7 @@ class TryView(View):
     def look(self, place: int) -> None:
         """Read another picture of the list with its own first caption, or the same sentence if it has none."""
         picture = self.pictures[place]
-        self._try(picture, first_caption(picture) if picture.captions else self.readings[0].text)
+        self._try(picture, picture.captions[0] if picture.captions else self.readings[0].text)
 
     def add_image(self, content: bytes, name: str) -> None:
         """Add the user's own image and read it with the same sentence."""
@@ -117,15 +117,13 @@ class TryView(View):
             return False
         return True
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        return [(reading.subject.name, *answer) for reading in self.readings for answer in _answers(reading)]
-
     def section(self) -> Section:
         return Section("What it says", "", [Part(self.answers)])
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`answers`."""
-        return {"answers": pd.DataFrame(self._rows(), columns=NAMES)}
+        rows = [(reading.subject.name, *answer) for reading in self.readings for answer in _answers(reading)]
+        return {"answers": pd.DataFrame(rows, columns=NAMES)}
 
     def close(self) -> None:
         super().close()

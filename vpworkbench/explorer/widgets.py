@@ -53,10 +53,10 @@ class Drawn(anywidget.AnyWidget):
             self.version += 1
 
     def state(self) -> dict[str, Any]:
-        """What a page without a kernel needs: the module, the styles and the values of the traits."""
+        """What a page without a kernel needs: the module and the values of the traits."""
         names = set(self.trait_names(sync=True)) - set(anywidget.AnyWidget.class_trait_names())
         traits = {name: getattr(self, name) for name in sorted(names) if not name.startswith("_")}
-        return {"name": type(self).__name__, "esm": self._esm, "css": self._css, "traits": traits}
+        return {"name": type(self).__name__, "esm": self._esm, "traits": traits}
 
     def close(self) -> None:
         """Take the widget off the page and free its arrays."""
@@ -70,97 +70,55 @@ class Drawn(anywidget.AnyWidget):
 
 
 class OnImage(Drawn):
-    """Base of widgets that draw an image and its tokens.
-
-    Attributes
-    ----------
-    image : bytes
-        Encoded, such as a PNG.
-    boxes : array, shape (token, 4)
-        x0 y0 x1 y1 as shares of the image; where boxes overlap, the smallest is picked.
-    on_grid : bool
-        False draws boxes as boxes, even if they look like a grid.
-    """
+    """Base of widgets that draw an image, encoded such as a PNG, and its tokens."""
 
     image = traitlets.Bytes().tag(sync=True)
-    boxes = Numbers().tag(sync=True)
-    on_grid = traitlets.Bool(True).tag(sync=True)
+    boxes = Numbers().tag(sync=True)  # (token, 4), x0 y0 x1 y1 as shares of the image; the pointer hits the smallest
+    on_grid = traitlets.Bool(True).tag(sync=True)  # False draws boxes as boxes, even if they look like a grid
 
 
 class Panels(OnImage):
     """Copies of one image side by side, each with values of its tokens drawn on top.
 
-    Attributes
-    ----------
-    values : array, shape (panel, token)
-    kinds : list of str
-        For each panel "plain" (grid only), "shade" (darker for small values, relative to the panel's largest) or
-        "mask" (1: hidden).
-    captions : list of str
-        One for each panel.
-    picked : int
-        Token, -1 for none; a click or Enter in the page sets it too.
+    Kinds are "plain" (grid only), "shade" (darker for small values, relative to the panel's largest) and "mask" (1:
+    hidden).
     """
 
     _esm = module("panels")
-    values = Numbers().tag(sync=True)
-    kinds = traitlets.List(traitlets.Enum(("plain", "shade", "mask"))).tag(sync=True)
-    captions = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    picked = traitlets.Int(-1).tag(sync=True)
+    values = Numbers().tag(sync=True)  # (panel, token)
+    kinds = traitlets.List(traitlets.Enum(("plain", "shade", "mask"))).tag(sync=True)  # of panels
+    captions = traitlets.List(traitlets.Unicode()).tag(sync=True)  # of panels
+    picked = traitlets.Int(-1).tag(sync=True)  # token, -1 for none; a click or Enter in the page sets it too
 
 
 class Reader(OnImage):
     """An image beside a sentence: a word shows where it looks, a patch shows which words it reads.
 
-    Attributes
-    ----------
-    words : list of str
-    looks : array, shape (word, token)
-        Attention of each word to each patch.
-    reads : array, shape (token, word)
-        Attention of each patch to each word.
-    pinned : int
-        Place in the sequence: words first, then patches, -1 for none; a click in the page sets it too.
+    A click in the page pins a place in the sequence: words first, then patches.
     """
 
     _esm = module("reader")
     words = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    looks = Numbers().tag(sync=True)
-    reads = Numbers().tag(sync=True)
-    pinned = traitlets.Int(-1).tag(sync=True)
+    looks = Numbers().tag(sync=True)  # (word, token): attention of each word to each patch
+    reads = Numbers().tag(sync=True)  # (token, word): attention of each patch to each word
+    pinned = traitlets.Int(-1).tag(sync=True)  # -1 for none
 
 
 class Maps(Drawn):
-    """Matrices side by side with one shared pick and one colour scale.
-
-    Attributes
-    ----------
-    values : array, shape (map, row, column)
-        nan is transparent. `shape` follows.
-    count_from : int
-        Number of the first row and column in labels.
-    splits : list of int
-        Rows and columns before which a line is drawn: where a modality begins.
-    picked : list of int
-        [row, column], or [] for none; a click or Enter in the page sets it too.
-    low, high : list of float
-        Range of the colours of each map; [] for the range of its values.
-    percent : bool
-        True if values are shares.
-    """
+    """Matrices side by side with one shared pick and one colour scale."""
 
     _esm = module("maps")
-    values = Numbers().tag(sync=True)
-    shape = traitlets.List(traitlets.Int(), [0, 0, 0]).tag(sync=True)
-    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    values = Numbers().tag(sync=True)  # (map, row, column); nan is transparent
+    shape = traitlets.List(traitlets.Int(), [0, 0, 0]).tag(sync=True)  # of the values
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)  # of maps
     row_name = traitlets.Unicode("row").tag(sync=True)
     column_name = traitlets.Unicode("column").tag(sync=True)
-    count_from = traitlets.Int().tag(sync=True)
-    splits = traitlets.List(traitlets.Int()).tag(sync=True)
-    picked = traitlets.List(traitlets.Int()).tag(sync=True)
-    low = traitlets.List(traitlets.Float()).tag(sync=True)
-    high = traitlets.List(traitlets.Float()).tag(sync=True)
-    percent = traitlets.Bool().tag(sync=True)
+    count_from = traitlets.Int().tag(sync=True)  # number of the first row and column in labels
+    splits = traitlets.List(traitlets.Int()).tag(sync=True)  # rows and columns at which a modality begins: a line
+    picked = traitlets.List(traitlets.Int()).tag(sync=True)  # [row, column], [] for none; a click sets it too
+    low = traitlets.List(traitlets.Float()).tag(sync=True)  # ends of the colour scale of each map;
+    high = traitlets.List(traitlets.Float()).tag(sync=True)  # [] for the range of its values
+    percent = traitlets.Bool().tag(sync=True)  # True if values are shares
 
 
 class Drop(Drawn):

@@ -17,17 +17,10 @@ from vpworkbench.explorer.widgets import Maps, Reader
 from vpworkbench.figures.style import GREY
 
 GRID = ["words to image", "image to words", "entropy (1: uniform)"]
-ALT = "A picture, bright where the word under the pointer looks, and the sentence."
 
 
 class WordsView(View):
-    """A grid of layers and heads; the chosen cell decides which attention the sentence and the image below show.
-
-    Attributes
-    ----------
-    maps, readers : list
-        `Maps` and `Reader` of each model.
-    """
+    """A grid of layers and heads; the chosen cell decides which attention the sentence and the image below show."""
 
     title = "Words and patches"
 
@@ -128,7 +121,8 @@ class WordsView(View):
             label = f"rolled out to layer {layer + 1}"
         else:
             label = f"layer {layer + 1}" + ("" if self.mean.value else f", head {head + 1}")
-        return {"looks": looks, "reads": reads, "label": f"{reading.subject.name}: {label}", "alt": ALT}
+        alt = "A picture, bright where the word under the pointer looks, and the sentence."
+        return {"looks": looks, "reads": reads, "label": f"{reading.subject.name}: {label}", "alt": alt}
 
     def _cell_picked(self, change: dict[str, Any]) -> None:
         """A click on a cell asks for that head, not for the mean."""

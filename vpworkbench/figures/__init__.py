@@ -15,5 +15,5 @@ from vpworkbench.figures.probes import (
     nmi,
     score_against_flow,
 )
-from vpworkbench.figures.style import ExportError, export, to_image
+from vpworkbench.figures.style import export
 from vpworkbench.figures.training import accuracy_bars, held_out, losses, recall_bars, run_curves, task_scores

@@ -177,7 +177,7 @@ def _add(figure: go.Figure, panel: int, *traces: go.Scatter | go.Heatmap | go.Im
 
 
 def _picture(image: np.ndarray, rows: int, columns: int, *, largest_px: int) -> go.Image:
-    """An embedded picture stretched over so many rows and columns of its axes."""
+    """An embedded picture, stretched over `rows` and `columns` of its axes."""
     picture = Image.fromarray(image)
     picture.thumbnail((largest_px, largest_px))
     kind = "PNG" if max(picture.size) <= _LOSSLESS_PX else "JPEG"

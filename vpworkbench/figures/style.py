@@ -7,7 +7,6 @@ is escaped where it is drawn, because plotly would read it as markup.
 from __future__ import annotations
 
 import html
-import importlib.util
 import logging
 import textwrap
 from collections.abc import Sequence
@@ -53,30 +52,16 @@ TEMPLATE = go.layout.Template(
 )
 
 
-class ExportError(RuntimeError):
-    """PNG or SVG cannot be made on this machine; the message names the remedy."""
-
-
-def to_image(figure: go.Figure, *paths: Path) -> None:
-    """Save a figure as PNG or SVG, by the suffix of each path; one browser is started for all paths."""
-    own = "or use the camera button of the figure's own menu"
-    if importlib.util.find_spec("kaleido") is None:
-        raise ExportError(f"PNG and SVG need kaleido and Chrome or Chromium: pip install kaleido, {own}")
-    try:
-        size = {"width": figure.layout.width, "height": figure.layout.height}
-        pio.write_images([figure] * len(paths), list(paths), scale=2, **size)
-    except RuntimeError as error:
-        remedy = "install one (apt install chromium, or plotly_get_chrome)"
-        raise ExportError(f"PNG and SVG need a working Chrome or Chromium: {remedy}, {own}") from error
-
-
 def export(figure: go.Figure, page: Path) -> go.Figure:
-    """Save a figure as a page, and as PNG and SVG beside it if kaleido finds a browser; else log why not."""
+    """Save a figure as a page, and as PNG and SVG beside it if kaleido finds a browser; else log what is missing."""
     figure.write_html(page, include_plotlyjs="directory")
+    pictures = [page.with_suffix(".png"), page.with_suffix(".svg")]
+    size = {"width": figure.layout.width, "height": figure.layout.height}
     try:
-        to_image(figure, page.with_suffix(".png"), page.with_suffix(".svg"))
-    except ExportError as error:
-        log.warning("%s: %s", page.stem, error)
+        pio.write_images([figure] * 2, pictures, scale=2, **size)  # starts one browser for both
+    except (ValueError, RuntimeError):  # no kaleido; no browser
+        remedy = "pip install kaleido; apt install chromium, or plotly_get_chrome"
+        log.warning("%s: PNG and SVG need kaleido and Chrome or Chromium (%s); or use its camera button", page, remedy)
     return figure
 
 
