@@ -225,7 +225,7 @@ class GroupBatches(Dataset):
         return (self.pictures[int(rng.integers(len(self.pictures)))] for _ in range(DRAWS))
 
 
-def contact_sheet(pictures: Sequence[Picture], count: int, *, image_px: int = 128) -> tuple[np.ndarray, list[str]]:
-    """The first pictures that have a caption: uint8 (image, image_px, image_px, 3), and one caption each."""
+def contact_sheet(pictures: Sequence[Picture], count: int) -> tuple[np.ndarray, list[str]]:
+    """The first pictures that have a caption: uint8 (image, 128, 128, 3), and one caption each."""
     chosen = [picture for picture in pictures if picture.captions][:count]
-    return np.stack([picture.image.pixels(image_px) for picture in chosen]), [picture.captions[0] for picture in chosen]
+    return np.stack([picture.image.pixels(128) for picture in chosen]), [picture.captions[0] for picture in chosen]

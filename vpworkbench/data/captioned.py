@@ -16,7 +16,16 @@ from pydantic import AliasChoices, BaseModel, Field, StrictInt
 from vpworkbench.data.files import SPLITS, faults_at, files_of_set, json_list, read_text, remark
 from vpworkbench.data.images import ImageFile, Places, origins
 from vpworkbench.data.nlvr1 import Box
-from vpworkbench.data.readers import Annotations, Format, Text, convert, has_lists, one_line, open_annotations
+from vpworkbench.data.readers import (
+    Annotations,
+    Format,
+    Text,
+    convert,
+    each_record,
+    numbered,
+    one_line,
+    open_annotations,
+)
 from vpworkbench.data.records import Picture
 from vpworkbench.data.tables import TABLE_FILES, TRUE_FALSE, Row, known_label, read_rows
 from vpworkbench.errors import DataError
@@ -24,13 +33,13 @@ from vpworkbench.scenes.scene import Scene
 
 NLVR1_FILES = ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json")
 FILES = (
-    ("dataset_*.json",),
-    ("captions_*.json", "annotations/captions_*.json"),
-    ("region_descriptions.json", "annotations/region_descriptions.json"),
+    ("dataset_*.json",),  # Karpathy
+    ("captions_*.json", "annotations/captions_*.json"),  # COCO
+    ("region_descriptions.json", "annotations/region_descriptions.json"),  # Visual Genome
     NLVR1_FILES,
     TABLE_FILES,
 )
-"""The files of a captioned set in its folder, see `files_of_set`."""
+"""The files of a captioned set in its folder: the first line that is there, see `files_of_set`."""
 
 
 def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
@@ -39,12 +48,9 @@ def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
     Parameters
     ----------
     path
-        An annotation file, whose format is recognised by its content, or a folder. In a folder the first of these is
-        read: `dataset_*.json` (Karpathy), `captions_*.json` (COCO), `region_descriptions.json` (Visual Genome),
-        `dev.json` and `test.json` (NLVR v1), a custom CSV or JSON lines of `image,text[,label,split]`, whose labels are
-        `true` and `false`.
+        An annotation file, whose format is recognised by its content, or a folder, see `FILES`.
     images
-        Folders and zips of images; empty: those beside the annotation file (see `images.image_index`).
+        Folders and zips of images; empty: those beside the annotation file.
     """
     hint = ". 04_finetune reads the files of downstream tasks"
     opened = (open_annotations(file, CAPTIONED, images, hint=hint) for file in files_of_set(path, FILES))
@@ -64,28 +70,23 @@ class _KarpathyImage(BaseModel):
     things: list[dict[str, Any]] | None = None  # of a generated scene
     image_px: int = 0
 
-
-def _karpathy(annotations: Annotations) -> Iterator[Picture]:
-    names_are_flickr_ids = str(annotations.content.get("dataset", "")).startswith("flickr")
-
-    def picture(record: _KarpathyImage) -> Iterator[Picture]:
-        split = SPLITS[record.split]
-        captions = [one_line(sentence.raw) for sentence in record.sentences]
+    def records(self, annotations: Annotations) -> Iterator[Picture]:
+        split = SPLITS[self.split]
+        captions = [one_line(sentence.raw) for sentence in self.sentences]
         if split == "train":  # in the other splits each caption is a query, also one that an image has twice
             captions = list(dict.fromkeys(captions))
-        with_folder = [f"{record.filepath}/{record.filename}"] if record.filepath else []
-        image = annotations.images.find(*with_folder, record.filename)
-        scene = {"things": record.things, "image_px": record.image_px}
+        with_folder = [f"{self.filepath}/{self.filename}"] if self.filepath else []
+        image = annotations.images.find(*with_folder, self.filename)
+        names_are_flickr_ids = str(annotations.first.get("dataset", "")).startswith("flickr")
+        scene = {"things": self.things, "image_px": self.image_px}
         yield Picture(
-            id=record.filename,
+            id=self.filename,
             image=image,
             split=split,
             captions=tuple(captions),
-            scene=None if record.things is None else Scene.from_json(scene),
-            origins=origins(image, coco=record.cocoid, flickr=record.filename if names_are_flickr_ids else None),
+            scene=None if self.things is None else Scene.from_json(scene),
+            origins=origins(image, coco=self.cocoid, flickr=self.filename if names_are_flickr_ids else None),
         )
-
-    return convert(annotations.file, annotations.listed("images"), _KarpathyImage, "filename", picture)
 
 
 class _CocoImage(BaseModel):
@@ -102,7 +103,7 @@ class _CocoCaption(BaseModel):
 
 def _coco(annotations: Annotations) -> list[Picture]:
     subset = annotations.file.stem.removeprefix("captions_")
-    images = {str(raw.get("id")) for _, raw in annotations.listed("images") if isinstance(raw, dict)}
+    images = {str(raw.get("id")) for raw in annotations.first["images"] if isinstance(raw, dict)}
     captions: dict[int, dict[str, None]] = defaultdict(dict)  # by image, each text once
 
     def picture(record: _CocoImage) -> Iterator[tuple[int, Picture]]:
@@ -115,8 +116,9 @@ def _coco(annotations: Annotations) -> list[Picture]:
             raise DataError(f"image_id {record.image_id} is none of the images; correct it or drop the caption")
         yield record.image_id, one_line(record.caption)
 
-    pictures = list(convert(annotations.file, annotations.listed("images"), _CocoImage, "id", picture))
-    for image_id, text in convert(annotations.file, annotations.listed("annotations"), _CocoCaption, "id", caption):
+    pictures = list(convert(annotations.file, annotations.items, _CocoImage, "id", picture))
+    captioned = numbered("annotations", annotations.first["annotations"])
+    for image_id, text in convert(annotations.file, captioned, _CocoCaption, "id", caption):
         captions[image_id][text] = None
     return _with_captions(
         annotations.file, (replace(one, captions=tuple(filter(None, captions[number]))) for number, one in pictures)
@@ -163,7 +165,7 @@ def _visual_genome(annotations: Annotations) -> list[Picture]:
             origins=origins(image, coco=ids.coco_id, flickr=ids.flickr_id),
         )
 
-    pictures = convert(annotations.file, annotations.content, _RegionImage, "id", picture)
+    pictures = convert(annotations.file, annotations.items, _RegionImage, "id", picture)
     return _with_captions(annotations.file, pictures)
 
 
@@ -187,28 +189,22 @@ class _Nlvr1Record(BaseModel):
     directory: str
     structured_rep: tuple[Box, Box, Box]
 
-
-def _nlvr1(annotations: Annotations) -> Iterator[Picture]:
-    """A picture for each of the six permutations of a record's boxes in training; elsewhere the first one only."""
-    name = annotations.file.stem
-
-    def pictures(record: _Nlvr1Record) -> Iterator[Picture]:
+    def records(self, annotations: Annotations) -> Iterator[Picture]:
+        """A picture for each of the six permutations of the boxes in training; elsewhere the first one only."""
+        name = annotations.file.stem
         split = SPLITS.get(name, "train")
-        if split == "val" and record.directory != NLVR1_VAL_DIRECTORY:
+        if split == "val" and self.directory != NLVR1_VAL_DIRECTORY:
             split = "train"
-        statement = (one_line(record.sentence),)
+        statement = (one_line(self.sentence),)
         for order in range(6 if split == "train" else 1):
-            image = f"{record.directory}/{name}-{record.identifier}-{order}.png"
             yield Picture(
-                id=f"{record.identifier}-{order}",
-                image=annotations.images.find(image),
+                id=f"{self.identifier}-{order}",
+                image=annotations.images.find(f"{self.directory}/{name}-{self.identifier}-{order}.png"),
                 split=split,
-                captions=statement if record.label == "true" else (),
-                foils=statement if record.label == "false" else (),
-                boxes=record.structured_rep,
+                captions=statement if self.label == "true" else (),
+                foils=statement if self.label == "false" else (),
+                boxes=self.structured_rep,
             )
-
-    return convert(annotations.file, annotations.content, _Nlvr1Record, "identifier", pictures)
 
 
 def pictures_of(rows: Iterable[Row]) -> Iterator[Picture]:
@@ -239,27 +235,37 @@ def pictures_of(rows: Iterable[Row]) -> Iterator[Picture]:
 KARPATHY = Format(
     "karpathy",
     "Karpathy's JSON (dataset_*.json)",
-    layout="document",
-    recognises=lambda keys: has_lists(keys, "images") and not has_lists(keys, "annotations"),
-    read=_karpathy,
+    layout="images",
+    read=each_record(_KarpathyImage, "filename"),
+    recognises=lambda keys: "annotations" not in keys,
 )
 COCO = Format(
     "coco",
     "COCO captions (captions_*.json)",
-    layout="document",
-    recognises=lambda keys: has_lists(keys, "images", "annotations") and "categories" not in keys,  # no boxes
+    layout="images",
     read=_coco,
+    recognises=lambda keys: "annotations" in keys and "categories" not in keys,  # no boxes
 )
 VISUAL_GENOME = Format(
-    "vg", "Visual Genome (region_descriptions.json)", "list", lambda keys: "regions" in keys, read=_visual_genome
+    "vg",
+    "Visual Genome (region_descriptions.json)",
+    layout="list",
+    read=_visual_genome,
+    recognises=lambda keys: "regions" in keys,
 )
-NLVR1 = Format("nlvr1", "NLVR v1 JSON lines", "lines", lambda keys: "structured_rep" in keys, read=_nlvr1)
+NLVR1 = Format(
+    "nlvr1",
+    "NLVR v1 JSON lines",
+    layout="lines",
+    read=each_record(_Nlvr1Record, "identifier"),
+    recognises=lambda keys: "structured_rep" in keys,
+)
 TABLE = Format(
     "table",
     "CSV (with a header) or JSON lines with image and text",
     layout="lines",
-    recognises=lambda keys: "image" in keys or "text" in keys,
     read=lambda table: pictures_of(read_rows(table)),
+    recognises=lambda keys: "image" in keys or "text" in keys,
 )
 
 CAPTIONED: tuple[Format[Picture], ...] = (KARPATHY, COCO, VISUAL_GENOME, NLVR1, TABLE)

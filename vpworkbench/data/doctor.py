@@ -121,38 +121,37 @@ def diagnose(
     if not kinds and not found.errors:
         unread = f"; not read: {', '.join(found.unread)}" if found.unread else ""
         raise DataError(f"{path}: no set of a known format there; name an annotation file{unread}")
-    records = {kind: list(chain.from_iterable(splits.values())) for kind, splits in kinds.items()}
-    every = list(chain.from_iterable(records.values()))
+    every = list(chain.from_iterable(kinds.values()))
     files = list(dict.fromkeys(image for record in every for image in record.images))
     if regions:
         found.errors += _region_faults(files, regions)
     unreadable = _unreadable(files, decode=images)
     found.errors += unreadable.values()
     photograph = photographs(every, image_contents(image for image in files if image not in unreadable))
-    for kind, splits in kinds.items():
-        table = found.tables[kind] = _counts(splits)
-        warnings = [*_cut_texts(splits, table, text_tokens, tokenizer), *_repetitions(records[kind], photograph)]
-        if any(getattr(record, "answers", ()) for record in records[kind]):
+    for kind, records in kinds.items():
+        splits = {split: part for split in SPLIT_NAMES if (part := [one for one in records if one.split == split])}
+        table = found.tables[kind] = {split: _counts(part) for split, part in splits.items()}
+        warnings = [*_cut_texts(splits, table, text_tokens, tokenizer), *_repetitions(records, photograph)]
+        if any(getattr(record, "answers", ()) for record in records):
             warnings += _unanswerable(splits, table, answer_count)
         found.warnings += [f"{kind}: {warning}" for warning in warnings]
     found.warnings += _overlaps(kinds, photograph)
     return found
 
 
-def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, Splits]:
-    """The records of every file, by the name of their format and by split."""
+def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, list[Record]]:
+    """The records of every file, by the name of their format."""
     if str(path) == EASY_VQA:
-        return {VQA.name: read_easy_vqa()}
-    kinds: dict[str, dict[str, list[Record]]] = defaultdict(lambda: {split: [] for split in SPLIT_NAMES})
+        return {VQA.name: list(chain.from_iterable(read_easy_vqa().values()))}
+    kinds: dict[str, list[Record]] = defaultdict(list)
     with collected_findings() as findings:
         for opened in tqdm(open_all(path, places, found.unread), "reading records", unit=" files", delay=2):
             with faults_at():
                 kind, records = _records_of(opened, task)
-                for record in records:
-                    kinds[kind][record.split].append(record)
+                kinds[kind] += records
     found.errors += dict.fromkeys(findings.faults)  # a damaged zip may be beside several files
     found.warnings += findings.remarks
-    return dict(kinds)
+    return {kind: records for kind, records in kinds.items() if records}
 
 
 def _records_of(opened: Annotations, task: str) -> tuple[str, Sequence[Record]]:
@@ -201,23 +200,16 @@ def _texts(records: Iterable[Record]) -> list[str]:
     return list(chain.from_iterable(texts))
 
 
-def _counts(splits: Splits) -> dict[str, dict[str, int]]:
-    return {
-        split: {
-            "records": len(records),
-            "images": len({image for record in records for image in record.images}),
-            "texts": len(_texts(records)),
-        }
-        for split, records in splits.items()
-        if records
-    }
+def _counts(records: Sequence[Record]) -> dict[str, int]:
+    images = {image for record in records for image in record.images}
+    return {"records": len(records), "images": len(images), "texts": len(_texts(records))}
 
 
 def _cut_texts(splits: Splits, table: dict[str, dict[str, int]], text_tokens: int, tokenizer: str) -> list[str]:
     """Count the texts that are too long."""
     from vpworkbench.model.words import build_tokenizer  # imports torch
 
-    texts = {split: _texts(splits[split]) for split in table}
+    texts = {split: _texts(records) for split, records in splits.items()}
     every = list(chain.from_iterable(texts.values()))
     encode = build_tokenizer(texts.get("train", every), tokenizer)._tokenizer.encode_batch
     # A token has at least one letter, so short texts need no tokenizer.
@@ -236,9 +228,10 @@ def _cut_texts(splits: Splits, table: dict[str, dict[str, int]], text_tokens: in
 
 def _unanswerable(splits: Splits, table: dict[str, dict[str, int]], least: int) -> list[str]:
     """Count the questions without an answer in the vocabulary that training would have."""
-    if not any(record.answers for record in splits["train"]):
+    training, held_out = (splits.get(split, []) for split in ("train", "val"))
+    if not any(record.answers for record in training):
         return ["no training questions, so no vocabulary of answers to compare with"]
-    known = set(answer_vocabulary([*splits["train"], *splits["val"]], least))
+    known = set(answer_vocabulary([*training, *held_out], least))
     answers = {answer for records in splits.values() for record in records for answer in record.answers}
     normalised = {answer: normalised_answer(answer) for answer in answers}
     warnings = []
@@ -267,20 +260,16 @@ def _repetitions(records: Sequence[Record], photograph: Mapping[ImageFile, Hasha
     return warnings
 
 
-def _overlaps(kinds: Mapping[str, Splits], photograph: Mapping[ImageFile, Hashable]) -> list[str]:
+def _overlaps(kinds: Mapping[str, Sequence[Record]], photograph: Mapping[ImageFile, Hashable]) -> list[str]:
     """Images in two splits: of one set, or of two captioned sets, which a run may join, as the paper does."""
-    filled = [(kind, split, kinds[kind][split]) for split in SPLIT_NAMES for kind in kinds if kinds[kind][split]]
-    groups = [
-        (
-            f"{split} of {kind}",
-            split,
-            "captioned" if isinstance(records[0], Picture) else kind,
-            {photograph[image] for record in records for image in record.images},
-        )
-        for kind, split, records in filled
-    ]
+    captioned = {kind for kind, records in kinds.items() if isinstance(records[0], Picture)}
+    shown: dict[tuple[str, str], set[Hashable]] = {(split, kind): set() for split in SPLIT_NAMES for kind in kinds}
+    for kind, records in kinds.items():
+        for record in records:
+            shown[record.split, kind].update(photograph[image] for image in record.images)
     return [
-        f"{len(shared)} images are in {one} and in {other}"
-        for (one, split, joined, shown), (other, other_split, other_joined, other_shown) in combinations(groups, 2)
-        if split != other_split and joined == other_joined and (shared := shown & other_shown)
+        f"{len(shared)} images are in {split} of {kind} and in {other_split} of {other}"
+        for (split, kind), (other_split, other) in combinations(shown, 2)
+        if split != other_split and (kind == other or {kind, other} <= captioned)
+        if (shared := shown[split, kind] & shown[other_split, other])
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, StringConstraints, ValidationError
 
@@ -45,20 +45,21 @@ class Format(Generic[R]):
     ----------
     name, title : str
         Short, for tables; and long, for messages.
-    layout
-        `document`: one JSON object. `list`: a JSON list of records. `lines`: JSON lines, or a CSV with a header.
-    recognises : callable
-        Whether a file has the format, by the outermost keys of its document or of its first record: a fault inside a
-        record must not make the format unknown.
+    layout : str
+        Where the records are. `lines`: JSON lines, or a CSV with a header. `list`: a JSON list. Any other word is the
+        key of a list in a JSON object.
     read : callable
-        The records of an opened file.
+        The records of an opened file; see `each_record`.
+    recognises : callable
+        Whether a file of this layout has the format, by the outermost keys of its object or of its first record: a
+        fault inside a record must not make the format unknown.
     """
 
     name: str
     title: str
-    layout: Literal["document", "list", "lines"]
-    recognises: Callable[[Mapping[str, Any]], bool]
+    layout: str
     read: Callable[[Annotations], Iterable[R]]
+    recognises: Callable[[Mapping[str, Any]], bool] = lambda keys: True
     has_images: bool = True
 
 
@@ -68,26 +69,22 @@ class Annotations(Generic[R]):
 
     Attributes
     ----------
-    content
-        The document; of a list or of lines, the records one after another, each with its place.
-    keys : tuple of str
-        The outermost keys of the document or of the first record; of a CSV its header.
+    items
+        The records as parsed, one after another, each with its place.
+    first : mapping
+        The JSON object that holds the records; of a list or of lines the first record, of a CSV the header.
     """
 
     file: Path
     format: Format[R]
-    content: Any
-    keys: tuple[str, ...]
+    items: Iterable[Item]
+    first: Mapping[str, Any]
     images: ImageIndex
 
     @property
     def split(self) -> str:
         """The split that the file's name states, else `train`."""
         return split_named(self.file, "train")
-
-    def listed(self, key: str) -> Iterator[Item]:
-        """The records in a list of the document, each with its place."""
-        return ((f"{key}[{number}]", raw) for number, raw in enumerate(self.content[key]))
 
     def read(self) -> list[R]:
         """All records; `DataError` if an id occurs twice, or if there is none."""
@@ -108,16 +105,28 @@ def open_annotations(
     else:
         first, end = decode_json(text, str(file), len(text) - len(text.lstrip()))
         contents = {"lines": json_lines(file, text)}
-        if not text[end:].strip():
-            contents["document"] = first
+        if isinstance(first, dict) and not text[end:].strip():
+            contents |= {key: numbered(key, value) for key, value in first.items() if isinstance(value, list)}
     if isinstance(first, dict):
         for form in formats:
             if form.layout in contents and form.recognises(first):
                 index = image_index(file, images) if form.has_images else ImageIndex(())
-                return Annotations(file, form, contents[form.layout], tuple(first), index)
+                return Annotations(file, form, contents[form.layout], first, index)
     keys = f" (its keys are {', '.join(first)})" if isinstance(first, dict) and first else ""
     titles = "; ".join(form.title for form in formats)
     raise UnknownFormatError(f"{file}: unknown format{keys}; known here: {titles}{hint}")
+
+
+def numbered(key: str, values: Iterable[Any]) -> Iterator[Item]:
+    """The values of a list in a JSON object, each with its place."""
+    return ((f"{key}[{number}]", value) for number, value in enumerate(values))
+
+
+def each_record(schema: type[M], name: str) -> Callable[[Annotations[R]], Iterator[R]]:
+    """For `Format.read`: every record is checked by a schema, and becomes what its method `records` yields."""
+    return lambda annotations: convert(
+        annotations.file, annotations.items, schema, name, lambda record: record.records(annotations)
+    )
 
 
 def convert(
@@ -163,11 +172,6 @@ def unique(records: Iterable[R], file: Path) -> list[R]:
     if not found:
         report_fault(f"{file}: holds no record that can be used")
     return list(found.values())
-
-
-def has_lists(content: Mapping[str, Any], *names: str) -> bool:
-    """Whether a document has lists under these keys."""
-    return all(isinstance(content.get(name), list) for name in names)
 
 
 def one_line(text: str) -> str:

@@ -58,11 +58,11 @@ def read_rows(table: Annotations) -> list[Row]:
 
 def read_unsplit_rows(table: Annotations) -> list[Row]:
     """The rows of a table, in order; `split` is empty where neither a column nor the file's name states it."""
-    if not {"image", "text"} <= set(table.keys):
-        raise DataError(f"{table.file}: needs columns image and text; it has {', '.join(table.keys)}")
+    if not {"image", "text"} <= set(table.first):
+        raise DataError(f"{table.file}: needs columns image and text; it has {', '.join(table.first)}")
     rows: list[Row] = []
     ignored: set[str] = set()
-    for place, raw in table.content:
+    for place, raw in table.items:
         where = f"{table.file}: {place}"
         with faults_at(where):
             record = checked(_Row, raw)
@@ -77,7 +77,7 @@ def read_unsplit_rows(table: Annotations) -> list[Row]:
                 images=tuple(table.images.find(name) for name in (record.image, record.image2) if name),
                 text=one_line(record.text),
                 label="" if record.label is None else str(record.label).strip(),
-                split=SPLITS.get(split) or split_named(table.file, "train" if "split" in table.keys else ""),
+                split=SPLITS.get(split) or split_named(table.file, "train" if "split" in table.first else ""),
             )
             rows.append(row)
     if ignored:

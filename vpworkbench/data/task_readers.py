@@ -8,9 +8,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
@@ -23,7 +22,7 @@ from vpworkbench.data.readers import (
     Text,
     UnknownFormatError,
     convert,
-    has_lists,
+    each_record,
     one_line,
     open_annotations,
     unique,
@@ -115,13 +114,13 @@ def read_vqa(path: str | Path, *, images: Places = ()) -> Splits:
 
 
 def _vqa(annotations: Annotations) -> Iterator[Example]:
-    file, content, split = annotations.file, annotations.content, annotations.split
+    file, split = annotations.file, annotations.split
     answers_file = answers_beside(file)
     is_answered = answers_file.exists()
     if not is_answered and split != "test":
         raise DataError(f"{file}: questions of {split} without annotations; put {answers_file.name} beside it")
     answered = _answers(answers_file) if is_answered else {}
-    data_type, subset = (str(content.get(key, "")) for key in ("data_type", "data_subtype"))
+    data_type, subset = (str(annotations.first.get(key, "")) for key in ("data_type", "data_subtype"))
     asked: set[int] = set()
 
     def example(record: _Question) -> Iterator[Example]:
@@ -143,15 +142,15 @@ def _vqa(annotations: Annotations) -> Iterator[Example]:
             origins=origins(image, coco=record.image_id if data_type == "mscoco" else None),
         )
 
-    yield from convert(file, annotations.listed("questions"), _Question, "question_id", example)
+    yield from convert(file, annotations.items, _Question, "question_id", example)
     for question_id in answered.keys() - asked:
         report_fault(f"{answers_file}: question_id {question_id} is none of the questions of {file}; drop it")
 
 
 def _answers(file: Path) -> dict[int, _Answered]:
     """The annotations by the id of their question."""
-    listed = open_annotations(file, (VQA_ANSWERS,)).listed("annotations")
-    records = convert(file, listed, _Answered, "question_id", lambda record: [record])
+    items = open_annotations(file, (VQA_ANSWERS,)).items
+    records = convert(file, items, _Answered, "question_id", lambda record: [record])
     return {record.question_id: record for record in records}
 
 
@@ -219,18 +218,13 @@ class _Nlvr2Record(BaseModel):
     sentence: Text
     label: Literal["True", "False"] | None = None
 
-
-def _nlvr2(annotations: Annotations) -> Iterator[Example]:
-    """Images have the names of the release: `<identifier without its last part>-img0.png`."""
-
-    def example(record: _Nlvr2Record) -> Iterator[Example]:
-        if record.label is None and annotations.split != "test":
+    def records(self, annotations: Annotations) -> Iterator[Example]:
+        """Images have the names of the release: `<identifier without its last part>-img0.png`."""
+        if self.label is None and annotations.split != "test":
             raise DataError("no label; only test may lack it")
-        pair = record.identifier.rsplit("-", 1)[0]
+        pair = self.identifier.rsplit("-", 1)[0]
         images = tuple(annotations.images.find(f"{pair}-img{side}.png") for side in (0, 1))
-        yield Example(record.identifier, images, one_line(record.sentence), annotations.split, label=record.label)
-
-    return convert(annotations.file, annotations.content, _Nlvr2Record, "identifier", example)
+        yield Example(self.identifier, images, one_line(self.sentence), annotations.split, label=self.label)
 
 
 def _nlvr1(annotations: Annotations) -> Iterator[Example]:
@@ -256,6 +250,20 @@ class _SnliVeRecord(BaseModel):
     gold_label: Literal["entailment", "neutral", "contradiction", "-"]
     photo: str = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID"))  # both occur
     pairID: str
+    with_premise: ClassVar[bool] = False
+
+    def records(self, annotations: Annotations) -> Iterator[Example]:
+        if self.gold_label == "-":
+            return
+        photo = self.photo.removesuffix(".jpg")
+        image = annotations.images.find(f"{photo}.jpg", f"{photo}.png")
+        known = origins(image, flickr=photo)
+        text = one_line(f"{self.sentence1} {self.sentence2}" if self.with_premise else self.sentence2)
+        yield Example(self.pairID, (image,), text, annotations.split, label=self.gold_label, origins=known)
+
+
+class _SnliVeWithPremise(_SnliVeRecord):
+    with_premise: ClassVar[bool] = True
 
 
 def read_snli_ve(path: str | Path, *, images: Places = (), premise: bool = False) -> Splits:
@@ -263,26 +271,9 @@ def read_snli_ve(path: str | Path, *, images: Places = (), premise: bool = False
 
     With `premise`, the text premise precedes the hypothesis. It is a Flickr caption of the image and gives much away.
     """
-    published = replace(SNLI_VE.published, read=partial(_snli_ve, premise=premise))
+    schema = _SnliVeWithPremise if premise else _SnliVeRecord
+    published = replace(SNLI_VE.published, read=each_record(schema, "pairID"))
     return replace(SNLI_VE, published=published).read(path, images)
-
-
-def _snli_ve(annotations: Annotations, premise: bool = False) -> Iterator[Example]:
-    def example(record: _SnliVeRecord) -> Iterator[Example]:
-        if record.gold_label == "-":
-            return
-        photo = record.photo.removesuffix(".jpg")
-        image = annotations.images.find(f"{photo}.jpg", f"{photo}.png")
-        yield Example(
-            id=record.pairID,
-            images=(image,),
-            text=one_line(f"{record.sentence1} {record.sentence2}" if premise else record.sentence2),
-            split=annotations.split,
-            label=record.gold_label,
-            origins=origins(image, flickr=photo),
-        )
-
-    return convert(annotations.file, annotations.content, _SnliVeRecord, "pairID", example)
 
 
 def examples_of(rows: Iterable[Row], task: TaskFiles | None = None) -> Iterator[Example]:
@@ -315,29 +306,29 @@ def _true_or_false(label: str) -> dict[str, Any]:
     return {"label": known_label(label, TRUE_FALSE)}
 
 
-VQA_QUESTIONS = Format("vqa", "VQA v2 questions", "document", lambda keys: has_lists(keys, "questions"), read=_vqa)
+VQA_QUESTIONS = Format("vqa", "VQA v2 questions", layout="questions", read=_vqa)
 VQA_ANSWERS = Format(
     "vqa-answers",
     "VQA v2 annotations",
-    layout="document",
-    recognises=lambda keys: has_lists(keys, "annotations") and not has_lists(keys, "images"),
+    layout="annotations",
     read=lambda annotations: (),  # they are read with their questions
+    recognises=lambda keys: "images" not in keys,
     has_images=False,
 )
 NLVR2_STATEMENTS = Format(
     "nlvr2",
     "NLVR2 JSON lines",
     layout="lines",
+    read=each_record(_Nlvr2Record, "identifier"),
     recognises=lambda keys: "identifier" in keys and ("sentence" in keys or "left_url" in keys),
-    read=_nlvr2,
 )
 NLVR1_STATEMENTS = replace(NLVR1, read=_nlvr1)
 SNLI_VE_HYPOTHESES = Format(
     "snli-ve",
     "SNLI-VE JSON lines",
     layout="lines",
+    read=each_record(_SnliVeRecord, "pairID"),
     recognises=lambda keys: not {"Flickr30K_ID", "Flikr30kID", "gold_label"}.isdisjoint(keys),
-    read=_snli_ve,
 )
 
 VQA = TaskFiles(VQA_QUESTIONS, (("v2_OpenEnded_*_questions.json",),), truth=lambda label: {"answers": (label,) * 10})
