@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,7 +51,10 @@ def read_rows(table: Annotations) -> list[Row]:
     rows = read_unsplit_rows(table)
     if not rows or any(row.split for row in rows):
         return [row._replace(split=row.split or "train") for row in rows]
-    val = _tenth(row.image for row in rows)
+    digests = {row.image: hashlib.blake2b(row.image.encode(), digest_size=8).digest() for row in rows}
+    hashes = {image: int.from_bytes(digest) / 2**64 for image, digest in digests.items()}
+    least = min(hashes.values())  # at least one image validates
+    val = {image for image, value in hashes.items() if value < VAL_SHARE or value == least}
     remark(f"{table.file}: no column split: {len(val)} images, chosen by their names, validate, the others train")
     return [row._replace(split="val" if row.image in val else "train") for row in rows]
 
@@ -83,13 +86,6 @@ def read_unsplit_rows(table: Annotations) -> list[Row]:
     if ignored:
         remark(f"{table.file}: columns that are not read: {', '.join(sorted(ignored))}")
     return rows
-
-
-def _tenth(names: Iterable[str]) -> set[str]:
-    """A tenth of the names by their hashes, at least one."""
-    hashes = {name: int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64 for name in names}
-    least = min(hashes.values(), default=0)
-    return {name for name, value in hashes.items() if value < VAL_SHARE or value == least}
 
 
 def known_label(label: str, labels: Mapping[str, str]) -> str:

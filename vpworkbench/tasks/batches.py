@@ -100,19 +100,23 @@ def each_image_once(groups: Sequence[Sequence[Any]], inputs: VisualInput) -> tup
     return inputs.stack(list(images.values())), torch.tensor([[rows[key] for key in row] for row in keys])
 
 
-class Classification(Objective):
-    """A task's loss per example, and its score on the first examples of a step."""
+class OneLoss(Objective):
+    """A loss of what a model makes of `batch.inputs`, given `batch.targets`; summed over the batch."""
 
     weights = {"loss": 1.0}
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.loss = loss
 
-    def counts(self, batch: TaskBatch) -> dict[str, int]:
-        return {"loss": len(batch.words)}
+    def counts(self, batch: Any) -> dict[str, int]:
+        return {"loss": len(batch.targets)}
 
-    def losses(self, model: nn.Module, batch: TaskBatch) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         return {"loss": self.loss(model(*batch.inputs).float(), batch.targets)}
+
+
+class Classification(OneLoss):
+    """A task's loss per example, and its score on the first examples of a step."""
 
     @torch.no_grad()
     def watch(self, model: nn.Module, batch: TaskBatch) -> dict[str, float]:

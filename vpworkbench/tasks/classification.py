@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vpworkbench.data.records import Example
 from vpworkbench.metrics import accuracy
@@ -28,11 +27,6 @@ def label_numbers(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
     """Place of each example's label among the labels, int64 (example,)."""
     numbers = {label: number for number, label in enumerate(labels)}
     return torch.tensor([numbers[example.label] if example.label else WITHHELD for example in examples])
-
-
-def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy, summed over examples."""
-    return functional.cross_entropy(logits, targets, reduction="sum")
 
 
 def accuracies(examples: Sequence[Example], predicted: Mapping[str, str]) -> np.ndarray:

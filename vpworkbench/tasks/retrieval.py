@@ -79,15 +79,13 @@ class Retrieval(Task):
 
 
 class RetrievalBatches(Dataset):
-    """Images with one caption each, and unmatched pairs from the same batch; a pure function of seed and step.
+    """Captioned images with one caption each, and unmatched pairs from the same batch; a function of seed and step.
 
     An unmatched text is never a caption of the same image, nor identical to one; where there is ground truth, it is
     false of the image. An epoch shows each image once.
 
     Attributes
     ----------
-    pictures : list of Picture
-        Those that have captions.
     near : int array or None, (picture, caption)
         If set, unmatched captions are drawn from these places among all captions, instead of from the batch.
     """
@@ -102,7 +100,7 @@ class RetrievalBatches(Dataset):
         images: int,
         seed: int,
     ) -> None:
-        self.pictures = [picture for picture in pictures if picture.captions]
+        self.pictures = list(pictures)
         if images < 2 or len(self.pictures) < images:
             raise DataError(f"{len(self.pictures)} captioned images: a batch of {images} needs as many, at least two")
         self.sampler = Sampler(self.pictures, images, seed=(seed, 0))
@@ -128,17 +126,13 @@ class RetrievalBatches(Dataset):
         pairs = []
         for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
             others = texts if self.near is None else [self._captions[other] for other in self.near[row]]
-            pairs.append((place, text, True))
-            pairs += [(place, other, False) for other in self._unmatched(self.pictures[row], others, rng)]
+            false = [other for other in dict.fromkeys(others) if self.pictures[row].denies(other)]
+            chosen = rng.permutation(len(false))[: self.settings.negatives]
+            pairs += [(place, text, True), *((place, false[number], False) for number in chosen)]
         image_index, pair_texts, matched = zip(*pairs, strict=True)
         words, word_tokens = self.words.tensors(pair_texts)
         images = self.stack([self.pictures[row] for row in rows], rng)
         return PairBatch(images, torch.tensor(image_index), words, word_tokens, torch.tensor(matched))
-
-    def _unmatched(self, picture: Picture, texts: Sequence[str], rng: np.random.Generator) -> list[str]:
-        """Some of these texts that are false of a picture."""
-        false = [text for text in dict.fromkeys(texts) if picture.denies(text)]
-        return [false[place] for place in rng.permutation(len(false))[: self.settings.negatives]]
 
     def stack(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
         """uint8 (image, 3, height, width), half of them mirrored if `flip` is set."""

@@ -92,22 +92,12 @@ def _score_rows(
     scores = vision.new_empty(len(pictures), captions, dtype=torch.float32)
     for columns, words, word_tokens in batches:
         for some in torch.arange(len(pictures), device=pixels.device).split(max(1, pairs // len(words))):
-            scores[some[:, None], columns] = _score_block(model, vision[some], vision_tokens[some], words, word_tokens)
+            texts = [part.repeat(len(some), 1) for part in (words, word_tokens)]
+            images = [part[some].repeat_interleave(len(words), dim=0) for part in (vision, vision_tokens)]
+            logits = model.head(model.base.fusion.cls_output(*texts, *images)).float()
+            scores[some[:, None], columns] = (logits[:, 1] - logits[:, 0]).view(len(some), len(words))
             bar.update(len(some) * len(words))
     return scores
-
-
-def _score_block(model: TaskModel, vision: Tensor, vision_tokens: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
-    """(image, text) for all pairs of some embedded images and some texts."""
-    images, texts = len(vision), len(words)
-    cls = model.base.fusion.cls_output(
-        words.repeat(images, 1),
-        word_tokens.repeat(images, 1),
-        vision.repeat_interleave(texts, dim=0),
-        vision_tokens.repeat_interleave(texts, dim=0),
-    )
-    logits = model.head(cls).float()
-    return (logits[:, 1] - logits[:, 0]).view(images, texts)
 
 
 def _batches_by_length(words: Words, captions: Sequence[str]) -> Iterator[TextBatch]:

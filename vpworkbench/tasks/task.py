@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Progress, visual_input
@@ -28,7 +29,7 @@ from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, TrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 from vpworkbench.tasks.batches import Classification, TaskBatches, each_image_once
-from vpworkbench.tasks.classification import accuracies, csv_lines, label_loss, label_numbers
+from vpworkbench.tasks.classification import accuracies, csv_lines, label_numbers
 from vpworkbench.tasks.splits import TaskExamples, keep_apart, read_tables
 
 EVALUATED_AT_ONCE = 32
@@ -82,7 +83,7 @@ class Task:
     images: int = 1
     head: Callable[[int, int], nn.Module] = nn.Linear
     targets: Callable[[Sequence[Example], Sequence[str]], Tensor] = label_numbers
-    loss: Callable[[Tensor, Tensor], Tensor] = label_loss
+    loss: Callable[[Tensor, Tensor], Tensor] = partial(functional.cross_entropy, reduction="sum")
     probabilities: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)
     metric: str = "accuracy"
     scores: Callable[[Sequence[Example], Mapping[str, str]], np.ndarray] = accuracies
@@ -195,13 +196,15 @@ class TaskModel(nn.Module):
 
     def predict_all(self, images: Sequence[Any], texts: Sequence[str]) -> list[dict[str, float]]:
         """`predict` for each text i and `images[i]`, in batches that encode each image once."""
-        groups = [_as_files(group if isinstance(group, list | tuple) else [group]) for group in images]
+        groups = [list(group) if isinstance(group, list | tuple) else [group] for group in images]
         for group, text in zip(groups, texts, strict=True):
             if len(group) != self.task.images:
                 wanted = f"{self.task.name} takes {self.task.images} images a text"
                 raise DataError(f"{text!r:.80}: {wanted}, not {len(group)}")
             if not text.strip():
                 raise DataError(f"an empty text for image {group[0]!s:.80}; give a question, statement or hypothesis")
+            paths = (Path(one).expanduser() if isinstance(one, str | Path) else one for one in group)
+            group[:] = [ImageFile(one.parent, one.name) if isinstance(one, Path) else one for one in paths]
         predictions = []
         for logits in self.logits(groups, texts):
             for row in self.task.probabilities(logits).tolist():
@@ -217,11 +220,6 @@ class TaskModel(nn.Module):
             some = slice(start, start + EVALUATED_AT_ONCE)
             tensors = (*each_image_once(images[some], inputs), *self.base.words.tensors(texts[some]))
             yield self.eval()(*(tensor.to(self.base.device) for tensor in tensors))
-
-
-def _as_files(images: Sequence[Any]) -> list[Any]:
-    paths = (Path(image).expanduser() if isinstance(image, str | Path) else image for image in images)
-    return [ImageFile(path.parent, path.name) if isinstance(path, Path) else path for path in paths]
 
 
 class PairAttention(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,11 +47,6 @@ def answer_scores(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
     return targets
 
 
-def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy, summed over examples and answers."""
-    return functional.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="sum")
-
-
 def official_scores(examples: Sequence[Example], predicted: Mapping[str, str]) -> np.ndarray:
     """The official VQA score of each question, nan where its answers are withheld."""
     scores = (vqa_score(predicted[one.id], one.answers) if one.answers else np.nan for one in examples)
@@ -69,7 +65,7 @@ VQA = Task(
     labels=frequent_answers,
     head=answer_head,
     targets=answer_scores,
-    loss=answer_loss,
+    loss=partial(functional.binary_cross_entropy_with_logits, reduction="sum"),
     probabilities=torch.sigmoid,
     metric="vqa_score",
     scores=official_scores,
