@@ -123,10 +123,6 @@ class GroupBatches(Dataset):
     pictures
         One split. Images come in the order of a permutation for each epoch. A picture that has only false statements
         starts no group; without `grouped` it may still replace the image of one of these statements.
-    images : int
-        Images in a batch.
-    inputs
-        How images become tensors, see `data.inputs`.
     vision : int
         m, the number of visual tokens.
     """

@@ -100,12 +100,9 @@ def annotation_files(path: Path) -> list[Path]:
 
 
 def files_of_set(path: str | Path, alternatives: Sequence[Sequence[str]]) -> list[Path]:
-    """The annotation files of one set: `path` itself, or those of the first alternative that a folder has.
+    """The annotation files of one set: `path` itself, or in a folder those of the first alternative that has any.
 
-    Parameters
-    ----------
-    alternatives
-        Patterns of the files' names in the folder; those of one alternative belong together.
+    An alternative is some patterns of names, whose files belong together.
     """
     path = Path(path).expanduser()
     if not path.exists():

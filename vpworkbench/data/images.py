@@ -132,15 +132,7 @@ Places = str | Path | Sequence[str | Path]
 
 
 class ImageIndex:
-    """The images of a set by name, in all folders below some places and in zips.
-
-    Parameters
-    ----------
-    places : sequence of path
-        Folders, with everything below them, and zips.
-    flat : path, optional
-        One more folder; only the images directly in it count.
-    """
+    """The images of a set by name: in zips, anywhere below folders, and directly in the folder `flat`."""
 
     def __init__(self, places: Sequence[str | Path], *, flat: Path | None = None) -> None:
         self.flat, self.places = flat, [Path(place).expanduser() for place in places]

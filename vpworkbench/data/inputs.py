@@ -66,13 +66,6 @@ class PixelCache(VisualInput):
 
     The cache is a folder named by a hash of the images' names, contents and size, so that a changed image makes another
     cache. Each image is compared with its checksum when it is read.
-
-    Parameters
-    ----------
-    folder : Path
-        Where caches are kept.
-    images
-        All images that will be read.
     """
 
     def __init__(

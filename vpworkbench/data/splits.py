@@ -58,12 +58,8 @@ def split_pictures(sets: Iterable[Sequence[Picture]], *, exclude: Sequence[Recor
     An image can be in several sets under several names. Copies are found by their ids in COCO and at Flickr and by
     content, also by way of a third set: if Visual Genome says that COCO's 5 is Flickr's 7, and Flickr30k tests on 7,
     then COCO's 5 does not train. Copies in training become one picture with the texts of all: otherwise the caption of
-    one could serve as an unmatched text of the other. How many were dropped and joined is logged.
-
-    Parameters
-    ----------
-    exclude
-        More records whose images are not trained on, see `evaluation_records`.
+    one could serve as an unmatched text of the other. How many were dropped and joined is logged. Images of `exclude`
+    are not trained on either.
     """
     splits: dict[str, list[Picture]] = {"train": [], "val": [], "test": []}
     for picture in chain.from_iterable(sets):
@@ -105,10 +101,7 @@ def without_leaks(
 def photographs(records: Iterable[Record], content: Mapping[ImageFile, Hashable]) -> dict[ImageFile, Hashable]:
     """Marks that are equal for images of one photograph: with the same id or content, directly or through others.
 
-    Parameters
-    ----------
-    content
-        See `image_contents`; images that it lacks are compared by their ids only.
+    Images that `content` lacks, see `image_contents`, are compared by their ids only.
     """
     parent: dict[Hashable, Hashable] = {}  # a forest of images, ids and contents: what is connected is one photograph
 

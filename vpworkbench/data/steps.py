@@ -19,8 +19,6 @@ class Sampler:
 
     Parameters
     ----------
-    records
-        Anything with an `id`.
     size : int
         Records in a step.
     seed : tuple of int

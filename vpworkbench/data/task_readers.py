@@ -363,11 +363,7 @@ def open_all(path: str | Path, images: Places = (), unread: list[str] | None = N
     """Every annotation file of a known format: the file itself, or all below a folder.
 
     VQA's annotations are left out, because they are read with their questions. A file that cannot be opened is a fault.
-
-    Parameters
-    ----------
-    unread
-        Gets the files of a folder that are in no known format, and annotations without their questions.
+    `unread` gets the files of a folder that are in no known format, and annotations without their questions.
     """
     path = Path(path).expanduser()
     if not path.exists():

@@ -57,13 +57,7 @@ class TaskBatch(TensorBatch):
 
 
 class TaskBatches(Dataset):
-    """Batches of examples by step.
-
-    Parameters
-    ----------
-    targets : callable
-        examples -> Tensor, see `Task.targets`.
-    """
+    """Batches of examples by step; for `targets` see `Task.targets`."""
 
     def __init__(
         self,

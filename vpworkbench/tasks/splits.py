@@ -29,11 +29,6 @@ class TaskExamples(NamedTuple):
     shared: frozenset[str] = frozenset()
 
 
-def read_tables(path: str, settings: FinetuneSettings) -> Splits:
-    """The rows of a table, or of all tables in a folder: `image` (and `image2`), `text`, `label`."""
-    return TABLES.read(path, settings.images)
-
-
 def keep_apart(splits: Splits, settings: FinetuneSettings) -> TaskExamples:
     """Leave out training examples whose image is in validation or test, and find the test images that are shared.
 

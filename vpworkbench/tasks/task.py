@@ -30,7 +30,7 @@ from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, Trai
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 from vpworkbench.tasks.batches import Classification, TaskBatches, each_image_once
 from vpworkbench.tasks.classification import accuracies, csv_lines, label_numbers
-from vpworkbench.tasks.splits import TaskExamples, keep_apart, read_tables
+from vpworkbench.tasks.splits import TABLES, TaskExamples, keep_apart
 
 EVALUATED_AT_ONCE = 32
 
@@ -79,7 +79,7 @@ class Task:
 
     name: str
     labels: Callable[[Sequence[Example], FinetuneSettings], tuple[str, ...]]
-    read: Callable[[str, FinetuneSettings], Splits] = read_tables
+    read: Callable[[str, FinetuneSettings], Splits] = lambda path, settings: TABLES.read(path, settings.images)
     images: int = 1
     head: Callable[[int, int], nn.Module] = nn.Linear
     targets: Callable[[Sequence[Example], Sequence[str]], Tensor] = label_numbers
