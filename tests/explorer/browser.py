@@ -89,11 +89,17 @@ def jupyter(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         _wait(f"{address}/api?token={token}", server, scratch / "log.txt")
         yield Jupyter(address, token, folder)
     finally:
-        server.terminate()  # ends its kernels
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
+        stop(server)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """End a server and its kernels; on a busy machine it may need a minute."""
+    server.terminate()
+    try:
+        server.wait(WAIT_MS / 1000)
+    except subprocess.TimeoutExpired:
+        server.kill()  # its kernels end by themselves
+        server.wait()
 
 
 def _flags(port: int, token: str, folder: Path) -> list[str]:
@@ -193,8 +199,9 @@ _CELLS = "[...jupyterapp.shell.currentWidget.content.model.cells].filter(cell =>
 def saved(page: Any, button: Any) -> Any:
     """The download that a click on `button` starts; if none comes, the failure says what the page shows instead.
 
-    Playwright checks what lies under the pointer only when it is pressed. If the page moves before it is released, the
-    browser makes no click of the two, so the click is repeated until the button has received it.
+    Playwright scrolls to the button and presses it at once. JupyterLab lays out its cells after the scroll, on a busy
+    machine up to a quarter of a second later. If they move before the release, the browser makes no click of the two,
+    so the click is repeated until the button has received it.
     """
     button.evaluate("button => button.addEventListener('click', () => (button.dataset.clicked = 'yes'))")
     try:

@@ -16,7 +16,14 @@ from typing import Any
 
 import nbformat
 import pytest
-from explorer.browser import SIZE, WAIT_MS, browser, saved, screenshots  # fixtures are found by name in the module
+from explorer.browser import (
+    SIZE,
+    WAIT_MS,
+    browser,
+    saved,
+    screenshots,
+    stop,
+)  # fixtures are found by name in the module
 
 from vpworkbench.cli import main
 from vpworkbench.explorer import serve
@@ -68,8 +75,7 @@ def served(scratch: Path) -> Iterator[tuple[str, str]]:
         _wait(address, server, scratch / "voila.txt")
         yield address, token
     finally:
-        server.terminate()
-        server.wait(30)
+        stop(server)
 
 
 def _wait(address: str, server: subprocess.Popen[bytes], log: Path) -> None:

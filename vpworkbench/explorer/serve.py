@@ -7,10 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+from pydantic import TypeAdapter
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.explorer import explore
-from vpworkbench.settings.base import absolute_unless_name
+from vpworkbench.settings.base import PathOrName
 
 
 def serve(checkpoint: str, data: str, *, beside: str, regions: str, port: int, browser: bool) -> None:
@@ -23,7 +24,8 @@ def serve(checkpoint: str, data: str, *, beside: str, regions: str, port: int, b
     from voila.app import Voila
 
     given = {"model": checkpoint, "data": data, "beside": beside, "regions": regions}
-    options = {name: absolute_unless_name(value) for name, value in given.items() if value}  # kernels start elsewhere
+    options = {name: value for name, value in given.items() if value}
+    options = TypeAdapter(dict[str, PathOrName]).validate_python(options)  # absolute: kernels start in another folder
     explore(**options).close()  # fails before the server
     with tempfile.TemporaryDirectory(prefix="vpworkbench-voila-") as folder:
         notebook = write_notebook(Path(folder) / "explorer.ipynb", **options)
