@@ -162,8 +162,10 @@ def model(place: Place) -> Results:
 def held_out(place: Place) -> Results:
     """The held-out evaluation of the shipped model: match decisions and hidden words, with intervals."""
     shipped, settings = load_shipped()
-    scored = found("scored_words")(settings.data)
-    figures = found("evaluate")(shipped, splits()["val"], settings.data, scored=scored, images=64)
+    evaluate, words = found("evaluate"), {}
+    if "scored" in inspect.signature(evaluate).parameters:
+        words = {"scored": found("scored_words")(settings.data)}
+    figures = evaluate(shipped, splits()["val"], settings.data, images=64, **words)
     yield "summary", figures.summary()
 
 

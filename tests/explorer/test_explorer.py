@@ -118,7 +118,8 @@ def test_reconstruction_errors_are_those_of_mfr(view: Explorer, model: VisualPar
     table = view.tables()["masks"]
     masked = torch.from_numpy(table.attention_mask.to_numpy() > 0)[None]
     with torch.no_grad():
-        joint = model(**view.readings[0].forward, masked=masked)
+        forward = view.readings[0].forward
+        joint = model.fuse(model.visual(forward["images"]), forward["words"], forward["word_tokens"], masked=masked)
         wanted = (model.mfr(joint.vision) - joint.visual.features).square().mean(dim=-1)[0]
     hidden = masked[0].numpy()
     np.testing.assert_allclose(table.attention_error[hidden], wanted.numpy()[hidden], rtol=1e-4)
@@ -531,7 +532,8 @@ def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingMo
     base, masked = regions.subjects[0].base, torch.zeros(1, 9, dtype=torch.bool)
     masked[0, :things] = torch.from_numpy(table.random_mask.to_numpy() > 0)
     with torch.no_grad():
-        joint = base(**regions.readings[0].forward, masked=masked)
+        forward = regions.readings[0].forward
+        joint = base.fuse(base.visual(forward["images"]), forward["words"], forward["word_tokens"], masked=masked)
         wanted = (base.mfr(joint.vision) - joint.visual.features).square().mean(dim=-1)[masked]
     np.testing.assert_allclose(table.random_error.dropna(), wanted, rtol=1e-4)
     regions.look(1)  # another number of boxes

@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from vpworkbench.model.fusion import Fusion, sine_position
+from vpworkbench.model.visual import VisualTokens
 from vpworkbench.settings import FusionSettings
 
 SETTINGS = FusionSettings(layers=3, width=48, heads=4, feed_forward=96, positions=64)
@@ -44,7 +45,7 @@ def test_text_alone_equals_bert():
 def test_padding_changes_nothing():
     torch.manual_seed(0)
     fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()
-    words, vision = torch.randint(5, 50, (1, 6)), fusion.embed_vision(torch.randn(1, 9, 32))
+    words, vision = torch.randint(5, 50, (1, 6)), fusion.embed_vision(VisualTokens(torch.randn(1, 9, 32)))
     padded = torch.cat([words, torch.zeros(1, 4, dtype=torch.long)], dim=1)
     tokens = torch.arange(10)[None] < 6
     with torch.no_grad():
@@ -70,7 +71,7 @@ def test_position_is_added_behind_the_linear_layer_and_before_the_norm():
     fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()
     features = torch.randn(2, 9, 32)
     written = fusion.vision_norm(fusion.vision_in(features) + sine_position(3, 48))
-    torch.testing.assert_close(fusion.embed_vision(features), written)
+    torch.testing.assert_close(fusion.embed_vision(VisualTokens(features)), written)
 
 
 def test_masked_tokens_look_alike():
@@ -78,6 +79,6 @@ def test_masked_tokens_look_alike():
     fusion = Fusion(SETTINGS, vocabulary=50, vision_width=32, grid=3).eval()
     masked = torch.zeros(1, 9, dtype=torch.bool)
     masked[0, 4] = True
-    one, other = (fusion.embed_vision(torch.randn(1, 9, 32), masked) for _ in range(2))
+    one, other = (fusion.embed_vision(VisualTokens(torch.randn(1, 9, 32)), masked) for _ in range(2))
     torch.testing.assert_close(one[0, 4], other[0, 4])
     assert not torch.allclose(one[0, 3], other[0, 3])

@@ -40,7 +40,7 @@ def test_saved_and_loaded_again(model, scenes, tmp_path):
     assert again.settings == model.settings and again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     with torch.no_grad():
         one, other = (m(**pairs(m, scenes).forward) for m in (model, again))
-    assert torch.equal(one.last_hidden_state, other.last_hidden_state)
+    assert torch.equal(one.hidden[-1], other.hidden[-1])
 
 
 def test_result_does_not_depend_on_batch_mates(model, scenes):

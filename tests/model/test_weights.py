@@ -32,7 +32,7 @@ from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import efficientnet_lite0, load_into, start_text, start_visual
-from vpworkbench.model.words import bert_tokenizer
+from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import FusionSettings, VisualSettings, pretrain_settings
 from vpworkbench.train.pretrain import build_model
 
@@ -277,12 +277,12 @@ def test_models_that_are_no_bert_are_refused(tmp_path):
         max_position_embeddings=64,
     )
     ElectraModel(config).save_pretrained(tmp_path)
-    for read in (bert_tokenizer, lambda folder: start_text(small_fusion(), folder)):
+    for read in (lambda folder: build_tokenizer([], folder), lambda folder: start_text(small_fusion(), folder)):
         with pytest.raises(CheckpointError, match="a model of kind 'electra'; only a BERT's layers fit"):
             read(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json: not a model's configuration .*cut off"):
-        bert_tokenizer(str(tmp_path))
+        build_tokenizer([], str(tmp_path))
 
 
 def test_a_table_of_words_is_cut_where_it_is_padded_and_refused_where_it_is_short(tmp_path):
@@ -294,7 +294,7 @@ def test_a_table_of_words_is_cut_where_it_is_padded_and_refused_where_it_is_shor
         start_text(small_fusion(42), str(tmp_path))
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(CheckpointError, match=r"no BERT tokenizer \(no vocabulary\); save it"):
-        bert_tokenizer(str(tmp_path))
+        build_tokenizer([], str(tmp_path))
 
 
 def test_no_shipped_weights_for_that_preset(model):
@@ -311,10 +311,8 @@ def test_shipped_visual_sides_fit_the_tiny_preset(family):
 
 @needs_weights
 def test_minilm_starts_the_small_preset():
-    from vpworkbench.model.words import bert_tokenizer
-
     settings = pretrain_settings(preset="small", init_text="minilm", init_visual="")
-    model, (report,) = build_model(settings, bert_tokenizer("minilm"))
+    model, (report,) = build_model(settings, build_tokenizer([], "minilm"))
     assert not report.missing and len(model.tokenizer) == 30_522
 
 

@@ -63,7 +63,7 @@ def test_trains_and_is_probed(parameters):
     metrics = run.metrics()
     assert list(metrics["step"]) == [2, 4] and np.isfinite(metrics.to_numpy(dtype=float)).all()
     assert ("mfr" in metrics) == (settings.mask.mode != "none") and ("vla" in metrics) == (settings.loss.vla > 0)
-    result = evaluate(prepared.model, prepared.splits["val"], settings.data, scored=prepared.scored_words, images=20)
+    result = evaluate(prepared.model, prepared.splits["val"], settings.data, images=20)
     assert all(interval.low <= interval.mean <= interval.high for interval in result)
     probed = probe(prepared.model, prepared.splits["val"], images=20)
     assert probed.flow.shape == (20, 3, 3) and probed.nmi.shape == (20, 4)
@@ -150,7 +150,7 @@ def test_the_shipped_model_has_learnt_to_look():
     model, settings = load_run()
     scenes = SceneSettings(**settings.data.scenes.model_dump() | {"images": 2, "val": 192, "test": 2, "seed": 1_000})
     pictures = [p for p in read_pictures(write_scenes(scenes_folder(scenes), scenes)) if p.split == "val"]
-    result = evaluate(model, pictures, settings.data, scored=ATTRIBUTE_WORDS)
+    result = evaluate(model, pictures, settings.data)
     print(result)
     assert result.itm_accuracy.low >= 0.90 and result.mlm_ratio.low >= 4
     assert abs(result.itm_other_image.mean - 0.5) < 0.05, "the label can be read off the text"

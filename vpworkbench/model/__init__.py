@@ -4,15 +4,3 @@ from vpworkbench.model.model import Inputs, Joint, VisualParsingModel
 from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.model.visual import VisualTokens, build_visual
 from vpworkbench.model.words import Words, build_tokenizer
-
-__all__ = [
-    "Inputs",
-    "Joint",
-    "VisualParsingModel",
-    "VisualTokens",
-    "Words",
-    "build_tokenizer",
-    "build_visual",
-    "fill_mask",
-    "match_probability",
-]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +14,10 @@ from vpworkbench.model.model import VisualParsingModel
 
 
 class Budget(NamedTuple):
-    """Cost of one image with one text; matrix products and convolutions count, as is usual.
+    """Cost of one image with one text: parameters (pre-training heads included), multiply-adds, and tokens.
 
-    Attributes
-    ----------
-    visual_parameters, visual_multiply_adds : int or None
-        The part that makes visual tokens: 0 for given features, None for models without a separate visual side.
-    parameters, multiply_adds : int
-        The whole model; its parameters include the heads for pre-training.
-    visual_tokens, words : int
-        Length of each part of the joint sequence.
+    Matrix products and convolutions count, as is usual. `visual_*` is the part that makes visual tokens: 0 for given
+    features, None for models without a separate visual side.
     """
 
     visual_parameters: int | None
@@ -37,47 +31,45 @@ class Budget(NamedTuple):
         parameters, work = f"{short(self.parameters)} parameters", f"{short(self.multiply_adds)} multiply-adds"
         if self.visual_parameters is not None:
             parameters += f" ({short(self.visual_parameters)} of them visual)"
-        if self.visual_multiply_adds is not None:
             work += f" ({short(self.visual_multiply_adds)} of them visual)"
         return f"{parameters}, {work} for {self.words} words and {self.visual_tokens} visual tokens"
 
 
 def budget(model: VisualParsingModel) -> Budget:
-    """Cost of one of our models at its longest text, and its most regions; it reads no data."""
+    """Cost of one of our models, at its longest text and its largest number of regions; no data is read."""
     visual, device = model.settings.visual, model.device
     if visual.kind.pixels:
         images = torch.zeros(1, 3, visual.image_px, visual.image_px, dtype=torch.uint8, device=device)
     else:
         images = torch.ones(1, visual.regions, visual.region_width + 5, device=device)
     words = torch.zeros(1, model.settings.text_tokens, dtype=torch.int64, device=device)
-    forward = {"images": images, "words": words, "word_tokens": torch.ones_like(words, dtype=torch.bool)}
     return Budget(
         visual_parameters=_parameters(model.visual),
         parameters=_parameters(model),
-        visual_multiply_adds=_multiply_adds(model.visual, lambda: model.visual(images)),
-        multiply_adds=_multiply_adds(model, lambda: model(**forward)),
+        visual_multiply_adds=_multiply_adds(model.visual, images),
+        multiply_adds=_multiply_adds(model, images, words, torch.ones_like(words, dtype=torch.bool)),
         visual_tokens=visual.tokens,
         words=words.shape[1],
     )
 
 
 def budget_of(model: nn.Module, forward: Mapping[str, Any], vision: Tensor) -> Budget:
-    """Cost of any model: by the keyword arguments of its forward for one image and one text.
+    """Cost of any model for the keyword arguments of its forward, one image and one text; `budget` for ours.
 
-    `vision` is bool (1, token), True at visual tokens. Our own models are measured by `budget`.
+    `vision` is bool (1, token), True at visual tokens.
     """
     if isinstance(model, VisualParsingModel):
         return budget(model)
-    work = _multiply_adds(model, lambda: model(**forward))
+    work = _multiply_adds(model, **forward)
     return Budget(None, _parameters(model), None, work, int(vision.sum()), int((~vision).sum()))
 
 
 @torch.no_grad()
-def _multiply_adds(model: nn.Module, call: Callable[[], Any]) -> int:
+def _multiply_adds(model: nn.Module, *inputs: Tensor, **forward: Any) -> int:
     training = model.training
     model.eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts matrix products only
-        call()
+        model(*inputs, **forward)
     model.train(training)
     return counter.get_total_flops() // 2
 

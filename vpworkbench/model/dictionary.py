@@ -1,8 +1,4 @@
-"""SOHO's visual dictionary: each visual token is replaced by the nearest code, and codes follow the tokens near them.
-
-Huang et al., *Seeing Out of tHe bOx* (CVPR 2021), Sec. 3.2. Codes are not parameters: after the backward pass of each
-step, a code moves to the mean of the tokens that it replaced, by a moving average.
-"""
+"""SOHO's visual dictionary (Huang et al., *Seeing Out of tHe bOx*, CVPR 2021, Sec. 3.2)."""
 
 from __future__ import annotations
 
@@ -17,28 +13,25 @@ IDLE_STEPS = 100
 
 
 class ProcessGroup(Protocol):
-    """Processes that share a training step; `train.processes.Processes` is one."""
+    """Processes that share a training step, such as `train.processes.Processes`; `add` sums a tensor in place."""
 
     index: int
     count: int
 
-    def add(self, tensor: Tensor) -> None:
-        """Sum a tensor over all processes, in place."""
+    def add(self, tensor: Tensor) -> None: ...
 
 
 class Dictionary(nn.Module):
-    """Codes and their moving average.
+    """Each token is replaced by the nearest code; a code moves to the mean of its tokens by a moving average.
+
+    Codes are not parameters: `update_codes` is called once per optimiser step, for all its micro-batches and processes,
+    so that neither changes the result. With SOHO's N(0, 1) start most codes are never used. SOHO leaves them; here they
+    move to tokens after the first step.
 
     Parameters
     ----------
     codes, width : int
         Number of codes (SOHO has 2,048); channels of a token.
-
-    Notes
-    -----
-    `update_codes` is called once per optimiser step, for all its micro-batches and processes, so that neither changes
-    the result. With SOHO's N(0, 1) start most codes are never used. SOHO leaves them; here they move to tokens after
-    the first step.
     """
 
     def __init__(self, codes: int, width: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,10 +17,8 @@ class Fusion(nn.Module):
 
     Parameters
     ----------
-    vocabulary : int
-        Entries of the tokenizer.
-    vision_width : int
-        c, channels of the visual tokens.
+    vocabulary, vision_width : int
+        Entries of the tokenizer; c, channels of the visual tokens.
     grid : int or None
         Tokens on a side. None for regions, which UNITER's embedding places by their boxes: a LayerNorm on the projected
         features, one on the projected box, one on their sum.
@@ -30,8 +27,8 @@ class Fusion(nn.Module):
 
     Notes
     -----
-    `bert` is a transformers `BertModel`: its weights load and save under their published names, and its attention goes
-    through the transformers attention interface, where the probes read it.
+    `bert` is a transformers `BertModel`: its weights have their published names, and the probes read its attention
+    through the interface of transformers.
     """
 
     def __init__(
@@ -43,8 +40,10 @@ class Fusion(nn.Module):
         grid: int | None,
         learned_position: bool = False,
     ) -> None:
+        from transformers import BertConfig, BertModel  # takes a second: only where a model is built
+
         super().__init__()
-        config = transformers.BertConfig(
+        config = BertConfig(
             vocab_size=vocabulary,
             hidden_size=settings.width,
             num_hidden_layers=settings.layers,
@@ -55,7 +54,7 @@ class Fusion(nn.Module):
             max_position_embeddings=settings.positions,
             attn_implementation="sdpa",
         )
-        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.bert = BertModel(config, add_pooling_layer=False)
         self.mask_token = nn.Parameter(torch.empty(vision_width).normal_(std=0.02))
         self.vision_in = nn.Linear(vision_width, settings.width)
         self.vision_norm = nn.LayerNorm(settings.width, eps=config.layer_norm_eps)
@@ -69,9 +68,8 @@ class Fusion(nn.Module):
             self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
         self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
 
-    def embed_vision(self, visual: VisualTokens | Tensor, masked: Tensor | None = None) -> Tensor:
+    def embed_vision(self, visual: VisualTokens, masked: Tensor | None = None) -> Tensor:
         """(example, vision, c) -> (example, vision, d); a learned vector replaces masked tokens first."""
-        visual = VisualTokens(visual, None) if isinstance(visual, Tensor) else visual
         features = visual.features
         if masked is not None:
             features = torch.where(masked[..., None], self.mask_token.to(features.dtype), features)
@@ -87,22 +85,16 @@ class Fusion(nn.Module):
     def forward(
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, vision_tokens: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Hidden states of the joint sequence.
+        """The embedding of the joint sequence and the output of each layer, (example, word + vision, d).
 
         Parameters
         ----------
-        words : int64 Tensor, (example, word)
-        word_tokens : bool Tensor, (example, word)
-            False at padding.
+        words, word_tokens : int64 and bool Tensor, (example, word)
+            Token ids; False at padding.
         vision : Tensor or None, (example, vision, d)
             From `embed_vision`; None for text only.
         vision_tokens : bool Tensor or None, (example, vision)
             False at padding; None if there is none.
-
-        Returns
-        -------
-        tuple of Tensor, (example, word + vision, d)
-            The embedding, then the output of each layer.
         """
         hidden, mask = self._joint_sequence(words, word_tokens, vision, vision_tokens)
         states = [hidden]
@@ -113,9 +105,9 @@ class Fusion(nn.Module):
     def cls_output(
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, vision_tokens: Tensor | None = None
     ) -> Tensor:
-        """The last layer's output at [CLS], (example, d), as in `forward`, for less work.
+        """The last layer's output at [CLS], (example, d): `forward` with one query in the last layer.
 
-        The last layer computes one query instead of all: with three layers a fifth of the work is saved.
+        With three layers it saves a fifth of the work.
         """
         hidden, mask = self._joint_sequence(words, word_tokens, vision, vision_tokens)
         *layers, last = self.bert.encoder.layer
@@ -142,24 +134,22 @@ class Fusion(nn.Module):
             if vision_tokens is None:
                 vision_tokens = tokens.new_ones(vision.shape[:2])
             hidden, tokens = torch.cat([hidden, vision], dim=1), torch.cat([tokens, vision_tokens], dim=1)
-        config = self.bert.config
-        if config._attn_implementation == "sdpa":
+        if self.bert.config._attn_implementation == "sdpa":
             return hidden, tokens[:, None, None]  # transformers first asks if anything is padded: a GPU has to wait
-        masks = transformers.masking_utils
-        return hidden, masks.create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=tokens)
+        from transformers.masking_utils import create_bidirectional_mask
+
+        return hidden, create_bidirectional_mask(self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
 
 
-def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tensor:
-    """2-D sine position of a square grid, in DETR's form: y in the first half of the channels, x in the second.
+def sine_position(grid: int, width: int) -> Tensor:
+    """2-D sine position of a square grid, (grid * grid, width), in DETR's form.
 
-    Returns
-    -------
-    Tensor, (grid * grid, width)
-        Places run from 1 to `grid`, normalised to 2 pi; sine on even channels, cosine on odd ones.
+    y in the first half of the channels, x in the second; sine on even channels, cosine on odd ones. Places run from 1
+    to `grid`, normalised to 2 pi.
     """
     place = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi
     half = width // 2
-    scale = temperature ** (2 * (torch.arange(half) // 2) / half)
+    scale = 10_000 ** (2 * (torch.arange(half) // 2) / half)
     angle = place[:, None] / scale
     code = torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)  # place channel
     rows, columns = code[:, None].expand(-1, grid, -1), code[None].expand(grid, -1, -1)
@@ -167,9 +157,6 @@ def sine_position(grid: int, width: int, *, temperature: float = 10_000) -> Tens
 
 
 def box_vector(boxes: Tensor) -> Tensor:
-    """UNITER's seven numbers of a box: (..., 4) x0 y0 x1 y1 -> (..., 7), with width, height and area added.
-
-    All are shares of the image.
-    """
+    """UNITER's numbers of a box, shares of the image: x0 y0 x1 y1 (..., 4), and width, height and area -> (..., 7)."""
     size = boxes[..., 2:] - boxes[..., :2]
     return torch.cat([boxes, size, size.prod(dim=-1, keepdim=True)], dim=-1)

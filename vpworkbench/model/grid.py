@@ -5,10 +5,11 @@ from __future__ import annotations
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.model.dictionary import Dictionary
-from vpworkbench.model.visual import PixelFamily, VisualTokens, batch_norms
+from vpworkbench.model.visual import PixelFamily, VisualTokens
 from vpworkbench.settings import VisualSettings, nearest
 
 
@@ -28,7 +29,7 @@ class GridFeatures(PixelFamily):
         """
         super().train(mode)
         if self.settings.frozen_norm:
-            for norm in batch_norms(self):
+            for norm in (module for module in self.modules() if isinstance(module, _BatchNorm)):
                 norm.eval()
         return self
 
@@ -36,18 +37,15 @@ class GridFeatures(PixelFamily):
         """uint8 (image, 3, height, width) -> tokens (image, vision, channel)."""
         features = self.network(self.normalise(images)).flatten(2).transpose(1, 2)
         if self.dictionary is None:
-            return VisualTokens(features, None)
+            return VisualTokens(features)
         features, codes = self.dictionary(features)
-        return VisualTokens(features, None, codes=codes)
+        return VisualTokens(features, codes=codes)
 
 
 def grid_cnn(backbone: str, stride: int) -> tuple[nn.Module, int]:
     """A timm CNN with random weights whose last map has one place every `stride` pixels, and its channels.
 
-    Raises
-    ------
-    SettingsError
-        If timm does not know the name, or the network makes no such map.
+    A `SettingsError` if timm does not know the name, or the network makes no such map.
     """
     options = {} if stride == 32 else {"output_stride": stride}
     try:

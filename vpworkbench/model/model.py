@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-import transformers
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -16,35 +15,23 @@ from torch import Tensor, nn
 from vpworkbench.errors import CheckpointError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import VisualTokens, build_visual
-from vpworkbench.model.words import Words
+from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast
 
 
 class Joint(NamedTuple):
-    """The output of one forward; every objective, task and probe reads from here.
+    """The output of one forward; every objective, task and probe reads from here."""
 
-    Attributes
-    ----------
-    hidden : tuple of Tensor, (text, word + vision, d)
-        The embedding, then each layer's output.
-    words : int
-        Number of word positions, special tokens and padding included; visual tokens follow them.
-    visual : VisualTokens
-        The visual tokens of the images before any mask: the target of MFR.
-    """
-
-    hidden: tuple[Tensor, ...]
-    words: int
-    visual: VisualTokens
-
-    @property
-    def last_hidden_state(self) -> Tensor:
-        """(text, word + vision, d)"""
-        return self.hidden[-1]
+    hidden: tuple[Tensor, ...]  # (text, word + vision, d): the embedding, then each layer's output
+    words: int  # word positions, special tokens and padding included; visual tokens follow them
+    visual: VisualTokens  # those of the images, before any mask
 
     @property
     def cls(self) -> Tensor:
-        """The output at [CLS], (text, d)."""
+        """The last layer's output at [CLS], (text, d)."""
         return self.hidden[-1][:, 0]
 
     @property
@@ -59,36 +46,21 @@ class Joint(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Image-text pairs ready for the model, and the sets V and L for the probes.
+    """Image-text pairs ready for the model, and the sets V and L for the probes, bool (text, word + vision)."""
 
-    Attributes
-    ----------
-    forward : dict of Tensor
-        Keyword arguments of `VisualParsingModel.forward`.
-    vision, tokens : bool Tensor, (text, word + vision)
-        The visual tokens; all tokens that are not padding.
-    language : bool Tensor, (text, word + vision)
-        The words; [CLS] and [SEP] only if they count as language.
-    """
-
-    forward: dict[str, Tensor]
-    vision: Tensor
-    tokens: Tensor
-    language: Tensor
+    forward: dict[str, Tensor]  # keyword arguments of `VisualParsingModel.forward`
+    vision: Tensor  # the visual tokens
+    tokens: Tensor  # all tokens that are not padding
+    language: Tensor  # the words; [CLS] and [SEP] only if they count as language
 
 
 class VisualParsingModel(nn.Module):
     """Visual side, fusion Transformer and heads for MLM, ITM and MFR; with a visual dictionary also for MVM.
 
-    Parameters
-    ----------
-    settings
-        Visual side, fusion and the longest text.
-    tokenizer
-        Saved with the model; its size is the vocabulary.
+    The tokenizer is saved with the model; its size is the vocabulary.
     """
 
-    def __init__(self, settings: ModelSettings, tokenizer: transformers.BertTokenizerFast) -> None:
+    def __init__(self, settings: ModelSettings, tokenizer: BertTokenizerFast) -> None:
         super().__init__()
         self._settings, self.words = settings, Words(tokenizer, settings.text_tokens)
         self.visual = build_visual(settings.visual)
@@ -111,35 +83,16 @@ class VisualParsingModel(nn.Module):
         return self._settings.model_copy(update={"visual": self.visual.settings})
 
     @property
-    def tokenizer(self) -> transformers.BertTokenizerFast:
+    def tokenizer(self) -> BertTokenizerFast:
         return self.words.tokenizer
 
     @property
     def device(self) -> torch.device:
         return self.mlm_bias.device
 
-    def forward(
-        self,
-        images: Tensor,
-        words: Tensor,
-        word_tokens: Tensor,
-        image_index: Tensor | None = None,
-        masked: Tensor | None = None,
-    ) -> Joint:
-        """Encode each image once, pair its tokens with each of its texts, and fuse.
-
-        Parameters
-        ----------
-        images : uint8 Tensor, (image, 3, height, width), or packed regions
-        words : int64 Tensor, (text, word)
-        word_tokens : bool Tensor, (text, word)
-            False at padding.
-        image_index : int64 Tensor or None, (text,)
-            Row of `images` of each text; None if text i belongs to image i.
-        masked : bool Tensor or None, (text, vision)
-            Visual tokens to hide.
-        """
-        return self.fuse(self.visual(images), words, word_tokens, image_index=image_index, masked=masked)
+    def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Joint:
+        """`fuse` image i with text i; images are uint8 (image, 3, height, width), or packed regions."""
+        return self.fuse(self.visual(images), words, word_tokens)
 
     def fuse(
         self,
@@ -150,7 +103,17 @@ class VisualParsingModel(nn.Module):
         image_index: Tensor | None = None,
         masked: Tensor | None = None,
     ) -> Joint:
-        """`forward` from visual tokens that were computed before."""
+        """Pair the visual tokens of each image with each of its texts; one pass for each pair.
+
+        Parameters
+        ----------
+        words, word_tokens : int64 and bool Tensor, (text, word)
+            Token ids; False at padding.
+        image_index : int64 Tensor or None, (text,)
+            Image of each text; None if text i belongs to image i.
+        masked : bool Tensor or None, (text, vision)
+            Visual tokens to hide.
+        """
         paired = visual.for_texts(image_index)
         hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens)
         return Joint(hidden, words.shape[1], visual)
@@ -162,16 +125,12 @@ class VisualParsingModel(nn.Module):
     def prepare(
         self, images: Tensor, texts: list[str], *, special_tokens: Literal["language", "exclude"] = "language"
     ) -> Inputs:
-        """Pair image i with text i.
+        """Pair image i with text i; `data.inputs.prepare` does so for files.
 
-        Parameters
-        ----------
-        images : uint8 Tensor (image, 3, height, width), or packed regions
-            `data.inputs.prepare` reads them from files.
-        special_tokens
-            [CLS] and [SEP] count as language (the default of Eq. 5), or belong to neither modality.
+        With special tokens as `language` (the default of Eq. 5) [CLS] and [SEP] count as words; with `exclude` they
+        belong to neither modality.
         """
-        if len(images) != len(texts) or not texts:
+        if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
         words, word_tokens = self.words.tensors(texts)
         if self.settings.visual.kind.pixels:
@@ -191,32 +150,20 @@ class VisualParsingModel(nn.Module):
             language=torch.cat([language, no_vision], dim=1).to(self.device),
         )
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes.
-
-        Parameters
-        ----------
-        dtype
-            Type of the saved weights, such as `torch.float16` for a file of half the size; loading widens them again.
-        """
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous().cpu()
-            for name, tensor in self.state_dict().items()
-        }
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(self.settings.model_dump_json(indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> VisualParsingModel:
+    def from_pretrained(cls, folder: str | Path) -> VisualParsingModel:
         """Load a folder that `save_pretrained` wrote, offline, in evaluation mode.
 
-        Raises
-        ------
-        CheckpointError
-            If a file is missing, damaged, a pickle, or belongs to another model.
+        A `CheckpointError` if a file is missing, damaged, a pickle, or belongs to another model.
         """
         model, weights = cls.from_config(folder), Path(folder) / "model.safetensors"
         if not weights.exists():
@@ -231,13 +178,12 @@ class VisualParsingModel(nn.Module):
             raise CheckpointError(
                 f"{weights}: missing keys {missing[:3]}, unexpected keys {unexpected[:3]}; a file of another model?"
             )
-        return model.to(device).eval()
+        return model.eval()
 
     @classmethod
     def from_config(cls, folder: str | Path) -> VisualParsingModel:
         """The model of a saved folder with random weights."""
-        settings = _read_settings(Path(folder) / "config.json")
-        return cls(settings, transformers.BertTokenizerFast.from_pretrained(folder, local_files_only=True))
+        return cls(_read_settings(Path(folder) / "config.json"), bert_tokenizer(Path(folder)))
 
 
 def _read_settings(file: Path) -> ModelSettings:

@@ -52,9 +52,7 @@ class SwinParser(PixelFamily):
 
 
 class _RecordingSoftmax(nn.Softmax):
-    """The softmax of an attention; keeps its last output."""
-
-    weights: Tensor | None = None
+    weights: Tensor | None = None  # its last output
 
     def forward(self, scores: Tensor) -> Tensor:
         self.weights = super().forward(scores)
@@ -75,26 +73,19 @@ def window_places(block: SwinTransformerBlock) -> Tensor:
 
 
 def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
-    """Attention inside windows -> attention between tokens.
+    """Attention inside windows, (image * window, head, place, place) -> between tokens, (image, head, vision, vision).
+
+    It is zero outside a token's window; padding is dropped, and rows are renormalised to sum 1.
 
     Parameters
     ----------
-    weights : Tensor, (image * window, head, place, place)
     places : int64 Tensor, (window, place)
         From `window_places`.
     tokens : int
         m, the number of visual tokens.
-
-    Returns
-    -------
-    Tensor, (image, head, vision, vision)
-        Zero outside a token's window; padding is dropped, and rows are renormalised to sum 1.
     """
-    windows, area = places.shape
-    weights = weights.unflatten(0, (-1, windows)).transpose(1, 2)  # image head window place place
+    weights = weights.unflatten(0, (-1, len(places))).transpose(1, 2)  # image head window place place
     joint = weights.new_zeros(*weights.shape[:2], tokens + 1, tokens + 1)
-    rows = places[:, :, None].expand(windows, area, area)
-    columns = places[:, None, :].expand(windows, area, area)
-    joint[:, :, rows, columns] = weights
+    joint[:, :, places[:, :, None], places[:, None, :]] = weights
     joint = joint[:, :, :tokens, :tokens]
     return joint / joint.sum(dim=-1, keepdim=True)

@@ -1,7 +1,6 @@
-"""From an image to visual tokens: what every visual family returns, and the two families without a network of timm.
+"""From images or regions to visual tokens: what every visual family returns, and the families without a timm network.
 
-A family is a module that maps a batch of images (or of regions) to `VisualTokens`; `settings.families.FAMILIES` lists
-them. `swin` and `grid` are files of their own, imported when such a model is built.
+`settings.families.FAMILIES` lists all families; those of `swin.py` and `grid.py` are imported when they are built.
 """
 
 from __future__ import annotations
@@ -16,30 +15,14 @@ from vpworkbench.settings import VisualSettings
 
 
 class VisualTokens(NamedTuple):
-    """The output of every visual family.
+    """The output of every visual family; None stands for what a family does not have."""
 
-    Attributes
-    ----------
-    features : Tensor, (image, vision, channel)
-        V of paper Eq. 1; on a whole grid token i = row * grid + column.
-    parsing : Tensor or None, (image, head, vision, vision)
-        Attention of the parser's last block, rows summing to 1; None for families without one.
-    tokens : bool Tensor or None, (image, vision)
-        True at real tokens, False at padding; None if there is no padding.
-    boxes : Tensor or None, (image, vision, 4)
-        x0 y0 x1 y1 of regions, as shares of the image; None for tokens on a grid.
-    codes : int64 Tensor or None, (image, vision)
-        The code of the visual dictionary that replaced each token; None without a dictionary.
-    positions : int64 Tensor or None, (image, vision)
-        row * grid + column of each token, if some tokens of the grid were left out.
-    """
-
-    features: Tensor
-    parsing: Tensor | None
-    tokens: Tensor | None = None
-    boxes: Tensor | None = None
-    codes: Tensor | None = None
-    positions: Tensor | None = None
+    features: Tensor  # (image, vision, channel): V of paper Eq. 1; on a whole grid token i = row * grid + column
+    parsing: Tensor | None = None  # (image, head, vision, vision): attention of the parser's last block, rows sum to 1
+    tokens: Tensor | None = None  # bool (image, vision): False at padding; None if there is no padding
+    boxes: Tensor | None = None  # (image, vision, 4): x0 y0 x1 y1 of regions, as shares of the image
+    codes: Tensor | None = None  # int64 (image, vision): the code of the visual dictionary that replaced each token
+    positions: Tensor | None = None  # int64 (image, vision): places on the grid, if some of its tokens were left out
 
     def for_texts(self, image_index: Tensor | None) -> VisualTokens:
         """The tokens of the image of each text, without parsing attention; None: text i belongs to image i."""
@@ -85,7 +68,7 @@ def build_visual(settings: VisualSettings) -> nn.Module:
 
 
 class PixelFamily(nn.Module):
-    """Base of the families that read pixels: normalises uint8 images on the model's device."""
+    """Base of the families that read pixels; `width` is the number of channels of a token."""
 
     width: int
 
@@ -113,7 +96,7 @@ class PatchProjection(PixelFamily):
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, vision, channel)."""
-        return VisualTokens(self.projection(self.normalise(images)).flatten(2).transpose(1, 2), None)
+        return VisualTokens(self.projection(self.normalise(images)).flatten(2).transpose(1, 2))
 
 
 class RegionFeatures(nn.Module):
@@ -131,9 +114,4 @@ class RegionFeatures(nn.Module):
                 "data.regions.RegionFiles stacks them"
             )
         features, boxes, real = images.split((self.width, 4, 1), dim=2)
-        return VisualTokens(features, None, real[..., 0] > 0, boxes)
-
-
-def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """The batch norms inside a module."""
-    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        return VisualTokens(features, tokens=real[..., 0] > 0, boxes=boxes)

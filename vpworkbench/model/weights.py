@@ -1,7 +1,6 @@
-"""Starts: trained weights for the visual side and for the fusion.
+"""Starts: trained weights for the visual side and for the fusion; nothing is downloaded.
 
-Nothing is downloaded: a source is the weights that ship, an installed package, a file or a folder. timm and
-transformers read and convert the checkpoints that they know; every start reports what became of each key.
+timm and transformers read and convert the checkpoints that they know; every start reports what became of each key.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ import logging
 import re
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict, remap_state_dict
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import BertConfig, BertModel
 
 from vpworkbench.errors import CheckpointError, SettingsError, first_line
 from vpworkbench.model.fusion import Fusion
-from vpworkbench.model.visual import batch_norms
 from vpworkbench.model.words import bert_folder
 
 log = logging.getLogger(__name__)
@@ -38,15 +37,14 @@ BERT_SIZES = {  # settings of the fusion that must be the BERT's
 WEIGHT_FILES = ("model.safetensors", "visual.safetensors", "pytorch_model.bin")  # in a folder, the first one found
 
 
-@dataclass
-class KeyReport:
+class KeyReport(NamedTuple):
     """What became of each key of a checkpoint, and the keys of the model that it lacks."""
 
     source: str
-    matched: list[str] = field(default_factory=list)
-    resized: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    matched: list[str]
+    resized: list[str]
+    missing: list[str]
+    unexpected: list[str]
 
     def __str__(self) -> str:
         counts = [f"{len(self.matched)} matched"]
@@ -60,35 +58,33 @@ class KeyReport:
 def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | None:
     """Load trained weights into a visual side; its batch norm then keeps the loaded statistics.
 
+    A `CheckpointError` or `SettingsError` if there are no such weights, or they fit half of the network or less.
+
     Parameters
     ----------
     source : str
-        Empty: nothing is loaded. `scenes`: the weights that ship for this preset, trained on scene labels (notebook
-        09_visual_init). `efficientnet-lite0`: the installed package. Otherwise a file, or a folder with one, in the
-        layout of timm, of Swin's authors or of Hugging Face (Swin, ResNet).
-
-    Returns
-    -------
-    KeyReport or None
-        None if `source` is empty.
-
-    Raises
-    ------
-    CheckpointError, SettingsError
-        If the weights are not there, cannot be read, or fit half of the network or less.
+        Empty: nothing is loaded, None is returned. `scenes`: the weights that ship for this preset, trained on scene
+        labels (notebook 09_visual_init). `efficientnet-lite0`: the installed package. Otherwise a file, or a folder
+        with one, in the layout of timm, of Swin's authors or of Hugging Face (Swin, ResNet).
     """
     if not source:
         return None
     if source == "scenes":
-        file = _shipped_visual(preset, visual.settings.family)
+        family = visual.settings.family
+        file = SHIPPED / f"visual-{preset}-{family}.safetensors"
+        if not file.exists():
+            raise SettingsError(
+                f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {family!r}; make them with "
+                "09_visual_init and give their file, or start from scratch with init_visual=''"
+            )
         tensors, source = read_weights(file), file.name
     elif source == "efficientnet-lite0":
         tensors = efficientnet_lite0()
     else:
-        tensors = read_weights(_weights_file(Path(source).expanduser()))
+        tensors = read_weights(Path(source).expanduser())
     report = _load_visual(visual, tensors, source)
     _check_coverage(report)
-    if batch_norms(visual):
+    if any(isinstance(module, _BatchNorm) for module in visual.modules()):
         visual.settings = visual.settings.model_copy(update={"frozen_norm": True})
     return report
 
@@ -96,20 +92,8 @@ def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | 
 def start_text(fusion: Fusion, source: str) -> KeyReport | None:
     """Load the embeddings and the first L layers of a BERT into an L-layer fusion.
 
-    Parameters
-    ----------
-    source : str
-        Empty: nothing is loaded. `minilm`: the installed package. Otherwise a folder in the layout of Hugging Face.
-
-    Returns
-    -------
-    KeyReport or None
-        None if `source` is empty.
-
-    Raises
-    ------
-    CheckpointError
-        If the BERT has other sizes than the fusion, lacks tensors, or cannot be read.
+    `source` is `minilm` (the installed package) or a folder in the layout of Hugging Face; empty: nothing is loaded,
+    None is returned. A `CheckpointError` if the BERT has other sizes, lacks tensors, or cannot be read.
     """
     if not source:
         return None
@@ -134,8 +118,16 @@ def start_text(fusion: Fusion, source: str) -> KeyReport | None:
     return report
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a PyTorch file by its weights-only reader; no object is unpickled."""
+def read_weights(place: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a PyTorch file by its weights-only reader; no object is unpickled.
+
+    `place` is the file, or a folder with one that Hugging Face, timm or this package saved.
+    """
+    file = place
+    if place.is_dir():
+        file = next((place / name for name in WEIGHT_FILES if (place / name).exists()), None)
+        if file is None:
+            raise CheckpointError(f"{place}: holds none of {', '.join(WEIGHT_FILES)}; give the file of weights")
     if not file.exists():
         raise CheckpointError(f"{file}: no such file of weights")
     try:
@@ -152,16 +144,18 @@ def load_into(
     module: nn.Module, tensors: Mapping[str, Tensor], source: str, resized: Collection[str] = ()
 ) -> KeyReport:
     """Copy every tensor that fits by name and shape; refuse a file of which none does."""
-    report, own = KeyReport(source), module.state_dict()
+    own = module.state_dict()
     fitting = {name: tensor for name, tensor in tensors.items() if name in own and tensor.shape == own[name].shape}
     if not fitting:
         raise CheckpointError(f"{source}: no key fits this model; is it a file of another one?")
-    for name, tensor in tensors.items():
-        if name in fitting:
-            (report.resized if name in resized else report.matched).append(name)
-        else:
-            report.unexpected.append(f"{name} {tuple(tensor.shape)}" if name in own else name)
-    report.missing = [name for name in own if name not in fitting]
+    others = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in fitting}
+    report = KeyReport(
+        source,
+        matched=[name for name in fitting if name not in resized],
+        resized=[name for name in fitting if name in resized],
+        missing=[name for name in own if name not in fitting],
+        unexpected=[f"{name} {shape}" if name in own else name for name, shape in others.items()],
+    )
     module.load_state_dict(fitting, strict=False)
     log.info("%s", report)
     return report
@@ -182,7 +176,7 @@ def _load_visual(visual: nn.Module, tensors: dict[str, Tensor], source: str) -> 
 def fitted_by_timm(tensors: dict[str, Tensor], network: nn.Module, source: str) -> tuple[dict[str, Tensor], set[str]]:
     """Old names and other sizes -> those of `network`, by the filter in timm's own file; also the names it resized.
 
-    For Swin it moves each merging of patches to the next stage, and resizes position-bias tables (window 7 to 12: from
+    For Swin it moves each merging of patches to the next stage, and resizes position-bias tables (from window 7 to 12:
     13 x 13 to 23 x 23) and patch embeddings.
     """
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
@@ -224,16 +218,13 @@ _FROM_HUGGING_FACE = {  # beginning or part of a name -> the same in timm
 
 
 def from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of Hugging Face's Swin or ResNet under the names that timm reads; all others keep their names.
-
-    timm has no filter for these: query, key and value become its qkv.
-    """
+    """Weights of Hugging Face's Swin or ResNet, for which timm has no filter, under timm's names."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for theirs, timms in _FROM_HUGGING_FACE.items():
             name = re.sub(theirs, timms, name)
         renamed[re.sub(r"\{(\d+)\}", lambda number: str(int(number[1]) + 1), name)] = tensor
-    for query in [name for name in renamed if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
+    for query in [name for name in renamed if re.search(r"\.attn\.query\.(weight|bias)$", name)]:  # timm has one qkv
         names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(name in renamed for name in names):  # the keys of Swin V2 have no bias
             renamed[query.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(name) for name in names])
@@ -249,26 +240,6 @@ def efficientnet_lite0() -> dict[str, Tensor]:
     with torch.device("meta"):
         network = timm.create_model("tf_efficientnet_lite0")
     return remap_state_dict(read_weights(file), network)  # other names in the same order
-
-
-def _shipped_visual(preset: str, family: str) -> Path:
-    file = SHIPPED / f"visual-{preset}-{family}.safetensors"
-    if not file.exists():
-        raise SettingsError(
-            f"init_visual: no 'scenes' weights ship for preset {preset!r}, visual {family!r}; make them with "
-            "09_visual_init and give their file, or start from scratch with init_visual=''"
-        )
-    return file
-
-
-def _weights_file(place: Path) -> Path:
-    """The file itself, or the one in a folder that Hugging Face, timm or this package saved."""
-    if not place.is_dir():
-        return place
-    found = next((place / name for name in WEIGHT_FILES if (place / name).exists()), None)
-    if found is None:
-        raise CheckpointError(f"{place}: holds none of {', '.join(WEIGHT_FILES)}; give the file of weights")
-    return found
 
 
 def _check_coverage(report: KeyReport) -> None:

@@ -7,14 +7,17 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import transformers
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
 from vpworkbench.errors import CheckpointError, DataError, first_line
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +29,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 class Words:
     """Texts to token ids by a BERT tokenizer, cut at `longest` tokens; texts are remembered."""
 
-    def __init__(self, tokenizer: transformers.BertTokenizerFast, longest: int) -> None:
+    def __init__(self, tokenizer: BertTokenizerFast, longest: int) -> None:
         self.tokenizer, self.longest = tokenizer, longest
         self._special = set(tokenizer.all_special_ids)
         self._known: dict[str, list[int]] = {}
@@ -55,32 +58,33 @@ class Words:
         return words, words != self.tokenizer.pad_token_id
 
     def check(self, texts: Sequence[str], *, source: str) -> None:
-        """Refuse texts with more than 1% unknown tokens (DataError); log how many texts are cut."""
+        """Refuse texts with more than 1% unknown tokens (`DataError`); log how many texts are cut."""
         encoded = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
-        total = sum(len(ids) - 2 for ids in encoded)
-        unknown = [number for number, ids in enumerate(encoded) if self.tokenizer.unk_token_id in ids]
-        share = sum(ids.count(self.tokenizer.unk_token_id) for ids in encoded) / max(total, 1)
+        unknown = [ids.count(self.tokenizer.unk_token_id) for ids in encoded]
+        share = sum(unknown) / max(sum(len(ids) - 2 for ids in encoded), 1)
         if share > LARGEST_UNKNOWN_SHARE:
+            example = next(text for text, count in zip(texts, unknown, strict=True) if count)
             raise DataError(
-                f"{source}: {share:.1%} of the words are not in the vocabulary, e.g. in {texts[unknown[0]]!r:.80}; "
-                "leave `init_text` empty, so that the vocabulary is built from these texts, or name a "
-                "BERT that knows them"
+                f"{source}: {share:.1%} of the words are not in the vocabulary, e.g. in {example!r:.80}; "
+                "leave `init_text` empty to build the vocabulary from these texts, or name a BERT that knows them"
             )
         if cut := sum(len(ids) > self.longest for ids in encoded):
             log.warning("%s: %d of %d texts are cut at %d tokens", source, cut, len(texts), self.longest)
 
 
-def build_tokenizer(texts: Iterable[str], init_text: str = "") -> transformers.BertTokenizerFast:
+def build_tokenizer(texts: Iterable[str], init_text: str = "") -> BertTokenizerFast:
     """The tokenizer of `init_text`, or one with a vocabulary of at most 8,000 entries built from `texts` only."""
     if init_text:
-        return bert_tokenizer(init_text)
+        return bert_tokenizer(bert_folder(init_text))
     return wordpiece_tokenizer(build_vocabulary(texts))
 
 
-def wordpiece_tokenizer(vocabulary: Mapping[str, int]) -> transformers.BertTokenizerFast:
+def wordpiece_tokenizer(vocabulary: Mapping[str, int]) -> BertTokenizerFast:
     """A BERT tokenizer with this vocabulary: entry -> id."""
+    from transformers import BertTokenizerFast
+
     tokenizer = BertWordPieceTokenizer(vocab=dict(vocabulary), lowercase=True)
-    return transformers.BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+    return BertTokenizerFast(tokenizer_object=tokenizer._tokenizer)
 
 
 def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
@@ -93,18 +97,18 @@ def build_vocabulary(texts: Iterable[str]) -> dict[str, int]:
     split = plain.pre_tokenizer.pre_tokenize_str
     counts = Counter(word for text in texts for word, _ in split(plain.normalizer.normalize_str(text)))
     letters = sorted({letter for word in counts for letter in word})
-    words = sorted(
-        (word for word in counts if len(word) > 1 and counts[word] > 1), key=lambda word: (-counts[word], word)
-    )
+    repeated = [word for word, count in counts.items() if len(word) > 1 and count > 1]
+    words = sorted(repeated, key=lambda word: (-counts[word], word))
     entries = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words]
     return {entry: number for number, entry in enumerate(entries[:LARGEST_VOCABULARY])}
 
 
-def bert_tokenizer(source: str) -> transformers.BertTokenizerFast:
-    """The tokenizer that a BERT was trained with."""
-    folder = bert_folder(source)
+def bert_tokenizer(folder: Path) -> BertTokenizerFast:
+    """The tokenizer that was saved with a BERT, or with one of our models."""
+    from transformers import BertTokenizerFast
+
     try:
-        tokenizer = transformers.BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one if none is saved
             raise OSError("no vocabulary")
     except (OSError, ValueError, TypeError) as error:

@@ -160,7 +160,7 @@ class TaskModel(nn.Module):
         sides = image_index.unbind(dim=1)
         passes = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in sides]
         if isinstance(self.head, PairAttention):
-            left, right = (joint.last_hidden_state for joint in passes)
+            left, right = (joint.hidden[-1] for joint in passes)
             tokens = (torch.cat([word_tokens, visual.not_padding()[side]], dim=1) for side in sides)
             return self.head(left, right, *tokens)
         return self.head(torch.cat([joint.cls for joint in passes], dim=-1))

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,19 +25,12 @@ from vpworkbench.system import draft, write_atomically
 log = logging.getLogger(__name__)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 """What reading a truncated, damaged or missing file can raise."""
+WEIGHTS, OPTIMISER, PROGRESS = "model.safetensors", "optimiser.safetensors", "progress.json"
 FINAL = ".final"
 
 
 class Checkpoints:
-    """The checkpoints of one run.
-
-    Parameters
-    ----------
-    folder : Path
-        The run's `checkpoint/`.
-    keep_last : int
-        Number of checkpoints to keep; the final weights count as one.
-    """
+    """The checkpoints of one run in `folder`; the last `keep_last` are kept, and the final weights count as one."""
 
     def __init__(self, folder: Path, keep_last: int = 1) -> None:
         self.folder, self.keep_last = folder, keep_last
@@ -49,33 +41,37 @@ class Checkpoints:
         `sums` are those of the unfinished line of metrics. Earlier checkpoints stay if this one cannot be written.
         """
         with self._draft(f"step-{step:06d}") as folder:
-            model.save_pretrained(folder)
+            _save_weights(model, folder)
             state = optimiser.state_dict()["state"]
             tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-            save_file(_on_host(tensors), folder / "optimiser.safetensors")
-            (folder / "progress.json").write_text(json.dumps({"step": step, "sums": dict(sums)}))
+            save_file(_on_host(tensors), folder / OPTIMISER)
+            (folder / PROGRESS).write_text(json.dumps({"step": step, "sums": dict(sums)}))
         found = self._found("step")
         _drop([later for later in found if _number(later) > step], 0)  # these could not be read
         _drop([earlier for earlier in found if _number(earlier) <= step], self.keep_last)
 
     def save_if_best(self, model: nn.Module, step: int, held_out_loss: float) -> None:
         """Write the weights to `best-<step>/` if no earlier held-out loss was as low."""
-        found = self._found("best")
-        lowest = _held_out_loss(found[-1]) if found else float("inf")
+        lowest = float("inf")
+        for folder in self._found("best")[-1:]:
+            try:
+                lowest = float(json.loads((folder / PROGRESS).read_text())["held_out_loss"])
+            except UNREADABLE as error:
+                log.warning("%s: cannot be read (%s); the next weights replace it", folder, error)
         if held_out_loss < lowest:
             with self._draft(f"best-{step:06d}") as folder:
-                model.save_pretrained(folder)
-                (folder / "progress.json").write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}))
+                _save_weights(model, folder)
+                (folder / PROGRESS).write_text(json.dumps({"step": step, "held_out_loss": held_out_loss}))
             _drop(self._found("best"), 1)
 
     def finish(self, model: nn.Module, step: int) -> None:
         """Write the final weights to `checkpoint/` itself; `progress.json` comes last and marks them as complete."""
         with self._draft(FINAL) as folder:
-            model.save_pretrained(folder)
+            _save_weights(model, folder)
         for file in (self.folder / FINAL).iterdir():
             os.replace(file, self.folder / file.name)
         (self.folder / FINAL).rmdir()
-        write_atomically(self.folder / "progress.json", json.dumps({"step": step}))
+        write_atomically(self.folder / PROGRESS, json.dumps({"step": step}))
         _drop(self._found("step"), self.keep_last - 1)
 
     def load(
@@ -85,19 +81,15 @@ class Checkpoints:
 
         A `RunError` if there are checkpoints but none can be read.
         """
-        is_finished = (self.folder / "progress.json").exists()
-        if is_finished:
+        found = self._found("step")
+        if (self.folder / PROGRESS).exists():
+            found.append(self.folder)
+        for folder in reversed(found):
             try:
-                return _load_final(self.folder, model, device), {}
-            except UNREADABLE as error:
-                log.warning("%s: the final weights cannot be read (%s); trying the last step", self.folder, error)
-        steps = self._found("step")
-        for folder in reversed(steps):
-            try:
-                return _load(folder, model, optimiser, device)
+                return _load(folder, model, None if folder == self.folder else optimiser, device)
             except UNREADABLE as error:
                 log.warning("%s: cannot be read (%s); trying the one before", folder, error)
-        if steps or is_finished:
+        if found:
             raise RunError(f"{self.folder}: no checkpoint can be read; delete that folder to train from the start")
         return 0, {}
 
@@ -123,14 +115,16 @@ class Checkpoints:
 
     def _found(self, kind: str) -> list[Path]:
         """`step-*` or `best-*`, oldest first; ignores copies under other names, such as `step-old`."""
-        numbers = {folder: folder.name.partition("-")[2] for folder in self.folder.glob(f"{kind}-*")}
-        return sorted((folder for folder, number in numbers.items() if number.isdecimal()), key=_number)
+        folders = self.folder.glob(f"{kind}-*")
+        return sorted((folder for folder in folders if folder.name[len(kind) + 1 :].isdecimal()), key=_number)
 
 
-def save_weights(model: nn.Module, folder: str | Path) -> None:
-    """Write `model.safetensors` of any module."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(_on_host(model.state_dict()), Path(folder) / "model.safetensors")
+def _save_weights(model: nn.Module, folder: Path) -> None:
+    """What rebuilds the model, if it can write it; otherwise its weights only."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        save_file(_on_host(model.state_dict()), folder / WEIGHTS)
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,31 +140,20 @@ def _drop(folders: list[Path], keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def _load_final(folder: Path, model: nn.Module, device: torch.device) -> int:
-    step = int(json.loads((folder / "progress.json").read_text())["step"])
-    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-    return step
-
-
 def _load(
-    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, dict[str, Any]]:
-    progress = json.loads((folder / "progress.json").read_text())
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(folder / "optimiser.safetensors").items():
-        index, entry = name.split(".")
-        state.setdefault(int(index), {})[entry] = value
-    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    log.info("resumed from %s", folder)
-    sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress["sums"].items()}
-    return progress["step"], sums
-
-
-def _held_out_loss(folder: Path) -> float:
-    """Held-out loss of the best weights; infinite if their file is damaged, so that any others are better."""
-    try:
-        return float(json.loads((folder / "progress.json").read_text())["held_out_loss"])
-    except UNREADABLE as error:
-        log.warning("%s: cannot be read (%s); the next weights replace it", folder, error)
-        return float("inf")
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer | None, device: torch.device
+) -> tuple[int, dict[str, Tensor]]:
+    """Step and `sums`; final weights, which come without an optimiser, have no `sums`."""
+    progress = json.loads((folder / PROGRESS).read_text())
+    if optimiser is not None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(folder / OPTIMISER).items():
+            index, entry = name.split(".")
+            state.setdefault(int(index), {})[entry] = value
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        log.info("resuming from %s", folder)
+    model.load_state_dict(load_file(folder / WEIGHTS, device=str(device)))
+    sums = progress["sums"] if optimiser is not None else {}
+    return int(progress["step"]), {
+        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()
+    }

@@ -31,16 +31,12 @@ from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.subjects import load_run
 from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
 from vpworkbench.tasks.task import Progress, texts_of
-from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
 
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
 FROZEN_TRAIN = TrainSettings(epochs=30, images=128, log_every=10)
 """Schedule of the projections of frozen features: seconds. More epochs overfit 800 photographs."""
-LARGEST_SCALE = 100
-
-
-# ------------------------------------------------------------------------------------------------- the two baselines
+LARGEST_SCALE, MARGIN = 100, 0.2  # of the contrastive loss; of VSE++
 
 
 def dual_scores(
@@ -53,19 +49,14 @@ def dual_scores(
 ) -> dict[str, np.ndarray]:
     """Cosine of every image with every caption, float32 (image, caption), by the frozen and the trained dual encoder.
 
-    Parameters
-    ----------
-    batches
-        The training pairs. The trained one takes as many steps as `settings` says, at those rates.
-    folder : Path
-        Keeps what is trained, in `dual-frozen/` and `dual-trained/`: another call continues there, or only scores.
+    `batches` are the training pairs. `folder` keeps what is trained: another call continues there, or only scores.
     """
     dual = build_dual(settings)
-    train_projection(dual, batches, folder, settings, progress=progress)
+    train_projection(dual, batches, settings, folder=folder, progress=progress)
     frozen = dual.projection.scores(dual.features(pictures, progress=progress))
+    run = _run(folder / "dual-trained")
     options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
-    objective, run = PairLoss(max_of_hinges), _run(folder / "dual-trained")
-    fit(dual, objective, DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
+    fit(dual, PairLoss(max_of_hinges), DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
     trained = dual.projection.scores(dual.features(pictures, progress=progress))
     return {"frozen dual projection": frozen, "trained dual encoder": trained}
 
@@ -75,23 +66,15 @@ def near_captions(
 ) -> np.ndarray:
     """The share `retrieval.hard` of all training captions that is nearest to each image, by the frozen projections.
 
-    Parameters
-    ----------
-    folder : Path
-        Keeps the result as `near.npy`, and the projections.
-
-    Returns
-    -------
-    int64 array, (picture, caption)
-        Places of training captions, nearest first; never an image's own.
+    Places of captions, nearest first and never an image's own, int64 (picture, caption). `folder` keeps them as
+    `near.npy`, and the projections.
     """
     file = folder / "near.npy"
     if not file.exists():
         dual = build_dual(settings)
         features = dual.features(batches.pictures, progress=progress)
-        train_projection(dual, batches, folder, settings, features=features)
-        owner, share = owners_of(batches.pictures), settings.retrieval.hard
-        np.save(file, dual.projection.nearest(features, owner, share))
+        train_projection(dual, batches, settings, folder=folder, features=features)
+        np.save(file, dual.projection.nearest(features, owners_of(batches.pictures), settings.retrieval.hard))
     return np.load(file)
 
 
@@ -114,9 +97,9 @@ def build_dual(settings: FinetuneSettings) -> DualEncoder:
 def train_projection(
     dual: DualEncoder,
     batches: RetrievalBatches,
-    folder: Path,
     settings: FinetuneSettings,
     *,
+    folder: Path,
     features: Features | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -134,9 +117,6 @@ def _run(folder: Path) -> Run:
     return Run(folder)
 
 
-# ------------------------------------------------------------------------------------------------------- the model
-
-
 class Features(NamedTuple):
     """Pooled images (image, c) and their captions (caption, d), in the order of the pictures."""
 
@@ -145,15 +125,7 @@ class Features(NamedTuple):
 
 
 class Projection(nn.Module):
-    """A linear layer for each side into one space, and the scale of the cosines there.
-
-    Parameters
-    ----------
-    vision_width, text_width, width : int
-        Channels of pooled images, of pooled texts, and of the common space.
-    dropout : float
-        Dropout of the features in training.
-    """
+    """A linear layer for each side into one space of `width` channels, and the scale of the cosines there."""
 
     def __init__(self, vision_width: int, text_width: int, width: int = 256, dropout: float = 0.5) -> None:
         super().__init__()
@@ -180,10 +152,7 @@ class Projection(nn.Module):
     def nearest(self, features: Features, owner: np.ndarray, share: float) -> np.ndarray:
         """Places of the share of captions that is nearest to each image, without its own; int64 (image, caption).
 
-        Parameters
-        ----------
-        owner : int array, (caption,)
-            Image of each caption.
+        `owner` is the image of each caption, int (caption,).
         """
         most = max(1, min(round(share * len(owner)), len(owner) - int(np.bincount(owner).max())))
         found = []
@@ -192,10 +161,6 @@ class Projection(nn.Module):
             scores[owner == np.arange(start, start + len(scores))[:, None]] = -np.inf
             found.append(torch.from_numpy(scores).topk(most, dim=1).indices.numpy())
         return np.concatenate(found)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors`."""
-        save_weights(self, folder)
 
 
 class DualEncoder(nn.Module):
@@ -236,13 +201,6 @@ class DualEncoder(nn.Module):
             texts.append(self.pooled_texts(*(part.to(device) for part in words)).cpu())
         return Features(torch.cat(images), torch.cat(texts))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors`."""
-        save_weights(self, folder)
-
-
-# ------------------------------------------------------------------------------------------------ losses and batches
-
 
 def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Tensor:
     """InfoNCE in both directions, summed: cross entropy of the own text among all texts, and of the own image.
@@ -263,15 +221,12 @@ def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Te
     return (both + functional.cross_entropy(logits.T, target, reduction="sum")) / 2
 
 
-def max_of_hinges(cosine: Tensor, negative: Tensor, *, margin: float = 0.2) -> Tensor:
-    """VSE++: how far the hardest negative comes within the margin of the own pair, in both directions; summed.
-
-    Parameters as in `symmetric_contrastive`.
-    """
+def max_of_hinges(cosine: Tensor, negative: Tensor) -> Tensor:
+    """VSE++: how far the hardest negative comes within the margin of the own pair, in both directions; summed."""
     own = cosine.diagonal()
     others = cosine.masked_fill(~negative | torch.eye(len(cosine), dtype=torch.bool, device=cosine.device), -torch.inf)
-    texts = (margin + others.amax(dim=1) - own).clamp(min=0)
-    images = (margin + others.amax(dim=0) - own).clamp(min=0)
+    texts = (MARGIN + others.amax(dim=1) - own).clamp(min=0)
+    images = (MARGIN + others.amax(dim=0) - own).clamp(min=0)
     return (texts + images).sum()
 
 
@@ -292,14 +247,9 @@ class PairLoss(Objective):
 
 @dataclass(frozen=True)
 class DualBatch(TensorBatch):
-    """Equal numbers of images and texts, pair i in row i of both.
+    """The inputs of the model for as many images as texts, and `negative`, bool (image, text).
 
-    Attributes
-    ----------
-    inputs : tuple of Tensor
-        Arguments of the model's forward.
-    negative : bool Tensor, (image, text)
-        True where the text is known to be false of the image; see `RetrievalBatches`.
+    It is True where the text is known to be false of the image; pair i is image i and text i.
     """
 
     inputs: tuple[Tensor, ...]

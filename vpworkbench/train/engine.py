@@ -1,6 +1,6 @@
 """One engine for all training: optimiser steps with accumulation, checkpoints, exact resume.
 
-Randomness of a step is a pure function of (seed, step): the batch comes from `batches[step]`, and dropout is seeded at
+The randomness of a step is a pure function of seed and step: its batch is `batches[step]`, and dropout is seeded at
 each step. A resumed run therefore ends with the same weights, bit for bit on a CPU.
 """
 
@@ -32,14 +32,14 @@ from vpworkbench.train.processes import Processes, join
 
 
 class Stopped(KeyboardInterrupt):
-    """Training that was asked to stop, after its checkpoint was written; its first argument is the signal."""
+    """Training was asked to stop, and its checkpoint is written; the arguments are the signal and a message."""
 
     def __str__(self) -> str:
         return self.args[1]
 
 
 class Steps(Protocol):
-    """Batches by step; a `share(step, index, count)` may give one of `count` equal parts without loading the others."""
+    """Batches by step; `share(step, index, count)`, if defined, loads only one of `count` equal parts."""
 
     sampler: Sampler
 
@@ -63,94 +63,83 @@ def fit(
     Writes `metrics.jsonl`, `checkpoint/step-*/` every `checkpoint_every` steps and the final weights to `checkpoint/`.
     Under `torchrun` or `accelerate launch` the processes share each step.
 
-    Raises
-    ------
-    TrainingError
-        If a loss is not finite or explodes, memory runs out, or a worker is killed.
-    Stopped
-        After Ctrl-C or SIGTERM, once the step is done and its checkpoint written.
+    A `TrainingError` if a loss is not finite or explodes, memory runs out, or a worker is killed; `Stopped` after
+    Ctrl-C or SIGTERM, once the step is done and its checkpoint written.
     """
     processes = join(pick_device(train.device))
     if train.images % processes.count:
         raise SettingsError(f"train.images {train.images} must be a multiple of the {processes.count} processes")
     model.to(processes.device).train()
-    training = _Training(model, objective, batches, run, optim, train, seed, processes)
+    training = _Training(model, objective, batches, run, optim, train, seed, processes, what)
     with run.writing() if processes.is_main else contextlib.nullcontext():
         training.resume()
         if training.done < training.total:
-            training.run_to_end(workers, what)
+            training.run_to_end(workers)
         model.eval()
     return training.total
 
 
+@dataclass
 class _Training:
     """A run of training: its parts, and how far it is."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        batches: Steps,
-        run: Run,
-        optim: OptimSettings,
-        train: TrainSettings,
-        seed: int,
-        processes: Processes,
-    ) -> None:
-        self.model, self.objective, self.batches, self.run = model, objective, batches, run
-        self.optim, self.train, self.seed, self.processes = optim, train, seed, processes
-        self.total = total_steps(train, batches.sampler.steps_per_epoch)
-        self.optimiser = build_optimiser(model, optim)
-        self.checkpoints = Checkpoints(run.folder / "checkpoint", train.keep_last)
-        self.autocast: Callable[[], Any] = contextlib.nullcontext
-        if train.bf16:
-            self.autocast = partial(torch.autocast, processes.device.type, dtype=torch.bfloat16)
-        self.done = 0
-        self.sums: dict[str, Tensor] = {}  # over the steps since the last line of metrics
+    model: nn.Module
+    objective: Objective
+    batches: Steps
+    run: Run
+    optim: OptimSettings
+    train: TrainSettings
+    seed: int
+    processes: Processes
+    what: str
+
+    def __post_init__(self) -> None:
+        self.total = total_steps(self.train, self.batches.sampler.steps_per_epoch)
+        self.optimiser = build_optimiser(self.model, self.optim)
+        self.checkpoints = Checkpoints(self.run.folder / "checkpoint", self.train.keep_last)
+        bfloat16 = partial(torch.autocast, self.processes.device.type, dtype=torch.bfloat16)
+        self.autocast: Callable[[], Any] = bfloat16 if self.train.bf16 else contextlib.nullcontext
 
     def resume(self) -> None:
         """Load the last checkpoint, and drop the lines of metrics that come after it."""
         main = self.processes.is_main
         if main:
             self.checkpoints.clean()
-        self.done, self.sums = self.checkpoints.load(self.model, self.optimiser, self.processes.device)
+        self.done, sums = self.checkpoints.load(self.model, self.optimiser, self.processes.device)
         self.processes.wait()
         if main and self.done < self.total:  # a complete run is left as it is
             self.run.truncate_metrics(self.done)
-        if not main:
-            self.sums = {}  # the checkpoint has the sums of all processes: the main one continues them
+        self.sums = sums if main else {}  # since the last line of metrics; the checkpoint has those of all processes
         self.guard = LossGuard(self.run, self.batches.sampler, self.objective.weights, self.processes.device)
 
-    def run_to_end(self, workers: int, what: str) -> None:
+    def run_to_end(self, workers: int) -> None:
         """All steps that are left, then the final weights; `Stopped` if a signal comes before."""
-        main = self.processes.is_main
+        main, what = self.processes.is_main, self.what
         stop: list[signal.Signals] = []
+        shown = {"desc": what, "unit": "step", "smoothing": 0.05, "disable": not main}
         with contextlib.ExitStack() as stack:
             write_line = stack.enter_context(_metrics_writer(self.run, self.train.tracker)) if main else None
             stack.enter_context(_deterministic(self.processes.device))
             stack.enter_context(speed_options(self.model, self.train))
             stack.enter_context(worker_errors())
             stack.enter_context(on_signal(stop.append))
-            bar = stack.enter_context(
-                tqdm(total=self.total, initial=self.done, desc=what, unit="step", smoothing=0.05, disable=not main)
-            )
-            self._restart_clock()
-            for step, batch in self._stream(workers):
-                self.update(step, batch)
+            self.started_s, self.timed = time.perf_counter(), 0
+            for batch in tqdm(self._batches_left(workers), total=self.total, initial=self.done, **shown):
+                self.update(batch)
                 if self.done % self.train.log_every == 0 or self.done == self.total:
                     self.log(batch, write_line)
-                bar.update()
                 if main:
                     self.run.progress(what, self.done, self.total)
-                self.save_or_stop(stop, what)
+                self.save_or_stop(stop)
             if main:
                 self.checkpoints.finish(self.model.eval(), self.total)
             self.processes.wait()
             if stop:
                 raise Stopped(stop[0], f"{what} is done, and was asked to stop; the same call continues after it")
 
-    def update(self, step: int, batch: TensorBatch) -> None:
+    def update(self, batch: TensorBatch) -> None:
         """One optimiser step."""
+        step = self.done
         torch.manual_seed(self.seed * 1_000_003 + step + (self.processes.index << 40))
         self.lr_share = learning_rate_factor(step, self.total, self.optim)
         for group in self.optimiser.param_groups:
@@ -179,10 +168,9 @@ class _Training:
                 if self.train.keep_best and "held_out_loss" in values:
                     self.checkpoints.save_if_best(self.model, self.done, values["held_out_loss"])
             write_line(self.done, **values, lr_share=self.lr_share, step_s=step_s)
-        self.sums = {}
-        self._restart_clock()
+        self.sums, self.started_s, self.timed = {}, time.perf_counter(), 0
 
-    def save_or_stop(self, stop: list[signal.Signals], what: str) -> None:
+    def save_or_stop(self, stop: list[signal.Signals]) -> None:
         """Write a checkpoint where one is due or a process got a signal; then raise `Stopped` for the signal."""
         stopping = self.processes.add_up({"stop": len(stop)})["stop"]
         every = self.train.checkpoint_every
@@ -194,20 +182,19 @@ class _Training:
             self.checkpoints.save(self.model, self.optimiser, self.done, sums)
         if stopping:
             number = stop[0] if stop else signal.SIGTERM  # another process got it
-            raise Stopped(number, f"{what} stopped after step {self.done} of {self.total}; the same call resumes it")
+            message = f"{self.what} stopped after step {self.done} of {self.total}; the same call resumes it"
+            raise Stopped(number, message)
 
-    def _stream(self, workers: int) -> Iterator[tuple[int, TensorBatch]]:
-        """The remaining steps and their batches, which worker processes prepare ahead."""
-        remaining = range(self.done, self.total)
-        loader = DataLoader(
+    def _batches_left(self, workers: int) -> DataLoader:
+        """The batches of the remaining steps, which worker processes prepare ahead."""
+        return DataLoader(
             _Shares(self.batches, self.processes),
             batch_size=None,
-            sampler=remaining,
+            sampler=range(self.done, self.total),
             num_workers=workers,
             pin_memory=self.processes.device.type == "cuda",
             worker_init_fn=_ignore_interrupts,
         )
-        yield from zip(remaining, loader, strict=True)
 
     def _try_micro_batch(self, batch: TensorBatch, accumulate: int) -> None:
         """Gradients of one micro-batch, to see whether it fits into memory."""
@@ -217,9 +204,6 @@ class _Training:
         with self.autocast():
             micro = batch.micro_batches(max(1, accumulate // self.processes.count))[0]
             sum(self.objective.losses(self.model, micro.to(self.processes.device)).values()).backward()
-
-    def _restart_clock(self) -> None:
-        self.started_s, self.timed = time.perf_counter(), 0
 
 
 # ------------------------------------------------------------------------------------------- the parts of a step
@@ -240,7 +224,7 @@ def total_steps(train: TrainSettings, steps_per_epoch: float) -> int:
 
 
 def learning_rate_factor(step: int, total: int, optim: OptimSettings) -> float:
-    """Linear warm-up, then x `decay` at each of the shares `decay_at` of the run (paper Sec. 4.1)."""
+    """Linear warm-up, then times `decay` at each of the shares `decay_at` of the run (paper Sec. 4.1)."""
     warm = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
     return warm * optim.decay ** sum(step >= share * total for share in optim.decay_at)
 
@@ -276,8 +260,8 @@ def accumulate_gradients(
     """Gradients of one optimiser step over `count` micro-batches; returns the mean losses, detached.
 
     Each loss is divided by its count over the whole step, so the counts of single micro-batches do not matter. With
-    several processes `batch` is this one's share, and so are the losses: they add up to the means. Counting happens on
-    the host, before a micro-batch goes to the model's device.
+    several processes `batch` is this one's share, and so are the losses: they add up to the means. Items are counted on
+    the host, before a micro-batch goes to the device.
     """
     processes = processes or Processes(next(model.parameters()).device)
     counts = processes.add_up(objective.counts(batch))
@@ -304,11 +288,12 @@ class _Shares(Dataset):
     processes: Processes
 
     def __getitem__(self, step: int) -> TensorBatch:
-        if self.processes.count == 1:
+        index, count = self.processes.index, self.processes.count
+        if count == 1:
             return self.batches[step]
         if hasattr(self.batches, "share"):
-            return self.batches.share(step, self.processes.index, self.processes.count)
-        return self.processes.share(self.batches[step])
+            return self.batches.share(step, index, count)
+        return self.batches[step].micro_batches(count)[index]
 
 
 def _ignore_interrupts(_: int) -> None:
@@ -339,18 +324,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 def speed_options(model: nn.Module, train: TrainSettings) -> Iterator[None]:
     """Compile the model and checkpoint its activations if the settings say so; afterwards it is a plain one again."""
     parts = [module for name, module in model.named_modules() if name.split(".")[-1] in ("visual", "fusion")]
-    compiled = parts if train.compile else []
-    try:
-        for module in compiled:
+    with contextlib.ExitStack() as undo:
+        for module in parts if train.compile else ():
             module.compile()
+            undo.callback(setattr, module, "_compiled_call_impl", None)
         if train.gradient_checkpointing:
             _checkpoint_activations(model, True)
+            undo.callback(_checkpoint_activations, model, False)
         yield
-    finally:
-        for module in compiled:
-            module._compiled_call_impl = None
-        if train.gradient_checkpointing:
-            _checkpoint_activations(model, False)
 
 
 def _checkpoint_activations(model: nn.Module, on: bool) -> None:

@@ -21,34 +21,17 @@ from vpworkbench.train.objective import Pretraining, group_batches
 
 
 class HeldOut(NamedTuple):
-    """Held-out results; each an interval over images.
+    """Held-out results; each an interval over images."""
 
-    Attributes
-    ----------
-    itm_accuracy : Interval
-        Share of right match / no match decisions, on equal numbers of both; chance 0.5.
-    itm_other_image : Interval
-        The same texts and labels with another image: above 0.5, the label can be read off the text.
-    mlm_with_image, mlm_other_image : Interval
-        Share of single hidden words that are predicted right, with the image and with another one.
-    mlm_ratio : Interval
-        Ratio of these two.
-    """
-
-    itm_accuracy: Interval
-    itm_other_image: Interval
-    mlm_with_image: Interval
-    mlm_other_image: Interval
-    mlm_ratio: Interval
+    itm_accuracy: Interval  # share of right match / no match decisions, on equal numbers of both; chance 0.5
+    itm_other_image: Interval  # the same with another image: above 0.5, the label can be read off the text
+    mlm_with_image: Interval  # share of single hidden words that are predicted right
+    mlm_other_image: Interval  # the same with another image
+    mlm_ratio: Interval  # of these two
 
     def summary(self) -> dict[str, float]:
         """Each mean under its name, its bounds under `_low` and `_high`."""
         return flatten(self._asdict())
-
-
-def scored_words(data: DataSettings) -> frozenset[str] | None:
-    """Words that held-out MLM is scored on: colours and shapes in scenes, any word (None) in other sets."""
-    return ATTRIBUTE_WORDS if data.sets == ("scenes",) else None
 
 
 @torch.no_grad()
@@ -57,34 +40,29 @@ def evaluate(
     pictures: Sequence[Picture],
     data: DataSettings,
     *,
-    scored: frozenset[str] | None = None,
     images: int = 500,
-    seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> HeldOut:
-    """Match decisions and hidden words on held-out images; nothing else is masked.
+    """Match decisions and hidden words on held-out images, at most `images` of them.
 
-    Parameters
-    ----------
-    scored
-        Words to hide and predict, one in each text; None takes any word.
-    images : int
-        Largest number of images.
+    One word of each text is hidden and predicted: in scenes a colour or a shape, in other sets any word. Nothing else
+    is masked.
     """
     model.eval()
     size = min(32, len(pictures))
     texts = min(5, max(len(picture.captions) for picture in pictures))  # more texts give narrower intervals
     groups = data.with_overrides({"grouped": True, "matched_per_image": texts, "unmatched_per_image": texts})
-    batches = group_batches(pictures, model, groups, images=size, seed=seed + 1)
+    batches = group_batches(pictures, model, groups, images=size, seed=1)
     steps = max(1, min(images, len(pictures)) // size)
-    scored_ids = None if scored is None else torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(scored)))
-    parts: dict[str, list[Tensor]] = {name: [] for name in HeldOut._fields[:4]}
+    scored = None
+    if data.sets == ("scenes",):
+        scored = torch.tensor(model.tokenizer.convert_tokens_to_ids(sorted(ATTRIBUTE_WORDS)))
+    parts = []
     for step in range(steps):
-        for name, hits in _hits(model, batches[step], scored_ids).items():
-            parts[name].append(hits)
+        parts.append(_hits(model, batches[step], scored))
         if progress:
             progress("evaluating", step + 1, steps)
-    return _intervals({name: torch.cat(hits).double().numpy() for name, hits in parts.items()}, seed)
+    return _intervals({name: torch.cat([hits[name] for hits in parts]).double().numpy() for name in parts[0]})
 
 
 def _hits(model: VisualParsingModel, batch: Batch, scored: Tensor | None) -> dict[str, Tensor]:
@@ -96,13 +74,10 @@ def _hits(model: VisualParsingModel, batch: Batch, scored: Tensor | None) -> dic
     true = batch.matched_rows  # words are hidden in these texts only, equally many of each image
     labels, asked = labels[true], labels[true] >= 0
     original, hidden, tokens = (part.to(model.device) for part in (original, hidden[true], batch.word_tokens))
-    other = batch.image_index.roll(-int((batch.image_index == 0).sum()))
+    own = batch.image_index.to(model.device)
+    other = own.roll(-int((own == 0).sum()))
     hits = {}
-    for itm, mlm, index in (
-        ("itm_accuracy", "mlm_with_image", batch.image_index),
-        ("itm_other_image", "mlm_other_image", other),
-    ):
-        index = index.to(model.device)
+    for itm, mlm, index in (("itm_accuracy", "mlm_with_image", own), ("itm_other_image", "mlm_other_image", other)):
         matches = model.itm(model.fuse(visual, original, tokens, image_index=index).cls).argmax(dim=-1).cpu()
         hits[itm] = (matches.bool() == batch.matched).float().view(images, -1).mean(dim=1)
         fused = model.fuse(visual, hidden, tokens[true], image_index=index[true])
@@ -126,7 +101,7 @@ def _hide_one_word(
     return torch.where(chosen, model.tokenizer.mask_token_id, words), torch.where(chosen, words, IGNORE)
 
 
-def _intervals(values: dict[str, np.ndarray], seed: int) -> HeldOut:
+def _intervals(values: dict[str, np.ndarray]) -> HeldOut:
     """Means and 95% intervals by a bootstrap over images; `values` as `_hits` returns them."""
 
     def accuracy(name: str, images: np.ndarray) -> np.ndarray:
@@ -139,15 +114,9 @@ def _intervals(values: dict[str, np.ndarray], seed: int) -> HeldOut:
     def ratio(images: np.ndarray) -> np.ndarray:
         return share("mlm_with_image", images) / np.maximum(share("mlm_other_image", images), 1e-9)
 
-    statistics = {
-        "itm_accuracy": partial(accuracy, "itm_accuracy"),
-        "itm_other_image": partial(accuracy, "itm_other_image"),
-        "mlm_with_image": partial(share, "mlm_with_image"),
-        "mlm_other_image": partial(share, "mlm_other_image"),
-        "mlm_ratio": ratio,
-    }
+    statistics = [partial(accuracy if name.startswith("itm") else share, name) for name in HeldOut._fields[:4]]
     count = len(values["itm_accuracy"])
-    return HeldOut(**{name: bootstrap_statistic(statistic, count, seed) for name, statistic in statistics.items()})
+    return HeldOut(*(bootstrap_statistic(statistic, count) for statistic in (*statistics, ratio)))
 
 
 def held_out_probe(

@@ -18,24 +18,18 @@ from vpworkbench.tasks.task import TaskModel, TaskResult, right_answer, texts_of
 from vpworkbench.train.dual import near_captions
 from vpworkbench.train.engine import fit
 from vpworkbench.train.pretrain import build_model, with_words_of
-from vpworkbench.train.processes import launch, launched
+from vpworkbench.train.processes import launch
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """The records of a run (examples; captioned pictures for retrieval) and its model, ready to train.
-
-    Attributes
-    ----------
-    shared : frozenset of str
-        Ids of test examples whose image the release also has in training or validation.
-    """
+    """The records of a run (examples; captioned pictures for retrieval) and its model, ready to train."""
 
     splits: dict[str, list[Example]] | dict[str, list[Picture]]
     model: TaskModel
-    shared: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()  # ids of test examples whose image is also in training or validation
 
     def preview(self, split: str = "val", count: int = 4) -> list[str]:
         """The first records, each with its right answer."""
@@ -81,8 +75,7 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
     """Train to the end, or continue from the run's last checkpoint; returns the optimiser steps of the whole run."""
     train, model = settings.train, prepared.model
-    if train.processes > 1 and not launched():
-        launch(train.processes, run.folder.parent.name, run.folder.name)
+    launch(train.processes, run.folder)
     batches = model.task.batches(prepared.splits["train"], model, settings)
     if isinstance(batches, RetrievalBatches) and settings.retrieval.hard:
         batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
@@ -103,8 +96,8 @@ def evaluate_split(
     Retrieval keeps its score matrix there, and continues a matrix that was stopped.
     """
     model, records = prepared.model, prepared.splits[split]
-    file = run.folder / f"scores-{split}.npy"
-    result = model.task.evaluate(model, records, settings, file=file, progress=run.progress)
+    matrix = run.folder / f"scores-{split}.npy"
+    result = model.task.evaluate(model, records, settings, file=matrix, progress=run.progress)
     predictions = run.folder / f"predictions-{split}.{model.task.suffix}"
     if records:
         result.save(predictions)

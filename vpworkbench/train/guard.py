@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,15 +14,13 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.steps import Sampler
-from vpworkbench.errors import DataError, TrainingError
+from vpworkbench.errors import DataError, TrainingError, first_line
 from vpworkbench.runs import Run
 from vpworkbench.settings import PRESETS, TrainSettings
 from vpworkbench.system import write_atomically
 
-EXPLODED = 10.0
-"""A loss has exploded if it is more than this many times the one in the first line of `metrics.jsonl`."""
-OUT_OF_MEMORY = "out of memory|can't allocate|allocate memory|could not create a primitive"
-"""Errors of CUDA, of torch's CPU allocator and of oneDNN when no memory is left."""
+EXPLODED = 10.0  # times the loss in the first line of `metrics.jsonl`
+OUT_OF_MEMORY = "out of memory|can't allocate|allocate memory|could not create a primitive"  # CUDA, torch, oneDNN
 
 
 class LossGuard:
@@ -43,16 +42,15 @@ class LossGuard:
 
     def check(self, done: int, means: Mapping[str, float] | None = None) -> None:
         """Raise a `TrainingError` if a loss since the last line is not finite, or if `means`, a line's, exploded."""
-        size = self._size(means) if means else 0.0
-        if means and self.first is None:
-            self.first = size
-        if not bool(self.worst.isfinite() | (self.worst == -torch.inf)):
-            bad = [name for name, value in (means or {}).items() if value != value or abs(value) == torch.inf]
+        if self.worst == torch.inf:
+            bad = [name for name, value in (means or {}).items() if not math.isfinite(value)]
             raise self._error(f"{', '.join(bad) or 'loss'} not finite", done, means)
-        if means and size > EXPLODED * self.first:
-            times = f"{size / self.first:.0f} times the first"
-            raise self._error(f"the loss exploded: {size:.3g}, {times},", done, means)
         if means:
+            size = self._size(means)
+            self.first = size if self.first is None else self.first
+            if size > EXPLODED * self.first:
+                times = f"{size / self.first:.0f} times the first"
+                raise self._error(f"the loss exploded: {size:.3g}, {times},", done, means)
             self.worst.fill_(-torch.inf)
 
     def _error(self, fault: str, done: int, means: Mapping[str, float] | None) -> TrainingError:
@@ -80,22 +78,17 @@ def memory_advice(train: TrainSettings, attempt: Callable[[int], None]) -> Itera
         return
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         message = _message_if_memory(error)
-    counts = (count for count in range(train.accumulate + 1, train.images + 1) if train.images % count == 0)
-    fitting = next((count for count in counts if _fits(attempt, count)), None)
-    remedy = f"train.accumulate {fitting} fits (now {train.accumulate}; the same update in smaller parts)"
-    if fitting is None:
-        presets = ", ".join(PRESETS)
-        remedy = f"even one image does not fit: set train.gradient_checkpointing, or take a smaller preset ({presets})"
+    presets = ", ".join(PRESETS)
+    remedy = f"even one image does not fit: set train.gradient_checkpointing, or take a smaller preset ({presets})"
+    for count in (count for count in range(train.accumulate + 1, train.images + 1) if train.images % count == 0):
+        try:
+            attempt(count)
+        except (MemoryError, RuntimeError) as error:
+            _message_if_memory(error)
+        else:
+            remedy = f"train.accumulate {count} fits (now {train.accumulate}; the same update in smaller parts)"
+            break
     raise TrainingError(f"out of memory with {train.images // train.accumulate} images at once: {remedy} [{message}]")
-
-
-def _fits(attempt: Callable[[int], None], count: int) -> bool:
-    try:
-        attempt(count)
-    except (MemoryError, RuntimeError) as error:
-        _message_if_memory(error)
-        return False
-    return True
 
 
 def _message_if_memory(error: MemoryError | RuntimeError) -> str:
@@ -103,15 +96,14 @@ def _message_if_memory(error: MemoryError | RuntimeError) -> str:
     if not (isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))):
         raise error
     traceback.clear_frames(error.__traceback__)
-    return str(error).partition("\n")[0]
+    return first_line(error)
 
 
 @contextlib.contextmanager
 def worker_errors() -> Iterator[None]:
-    """Explain errors of the processes that prepare batches.
+    """Explain a killed worker, which torch reports at any line of the main process.
 
-    Torch raises one for a killed worker at whatever line the main process is, and wraps a worker's own `DataError` in
-    its traceback; that error is raised as it was.
+    A worker's own `DataError`, which torch wraps in its traceback, is raised as it was.
     """
     try:
         yield

@@ -45,10 +45,7 @@ def group_batches(
 class Pretraining(Objective):
     """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); or MVM for MFR, as in SOHO.
 
-    Parameters
-    ----------
-    probe
-        Held-out numbers of a model, such as `evaluate.held_out_probe`; logged every `train.probe_every` steps.
+    `probe` gives held-out numbers of a model, such as `evaluate.held_out_probe`.
     """
 
     def __init__(
@@ -70,15 +67,22 @@ class Pretraining(Objective):
 
         With masks in the pixels it is encoded twice: whole for the masks and the target of MFR, masked for the fusion.
         """
-        in_pixels = self.settings.mask.mode != "none" and self.settings.mask.where == "pixels"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not in_pixels):
-            visual = model.visual(batch.images)
+        mask = self.settings.mask
+        if mask.mode != "none" and mask.where == "pixels":
+            with torch.no_grad():
+                visual = model.visual(batch.images)
+            masked = self.masked(visual, batch)
+            shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)]))
+            return self.fused_losses(model, batch, visual, masked, shown)
+        visual = model.visual(batch.images)
         if self.settings.visual.sampled and model.training:
             visual = visual.subset(self.sampled(batch))
-        masked = self.masked(visual, batch)
-        shown = visual
-        if in_pixels:
-            shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)]))
+        return self.fused_losses(model, batch, visual, self.masked(visual, batch), visual)
+
+    def fused_losses(
+        self, model: VisualParsingModel, batch: Batch, visual: VisualTokens, masked: Tensor | None, shown: VisualTokens
+    ) -> dict[str, Tensor]:
+        """`losses` from the output of the visual side: `visual` is the target of MFR, `shown` what the fusion reads."""
         joint = model.fuse(shown, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
         sums = {
             "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
@@ -123,17 +127,16 @@ class Pretraining(Objective):
         mask = self.settings.mask
         if mask.mode == "none":
             return None
-        noise = batch.noise if visual.positions is None else batch.noise.gather(1, visual.positions[batch.image_index])
-        parsing = None
-        if mask.mode == "attention":
-            parsing = visual.parsing.detach().mean(dim=1)[batch.image_index]
-        vision_tokens = None if visual.tokens is None else visual.tokens[batch.image_index]
+        index = batch.image_index
+        noise = batch.noise if visual.positions is None else batch.noise.gather(1, visual.positions[index])
         if mask.mode == "code":
-            masked = code_mask(noise, visual.codes[batch.image_index])
+            masked = code_mask(noise, visual.codes[index])
         else:
-            masked = visual_mask(noise, self.budget, parsing=parsing, select=mask.select, vision_tokens=vision_tokens)
+            parsing = visual.parsing.detach().mean(dim=1)[index] if mask.mode == "attention" else None
+            tokens = None if visual.tokens is None else visual.tokens[index]
+            masked = visual_mask(noise, self.budget, parsing=parsing, select=mask.select, vision_tokens=tokens)
         if mask.where == "pixels":
-            masked = masked[torch.searchsorted(batch.image_index, batch.image_index)]  # that of the first text
+            masked = masked[torch.searchsorted(index, index)]  # that of the first text
         return masked
 
     @torch.no_grad()
@@ -163,8 +166,8 @@ def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tens
     """OT distance of each pair, without [CLS], [SEP] and pads; (text,)."""
     tokenizer = model.tokenizer
     words = batch.word_tokens & (batch.words != tokenizer.cls_token_id) & (batch.words != tokenizer.sep_token_id)
+    vision_tokens = joint.visual.not_padding()[batch.image_index]
     with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
-        vision_tokens = joint.visual.for_texts(batch.image_index).not_padding()
         return transport_distance(joint.text, joint.vision, words, vision_tokens)
 
 

@@ -21,9 +21,9 @@ from vpworkbench.model.words import build_tokenizer, build_vocabulary, wordpiece
 from vpworkbench.runs import Run
 from vpworkbench.settings import ModelSettings, PretrainSettings
 from vpworkbench.train.engine import fit
-from vpworkbench.train.evaluate import held_out_probe, scored_words
+from vpworkbench.train.evaluate import held_out_probe
 from vpworkbench.train.objective import Pretraining, group_batches
-from vpworkbench.train.processes import launch, launched
+from vpworkbench.train.processes import launch
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ class PreparedRun:
     splits: dict[str, list[Picture]]
     model: VisualParsingModel
     reports: list[KeyReport]
-    scored_words: frozenset[str] | None
 
 
 def prepare(settings: PretrainSettings) -> PreparedRun:
@@ -50,7 +49,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     model.words.check(texts, source=", ".join(settings.data.sets))
     if not splits["val"]:
         raise DataError(f"{', '.join(settings.data.sets)}: no `val` images; the held-out evaluation needs some")
-    return PreparedRun(splits, model, reports, scored_words(settings.data))
+    return PreparedRun(splits, model, reports)
 
 
 def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int:
@@ -63,23 +62,12 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     if settings.data.cache:
         images = [picture.image for picture in training]
         inputs = PixelCache(cache_root(), images, settings.visual.image_px, progress=run.progress)
-    if train.processes > 1 and not launched():
-        launch(train.processes, run.folder.parent.name, run.folder.name)
-    batches = group_batches(
-        training, prepared.model, settings.data, images=train.images, seed=settings.seed, inputs=inputs
-    )
+    launch(train.processes, run.folder)
+    sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs}
+    batches = group_batches(training, prepared.model, settings.data, **sizes)
     objective = Pretraining(settings, held_out_probe(prepared.splits["val"], settings))
-    return fit(
-        prepared.model,
-        objective,
-        batches,
-        run,
-        optim=settings.optim,
-        train=train,
-        seed=settings.seed,
-        workers=settings.data.workers,
-        what="pre-training",
-    )
+    options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.data.workers}
+    return fit(prepared.model, objective, batches, run, **options, what="pre-training")
 
 
 def train_run(run: Run, settings: PretrainSettings) -> int:

@@ -1,8 +1,7 @@
 """Several processes on one training run: each takes its share of every step, gradients are added once a step.
 
 `torchrun` and `accelerate launch` start them; accelerate gives each its index and its device. The model needs no
-wrapper: losses are sums divided by the counts of the whole step, so adding gradients gives exactly the update of one
-process, and adding them earlier, after each micro-batch, would gain nothing.
+wrapper: losses are sums divided by the counts of the whole step, so the added gradients are those of one process.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
@@ -36,10 +35,6 @@ class Processes:
     def is_main(self) -> bool:
         """Whether this process writes the run's files."""
         return self.index == 0
-
-    def share(self, batch: Any) -> Any:
-        """This process's part of the batch of a step."""
-        return batch if self.count == 1 else batch.micro_batches(self.count)[self.index]
 
     def add_up(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over all processes, computed on the host, so that no GPU waits."""
@@ -78,16 +73,10 @@ def join(device: torch.device) -> Processes:
 
     if not distributed.is_initialized():  # gloo beside nccl, as counts are added on the host
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(_leave_group)
+        atexit.register(distributed.destroy_process_group)  # otherwise its threads would abort the interpreter's end
     state = PartialState(cpu=device.type == "cpu")
     own = state.device if device.type == "cuda" else device  # not cpu:0, which safetensors refuses
     return Processes(own, state.process_index, state.num_processes)
-
-
-def _leave_group() -> None:
-    """End the group before the interpreter ends; otherwise the group's threads would abort the process."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def launched() -> bool:
@@ -95,10 +84,15 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def launch(count: int, notebook: str, name: str) -> None:
-    """Train an opened run in `count` processes, and wait for them; they receive Ctrl-C and SIGTERM too."""
+def launch(count: int, folder: Path) -> None:
+    """Train the run of a folder in `count` processes, and wait for them; they receive Ctrl-C and SIGTERM too.
+
+    Nothing is done for a count of 1, or where a launcher has started this process.
+    """
+    if count == 1 or launched():
+        return
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {count} -m vpworkbench.cli train"
-    command = [sys.executable, *torchrun.split(), notebook, "--name", name]
+    command = [sys.executable, *torchrun.split(), folder.parent.name, "--name", folder.name]
     received: list[signal.Signals] = []
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
 

@@ -1,7 +1,7 @@
 """Regions without a detector: the true boxes of generated scenes and of NLVR v1, with features of a small CNN.
 
-The CNN learns the scenes' labels (colour, shape, material) from a crop of each box, on the same scenes as the parsers
-of `scene_labels`. Its last map, averaged over the crop, is the feature.
+The CNN learns the scenes' labels (colour, shape, material) from a crop of each box; its last map, averaged over the
+crop, is the feature.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from vpworkbench.scenes.scene import COLOURS, COVERED, MATERIALS, SHAPES
 from vpworkbench.scenes.write import pair_sources
 from vpworkbench.settings import RegionSettings
 from vpworkbench.system import draft
-from vpworkbench.train.scene_labels import AT_ONCE, LabelledBatch, LabelNetwork, label_accuracy, train_labels
+from vpworkbench.train.scene_labels import AT_ONCE, LabelledBatch, LabelNetwork, train_labels
 
-MARGIN = 0.1
-"""Share of the box's sides that a crop shows around it: an outline needs what lies outside."""
+MARGIN = 0.1  # share of the box's sides that a crop shows around it: an outline needs what lies outside
 KINDS = {"colour": tuple(COLOURS), "shape": (*SHAPES, COVERED), "material": MATERIALS}
 
 
@@ -41,34 +40,28 @@ def make_regions(folder: Path, settings: RegionSettings) -> dict[str, float]:
     """Train the CNN and write one npz for each image; a repeated call keeps existing files and makes the others.
 
     `folder` is a run folder: `config.json` comes first, then `checkpoint/`, and `summary.json` last. Give its path to
-    `visual.region_files`.
-
-    Returns
-    -------
-    dict
-        `images`, `regions` (mean number per image) and the accuracy on held-out scenes.
+    `visual.region_files`. Returns `images`, `regions` (mean number per image) and the accuracy on held-out scenes.
     """
     given = [] if settings.source == "scenes" else read_pictures(settings.source)
-    counts = [len(true_boxes(picture)) for picture in given]  # a set without boxes fails before scenes are drawn
+    for picture in given:
+        true_boxes(picture)  # a set without boxes fails before scenes are drawn
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise FileExistsError(f"{folder} exists and holds no regions; choose another folder")
     run = open_folder(folder, "regions", settings)
     written = cached_scenes(settings.scenes)
     scenes = read_pictures(written)
     place, pictures = (Path(settings.source), given) if given else (written, scenes)
-    counts = counts or [len(true_boxes(picture)) for picture in scenes]
     if (place / "settings.json").exists():
         shutil.copyfile(place / "settings.json", folder / SCENES)
-    training, held_out = ([one for one in scenes if one.split == split] for split in ("train", "val"))
     model, read = RegionNetwork(settings), partial(labelled_crops, crop_px=settings.crop_px)
-    train_labels(model, training, read, run, settings, what="training the region network")
+    accuracy = train_labels(model, scenes, read, run, settings, what="training the region network")
     write_features(folder, model, pictures, settings.crop_px)
     for copy, original in pair_sources(place).items():  # images of statements on pairs have names of their own
         if not (target := _npz(folder, copy)).exists():
             with draft(target, durable=False) as file:
                 shutil.copyfile(_npz(folder, original), file)
-    accuracy = label_accuracy(model, held_out, read)
-    summary = {"images": len(pictures), "regions": sum(counts) / len(counts)} | accuracy
+    regions = sum(len(true_boxes(picture)) for picture in pictures)
+    summary = {"images": len(pictures), "regions": regions / len(pictures)} | accuracy
     run.write_summary(**summary, seed=settings.seed, wall_s=run.wall_s)
     return summary
 
@@ -77,20 +70,19 @@ def make_regions(folder: Path, settings: RegionSettings) -> dict[str, float]:
 def write_features(folder: Path, model: RegionNetwork, pictures: Sequence[Picture], crop_px: int) -> None:
     """Write one npz for each image that has none; in fixed parts, so that a repeated call writes equal bytes."""
     device = next(model.eval().parameters()).device
-    with tqdm(total=len(pictures), desc="writing regions", unit="image") as bar:
-        for start in range(0, len(pictures), AT_ONCE):
-            part = pictures[start : start + AT_ONCE]
-            bar.update(len(part))
-            files = [_npz(folder, picture.image.name) for picture in part]
-            if all(file.exists() for file in files):
-                continue
-            boxes = [true_boxes(picture) for picture in part]
-            pixels = np.concatenate([crops(*one, crop_px) for one in zip(part, boxes, strict=True)])
-            features = model(_channels_first(pixels).to(device)).cpu().split([len(own) for own in boxes])
-            for picture, file, own_boxes, own_features in zip(part, files, boxes, features, strict=True):
-                if not file.exists():
-                    height, width = picture.image.pixels().shape[:2]
-                    write_regions(file, own_features.numpy(), np.array(own_boxes), (width, height))
+    starts = range(0, len(pictures), AT_ONCE)
+    for start in tqdm(starts, desc="writing regions", unit=f"{AT_ONCE} images"):
+        part = pictures[start : start + AT_ONCE]
+        files = [_npz(folder, picture.image.name) for picture in part]
+        if all(file.exists() for file in files):
+            continue
+        boxes = [true_boxes(picture) for picture in part]
+        pixels = np.concatenate([crops(*one, crop_px) for one in zip(part, boxes, strict=True)])
+        features = model(_channels_first(pixels).to(device)).cpu().split([len(own) for own in boxes])
+        for picture, file, own_boxes, own_features in zip(part, files, boxes, features, strict=True):
+            if not file.exists():
+                height, width = picture.image.pixels().shape[:2]
+                write_regions(file, own_features.numpy(), np.array(own_boxes), (width, height))
 
 
 def _npz(folder: Path, image: str) -> Path:
@@ -99,20 +91,18 @@ def _npz(folder: Path, image: str) -> Path:
 
 def true_boxes(picture: Picture) -> list[tuple[float, float, float, float]]:
     """x0 y0 x1 y1 in pixels of each thing that is drawn; a `DataError` if they are not known."""
-    boxes = None
     if picture.scene:
         boxes = [thing.box for thing in picture.scene.things]
-    elif picture.boxes:
-        order = re.search(r"-(\d)\.png$", picture.image.name)
-        boxes = drawn_at(picture.boxes, int(order[1])) if order else None
-    if boxes:
-        return boxes
-    if boxes is not None:
+    elif picture.boxes and (order := re.search(r"-(\d)\.png$", picture.image.name)):
+        boxes = drawn_at(picture.boxes, int(order[1]))
+    else:
+        raise DataError(
+            f"{picture.image}: its true boxes are not known; `vpw regions` takes generated scenes and NLVR v1. For "
+            "photographs use the regions of a detector, as docs/families.md describes"
+        )
+    if not boxes:
         raise DataError(f"{picture.image}: nothing is drawn there, so there is no region; drop its record")
-    raise DataError(
-        f"{picture.image}: its true boxes are not known; `vpw regions` takes generated scenes and NLVR v1. For "
-        "photographs use the regions of a detector, as docs/families.md describes"
-    )
+    return boxes
 
 
 def crops(picture: Picture, boxes: Sequence[Sequence[float]], crop_px: int) -> np.ndarray:

@@ -1,15 +1,14 @@
 """Training a network on the scenes' own labels: a start for the visual side, from colour and shape at each token.
 
 It replaces the paper's ImageNet start at small size: from scratch, a few minutes of MLM and ITM learn nothing about
-the image. `region_features` trains its network on crops of the same scenes, with the same batches and objective.
+the image. `region_features` trains its network on crops of the same scenes in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,29 +29,21 @@ from vpworkbench.probes.masks import objects_of_tokens
 from vpworkbench.runs import Run
 from vpworkbench.scenes.scene import COLOURS, SHAPES
 from vpworkbench.settings import RegionSettings, VisualInitSettings
-from vpworkbench.train.checkpoints import save_weights
 from vpworkbench.train.engine import fit
 
 BACKGROUND = 0
 AT_ONCE = 64  # pictures, where nothing is trained
 
 
-# ------------------------------------------------------------------------- what both networks share
-
-
 @dataclass(frozen=True)
 class LabelledBatch(TensorBatch):
-    """Images and what they show.
+    """Images and the classes of what they show, of an image or of each token; kinds in the order of the heads."""
 
-    Attributes
-    ----------
-    images : uint8 Tensor, (image, 3, height, width)
-    labels : int64 Tensor, (image, kind) or (image, row, column, kind)
-        Numbers of classes, in the order of the network's heads; of an image, or of each token on its grid.
-    """
+    images: Tensor  # uint8 (image, 3, height, width)
+    labels: Tensor  # int64 (image, kind) or (image, row, column, kind)
 
-    images: Tensor
-    labels: Tensor
+
+Read = Callable[[Sequence[Picture]], LabelledBatch]
 
 
 class LabelNetwork(nn.Module):
@@ -67,22 +58,17 @@ class LabelNetwork(nn.Module):
     def add_heads(self, width: int, classes: Mapping[str, int]) -> None:
         self.heads = nn.ModuleDict({kind: nn.Linear(width, count) for kind, count in classes.items()})
 
-    def logits(self, images: Tensor) -> dict[str, Tensor]:
-        """For each kind of label, (image[, token], class)."""
-        features = self(images)
-        return {kind: head(features) for kind, head in self.heads.items()}
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `model.safetensors`."""
-        save_weights(self, folder)
+    def answers(self, batch: LabelledBatch) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """For each kind of label its name, the logits (label, class) and the true classes (label,)."""
+        features, labels = self(batch.images), batch.labels.flatten(0, -2).unbind(dim=1)
+        for (kind, head), label in zip(self.heads.items(), labels, strict=True):
+            yield kind, head(features).flatten(0, -2), label
 
 
 class LabelBatches(Dataset):
     """Labelled scenes by step, mirrored at random."""
 
-    def __init__(
-        self, pictures: Sequence[Picture], read: Callable[[Sequence[Picture]], LabelledBatch], *, images: int, seed: int
-    ) -> None:
+    def __init__(self, pictures: Sequence[Picture], read: Read, *, images: int, seed: int) -> None:
         self.sampler, self.read, self.seed = Sampler(pictures, images, seed=(seed,)), read, seed
 
     def __getitem__(self, step: int) -> LabelledBatch:
@@ -104,60 +90,43 @@ class Labelling(Objective):
         return dict.fromkeys(self.weights, batch.labels[..., 0].numel())
 
     def losses(self, model: LabelNetwork, batch: LabelledBatch) -> dict[str, Tensor]:
-        labels = batch.labels.flatten(0, -2).unbind(dim=1)
         return {
-            kind: functional.cross_entropy(scores.flatten(0, -2), label, reduction="sum")
-            for (kind, scores), label in zip(model.logits(batch.images).items(), labels, strict=True)
+            kind: functional.cross_entropy(logits, label, reduction="sum")
+            for kind, logits, label in model.answers(batch)
         }
 
 
 def train_labels(
     model: LabelNetwork,
-    pictures: Sequence[Picture],
-    read: Callable[[Sequence[Picture]], LabelledBatch],
+    scenes: Sequence[Picture],
+    read: Read,
     run: Run,
     settings: VisualInitSettings | RegionSettings,
     *,
     what: str,
-) -> None:
-    """Train a network on labelled scenes, from the run's last checkpoint if there is one."""
-    batches = LabelBatches(pictures, read, images=settings.train.images, seed=settings.seed)
-    fit(
-        model,
-        Labelling(model.heads),
-        batches,
-        run,
-        optim=settings.optim,
-        train=settings.train,
-        seed=settings.seed,
-        workers=settings.workers,
-        what=what,
-    )
+    unscored: int = -1,
+) -> dict[str, float]:
+    """Train on labelled scenes, from the run's last checkpoint if there is one; returns the held-out accuracy."""
+    training, held_out = ([one for one in scenes if one.split == split] for split in ("train", "val"))
+    batches = LabelBatches(training, read, images=settings.train.images, seed=settings.seed)
+    options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
+    fit(model, Labelling(model.heads), batches, run, **options, what=what)
+    return label_accuracy(model, held_out, read, unscored=unscored)
 
 
 @torch.no_grad()
 def label_accuracy(
-    model: LabelNetwork,
-    pictures: Sequence[Picture],
-    read: Callable[[Sequence[Picture]], LabelledBatch],
-    *,
-    unscored: int | None = None,
+    model: LabelNetwork, pictures: Sequence[Picture], read: Read, *, unscored: int = -1
 ) -> dict[str, float]:
-    """Share of right labels of each kind, as `<kind>_accuracy`; where the true label is `unscored`, none is scored."""
+    """Share of right labels of each kind, as `<kind>_accuracy`, where the true label is not `unscored`."""
     hits, scored = dict.fromkeys(model.heads, 0), dict.fromkeys(model.heads, 0)
     device = next(model.eval().parameters()).device
     for start in range(0, len(pictures), AT_ONCE):
-        batch = read(pictures[start : start + AT_ONCE]).to(device)
-        labels = batch.labels.flatten(0, -2).unbind(dim=1)
-        for (kind, scores), label in zip(model.logits(batch.images).items(), labels, strict=True):
-            is_scored = torch.ones_like(label, dtype=torch.bool) if unscored is None else label != unscored
-            right = scores.flatten(0, -2).argmax(dim=-1) == label
-            hits[kind] += int((right & is_scored).sum())
+        for kind, logits, label in model.answers(read(pictures[start : start + AT_ONCE]).to(device)):
+            is_scored = label != unscored
+            hits[kind] += int(((logits.argmax(dim=-1) == label) & is_scored).sum())
             scored[kind] += int(is_scored.sum())
     return {f"{kind}_accuracy": hits[kind] / max(scored[kind], 1) for kind in hits}
-
-
-# ------------------------------------------------------------------------- a start for the visual side
 
 
 def token_labels(pictures: Sequence[Picture], grid: int) -> Tensor:
@@ -207,10 +176,10 @@ def train_visual(run: Run, settings: VisualInitSettings) -> tuple[TokenClassifie
     `checkpoint/visual.safetensors` is a file for `init_visual`.
     """
     model = TokenClassifier(settings)  # an unknown backbone is reported before scenes are drawn
-    pictures = read_pictures(cached_scenes(settings.scenes))
-    training, held_out = ([one for one in pictures if one.split == split] for split in ("train", "val"))
+    scenes = read_pictures(cached_scenes(settings.scenes))
     read = partial(labelled_images, image_px=settings.visual.image_px, grid=settings.visual.grid)
-    train_labels(model, training, read, run, settings, what="training the visual side")
+    what = "training the visual side"
+    accuracy = train_labels(model, scenes, read, run, settings, what=what, unscored=BACKGROUND)
     weights = {name: value.contiguous().cpu() for name, value in model.visual.state_dict().items()}
     save_file(weights, run.folder / "checkpoint" / "visual.safetensors")
-    return model, label_accuracy(model, held_out, read, unscored=BACKGROUND)
+    return model, accuracy
