@@ -22,16 +22,11 @@ class ProcessGroup(Protocol):
 
 
 class Dictionary(nn.Module):
-    """Each token is replaced by the nearest code; a code moves to the mean of its tokens by a moving average.
+    """Each token is replaced by the nearest of `codes` codes (SOHO: 2,048), which move to the mean of their tokens.
 
-    Codes are not parameters: `update_codes` is called once per optimiser step, for all its micro-batches and processes,
-    so that neither changes the result. With SOHO's N(0, 1) start most codes are never used. SOHO leaves them; here they
-    move to tokens after the first step.
-
-    Parameters
-    ----------
-    codes, width : int
-        Number of codes (SOHO has 2,048); channels of a token.
+    Codes are not parameters but moving averages. `update_codes` is called once per optimiser step, for all its
+    micro-batches and processes, so that neither changes the result. With SOHO's N(0, 1) start most codes are never
+    used. SOHO leaves them; here they move to tokens after the first step.
     """
 
     def __init__(self, codes: int, width: int) -> None:

@@ -75,14 +75,8 @@ def window_places(block: SwinTransformerBlock) -> Tensor:
 def scatter_windows(weights: Tensor, places: Tensor, tokens: int) -> Tensor:
     """Attention inside windows, (image * window, head, place, place) -> between tokens, (image, head, vision, vision).
 
-    It is zero outside a token's window; padding is dropped, and rows are renormalised to sum 1.
-
-    Parameters
-    ----------
-    places : int64 Tensor, (window, place)
-        From `window_places`.
-    tokens : int
-        m, the number of visual tokens.
+    It is zero outside a token's window; padding is dropped, and rows are renormalised to sum 1. `places` come from
+    `window_places`; `tokens` is m.
     """
     weights = weights.unflatten(0, (-1, len(places))).transpose(1, 2)  # image head window place place
     joint = weights.new_zeros(*weights.shape[:2], tokens + 1, tokens + 1)

@@ -205,14 +205,8 @@ class DualEncoder(nn.Module):
 def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Tensor:
     """InfoNCE in both directions, summed: cross entropy of the own text among all texts, and of the own image.
 
-    Parameters
-    ----------
-    cosine : Tensor, (pair, pair)
-        Rows are images, columns texts; a pair's own text is on the diagonal.
-    scale : Tensor, ()
-        1 / temperature.
-    negative : bool Tensor, (pair, pair)
-        True where a text is known to be false of an image; the diagonal is ignored.
+    `cosine` is (image, text) with the own pairs on its diagonal, `scale` is 1 / temperature. `negative`, bool (image,
+    text), is True where a text is known to be false of an image; its diagonal is ignored.
     """
     own = torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)
     logits = (scale * cosine).masked_fill(~(negative | own), -torch.inf)
