@@ -49,7 +49,7 @@ class Pixels(VisualInput):
 
     def stack(self, images: Sequence[Readable]) -> Tensor:
         """uint8 (image, 3, image_px, image_px)."""
-        return _channels_first(np.stack([self._square(image) for image in images]))
+        return channels_first(np.stack([self._square(image) for image in images]))
 
     def _square(self, image: Readable) -> np.ndarray:
         if isinstance(image, Picture):
@@ -92,7 +92,7 @@ class PixelCache(VisualInput):
         for row, image in zip(rows, pixels, strict=True):
             if zlib.crc32(image) != self.checksums[row]:
                 raise DataError(f"{self.path}: image {row} was damaged; delete this folder, and it is built again")
-        return _channels_first(pixels)
+        return channels_first(pixels)
 
 
 def _decode_all(cache: Path, files: Sequence[ImageFile], image_px: int, progress: Progress | None) -> None:
@@ -112,7 +112,8 @@ def _decode_all(cache: Path, files: Sequence[ImageFile], image_px: int, progress
         np.save(folder / "checksums.npy", checksums)
 
 
-def _channels_first(squares: np.ndarray) -> Tensor:
+def channels_first(squares: np.ndarray) -> Tensor:
+    """(image, height, width, channel) -> (image, channel, height, width)."""
     return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
 
 
