@@ -165,10 +165,8 @@ class GroupBatches(Dataset):
         # Unmatched texts are masked too: a [MASK] in the matched ones only would give the ITM label away.
         masked = mask_words(words, self.words.maskable(words), rng, **options)
         start, stop = (len(groups) * part // count for part in (index, index + 1))
-        images = self.inputs.stack([picture.image for picture, _ in groups[start:stop]])
-        if self.settings.flip:
-            mirrored = torch.from_numpy(rng.random(len(groups))[start:stop] < 0.5)
-            images[mirrored] = images[mirrored].flip(-1)
+        mirrored = rng.random(len(groups))[start:stop] < 0.5 if self.settings.flip else None
+        images = self.inputs.stack([picture.image for picture, _ in groups[start:stop]], mirrored)
         noise = rng.random((len(pairs), self.vision), dtype=np.float32)
         image_index = torch.tensor([row for row, _, _ in pairs])
         rows = (image_index >= start) & (image_index < stop)

@@ -34,8 +34,11 @@ Readable = Picture | ImageFile | Image.Image | np.ndarray
 class VisualInput(Protocol):
     """How images become the tensor that a visual side takes."""
 
-    def stack(self, images: Sequence[Readable]) -> Tensor:
-        """One tensor for several images, image first."""
+    def stack(self, images: Sequence[Readable], mirrored: np.ndarray | None = None) -> Tensor:
+        """One tensor for several images, image first; those of `mirrored`, bool (image,), with left and right swapped.
+
+        Regions are never mirrored.
+        """
 
     def check(self, images: Sequence[ImageFile]) -> None:
         """Refuse images without regions before any work starts; a broken image is reported when it is decoded."""
@@ -47,9 +50,10 @@ class Pixels(VisualInput):
 
     image_px: int
 
-    def stack(self, images: Sequence[Readable]) -> Tensor:
+    def stack(self, images: Sequence[Readable], mirrored: np.ndarray | None = None) -> Tensor:
         """uint8 (image, 3, image_px, image_px)."""
-        return channels_first(np.stack([self._square(image) for image in images]))
+        squares = np.stack([self._square(image) for image in images])
+        return _flipped(torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous(), mirrored)
 
     def _square(self, image: Readable) -> np.ndarray:
         if isinstance(image, Picture):
@@ -61,60 +65,108 @@ class Pixels(VisualInput):
         return np.asarray(drawn.convert("RGB").resize(size, Image.Resampling.BICUBIC))
 
 
-class PixelCache(VisualInput):
-    """The same for image files that are decoded once, into one memory-mapped file that all processes share.
+class ImageCache(VisualInput):
+    """What a visual input makes of image files, computed once into one memory-mapped file that all processes share.
 
-    The cache is a folder named by a hash of the images' names, contents and size, so that a changed image makes another
-    cache. Each image is compared with its checksum when it is read.
+    The cache is a folder named by a hash of its key and of the images' names and contents, so that a changed image
+    makes another cache. It appears when it is complete. Each row is compared with its checksum when it is read.
+
+    Parameters
+    ----------
+    folder : Path
+        Where caches are kept.
+    images
+        All images that will be read.
+    read
+        Makes a tensor of some files, as `VisualInput.stack` does.
+    key : str
+        Everything besides the images that decides what `read` returns.
+    both_ways : bool
+        Keep a mirrored copy of each image too, where `read` makes something that cannot be mirrored afterwards.
     """
 
     def __init__(
-        self, folder: Path, images: Sequence[ImageFile], image_px: int, *, progress: Progress | None = None
+        self,
+        folder: Path,
+        images: Sequence[ImageFile],
+        read: Callable[[Sequence[ImageFile], np.ndarray], Tensor],
+        key: str,
+        *,
+        both_ways: bool = False,
+        what: str = "decoding images",
+        progress: Progress | None = None,
     ) -> None:
         files = list(dict.fromkeys(images))
         self.rows = {file: row for row, file in enumerate(files)}
+        self.both_ways = both_ways
         contents = [(str(file), *file.glimpse()) for file in files]
-        self.path = folder / f"pixels-{hashlib.sha256(repr((image_px, contents)).encode()).hexdigest()[:16]}"
+        digest = hashlib.sha256(repr((key, both_ways, contents)).encode()).hexdigest()[:16]
+        self.path = folder / f"images-{digest}"
         folder.mkdir(parents=True, exist_ok=True)
         with lock(self.path.with_suffix(".lock"), patience_s=math.inf):  # one process of a run builds it
             if not self.path.exists():
-                _decode_all(self.path, files, image_px, progress)
+                ways = (False, True) if both_ways else (False,)
+                parts = [(files[start : start + 64], way) for way in ways for start in range(0, len(files), 64)]
+                _fill(self.path, parts, read, len(ways) * len(files), what, progress)
         try:
-            self.pixels = np.load(self.path / "pixels.npy", mmap_mode="r")
+            self.kept = np.load(self.path / "images.npy", mmap_mode="r")
             self.checksums = np.load(self.path / "checksums.npy")
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{self.path}: not complete ({error}); delete this folder, and it is built again") from None
 
-    def stack(self, images: Sequence[Picture | ImageFile]) -> Tensor:
-        """uint8 (image, 3, image_px, image_px); `DataError` if the cache was damaged."""
-        rows = [self.rows[image.image if isinstance(image, Picture) else image] for image in images]
-        pixels = self.pixels[rows]
-        for row, image in zip(rows, pixels, strict=True):
+    def stack(self, images: Sequence[Picture | ImageFile], mirrored: np.ndarray | None = None) -> Tensor:
+        """What `read` made of these images; `DataError` if the cache was damaged."""
+        files = [image.image if isinstance(image, Picture) else image for image in images]
+        rows = np.array([self.rows[file] for file in files])
+        if self.both_ways and mirrored is not None:
+            rows, mirrored = rows + len(self.rows) * mirrored, None
+        kept = self.kept[rows]
+        for row, image in zip(rows, kept, strict=True):
             if zlib.crc32(image) != self.checksums[row]:
                 raise DataError(f"{self.path}: image {row} was damaged; delete this folder, and it is built again")
-        return channels_first(pixels)
+        return _flipped(torch.from_numpy(kept), mirrored)
 
 
-def _decode_all(cache: Path, files: Sequence[ImageFile], image_px: int, progress: Progress | None) -> None:
-    """Write the pixels and checksums of all files."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), image_px, image_px, 3)}
-    checksums = np.zeros(len(files), dtype=np.uint32)
+def pixel_cache(
+    folder: Path, images: Sequence[ImageFile], image_px: int, *, progress: Progress | None = None
+) -> ImageCache:
+    """The pixels of image files, each decoded and resized once."""
+    return ImageCache(folder, images, Pixels(image_px).stack, f"{image_px} px", progress=progress)
+
+
+def _fill(
+    cache: Path,
+    parts: Sequence[tuple[Sequence[ImageFile], bool]],
+    read: Callable[[Sequence[ImageFile], np.ndarray], Tensor],
+    count: int,
+    what: str,
+    progress: Progress | None,
+) -> None:
+    """Write what `read` makes of each part, some files and whether they are mirrored, and checksums."""
+    checksums: list[int] = []
     with draft(cache, durable=False) as folder:
         folder.mkdir()
-        with open(folder / "pixels.npy", "wb") as out:  # a memory map would end the process where the disk is full
-            np.lib.format.write_array_header_1_0(out, header)
-            for row, file in enumerate(files):
-                pixels = file.pixels(image_px).tobytes()
-                checksums[row] = zlib.crc32(pixels)
-                out.write(pixels)
+        with open(folder / "images.npy", "wb") as out:  # a memory map would end the process where the disk is full
+            for files, is_mirrored in parts:
+                rows = read(files, np.full(len(files), is_mirrored)).numpy()
+                if not checksums:
+                    shape = (count, *rows.shape[1:])
+                    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(out, header)
+                for row in np.ascontiguousarray(rows):
+                    checksums.append(zlib.crc32(row))
+                    out.write(row)
                 if progress:
-                    progress("decoding images", row + 1, len(files))
-        np.save(folder / "checksums.npy", checksums)
+                    progress(what, len(checksums), count)
+        np.save(folder / "checksums.npy", np.array(checksums, dtype=np.uint32))
 
 
-def channels_first(squares: np.ndarray) -> Tensor:
-    """(image, height, width, channel) -> (image, channel, height, width)."""
-    return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
+def _flipped(images: Tensor, mirrored: np.ndarray | None) -> Tensor:
+    """Pixels (image, 3, height, width), changed in place."""
+    if mirrored is not None:
+        chosen = torch.from_numpy(mirrored)
+        images[chosen] = images[chosen].flip(-1)
+    return images
 
 
 def visual_input(visual: VisualSettings) -> VisualInput:

@@ -69,7 +69,7 @@ class RegionFiles:
         self._scenes = _scene_settings(self.source / SCENES)
         self._same_scenes: set[Path] = set()  # folders and zips of images that were compared before
 
-    def stack(self, images: Sequence[Any]) -> Tensor:
+    def stack(self, images: Sequence[Any], mirrored: None = None) -> Tensor:
         """float32 (image, region, width + 5): features, relative box, 1. Rows of 0 are padding."""
         packed = torch.zeros(len(images), self.most, self.width + 5)
         for row, one in zip(packed, images, strict=True):

@@ -136,11 +136,7 @@ class RetrievalBatches(Dataset):
 
     def stack(self, pictures: Sequence[Picture], rng: np.random.Generator) -> Tensor:
         """uint8 (image, 3, height, width), half of them mirrored if `flip` is set."""
-        images = self.inputs.stack(pictures)
-        if self.settings.flip:
-            mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
-            images[mirrored] = images[mirrored].flip(-1)
-        return images
+        return self.inputs.stack(pictures, rng.random(len(pictures)) < 0.5 if self.settings.flip else None)
 
 
 class Matching(Objective):
@@ -153,7 +149,7 @@ class Matching(Objective):
         return {"matched": matched, "unmatched": len(batch.matched) - matched}
 
     def losses(self, model: TaskModel, batch: PairBatch) -> dict[str, Tensor]:
-        visual, index = model.base.visual(batch.images), batch.image_index
+        visual, index = model.base.encode(batch.images), batch.image_index
         vision = model.base.fusion.embed_vision(visual)
         vision_tokens = None if visual.tokens is None else visual.tokens[index]
         logits = model.head(model.base.fusion.cls_output(batch.words, batch.word_tokens, vision[index], vision_tokens))
