@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vpworkbench.errors import CheckpointError
 from vpworkbench.model.fusion import Fusion
-from vpworkbench.model.visual import VisualTokens, build_visual
+from vpworkbench.model.visual import VisualTokens, build_visual, unpack
 from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
 
@@ -76,6 +76,7 @@ class VisualParsingModel(nn.Module):
         self.itm = nn.Linear(width, 2)
         self.mfr = nn.Linear(width, self.visual.width)
         self.mvm = nn.Linear(width, settings.visual.dictionary) if settings.visual.dictionary else None
+        self.freeze_visual(settings.visual.frozen)
 
     @property
     def settings(self) -> ModelSettings:
@@ -90,9 +91,35 @@ class VisualParsingModel(nn.Module):
     def device(self) -> torch.device:
         return self.mlm_bias.device
 
-    def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Joint:
-        """`fuse` image i with text i; images are uint8 (image, 3, height, width), or packed regions."""
-        return self.fuse(self.visual(images), words, word_tokens)
+    def forward(
+        self,
+        images: Tensor,
+        words: Tensor,
+        word_tokens: Tensor,
+        image_index: Tensor | None = None,
+        masked: Tensor | None = None,
+    ) -> Joint:
+        """Encode each image once, and `fuse` its tokens with each of its texts; `images` as `encode` takes them."""
+        return self.fuse(self.encode(images), words, word_tokens, image_index=image_index, masked=masked)
+
+    def encode(self, images: Tensor) -> VisualTokens:
+        """Visual tokens of uint8 images (image, 3, height, width), of packed regions, or kept by `visual.pack`."""
+        return unpack(images, self.visual.width) if images.dtype == torch.float16 else self.visual(images)
+
+    def freeze_visual(self, frozen: bool) -> None:
+        """Take the visual side out of training, or back in; a saved model remembers it.
+
+        A `SettingsError` if it has no weights, or a dictionary.
+        """
+        self.visual.settings = self.settings.with_overrides({"visual.frozen": frozen}).visual
+        self.visual.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> VisualParsingModel:
+        """As any module; a frozen visual side stays in evaluation mode."""
+        super().train(mode)
+        if self.visual.settings.frozen:
+            self.visual.eval()
+        return self
 
     def fuse(
         self,

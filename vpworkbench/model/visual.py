@@ -62,6 +62,24 @@ class VisualTokens(NamedTuple):
         return self.features.masked_fill(~self.tokens[..., None], -torch.inf).amax(dim=1)
 
 
+def pack(tokens: VisualTokens) -> Tensor:
+    """Tokens of a grid as one float16 tensor, (image, vision, channel [+ 2 vision]), small enough to keep for a set.
+
+    Features are rounded. Parsing attention, averaged over heads, keeps its 32 bits, two columns for each number:
+    rounded weights would come in another order, and so make other masks.
+    """
+    parts = [tokens.features.half()]
+    if tokens.parsing is not None:
+        parts.append(tokens.parsing.float().mean(dim=1).contiguous().view(torch.float16))
+    return torch.cat(parts, dim=2)
+
+
+def unpack(packed: Tensor, width: int) -> VisualTokens:
+    """What `pack` made of features with `width` channels; the parsing attention has one head."""
+    parsing = packed[..., width:].contiguous().view(torch.float32)[:, None] if packed.shape[2] > width else None
+    return VisualTokens(packed[..., :width].float(), parsing)
+
+
 def build_visual(settings: VisualSettings) -> nn.Module:
     """The visual side with random weights; nothing is downloaded."""
     return settings.kind.build(settings)

@@ -28,6 +28,7 @@ class VisualSettings(Settings):
     backbone: str = Field("resnet10t", description="grid: a CNN of timm; needs `output_stride` unless stride is 32")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
+    frozen: bool = Field(False, description="not trained: its tokens are computed once for a set, not at every step")
     frozen_norm: bool = Field(False, description="grid: freeze batch-norm statistics; pre-trained ones always are")
     dictionary: int = Field(0, ge=0, le=65_536, description="grid: codes in the dictionary (SOHO: 2048); 0: none")
     sampled: int = Field(0, ge=0, description="tokens drawn per image in pre-training (Pixel-BERT); 0: all")
@@ -52,6 +53,9 @@ class VisualSettings(Settings):
         if self.dictionary and not self.kind.dictionary:
             able = ", ".join(repr(name) for name, kind in FAMILIES.items() if kind.dictionary)
             raise ValueError(f"dictionary {self.dictionary}: visual family {self.family!r} has none (only {able})")
+        if self.frozen and (self.dictionary or not self.kind.pixels):
+            what = "a dictionary, which learns by moving averages" if self.dictionary else "no weights"
+            raise ValueError(f"frozen: this visual side has {what}; leave frozen false")
         if not self.kind.on_grid and (self.sampled or self.position != "sine"):
             raise ValueError(f"visual family {self.family!r} embeds boxes: sampled must be 0, position 'sine'")
         if self.sampled > self.tokens:

@@ -142,6 +142,8 @@ class PretrainSettings(Settings):
             )
         if mask.where == "pixels" and visual.sampled:
             raise ValueError("mask.where 'pixels' needs all tokens: set visual.sampled to 0, or use 'tokens'")
+        if mask.where == "pixels" and visual.frozen:
+            raise ValueError("mask.where 'pixels' encodes masked images, visual.frozen keeps those of whole ones")
         if mask.where == "pixels" and not visual.kind.on_grid:
             raise ValueError(f"mask.where 'pixels': {family} has no grid of squares to mask; use 'tokens'")
         if not visual.kind.pixels and (data.flip or data.cache):
@@ -210,6 +212,7 @@ class FinetuneSettings(Settings):
         "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
     )
     regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")
+    frozen: bool = Field(False, description="the visual side is not trained: its tokens are computed once for a set")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = RetrievalSettings()
     seed: int = Field(0, ge=0, lt=2**31)

@@ -156,7 +156,7 @@ class TaskModel(nn.Module):
 
     def forward(self, images: Tensor, image_index: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Logits, (example, label); every image is encoded once. The arguments are those of `TaskBatch`."""
-        visual = self.base.visual(images)
+        visual = self.base.encode(images)
         sides = image_index.unbind(dim=1)
         passes = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in sides]
         if isinstance(self.head, PairAttention):

@@ -157,3 +157,8 @@ def _load(
     return int(progress["step"]), {
         name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()
     }
+
+
+def is_trained(run_folder: Path) -> bool:
+    """Whether the run has its final weights."""
+    return (run_folder / "checkpoint" / PROGRESS).exists()

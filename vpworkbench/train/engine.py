@@ -230,9 +230,14 @@ def learning_rate_factor(step: int, total: int, optim: OptimSettings) -> float:
 
 
 def build_optimiser(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW:
-    """AdamW with a rate of its own for the visual side, and no decay of biases, norms and position-bias tables."""
+    """AdamW with a rate of its own for the visual side, and no decay of biases, norms and position-bias tables.
+
+    A frozen visual side has no state in it.
+    """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         undecayed = parameter.ndim < 2 or "relative_position_bias_table" in name
         groups.setdefault((name.startswith(("visual.", "base.visual.")), undecayed), []).append(parameter)
     return torch.optim.AdamW(

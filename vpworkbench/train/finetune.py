@@ -16,7 +16,8 @@ from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.retrieval import RetrievalBatches, RetrievalResult
 from vpworkbench.tasks.task import TaskModel, TaskResult, right_answer, texts_of
 from vpworkbench.train.dual import near_captions
-from vpworkbench.train.engine import fit
+from vpworkbench.train.engine import fit, pick_device
+from vpworkbench.train.frozen import forget_tokens, token_inputs
 from vpworkbench.train.pretrain import build_model, with_words_of
 from vpworkbench.train.processes import launch
 
@@ -61,6 +62,7 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base, _ = build_model(pretraining.model_copy(update={"seed": settings.seed}), base.tokenizer)
     if settings.regions:
         use_regions(base, settings.regions)
+    base.freeze_visual(settings.frozen)
     records = [record for split in splits.values() for record in split]
     visual_input(base.settings.visual).check([image for record in records for image in record.images])
     torch.manual_seed(settings.seed)
@@ -79,8 +81,14 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     batches = model.task.batches(prepared.splits["train"], model, settings)
     if isinstance(batches, RetrievalBatches) and settings.retrieval.hard:
         batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
+    if settings.frozen:
+        images = [image for record in prepared.splits["train"] for image in record.images]
+        device, flip = pick_device(train.device), settings.retrieval.flip
+        batches.inputs = token_inputs(model.base, images, run, device, flip=flip)
     options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.workers}
-    return fit(model, model.task.objective(), batches, run, **options, what=f"fine-tuning, {settings.task}")
+    steps = fit(model, model.task.objective(), batches, run, **options, what=f"fine-tuning, {settings.task}")
+    forget_tokens(run)
+    return steps
 
 
 def train_run(run: Run, settings: FinetuneSettings) -> int:

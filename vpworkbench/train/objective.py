@@ -74,7 +74,7 @@ class Pretraining(Objective):
             masked = self.masked(visual, batch)
             shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)]))
             return self.fused_losses(model, batch, visual, masked, shown)
-        visual = model.visual(batch.images)
+        visual = model.encode(batch.images)
         if self.settings.visual.sampled and model.training:
             visual = visual.subset(self.sampled(batch))
         return self.fused_losses(model, batch, visual, self.masked(visual, batch), visual)
@@ -143,7 +143,7 @@ class Pretraining(Objective):
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
         """Variance and effective rank of the visual features, which fall if MFR's target collapses; and dead codes."""
         training = model.training
-        visual = model.eval().visual(batch.images[:16])
+        visual = model.eval().encode(batch.images[:16])
         features = visual.features.float().flatten(0, 1)
         if visual.tokens is not None:
             features = features[visual.tokens.flatten()]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import BertTokenizerFast
 
-from vpworkbench.data.inputs import PixelCache, visual_input
+from vpworkbench.data.inputs import VisualInput, pixel_cache, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_cache import cache_root
 from vpworkbench.data.splits import load_splits
@@ -20,8 +20,9 @@ from vpworkbench.model.weights import KeyReport, start_text, start_visual
 from vpworkbench.model.words import build_tokenizer, build_vocabulary, wordpiece_tokenizer
 from vpworkbench.runs import Run
 from vpworkbench.settings import ModelSettings, PretrainSettings
-from vpworkbench.train.engine import fit
+from vpworkbench.train.engine import fit, pick_device
 from vpworkbench.train.evaluate import held_out_probe
+from vpworkbench.train.frozen import forget_tokens, token_inputs
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.processes import launch
 
@@ -58,16 +59,24 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     With several `train.processes` it starts them, waits, and loads the weights that they trained.
     """
     train, training = settings.train, prepared.splits["train"]
-    inputs = visual_input(settings.visual)
-    if settings.data.cache:
-        images = [picture.image for picture in training]
-        inputs = PixelCache(cache_root(), images, settings.visual.image_px, progress=run.progress)
     launch(train.processes, run.folder)
-    sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs}
+    sizes = {"images": train.images, "seed": settings.seed, "inputs": training_inputs(run, prepared, settings)}
     batches = group_batches(training, prepared.model, settings.data, **sizes)
     objective = Pretraining(settings, held_out_probe(prepared.splits["val"], settings))
     options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.data.workers}
-    return fit(prepared.model, objective, batches, run, **options, what="pre-training")
+    steps = fit(prepared.model, objective, batches, run, **options, what="pre-training")
+    forget_tokens(run)
+    return steps
+
+
+def training_inputs(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> VisualInput:
+    """How training reads images: as tokens of a frozen visual side, from a cache of pixels, or from their files."""
+    images = [picture.image for picture in prepared.splits["train"]]
+    if settings.visual.frozen:
+        return token_inputs(prepared.model, images, run, pick_device(settings.train.device), flip=settings.data.flip)
+    if settings.data.cache:
+        return pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
+    return visual_input(settings.visual)
 
 
 def train_run(run: Run, settings: PretrainSettings) -> int:
@@ -98,7 +107,7 @@ def with_words_of(model: VisualParsingModel, texts: Iterable[str]) -> VisualPars
 
 def build_model(settings: PretrainSettings, tokenizer: BertTokenizerFast) -> tuple[VisualParsingModel, list[KeyReport]]:
     """The seeded model of a run, started from `init_visual` and `init_text`; a report for each file of weights."""
-    if not settings.init_visual and settings.optim.lr_visual < 5e-5:
+    if not (settings.init_visual or settings.visual.frozen) and settings.optim.lr_visual < 5e-5:
         log.warning(
             "the visual side starts from scratch with optim.lr_visual %g and will hardly learn: set init_visual (the "
             "paper starts from ImageNet), or a rate of about 2e-4",

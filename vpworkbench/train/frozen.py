@@ -1,0 +1,52 @@
+"""Tokens of a frozen visual side (`visual.frozen`), computed once for a set instead of at every step."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.inputs import ImageCache, Pixels, VisualInput
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.visual import pack
+from vpworkbench.runs import Run
+from vpworkbench.train.checkpoints import is_trained
+
+
+def token_inputs(
+    model: VisualParsingModel, images: Sequence[ImageFile], run: Run, device: torch.device, *, flip: bool
+) -> VisualInput:
+    """Packed tokens of image files, kept in the run's folder; other weights or images make another cache.
+
+    A run that is trained already reads nothing more, so for it nothing is computed.
+
+    Parameters
+    ----------
+    flip : bool
+        Keep the tokens of mirrored images too.
+    """
+    pixels = Pixels(model.settings.visual.image_px)
+    if is_trained(run.folder):
+        return pixels
+    visual = model.to(device).visual.eval()
+
+    @torch.no_grad()
+    def encode(files: Sequence[ImageFile], mirrored: np.ndarray) -> Tensor:
+        return pack(visual(pixels.stack(files, mirrored).to(device))).cpu()
+
+    key = hashlib.sha256(visual.settings.model_dump_json().encode())
+    for name, tensor in visual.state_dict().items():
+        key.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    options = {"both_ways": flip, "what": "encoding images", "progress": run.progress}
+    return ImageCache(run.folder, images, encode, key.hexdigest(), **options)
+
+
+def forget_tokens(run: Run) -> None:
+    """Delete the tokens of a run that is trained; other processes that still read them are not disturbed."""
+    for path in run.folder.glob("images-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
