@@ -480,6 +480,10 @@ def test_bad_sentences_leave_the_explorer_alive(explorer: Any) -> None:
     sentence.fill("a blue square")
     drawn(explorer, ".vpw-reader", lambda: sentence.press("Enter"))
     assert explorer.locator(".vpw-explorer .vpw-word").all_text_contents()[1:4] == ["a", "blue", "square"]
+    tab(explorer, "Flow")
+    explorer.wait_for_selector(".vpw-explorer .js-plotly-plot .heatmaplayer image", state="attached")
+    triangle = "plot => [plot.data[0].x.length, plot.data[0].z.length]"  # still whole after new numbers
+    assert explorer.locator(".vpw-explorer .js-plotly-plot").first.evaluate(triangle) == [3, 3]
 
 
 @pytest.mark.parametrize("name", TABS)

@@ -150,34 +150,12 @@ def idefics3(kind: str) -> Family:
         )
         model = hf.Idefics3ForConditionalGeneration
     tile, around, line = [IMAGE] * 4, 80, 85  # 2 x 2 tokens a tile; 81... name rows and columns, 79 the whole
-    split = [
-        around,
-        81,
-        *tile,
-        around,
-        82,
-        *tile,
-        around,
-        83,
-        *tile,
-        line,
-        around,
-        86,
-        *tile,
-        around,
-        87,
-        *tile,
-        around,
-        88,
-        *tile,
-        line,
-        line,
-        around,
-        79,
-        *tile,
-        around,
-    ]
-    single = [around, 79, *tile, around]
+
+    def tiles(*names: int) -> list[int]:
+        return [token for name in names for token in (around, name, *tile)]
+
+    split = [*tiles(81, 82, 83), line, *tiles(86, 87, 88), line, line, *tiles(79), around]
+    single = [*tiles(79), around]
     first = [5, *split, 6, 7]
     second = [5, *single, 6, *single, 8]
     ids = torch.tensor([first, [0] * (len(first) - len(second)) + second])

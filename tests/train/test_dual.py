@@ -73,7 +73,7 @@ def test_a_caption_that_fits_two_images_is_no_negative_of_either(model, scenes):
     batch = DualBatches(batches(model, twins))[0]
     said = batches(model, twins).draw(0)[1]
     for row, text in enumerate(said):
-        assert [bool(one) for one in batch.negative[row]] == [other != text for other in said]
+        assert [bool(one) for one in batch.targets[row]] == [other != text for other in said]
 
 
 def test_frozen_features_are_those_of_the_pixels(dual, scenes):
@@ -85,7 +85,7 @@ def test_frozen_features_are_those_of_the_pixels(dual, scenes):
         torch.testing.assert_close(dual.pooled_texts(*pixels.inputs[1:]), pooled.inputs[1], rtol=0, atol=1e-5)
         dual.eval()
         torch.testing.assert_close(dual(*pixels.inputs), dual.projection(*pooled.inputs), rtol=0, atol=1e-5)
-    assert torch.equal(pixels.negative, pooled.negative)
+    assert torch.equal(pixels.targets, pooled.targets)
 
 
 def test_padding_does_not_count(dual):

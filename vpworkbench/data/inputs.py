@@ -52,8 +52,7 @@ class Pixels(VisualInput):
 
     def stack(self, images: Sequence[Readable], mirrored: np.ndarray | None = None) -> Tensor:
         """uint8 (image, 3, image_px, image_px)."""
-        squares = np.stack([self._square(image) for image in images])
-        return _flipped(torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous(), mirrored)
+        return _flipped(channels_first(np.stack([self._square(image) for image in images])), mirrored)
 
     def _square(self, image: Readable) -> np.ndarray:
         if isinstance(image, Picture):
@@ -159,6 +158,11 @@ def _fill(
                 if progress:
                     progress(what, len(checksums), count)
         np.save(folder / "checksums.npy", np.array(checksums, dtype=np.uint32))
+
+
+def channels_first(squares: np.ndarray) -> Tensor:
+    """(image, height, width, channel) -> (image, channel, height, width)."""
+    return torch.from_numpy(squares).permute(0, 3, 1, 2).contiguous()
 
 
 def _flipped(images: Tensor, mirrored: np.ndarray | None) -> Tensor:

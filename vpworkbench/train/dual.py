@@ -6,7 +6,7 @@ weights with the hardest negative of its batch (VSE++, Faghri et al. 2018; a row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
@@ -22,13 +22,13 @@ from transformers import BertModel
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import TensorBatch
-from vpworkbench.losses import Objective
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import start_visual
 from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.subjects import load_run
+from vpworkbench.tasks.batches import OneLoss
 from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
 from vpworkbench.tasks.task import Progress, texts_of
 from vpworkbench.train.engine import fit
@@ -56,7 +56,7 @@ def dual_scores(
     frozen = dual.projection.scores(dual.features(pictures, progress=progress))
     run = _run(folder / "dual-trained")
     options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
-    fit(dual, PairLoss(max_of_hinges), DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
+    fit(dual, OneLoss(max_of_hinges), DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
     trained = dual.projection.scores(dual.features(pictures, progress=progress))
     return {"frozen dual projection": frozen, "trained dual encoder": trained}
 
@@ -109,7 +109,7 @@ def train_projection(
         features = dual.features(batches.pictures, progress=progress)
     pairs = DualBatches(batches.with_images(min(FROZEN_TRAIN.images, len(batches.pictures))), features)
     options = {"optim": FROZEN_OPTIM, "train": FROZEN_TRAIN, "seed": settings.seed}
-    fit(dual.projection, PairLoss(dual.projection.contrast), pairs, run, **options, what="frozen dual projection")
+    fit(dual.projection, OneLoss(dual.projection.contrast), pairs, run, **options, what="frozen dual projection")
 
 
 def _run(folder: Path) -> Run:
@@ -224,30 +224,12 @@ def max_of_hinges(cosine: Tensor, negative: Tensor) -> Tensor:
     return (texts + images).sum()
 
 
-class PairLoss(Objective):
-    """A loss of the cosines of all pairs of a batch."""
-
-    weights = {"loss": 1.0}
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.loss = loss
-
-    def counts(self, batch: DualBatch) -> dict[str, int]:
-        return {"loss": len(batch.negative)}
-
-    def losses(self, model: nn.Module, batch: DualBatch) -> dict[str, Tensor]:
-        return {"loss": self.loss(model(*batch.inputs), batch.negative)}
-
-
 @dataclass(frozen=True)
 class DualBatch(TensorBatch):
-    """The inputs of the model for as many images as texts, and `negative`, bool (image, text).
+    """As many images as texts; pair i is image i and text i."""
 
-    It is True where the text is known to be false of the image; pair i is image i and text i.
-    """
-
-    inputs: tuple[Tensor, ...]
-    negative: Tensor
+    inputs: tuple[Tensor, ...]  # of the model
+    targets: Tensor  # bool (image, text): True where the text is known to be false of the image
 
     def micro_batches(self, count: int) -> list[DualBatch]:
         """The whole batch, because each pair is compared with all others."""

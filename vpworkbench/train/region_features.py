@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vpworkbench.data.captioned import read_pictures
+from vpworkbench.data.inputs import channels_first
 from vpworkbench.data.nlvr1 import drawn_at
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import SCENES, write_regions
@@ -78,7 +79,7 @@ def write_features(folder: Path, model: RegionNetwork, pictures: Sequence[Pictur
             continue
         boxes = [true_boxes(picture) for picture in part]
         pixels = np.concatenate([crops(*one, crop_px) for one in zip(part, boxes, strict=True)])
-        features = model(_channels_first(pixels).to(device)).cpu().split([len(own) for own in boxes])
+        features = model(channels_first(pixels).to(device)).cpu().split([len(own) for own in boxes])
         for picture, file, own_boxes, own_features in zip(part, files, boxes, features, strict=True):
             if not file.exists():
                 height, width = picture.image.pixels().shape[:2]
@@ -126,11 +127,7 @@ def labelled_crops(pictures: Sequence[Picture], crop_px: int) -> LabelledBatch:
     things = [thing for picture in pictures for thing in picture.scene.things]
     pixels = np.concatenate([crops(picture, true_boxes(picture), crop_px) for picture in pictures])
     labels = [[names.index(getattr(thing, kind)) for kind, names in KINDS.items()] for thing in things]
-    return LabelledBatch(_channels_first(pixels), torch.tensor(labels))
-
-
-def _channels_first(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return LabelledBatch(channels_first(pixels), torch.tensor(labels))
 
 
 class RegionNetwork(LabelNetwork):
