@@ -302,11 +302,6 @@ def likely_task(rows: Sequence[Row]) -> TaskFiles | None:
     return SNLI_VE if 2 * sum(label in ENTAILMENT for label in labels) > len(labels) else VQA
 
 
-def _true_or_false(label: str) -> dict[str, Any]:
-    return {"label": known_label(label, TRUE_FALSE)}
-
-
-VQA_QUESTIONS = Format("vqa", "VQA v2 questions", layout="questions", read=_vqa)
 VQA_ANSWERS = Format(
     "vqa-answers",
     "VQA v2 annotations",
@@ -315,31 +310,36 @@ VQA_ANSWERS = Format(
     recognises=lambda keys: "images" not in keys,
     has_images=False,
 )
-NLVR2_STATEMENTS = Format(
-    "nlvr2",
-    "NLVR2 JSON lines",
-    layout="lines",
-    read=each_record(_Nlvr2Record, "identifier"),
-    recognises=lambda keys: "identifier" in keys and ("sentence" in keys or "left_url" in keys),
+VQA = TaskFiles(
+    Format("vqa", "VQA v2 questions", layout="questions", read=_vqa),
+    names=(("v2_OpenEnded_*_questions.json",),),
+    truth=lambda label: {"answers": (label,) * 10},
 )
-NLVR1_STATEMENTS = replace(NLVR1, read=_nlvr1)
-SNLI_VE_HYPOTHESES = Format(
-    "snli-ve",
-    "SNLI-VE JSON lines",
-    layout="lines",
-    read=each_record(_SnliVeRecord, "pairID"),
-    recognises=lambda keys: not {"Flickr30K_ID", "Flikr30kID", "gold_label"}.isdisjoint(keys),
-)
-
-VQA = TaskFiles(VQA_QUESTIONS, (("v2_OpenEnded_*_questions.json",),), truth=lambda label: {"answers": (label,) * 10})
 NLVR2_FILES = ("train.json", "dev.json", "test1.json")
 NLVR2 = TaskFiles(
-    NLVR2_STATEMENTS, (tuple(f"nlvr2/{name}" for name in NLVR2_FILES), NLVR2_FILES), truth=_true_or_false, images=2
+    Format(
+        "nlvr2",
+        "NLVR2 JSON lines",
+        layout="lines",
+        read=each_record(_Nlvr2Record, "identifier"),
+        recognises=lambda keys: "identifier" in keys and ("sentence" in keys or "left_url" in keys),
+    ),
+    names=(tuple(f"nlvr2/{name}" for name in NLVR2_FILES), NLVR2_FILES),
+    truth=lambda label: {"label": known_label(label, TRUE_FALSE)},
+    images=2,
 )
-NLVR1_TASK = TaskFiles(NLVR1_STATEMENTS, (NLVR1_FILES,), truth=_true_or_false)
+NLVR1_TASK = TaskFiles(
+    replace(NLVR1, read=_nlvr1), (NLVR1_FILES,), truth=lambda label: {"label": known_label(label, TRUE_FALSE)}
+)
 SNLI_VE = TaskFiles(
-    SNLI_VE_HYPOTHESES,
-    (("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),),
+    Format(
+        "snli-ve",
+        "SNLI-VE JSON lines",
+        layout="lines",
+        read=each_record(_SnliVeRecord, "pairID"),
+        recognises=lambda keys: not {"Flickr30K_ID", "Flikr30kID", "gold_label"}.isdisjoint(keys),
+    ),
+    names=(("snli_ve_train.jsonl", "snli_ve_dev.jsonl", "snli_ve_test.jsonl"),),
     truth=lambda label: {"label": known_label(label, {name: name for name in ENTAILMENT})},
 )
 TASK_FILES = {task.name: task for task in (NLVR1_TASK, SNLI_VE, NLVR2, VQA)}

@@ -42,10 +42,9 @@ class Retrieval(Task):
         splits = load_splits(DataSettings(sets=(settings.data,), images=settings.images, scenes=settings.scenes))
         most = settings.retrieval.search_images or None
         captioned = {split: [one for one in pictures if one.captions] for split, pictures in splits.items()}
-        captioned |= {split: captioned[split][:most] for split in ("val", "test")}
         for split in ("val", "test"):
-            if len(captioned[split]) < 2:
-                count = len(captioned[split])
+            captioned[split] = captioned[split][:most]
+            if (count := len(captioned[split])) < 2:
                 raise DataError(f"{settings.data}: {count} captioned images in {split}; a search needs two")
         return TaskExamples(captioned)
 
