@@ -106,7 +106,7 @@ class OneLoss(Objective):
         return {"loss": len(batch.targets)}
 
     def losses(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        return {"loss": self.loss(model(*batch.inputs).float(), batch.targets)}
+        return {"loss": self.loss(model(*batch.inputs), batch.targets)}
 
 
 class Classification(OneLoss):

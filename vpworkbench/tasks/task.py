@@ -155,15 +155,15 @@ class TaskModel(nn.Module):
             self.head = task.build_head(base, len(labels))
 
     def forward(self, images: Tensor, image_index: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
-        """Logits, (example, label); every image is encoded once. The arguments are those of `TaskBatch`."""
+        """Logits, float32 (example, label); every image is encoded once. The arguments are those of `TaskBatch`."""
         visual = self.base.encode(images)
         sides = image_index.unbind(dim=1)
         passes = [self.base.fuse(visual, words, word_tokens, image_index=side) for side in sides]
         if isinstance(self.head, PairAttention):
             left, right = (joint.hidden[-1] for joint in passes)
             tokens = (torch.cat([word_tokens, visual.not_padding()[side]], dim=1) for side in sides)
-            return self.head(left, right, *tokens)
-        return self.head(torch.cat([joint.cls for joint in passes], dim=-1))
+            return self.head(left, right, *tokens).float()
+        return self.head(torch.cat([joint.cls for joint in passes], dim=-1)).float()
 
     def batches(self, examples: Sequence[Example], *, size: int = EVALUATED_AT_ONCE, seed: int = 0) -> TaskBatches:
         """These examples as batches for this model."""
