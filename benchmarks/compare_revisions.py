@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -472,7 +473,8 @@ def load_examples(settings: Any) -> Any:
     """The examples of a task; a method of the task since it is a value."""
     if modules_of("load_examples"):
         return found("load_examples")(settings)
-    return found("TASKS")[settings.task].load(settings)
+    found_examples = found("TASKS")[settings.task].load(settings)
+    return found_examples if hasattr(found_examples, "splits") else SimpleNamespace(splits=found_examples[0])
 
 
 def images_of(record: Any) -> tuple[Any, ...]:

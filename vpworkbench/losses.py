@@ -28,7 +28,7 @@ class Objective(ABC):
         """Sum of each loss over a micro-batch."""
 
     def watch(self, model: nn.Module, batch: Any) -> dict[str, float]:
-        """Further numbers for each line of metrics."""
+        """Further numbers for each line of metrics; the model is in evaluation mode, here and in `probe`."""
         return {}
 
     def probe(self, model: nn.Module) -> dict[str, float]:

@@ -16,7 +16,6 @@ from vpworkbench.settings import DataSettings
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.settings import finetune_settings
-from vpworkbench.tasks.splits import TaskExamples
 
 
 def ids(pictures):
@@ -188,8 +187,8 @@ def test_images_in_a_place_of_their_own(tmp_path):
 # ---------------------------------------------------------------------------------------------------- tasks
 
 
-def load_examples(settings) -> TaskExamples:
-    return TASKS[settings.task].load(settings)
+def load_examples(settings):
+    return TASKS[settings.task].load(settings)[0]
 
 
 def statements(folder, split, image, number, colour):
@@ -204,7 +203,7 @@ def test_no_image_of_an_evaluation_split_is_trained_on(tmp_path, caplog):
     statements(tmp_path, "train", "train-1-0", 0, (9, 9, 9))
     statements(tmp_path, "train", "train-2-0", 0, (8, 0, 0))
     statements(tmp_path, "dev", "dev-1-0", 0, (9, 9, 9))
-    splits = load_examples(finetune_settings(task="nlvr2", data=str(tmp_path))).splits
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(tmp_path)))
     assert ids(splits["train"]) == ["train-2-0-0"] and ids(splits["val"]) == ["dev-1-0-0"]
     assert dropped(caplog) == ["1 training examples are about images of val or test: dropped"]
 
@@ -224,7 +223,7 @@ def test_a_chain_of_pairs_is_not_one_photograph(tmp_path):
         }
         for k in range(3)
     ]
-    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows)))).splits
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows))))
     assert ids(splits["train"]) == ["0"]
 
 
@@ -240,7 +239,7 @@ def test_of_a_pair_the_names_tell_which_id_is_whose(tmp_path):
         {"image": names[one], "image2": names[other], "text": "x", "label": "true", "split": split, "id": str(k)}
         for k, (one, other, split) in enumerate(pairs)
     ]
-    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows)))).splits
+    splits = load_examples(finetune_settings(task="nlvr2", data=str(lines(tmp_path / "mine.jsonl", *rows))))
     assert ids(splits["train"]) == ["1"]
 
 
@@ -269,7 +268,7 @@ def test_the_files_of_a_task_and_where_there_is_none(tmp_path):
         written(told, content)
         folder = subset.replace("-dev", "")
         picture(tmp_path / folder / f"COCO_{folder}_{number:012d}.jpg", (60 * number, 0, 0))
-    splits = load_examples(finetune_settings(task="vqa", data=str(tmp_path))).splits
+    splits = load_examples(finetune_settings(task="vqa", data=str(tmp_path)))
     assert {name: ids(examples) for name, examples in splits.items()} == {"train": ["0"], "val": ["1"], "test": ["3"]}
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: holds none of nlvr2/train.json, .*test1.json, \*.csv, \*.jsonl"):
@@ -287,7 +286,7 @@ def test_own_table_for_a_task_with_images_elsewhere(tmp_path):
     settings = finetune_settings(
         task="vqa", data=str(tmp_path / "set"), overrides={"images": str(tmp_path / "elsewhere")}
     )
-    splits = load_examples(settings).splits
+    splits = load_examples(settings)
     assert {name: ids(examples) for name, examples in splits.items()} == {
         "train": ["mine, line 1", "mine, line 2"],
         "val": ["mine, line 3"],

@@ -21,7 +21,7 @@ from vpworkbench.subjects import load_task
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.predict import predict_table
 from vpworkbench.tasks.settings import finetune_settings
-from vpworkbench.tasks.task import PairAttention, TaskModel, TaskResult, evaluate_task
+from vpworkbench.tasks.task import PairAttention, TaskModel, TaskResult
 from vpworkbench.tasks.vqa import VQA
 from vpworkbench.train.engine import build_optimiser
 from vpworkbench.train.finetune import PreparedTask, evaluate_split, finetune, prepare_task
@@ -36,7 +36,11 @@ def few(**parameters):
 
 
 def load_examples(settings):
-    return TASKS[settings.task].load(settings)
+    return TASKS[settings.task].load(settings)[0]
+
+
+def evaluated(model, examples):
+    return model.task.evaluate(model, examples, few(task=model.task.name))
 
 
 @pytest.fixture(params=["vqa", "nlvr2", "snli-ve"])
@@ -48,13 +52,13 @@ def test_trains_and_is_scored_saved_and_loaded(task, tmp_path):
     settings = few(task=task)
     run, prepared = open_run("04_finetune", settings, name=f"tested-{task}"), prepare_task(settings)
     assert finetune(run, prepared, settings) == 2
-    result = evaluate_task(prepared.model, prepared.splits["val"])
+    result = evaluated(prepared.model, prepared.splits["val"])
     assert len(result.scores) == len(prepared.splits["val"]) and np.isin(result.scores, [0, 1]).mean() > 0.3
     summary = result.summary(prepared.splits["val"])
     assert ("vqa_score" in summary) == (task == "vqa") and ("consistency" in summary) == (task == "nlvr2")
     again = load_task(f"tested-{task}")
     assert again.labels == prepared.model.labels
-    assert evaluate_task(again, prepared.splits["val"]).predicted == result.predicted
+    assert evaluated(again, prepared.splits["val"]).predicted == result.predicted
     example = prepared.splits["val"][0]
     shares = again.predict(example.images, example.text)
     assert next(iter(shares)) == result.predicted[example.id] and len(shares) == len(again.labels)
@@ -102,7 +106,7 @@ def test_consistency_is_of_identifiers_as_released():
 def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(scenes):
     settings = few(task="vqa")
     model = TaskModel(narrow_model(scenes), TASKS["vqa"], ("no", "yes")).eval()
-    examples = load_examples(settings).splits["val"][:6]
+    examples = load_examples(settings)["val"][:6]
     batches, seen = model.batches(examples), []
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     with torch.no_grad():
@@ -120,7 +124,7 @@ def test_accumulation_gives_the_same_gradients(scenes):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    examples = load_examples(few(task="snli-ve")).splits["train"][:8]
+    examples = load_examples(few(task="snli-ve"))["train"][:8]
     batch = model.batches(examples).batch(examples)
     gradients = []
     for parts in (1, 4):
@@ -228,7 +232,7 @@ def test_uniters_head_trains_and_is_saved_with_its_kind(tmp_path):
     again = load_task("tested-pairing")
     assert again.pairing == "pair-attention" and isinstance(again.head, PairAttention)
     examples = prepared.splits["val"]
-    assert evaluate_task(again, examples).predicted == evaluate_task(prepared.model, examples).predicted
+    assert evaluated(again, examples).predicted == evaluated(prepared.model, examples).predicted
 
 
 def test_new_words_of_a_task_get_rows_of_their_own(scenes):
@@ -246,11 +250,11 @@ def test_new_words_of_a_task_get_rows_of_their_own(scenes):
 
 def test_the_learning_curve_is_the_score_on_the_step(scenes):
     model = TaskModel(narrow_model(scenes), TASKS["nlvr1"], ("False", "True")).train()
-    examples = load_examples(few(task="nlvr2")).splits["train"][:8]
+    examples = load_examples(few(task="nlvr2"))["train"][:8]
     examples = [Example(one.id, one.images[:1], one.text, "train", one.label) for one in examples]
     batch = model.batches(examples).batch(examples)
-    watched = model.task.objective().watch(model, batch)
-    assert model.training and watched == {"training_score": evaluate_task(model, examples).scores.mean()}
+    watched = model.task.objective().watch(model.eval(), batch)
+    assert watched == {"training_score": evaluated(model, examples).scores.mean()}
 
 
 def test_fine_tuning_has_its_own_rate_for_the_visual_side(scenes):

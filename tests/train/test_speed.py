@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections import Counter
 
@@ -135,7 +136,7 @@ def test_probes_are_logged_and_disturb_nothing(scenes):
     for number, more in enumerate([{}, {"train.probe_every": 2, "train.tracker": "tensorboard"}]):
         chosen = settings(**more)
         run, model = open_run("01_pretrain", chosen, name=str(number)), narrow_model(scenes)
-        probe = held_out_probe(scenes, chosen, images=4)
+        probe = functools.partial(held_out_probe, pictures=scenes, settings=chosen, images=4)
         batches = group_batches(scenes, model, chosen.data, images=4, seed=0)
         fit(model, Pretraining(chosen, probe), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
         weights.append((run.folder / "checkpoint" / "model.safetensors").read_bytes())

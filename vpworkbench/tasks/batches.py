@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import VisualInput
@@ -22,24 +21,13 @@ WATCHED = 32  # training examples whose score is logged
 
 @dataclass(frozen=True)
 class TaskBatch(TensorBatch):
-    """Examples as tensors.
+    """Examples as tensors."""
 
-    Attributes
-    ----------
-    images : uint8 Tensor, (image, 3, height, width)
-    image_index : int64 Tensor, (example, side)
-        Rows of `images` that each example is about.
-    words : int64 Tensor, (example, word)
-    word_tokens : bool Tensor, (example, word)
-    targets : Tensor, (example,) or (example, label)
-        See `Task.targets`.
-    """
-
-    images: Tensor
-    image_index: Tensor
-    words: Tensor
-    word_tokens: Tensor
-    targets: Tensor
+    images: Tensor  # uint8 (image, 3, height, width)
+    image_index: Tensor  # int64 (example, side): the rows of `images` that each example is about
+    words: Tensor  # int64 (example, word)
+    word_tokens: Tensor  # bool (example, word)
+    targets: Tensor  # (example,) or (example, label), see `Task.targets`
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,21 +44,14 @@ class TaskBatch(TensorBatch):
         return parts
 
 
-class TaskBatches(Dataset):
+@dataclass
+class TaskBatches:
     """Batches of examples by step; for `targets` see `Task.targets`."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        words: Words,
-        inputs: VisualInput,
-        targets: Callable[[Sequence[Example]], Tensor],
-        size: int,
-        seed: int,
-    ) -> None:
-        self.sampler = Sampler(examples, size, seed=(seed,))
-        self.words, self.inputs, self.targets = words, inputs, targets
+    sampler: Sampler
+    words: Words
+    inputs: VisualInput
+    targets: Callable[[Sequence[Example]], Tensor]
 
     def __getitem__(self, step: int) -> TaskBatch:
         return self.batch(self.sampler[step])
@@ -112,11 +93,8 @@ class OneLoss(Objective):
 class Classification(OneLoss):
     """A task's loss per example, and its score on the first examples of a step."""
 
-    @torch.no_grad()
     def watch(self, model: nn.Module, batch: TaskBatch) -> dict[str, float]:
-        training = model.training
         few = batch.micro_batches(max(1, len(batch.words) // WATCHED))[0]
-        best = model.eval()(*few.inputs).argmax(dim=-1)
-        model.train(training)
+        best = model(*few.inputs).argmax(dim=-1)
         right = few.targets.gather(1, best[:, None]) if few.targets.ndim == 2 else best == few.targets
         return {"training_score": right.float().mean().item()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import comb
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from vpworkbench.data.batches import PairBatch
 from vpworkbench.data.inputs import Progress, VisualInput, visual_input
@@ -28,7 +28,6 @@ from vpworkbench.settings import DataSettings, FinetuneSettings, OptimSettings, 
 from vpworkbench.stats import Interval, bootstrap_interval, flatten, mean_of_independent
 from vpworkbench.tasks.classification import fixed_labels
 from vpworkbench.tasks.score_matrix import score_matrix
-from vpworkbench.tasks.splits import TaskExamples
 from vpworkbench.tasks.task import TINY, Task, TaskModel, texts_of
 
 CUTOFFS = (1, 5, 10)
@@ -37,7 +36,7 @@ CUTOFFS = (1, 5, 10)
 class Retrieval(Task):
     """A task whose records are captioned pictures, and whose score is the recall of a search."""
 
-    def load(self, settings: FinetuneSettings) -> TaskExamples:
+    def load(self, settings: FinetuneSettings) -> tuple[dict[str, list[Picture]], frozenset[str]]:
         """All captioned training images, and the first `search_images` of validation and test."""
         splits = load_splits(DataSettings(sets=(settings.data,), images=settings.images, scenes=settings.scenes))
         most = settings.retrieval.search_images or None
@@ -46,7 +45,7 @@ class Retrieval(Task):
             captioned[split] = captioned[split][:most]
             if (count := len(captioned[split])) < 2:
                 raise DataError(f"{settings.data}: {count} captioned images in {split}; a search needs two")
-        return TaskExamples(captioned)
+        return captioned, frozenset()
 
     def build_head(self, base: VisualParsingModel, labels: int) -> nn.Module:
         """A copy of the ITM head."""
@@ -58,9 +57,8 @@ class Retrieval(Task):
         return Matching()
 
     def batches(self, examples: Sequence[Picture], model: TaskModel, settings: FinetuneSettings) -> RetrievalBatches:
-        inputs = visual_input(model.base.settings.visual)
-        size, seed = settings.train.images, settings.seed
-        return RetrievalBatches(examples, model.base.words, settings.retrieval, inputs=inputs, images=size, seed=seed)
+        inputs, size = visual_input(model.base.settings.visual), settings.train.images
+        return RetrievalBatches(examples, model.base.words, settings.retrieval, inputs, size, settings.seed)
 
     def evaluate(
         self,
@@ -77,41 +75,30 @@ class Retrieval(Task):
         return retrieval_result(scores, examples)
 
 
-class RetrievalBatches(Dataset):
+@dataclass
+class RetrievalBatches:
     """Captioned images with one caption each, and unmatched pairs from the same batch; a function of seed and step.
 
     An unmatched text is never a caption of the same image, nor identical to one; where there is ground truth, it is
     false of the image. An epoch shows each image once.
 
-    Attributes
-    ----------
-    near : int array or None, (picture, caption)
-        If set, unmatched captions are drawn from these places among all captions, instead of from the batch.
+    If `near` is set, unmatched captions are drawn from these places among all captions, instead of from the batch.
     """
 
-    def __init__(
-        self,
-        pictures: Sequence[Picture],
-        words: Words,
-        settings: RetrievalSettings,
-        *,
-        inputs: VisualInput,
-        images: int,
-        seed: int,
-    ) -> None:
-        self.pictures = list(pictures)
-        if images < 2 or len(self.pictures) < images:
-            raise DataError(f"{len(self.pictures)} captioned images: a batch of {images} needs as many, at least two")
-        self.sampler = Sampler(self.pictures, images, seed=(seed, 0))
-        self.words, self.settings, self.inputs, self.seed = words, settings, inputs, seed
-        self.near: np.ndarray | None = None
-        self._captions = texts_of(self.pictures)
+    pictures: Sequence[Picture]
+    words: Words
+    settings: RetrievalSettings
+    inputs: VisualInput
+    images: int
+    seed: int
+    near: np.ndarray | None = None  # int (picture, caption)
 
-    def with_images(self, images: int) -> RetrievalBatches:
-        """The same pictures in batches of another size."""
-        return RetrievalBatches(
-            self.pictures, self.words, self.settings, inputs=self.inputs, images=images, seed=self.seed
-        )
+    def __post_init__(self) -> None:
+        if self.images < 2 or len(self.pictures) < self.images:
+            number = len(self.pictures)
+            raise DataError(f"{number} captioned images: a batch of {self.images} needs as many, at least two")
+        self.sampler = Sampler(self.pictures, self.images, seed=(self.seed, 0))
+        self._captions = texts_of(self.pictures)
 
     def draw(self, step: int) -> tuple[list[int], list[str], np.random.Generator]:
         """Rows of the pictures of a step, a caption of each, and the generator of further draws."""
@@ -159,24 +146,15 @@ class Matching(Objective):
 class RetrievalResult(NamedTuple):
     """Recall in both directions, for each query: 1 where one of the K best is right.
 
-    Attributes
-    ----------
-    text : dict
-        K -> array, (image,): text retrieval (TR), the queries are images.
-    image : dict
-        K -> array, (caption,): image retrieval (IR), the queries are captions.
-    by_truth : RetrievalResult or None
-        The same, if a caption counts as right for every image that it is known to be true of. The official metric
-        accepts only a caption's own image, so "there is a red square", found for another scene that has one, is an
-        error. Only generated scenes can tell the two apart.
-    scores : array or None, (image, caption)
-    pictures : tuple of Picture
+    In `by_truth` a caption is right for every image that it is known to be true of. The official metric accepts only
+    its own image, so "there is a red square", found for another scene that has one, is an error. Only generated scenes
+    can tell the two apart.
     """
 
-    text: dict[int, np.ndarray]
-    image: dict[int, np.ndarray]
+    text: dict[int, np.ndarray]  # K -> (image,): text retrieval (TR), the queries are images
+    image: dict[int, np.ndarray]  # K -> (caption,): image retrieval (IR), the queries are captions
     by_truth: RetrievalResult | None = None
-    scores: np.ndarray | None = None
+    scores: np.ndarray | None = None  # (image, caption)
     pictures: tuple[Picture, ...] = ()
 
     def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
@@ -187,17 +165,14 @@ class RetrievalResult(NamedTuple):
             for cutoff, found in recalls.items()
         }
 
-    def interval(self, *, seed: int = 0) -> Interval:
-        """Mean of the recalls, with equal weight for each direction and cutoff, and its 95% interval."""
-        ways = [bootstrap_interval(np.mean(list(found.values()), axis=0), seed) for found in (self.text, self.image)]
-        return mean_of_independent(ways)  # images and texts as if drawn independently
-
     def summary(self, examples: Sequence[Picture] = (), *, seed: int = 0) -> dict[str, float]:
         """`mean_recall`, `tr_r1` and so on, with `_low` and `_high`; `tr_r1_by_truth` where it is known.
 
-        `examples` is unused: `TaskResult` needs it here.
+        The mean gives equal weight to each direction and cutoff. `examples` is unused: `TaskResult` needs it here.
         """
-        intervals = {RETRIEVAL.metric: self.interval(seed=seed), **self.intervals(seed=seed)}
+        ways = [bootstrap_interval(np.mean(list(found.values()), axis=0), seed) for found in (self.text, self.image)]
+        mean = mean_of_independent(ways)  # images and texts as if drawn independently
+        intervals = {RETRIEVAL.metric: mean, **self.intervals(seed=seed)}
         flat = flatten({name.lower().replace(" r@", "_r"): interval for name, interval in intervals.items()})
         if self.by_truth is not None:
             for way, found in (("tr", self.by_truth.text), ("ir", self.by_truth.image)):

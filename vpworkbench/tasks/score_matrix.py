@@ -65,25 +65,19 @@ def score_matrix(
     scores = _open_scores(file, model, pictures, captions)
     missing = [row for row in range(len(pictures)) if np.isnan(scores[row]).any()]
     batches = [tuple(part.to(device) for part in batch) for batch in _batches_by_length(model.base.words, captions)]
-    done = len(pictures) - len(missing)
-    autocast = torch.autocast("cuda", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
-    look = {"desc": "scoring", "unit": "pair", "unit_scale": True, "smoothing": 0}
-    bar = tqdm(total=scores.size, initial=done * len(captions), **look)
-    with autocast, bar:
-        for start in range(0, len(missing), IMAGES_AT_ONCE):
+    starts = tqdm(range(0, len(missing), IMAGES_AT_ONCE), desc="scoring", unit=f"{IMAGES_AT_ONCE} images")
+    with torch.autocast("cuda", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+        for start in starts:
             rows = missing[start : start + IMAGES_AT_ONCE]
-            scores[rows] = _score_rows(model, [pictures[row] for row in rows], batches, pairs, bar).cpu().numpy()
-            done += len(rows)
+            scores[rows] = _score_rows(model, [pictures[row] for row in rows], batches, pairs).cpu().numpy()
             if isinstance(scores, np.memmap):
                 scores.flush()
             if progress:
-                progress("scoring images", done, len(pictures))
+                progress("scoring images", len(pictures) - len(missing) + start + len(rows), len(pictures))
     return np.array(scores)
 
 
-def _score_rows(
-    model: TaskModel, pictures: Sequence[Picture], batches: Sequence[TextBatch], pairs: int, bar: tqdm
-) -> Tensor:
+def _score_rows(model: TaskModel, pictures: Sequence[Picture], batches: Sequence[TextBatch], pairs: int) -> Tensor:
     """Rows of the matrix for some images, which are encoded once; float32 (image, caption)."""
     pixels = visual_input(model.base.settings.visual).stack(pictures).to(model.base.device)
     visual = model.base.visual(pixels)
@@ -96,7 +90,6 @@ def _score_rows(
             images = [part[some].repeat_interleave(len(words), dim=0) for part in (vision, vision_tokens)]
             logits = model.head(model.base.fusion.cls_output(*texts, *images)).float()
             scores[some[:, None], columns] = (logits[:, 1] - logits[:, 0]).view(len(some), len(words))
-            bar.update(len(some) * len(words))
     return scores
 
 

@@ -22,7 +22,9 @@ from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Progress, visual_input
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.scene_cache import cached_scenes
-from vpworkbench.data.task_readers import Splits
+from vpworkbench.data.splits import without_leaks
+from vpworkbench.data.steps import Sampler
+from vpworkbench.data.task_readers import ANY_TABLE, Splits, TaskFiles
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
@@ -30,9 +32,10 @@ from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, Trai
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 from vpworkbench.tasks.batches import Classification, TaskBatches, each_image_once
 from vpworkbench.tasks.classification import accuracies, csv_lines, label_numbers
-from vpworkbench.tasks.splits import TABLES, TaskExamples, keep_apart
 
 EVALUATED_AT_ONCE = 32
+TABLES = TaskFiles(ANY_TABLE, names=(), truth=lambda label: {"label": label})
+"""Custom tables, with any labels."""
 
 TINY: Mapping[str, Settings] = {
     "optim": OptimSettings(lr_visual=1e-4, lr_fusion=5e-4, warmup=50, decay_at=(0.6, 0.85)),
@@ -43,62 +46,54 @@ TINY: Mapping[str, Settings] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that distinguishes one task from the others; the defaults classify: one label per example, accuracy.
+    """All that distinguishes one task from the others; the defaults classify: one label per example, accuracy."""
 
-    Attributes
-    ----------
-    name : str
-        Value of the setting `task`.
-    labels : callable
-        (examples of training and validation, settings) -> labels, in the order of the logits.
-    read : callable
-        (folder or file, settings) -> examples of `train`, `val` and `test`; by default from custom tables.
-    images : int
-        Images per text.
-    head : callable
-        (width of the concatenated [CLS], number of labels) -> module.
-    targets : callable
-        (examples, labels) -> int64 (example,), -100 where withheld; or scores in [0, 1], (example, label).
-    loss : callable
-        (logits (example, label), targets) -> sum over examples.
-    probabilities : callable
-        logits -> probabilities, (example, label).
-    metric : str
-        Name of the official score.
-    scores : callable
-        (examples, predictions by id) -> official score of each example in [0, 1], nan where the answer is withheld.
-    more_scores : callable
-        (examples, predictions by id) -> scores of the whole split, by name.
-    submission, suffix
-        Predictions by id -> the text of the release's submission file, and that file's suffix.
-    schedules : mapping of str to mapping
-        Preset -> the parts of `FinetuneSettings` that it sets. An epoch counts examples.
-    own_settings : tuple of str
-        Settings that the other tasks refuse, because to ignore them would mislead.
-    """
-
-    name: str
+    name: str  # value of the setting `task`
+    # Examples of training and validation -> labels, in the order of the logits.
     labels: Callable[[Sequence[Example], FinetuneSettings], tuple[str, ...]]
+    # Folder or file -> examples of `train`, `val` and `test`; by default from custom tables.
     read: Callable[[str, FinetuneSettings], Splits] = lambda path, settings: TABLES.read(path, settings.images)
-    images: int = 1
-    head: Callable[[int, int], nn.Module] = nn.Linear
+    images: int = 1  # per text
+    head: Callable[[int, int], nn.Module] = nn.Linear  # width of the concatenated [CLS], number of labels -> module
+    # Examples, labels -> int64 (example,), -100 where withheld; or scores in [0, 1], (example, label).
     targets: Callable[[Sequence[Example], Sequence[str]], Tensor] = label_numbers
+    # Logits (example, label), targets -> sum over examples.
     loss: Callable[[Tensor, Tensor], Tensor] = partial(functional.cross_entropy, reduction="sum")
-    probabilities: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)
-    metric: str = "accuracy"
+    probabilities: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)  # of logits, (example, label)
+    metric: str = "accuracy"  # name of the official score
+    # Examples, predictions by id -> official score of each example in [0, 1], nan where the answer is withheld.
     scores: Callable[[Sequence[Example], Mapping[str, str]], np.ndarray] = accuracies
+    # Examples, predictions by id -> scores of the whole split, by name.
     more_scores: Callable[[Sequence[Example], Mapping[str, str]], dict[str, float]] = lambda examples, predicted: {}
-    submission: Callable[[Mapping[str, str]], str] = csv_lines
-    suffix: str = "csv"
+    submission: Callable[[Mapping[str, str]], str] = csv_lines  # predictions by id -> text of the submission file
+    suffix: str = "csv"  # of that file
+    # Preset -> the parts of `FinetuneSettings` that it sets. An epoch counts examples.
     schedules: Mapping[str, Mapping[str, Settings]] = field(default_factory=lambda: {"tiny": TINY})
-    own_settings: tuple[str, ...] = ()
+    own_settings: tuple[str, ...] = ()  # other tasks refuse these settings, because to ignore them would mislead
 
-    def load(self, settings: FinetuneSettings) -> TaskExamples:
-        """Read `settings.data`; images of validation and test leave training."""
-        data = settings.data
-        if data == "scenes":
-            data = str(cached_scenes(settings.scenes))
-        return keep_apart(self.read(data, settings), settings)
+    def load(self, settings: FinetuneSettings) -> tuple[Splits | dict[str, list[Picture]], frozenset[str]]:
+        """The examples of `settings.data` by split, and ids of test examples whose image is in another split too.
+
+        Training leaves out examples whose image is in validation or test. Retrieval has captioned pictures.
+
+        Raises
+        ------
+        DataError
+            If training or validation has no examples.
+        """
+        splits = self.read(
+            str(cached_scenes(settings.scenes)) if settings.data == "scenes" else settings.data, settings
+        )
+        for split in ("train", "val"):
+            if not splits[split]:
+                raise DataError(f"{settings.data}: no examples of {self.name} in {split}; it needs some")
+        held_out = [*splits["val"], *splits["test"]]
+        kept, marks = without_leaks(splits["train"], held_out, "training examples are about images of val or test")
+        if not kept:
+            raise DataError(f"{settings.data}: every image of train is in val or test too; split by image")
+        elsewhere = {marks[image] for split in ("train", "val") for one in splits[split] for image in one.images}
+        shared = {one.id for one in splits["test"] if any(marks[image] in elsewhere for image in one.images)}
+        return splits | {"train": kept}, frozenset(shared)
 
     def build_head(self, base: VisualParsingModel, labels: int) -> nn.Module:
         """A head for the fused [CLS] of a pre-trained model."""
@@ -121,8 +116,14 @@ class Task:
         file: Path | None = None,
         progress: Progress | None = None,
     ) -> TaskResult:
-        """Predict and score examples; a task whose evaluation takes long keeps its state in `file`."""
-        return evaluate_task(model, examples, progress=progress)
+        """Predict and score every example, in order; a task whose evaluation takes long keeps its state in `file`."""
+        best: list[int] = []
+        for logits in model.logits([one.images for one in examples], [one.text for one in examples]):
+            best += logits.argmax(dim=-1).tolist()
+            if progress:
+                progress("evaluating", len(best), len(examples))
+        predicted = {one.id: model.labels[label] for one, label in zip(examples, best, strict=True)}
+        return TaskResult(self, self.scores(examples, predicted), predicted)
 
 
 class TaskModel(nn.Module):
@@ -169,7 +170,7 @@ class TaskModel(nn.Module):
         """These examples as batches for this model."""
         targets = partial(self.task.targets, labels=self.labels)
         inputs = visual_input(self.base.settings.visual)
-        return TaskBatches(examples, words=self.base.words, inputs=inputs, targets=targets, size=size, seed=seed)
+        return TaskBatches(Sampler(examples, size, seed=(seed,)), self.base.words, inputs, targets)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `VisualParsingModel` writes, the head among the weights, and `task.json` with the labels."""
@@ -245,49 +246,25 @@ class PairAttention(nn.Module):
 
 
 class TaskResult(NamedTuple):
-    """Predictions for a split, scored.
-
-    Attributes
-    ----------
-    scores : array, (example,)
-        Official score of each example in [0, 1]; nan where the release withholds the answer.
-    predicted : dict
-        Id of each example -> label or answer.
-    """
+    """Predictions for a split, scored."""
 
     task: Task
-    scores: np.ndarray
-    predicted: dict[str, str]
-
-    def interval(self, *, seed: int = 0) -> Interval:
-        """Mean score with its bootstrap 95% interval."""
-        return bootstrap_interval(self.scores, seed)
+    scores: np.ndarray  # official score of each example in [0, 1]; nan where the release withholds the answer
+    predicted: dict[str, str]  # id of each example -> label or answer
 
     def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
-        """The same by the name of the task's metric."""
-        return {self.task.metric: self.interval(seed=seed)}
+        """Mean score with its bootstrap 95% interval, by the name of the task's metric."""
+        return {self.task.metric: bootstrap_interval(self.scores, seed)}
 
     def summary(self, examples: Sequence[Example], *, seed: int = 0) -> dict[str, float]:
         """The official scores with intervals; empty where there are no examples or all answers are withheld."""
         if np.isnan(self.scores).all():
             return {}
-        summary = flatten(self.intervals(seed=seed))
-        return summary | self.task.more_scores(examples, self.predicted)
+        return flatten(self.intervals(seed=seed)) | self.task.more_scores(examples, self.predicted)
 
     def save(self, path: str | Path) -> None:
         """Write the predictions in the task's submission format."""
         Path(path).write_text(self.task.submission(self.predicted), encoding="utf-8")
-
-
-def evaluate_task(model: TaskModel, examples: Sequence[Example], *, progress: Progress | None = None) -> TaskResult:
-    """Predict and score every example, in order."""
-    best: list[int] = []
-    for logits in model.logits([one.images for one in examples], [one.text for one in examples]):
-        best += logits.argmax(dim=-1).tolist()
-        if progress:
-            progress("evaluating", len(best), len(examples))
-    predicted = {one.id: model.labels[label] for one, label in zip(examples, best, strict=True)}
-    return TaskResult(model.task, model.task.scores(examples, predicted), predicted)
 
 
 def right_answer(record: Example | Picture) -> str:

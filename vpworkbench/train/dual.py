@@ -7,7 +7,7 @@ weights with the hardest negative of its batch (VSE++, Faghri et al. 2018; a row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 from transformers import BertModel
 
 from vpworkbench.data.inputs import visual_input
@@ -31,6 +30,7 @@ from vpworkbench.subjects import load_run
 from vpworkbench.tasks.batches import OneLoss
 from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
 from vpworkbench.tasks.task import Progress, texts_of
+from vpworkbench.train.checkpoints import is_trained
 from vpworkbench.train.engine import fit
 
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
@@ -105,9 +105,9 @@ def train_projection(
 ) -> None:
     """Fit the projections to frozen features of the training pairs, or load what `folder` has of it."""
     run = _run(folder / "dual-frozen")
-    if features is None and not (run.folder / "checkpoint" / "progress.json").exists():
+    if features is None and not is_trained(run.folder):
         features = dual.features(batches.pictures, progress=progress)
-    pairs = DualBatches(batches.with_images(min(FROZEN_TRAIN.images, len(batches.pictures))), features)
+    pairs = DualBatches(replace(batches, images=min(FROZEN_TRAIN.images, len(batches.pictures))), features)
     options = {"optim": FROZEN_OPTIM, "train": FROZEN_TRAIN, "seed": settings.seed}
     fit(dual.projection, OneLoss(dual.projection.contrast), pairs, run, **options, what="frozen dual projection")
 
@@ -173,11 +173,7 @@ class DualEncoder(nn.Module):
 
     def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Cosines, (image, text); images as in `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
-        return self.projection(self.pooled_images(images), self.pooled_texts(words, word_tokens))
-
-    def pooled_images(self, images: Tensor) -> Tensor:
-        """Mean of the visual tokens, (image, c)."""
-        return self.visual(images).mean()
+        return self.projection(self.visual(images).mean(), self.pooled_texts(words, word_tokens))
 
     def pooled_texts(self, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Mean of the words' outputs without padding, (text, d)."""
@@ -193,7 +189,7 @@ class DualEncoder(nn.Module):
         images, texts = [], []
         for start in range(0, len(pictures), 64):
             pixels = visual_input(self.visual.settings).stack(pictures[start : start + 64])
-            images.append(self.pooled_images(pixels.to(device)).cpu())
+            images.append(self.visual(pixels.to(device)).mean().cpu())
             if progress:
                 progress(f"reading {len(pictures)} images", min(start + 64, len(pictures)), len(pictures))
         for start in range(0, len(captions), 128):
@@ -236,7 +232,7 @@ class DualBatch(TensorBatch):
         return [self]
 
 
-class DualBatches(Dataset):
+class DualBatches:
     """The images and captions of `RetrievalBatches`, each pair once: as pixels and words, or as given features."""
 
     def __init__(self, batches: RetrievalBatches, features: Features | None = None) -> None:

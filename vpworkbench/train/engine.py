@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -94,7 +94,7 @@ class _Training:
     what: str
 
     def __post_init__(self) -> None:
-        self.total = total_steps(self.train, self.batches.sampler.steps_per_epoch)
+        self.total = self.train.steps or max(1, round(self.train.epochs * self.batches.sampler.steps_per_epoch))
         self.optimiser = build_optimiser(self.model, self.optim)
         self.checkpoints = Checkpoints(self.run.folder / "checkpoint", self.train.keep_last)
         bfloat16 = partial(torch.autocast, self.processes.device.type, dtype=torch.bfloat16)
@@ -162,11 +162,14 @@ class _Training:
         self.guard.check(self.done, values)
         step_s = (time.perf_counter() - self.started_s) / self.timed
         if write_line:
-            values |= self.objective.watch(self.model, batch.to(self.processes.device))
-            if self.train.probe_every and self.done % self.train.probe_every == 0:
-                values |= self.objective.probe(self.model)
-                if self.train.keep_best and "held_out_loss" in values:
-                    self.checkpoints.save_if_best(self.model, self.done, values["held_out_loss"])
+            self.model.eval()
+            with torch.no_grad():
+                values |= self.objective.watch(self.model, batch.to(self.processes.device))
+                if self.train.probe_every and self.done % self.train.probe_every == 0:
+                    values |= self.objective.probe(self.model)
+            self.model.train()
+            if self.train.keep_best and "held_out_loss" in values:
+                self.checkpoints.save_if_best(self.model, self.done, values["held_out_loss"])
             write_line(self.done, **values, lr_share=self.lr_share, step_s=step_s)
         self.sums, self.started_s, self.timed = {}, time.perf_counter(), 0
 
@@ -188,9 +191,10 @@ class _Training:
     def _batches_left(self, workers: int) -> DataLoader:
         """The batches of the remaining steps, which worker processes prepare ahead."""
         return DataLoader(
-            _Shares(self.batches, self.processes),
+            range(self.total),
             batch_size=None,
             sampler=range(self.done, self.total),
+            collate_fn=partial(_share_of_step, self.batches, self.processes),
             num_workers=workers,
             pin_memory=self.processes.device.type == "cuda",
             worker_init_fn=_ignore_interrupts,
@@ -216,11 +220,6 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-def total_steps(train: TrainSettings, steps_per_epoch: float) -> int:
-    """Optimiser steps of the whole run."""
-    return train.steps or max(1, round(train.epochs * steps_per_epoch))
 
 
 def learning_rate_factor(step: int, total: int, optim: OptimSettings) -> float:
@@ -285,20 +284,13 @@ def accumulate_gradients(
     return means
 
 
-@dataclass
-class _Shares(Dataset):
-    """This process's share of each step."""
-
-    batches: Steps
-    processes: Processes
-
-    def __getitem__(self, step: int) -> TensorBatch:
-        index, count = self.processes.index, self.processes.count
-        if count == 1:
-            return self.batches[step]
-        if hasattr(self.batches, "share"):
-            return self.batches.share(step, index, count)
-        return self.batches[step].micro_batches(count)[index]
+def _share_of_step(batches: Steps, processes: Processes, step: int) -> TensorBatch:
+    """What this process computes of a step."""
+    if processes.count == 1:
+        return batches[step]
+    if hasattr(batches, "share"):
+        return batches.share(step, processes.index, processes.count)
+    return batches[step].micro_batches(processes.count)[processes.index]
 
 
 def _ignore_interrupts(_: int) -> None:

@@ -120,27 +120,18 @@ def _intervals(values: dict[str, np.ndarray]) -> HeldOut:
 
 
 def held_out_probe(
-    pictures: Sequence[Picture], settings: PretrainSettings, *, images: int = 32
-) -> Callable[[VisualParsingModel], dict[str, float]]:
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, images: int = 32
+) -> dict[str, float]:
     """The numbers of `train.probe_every`, on the same held-out pictures each time.
 
     `flow` and `nmi` at the last layer (paper Fig. 3 and 5), and `held_out_loss`, the sum of Eq. 10 on one batch.
     """
-    count = min(images, len(pictures))
-    objective = Pretraining(settings)
-
-    @torch.no_grad()
-    def measure(model: VisualParsingModel) -> dict[str, float]:
-        training = model.training
-        batch = group_batches(pictures, model.eval(), settings.data, images=count, seed=settings.seed)[0]
-        counts, sums = objective.counts(batch), objective.losses(model, batch.to(model.device))
-        loss = sum(objective.weights[name] * float(value) / max(counts[name], 1) for name, value in sums.items())
-        probed = probe(model, pictures, images=count, seed=settings.seed)
-        model.train(training)
-        return {
-            "held_out_loss": loss,
-            "flow": float(np.nanmean(probed.from_input[:, -1])),
-            "nmi": float(np.nanmean(probed.nmi[:, -1])),
-        }
-
-    return measure
+    count, objective = min(images, len(pictures)), Pretraining(settings)
+    batch = group_batches(pictures, model, settings.data, images=count, seed=settings.seed)[0]
+    counts, sums = objective.counts(batch), objective.losses(model, batch.to(model.device))
+    probed = probe(model, pictures, images=count, seed=settings.seed)
+    return {
+        "held_out_loss": sum(objective.weights[name] * float(sums[name]) / max(counts[name], 1) for name in sums),
+        "flow": float(np.nanmean(probed.from_input[:, -1])),
+        "nmi": float(np.nanmean(probed.nmi[:, -1])),
+    }

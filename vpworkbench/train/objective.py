@@ -139,15 +139,12 @@ class Pretraining(Objective):
             masked = masked[torch.searchsorted(index, index)]  # that of the first text
         return masked
 
-    @torch.no_grad()
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
         """Variance and effective rank of the visual features, which fall if MFR's target collapses; and dead codes."""
-        training = model.training
-        visual = model.eval().encode(batch.images[:16])
+        visual = model.encode(batch.images[:16])
         features = visual.features.float().flatten(0, 1)
         if visual.tokens is not None:
             features = features[visual.tokens.flatten()]
-        model.train(training)
         watched = {"target_variance": features.var(dim=0).mean().item(), "target_rank": effective_rank(features)}
         if (dictionary := getattr(model.visual, "dictionary", None)) is not None:
             watched["dead_codes"] = float(dictionary.dead)

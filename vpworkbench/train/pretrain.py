@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import BertTokenizerFast
 
-from vpworkbench.data.inputs import VisualInput, pixel_cache, visual_input
+from vpworkbench.data.inputs import pixel_cache, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_cache import cache_root
 from vpworkbench.data.splits import load_splits
@@ -58,25 +59,20 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
 
     With several `train.processes` it starts them, waits, and loads the weights that they trained.
     """
-    train, training = settings.train, prepared.splits["train"]
+    train, training, model = settings.train, prepared.splits["train"], prepared.model
     launch(train.processes, run.folder)
-    sizes = {"images": train.images, "seed": settings.seed, "inputs": training_inputs(run, prepared, settings)}
-    batches = group_batches(training, prepared.model, settings.data, **sizes)
-    objective = Pretraining(settings, held_out_probe(prepared.splits["val"], settings))
+    images, inputs = [picture.image for picture in training], visual_input(settings.visual)
+    if settings.visual.frozen:
+        inputs = token_inputs(model, images, run, pick_device(train.device), flip=settings.data.flip)
+    elif settings.data.cache:
+        inputs = pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
+    sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs}
+    batches = group_batches(training, model, settings.data, **sizes)
+    probe = partial(held_out_probe, pictures=prepared.splits["val"], settings=settings)
     options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.data.workers}
-    steps = fit(prepared.model, objective, batches, run, **options, what="pre-training")
+    steps = fit(model, Pretraining(settings, probe), batches, run, **options, what="pre-training")
     forget_tokens(run)
     return steps
-
-
-def training_inputs(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> VisualInput:
-    """How training reads images: as tokens of a frozen visual side, from a cache of pixels, or from their files."""
-    images = [picture.image for picture in prepared.splits["train"]]
-    if settings.visual.frozen:
-        return token_inputs(prepared.model, images, run, pick_device(settings.train.device), flip=settings.data.flip)
-    if settings.data.cache:
-        return pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
-    return visual_input(settings.visual)
 
 
 def train_run(run: Run, settings: PretrainSettings) -> int:

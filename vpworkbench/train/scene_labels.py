@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.inputs import Pixels
@@ -54,6 +53,7 @@ class LabelNetwork(nn.Module):
     """
 
     heads: nn.ModuleDict
+    unscored = -1  # a class that does not count in the accuracy
 
     def add_heads(self, width: int, classes: Mapping[str, int]) -> None:
         self.heads = nn.ModuleDict({kind: nn.Linear(width, count) for kind, count in classes.items()})
@@ -65,7 +65,7 @@ class LabelNetwork(nn.Module):
             yield kind, head(features).flatten(0, -2), label
 
 
-class LabelBatches(Dataset):
+class LabelBatches:
     """Labelled scenes by step, mirrored at random."""
 
     def __init__(self, pictures: Sequence[Picture], read: Read, *, images: int, seed: int) -> None:
@@ -104,26 +104,23 @@ def train_labels(
     settings: VisualInitSettings | RegionSettings,
     *,
     what: str,
-    unscored: int = -1,
 ) -> dict[str, float]:
     """Train on labelled scenes, from the run's last checkpoint if there is one; returns the held-out accuracy."""
     training, held_out = ([one for one in scenes if one.split == split] for split in ("train", "val"))
     batches = LabelBatches(training, read, images=settings.train.images, seed=settings.seed)
     options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
     fit(model, Labelling(model.heads), batches, run, **options, what=what)
-    return label_accuracy(model, held_out, read, unscored=unscored)
+    return label_accuracy(model, held_out, read)
 
 
 @torch.no_grad()
-def label_accuracy(
-    model: LabelNetwork, pictures: Sequence[Picture], read: Read, *, unscored: int = -1
-) -> dict[str, float]:
-    """Share of right labels of each kind, as `<kind>_accuracy`, where the true label is not `unscored`."""
+def label_accuracy(model: LabelNetwork, pictures: Sequence[Picture], read: Read) -> dict[str, float]:
+    """Share of right labels of each kind, as `<kind>_accuracy`, where the true label is not `model.unscored`."""
     hits, scored = dict.fromkeys(model.heads, 0), dict.fromkeys(model.heads, 0)
     device = next(model.eval().parameters()).device
     for start in range(0, len(pictures), AT_ONCE):
         for kind, logits, label in model.answers(read(pictures[start : start + AT_ONCE]).to(device)):
-            is_scored = label != unscored
+            is_scored = label != model.unscored
             hits[kind] += int(((logits.argmax(dim=-1) == label) & is_scored).sum())
             scored[kind] += int(is_scored.sum())
     return {f"{kind}_accuracy": hits[kind] / max(scored[kind], 1) for kind in hits}
@@ -160,6 +157,8 @@ def labelled_images(pictures: Sequence[Picture], *, image_px: int, grid: int) ->
 class TokenClassifier(LabelNetwork):
     """A visual side with heads for colour and shape, which are dropped after training."""
 
+    unscored = BACKGROUND
+
     def __init__(self, settings: VisualInitSettings) -> None:
         super().__init__()
         torch.manual_seed(settings.seed)
@@ -178,8 +177,7 @@ def train_visual(run: Run, settings: VisualInitSettings) -> tuple[TokenClassifie
     model = TokenClassifier(settings)  # an unknown backbone is reported before scenes are drawn
     scenes = read_pictures(cached_scenes(settings.scenes))
     read = partial(labelled_images, image_px=settings.visual.image_px, grid=settings.visual.grid)
-    what = "training the visual side"
-    accuracy = train_labels(model, scenes, read, run, settings, what=what, unscored=BACKGROUND)
+    accuracy = train_labels(model, scenes, read, run, settings, what="training the visual side")
     weights = {name: value.contiguous().cpu() for name, value in model.visual.state_dict().items()}
     save_file(weights, run.folder / "checkpoint" / "visual.safetensors")
     return model, accuracy
