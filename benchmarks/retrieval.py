@@ -27,8 +27,7 @@ from vpworkbench.figures.style import PALETTE, finish
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import ModelSettings, preset
-from vpworkbench.tasks.retrieval import RETRIEVAL
-from vpworkbench.tasks.score_matrix import score_matrix
+from vpworkbench.tasks.retrieval import RETRIEVAL, score_matrix
 from vpworkbench.tasks.task import TaskModel
 
 ROUTES = {

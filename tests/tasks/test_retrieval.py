@@ -22,8 +22,15 @@ from vpworkbench.scenes.language import decide
 from vpworkbench.settings import RetrievalSettings
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_task
-from vpworkbench.tasks.retrieval import CUTOFFS, RETRIEVAL, Matching, RetrievalBatches, chance, retrieval_result
-from vpworkbench.tasks.score_matrix import score_matrix
+from vpworkbench.tasks.retrieval import (
+    CUTOFFS,
+    RETRIEVAL,
+    Matching,
+    RetrievalBatches,
+    chance,
+    retrieval_result,
+    score_matrix,
+)
 from vpworkbench.tasks.settings import finetune_settings
 from vpworkbench.tasks.task import TaskModel, texts_of
 from vpworkbench.train.finetune import evaluate_split, finetune, prepare_task

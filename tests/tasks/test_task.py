@@ -39,6 +39,10 @@ def load_examples(settings):
     return TASKS[settings.task].load(settings)[0]
 
 
+def batches_of(model, examples):
+    return model.task.batches(examples, model, few(task=model.task.name))
+
+
 def evaluated(model, examples):
     return model.task.evaluate(model, examples, few(task=model.task.name))
 
@@ -107,7 +111,7 @@ def test_every_image_is_encoded_once_and_examples_do_not_depend_on_their_mates(s
     settings = few(task="vqa")
     model = TaskModel(narrow_model(scenes), TASKS["vqa"], ("no", "yes")).eval()
     examples = load_examples(settings)["val"][:6]
-    batches, seen = model.batches(examples), []
+    batches, seen = batches_of(model, examples), []
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     with torch.no_grad():
         together = batches.batch(examples)
@@ -125,7 +129,7 @@ def test_accumulation_gives_the_same_gradients(scenes):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     examples = load_examples(few(task="snli-ve"))["train"][:8]
-    batch = model.batches(examples).batch(examples)
+    batch = batches_of(model, examples).batch(examples)
     gradients = []
     for parts in (1, 4):
         model.zero_grad()
@@ -140,7 +144,7 @@ def test_targets_of_questions_are_the_official_scores(scenes):
     image = scenes[0].image
     examples = [Example("1", (image,), "what colour", "train", answers=("red",) * 3 + ("Blue",) * 7),
                 Example("2", (image,), "what colour", "train", answers=("green",) * 10)]  # fmt: skip
-    targets = model.batches(examples).batch(examples).targets
+    targets = batches_of(model, examples).batch(examples).targets
     torch.testing.assert_close(targets, torch.tensor([[1.0, 0.9], [0.0, 0.0]]))
 
 
@@ -252,7 +256,7 @@ def test_the_learning_curve_is_the_score_on_the_step(scenes):
     model = TaskModel(narrow_model(scenes), TASKS["nlvr1"], ("False", "True")).train()
     examples = load_examples(few(task="nlvr2"))["train"][:8]
     examples = [Example(one.id, one.images[:1], one.text, "train", one.label) for one in examples]
-    batch = model.batches(examples).batch(examples)
+    batch = batches_of(model, examples).batch(examples)
     watched = model.task.objective().watch(model.eval(), batch)
     assert watched == {"training_score": evaluated(model, examples).scores.mean()}
 

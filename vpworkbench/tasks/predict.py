@@ -23,13 +23,7 @@ from vpworkbench.tasks.task import TaskModel
 
 
 def load_task_model(folder: str | Path, *, device: torch.device | str = "cpu") -> TaskModel:
-    """A model that `TaskModel.save_pretrained` wrote, offline, in evaluation mode.
-
-    Raises
-    ------
-    CheckpointError
-        If there is none, or its files are not whole.
-    """
+    """A model that `TaskModel.save_pretrained` wrote, in evaluation mode; a `CheckpointError` if it is not whole."""
     folder = Path(folder)
     try:
         content = json.loads((folder / "task.json").read_text())
@@ -46,21 +40,11 @@ def load_task_model(folder: str | Path, *, device: torch.device | str = "cpu") -
 def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str | Path] = ()) -> pd.DataFrame:
     """The most likely label for each row of a csv or json lines of `image`, `text` and, for NLVR2, `image2`.
 
-    Parameters
-    ----------
-    images : sequence of path
-        Folders and zips of the images; empty: beside the table.
+    `images` are folders and zips of the images; empty: beside the table. The result has the columns `id`, `image`,
+    `text`, `prediction` and `probability`, in the order of the table.
 
-    Returns
-    -------
-    DataFrame
-        `id`, `image`, `text`, `prediction`, `probability`, in the order of the table.
-
-    Raises
-    ------
-    DataError
-        Before anything is predicted: for a broken row, an image that is missing or cannot be read, a wrong number of
-        images.
+    Before anything is predicted, a `DataError` for a broken row, an image that is missing or cannot be read, or a wrong
+    number of images.
     """
     opened = open_annotations(table, [TABLE], images)
     rows = unique(read_unsplit_rows(opened), opened.file)

@@ -30,8 +30,14 @@ from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, TrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
-from vpworkbench.tasks.batches import Classification, TaskBatches, each_image_once
-from vpworkbench.tasks.classification import accuracies, csv_lines, label_numbers
+from vpworkbench.tasks.classification import (
+    Classification,
+    TaskBatches,
+    accuracies,
+    csv_lines,
+    each_image_once,
+    label_numbers,
+)
 
 EVALUATED_AT_ONCE = 32
 TABLES = TaskFiles(ANY_TABLE, names=(), truth=lambda label: {"label": label})
@@ -75,11 +81,7 @@ class Task:
         """The examples of `settings.data` by split, and ids of test examples whose image is in another split too.
 
         Training leaves out examples whose image is in validation or test. Retrieval has captioned pictures.
-
-        Raises
-        ------
-        DataError
-            If training or validation has no examples.
+        A `DataError` if training or validation has no examples.
         """
         splits = self.read(
             str(cached_scenes(settings.scenes)) if settings.data == "scenes" else settings.data, settings
@@ -105,7 +107,9 @@ class Task:
 
     def batches(self, examples: Sequence[Example], model: TaskModel, settings: FinetuneSettings) -> TaskBatches:
         """The training batches."""
-        return model.batches(examples, size=settings.train.images, seed=settings.seed)
+        sampler = Sampler(examples, settings.train.images, seed=(settings.seed,))
+        inputs, targets = visual_input(model.base.settings.visual), partial(self.targets, labels=model.labels)
+        return TaskBatches(sampler, model.base.words, inputs, targets)
 
     def evaluate(
         self,
@@ -166,12 +170,6 @@ class TaskModel(nn.Module):
             return self.head(left, right, *tokens).float()
         return self.head(torch.cat([joint.cls for joint in passes], dim=-1)).float()
 
-    def batches(self, examples: Sequence[Example], *, size: int = EVALUATED_AT_ONCE, seed: int = 0) -> TaskBatches:
-        """These examples as batches for this model."""
-        targets = partial(self.task.targets, labels=self.labels)
-        inputs = visual_input(self.base.settings.visual)
-        return TaskBatches(Sampler(examples, size, seed=(seed,)), self.base.words, inputs, targets)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `VisualParsingModel` writes, the head among the weights, and `task.json` with the labels."""
         folder = Path(folder)
@@ -184,14 +182,8 @@ class TaskModel(nn.Module):
     def predict(self, images: Any, text: str) -> dict[str, float]:
         """Probability of each label for one text, most likely first.
 
-        Parameters
-        ----------
-        images : image file, path, PIL image or uint8 array (height, width, 3); for NLVR2 a pair of them
-
-        Raises
-        ------
-        DataError
-            For an image that is missing or cannot be read, a wrong number of images, an empty text.
+        `images` is an image file, path, PIL image or uint8 array (height, width, 3), for NLVR2 a pair of them.
+        A `DataError` for an image that is missing or cannot be read, a wrong number of images, or an empty text.
         """
         return self.predict_all([images], [text])[0]
 

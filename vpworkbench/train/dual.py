@@ -27,7 +27,7 @@ from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.subjects import load_run
-from vpworkbench.tasks.batches import OneLoss
+from vpworkbench.tasks.classification import OneLoss
 from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
 from vpworkbench.tasks.task import Progress, texts_of
 from vpworkbench.train.checkpoints import is_trained

@@ -68,21 +68,16 @@ class Pretraining(Objective):
         With masks in the pixels it is encoded twice: whole for the masks and the target of MFR, masked for the fusion.
         """
         mask = self.settings.mask
-        if mask.mode != "none" and mask.where == "pixels":
+        in_pixels = mask.mode != "none" and mask.where == "pixels"
+        if in_pixels:
             with torch.no_grad():
                 visual = model.visual(batch.images)
-            masked = self.masked(visual, batch)
-            shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)]))
-            return self.fused_losses(model, batch, visual, masked, shown)
-        visual = model.encode(batch.images)
-        if self.settings.visual.sampled and model.training:
-            visual = visual.subset(self.sampled(batch))
-        return self.fused_losses(model, batch, visual, self.masked(visual, batch), visual)
-
-    def fused_losses(
-        self, model: VisualParsingModel, batch: Batch, visual: VisualTokens, masked: Tensor | None, shown: VisualTokens
-    ) -> dict[str, Tensor]:
-        """`losses` from the output of the visual side: `visual` is the target of MFR, `shown` what the fusion reads."""
+        else:
+            visual = model.encode(batch.images)
+            if self.settings.visual.sampled and model.training:
+                visual = visual.subset(self.sampled(batch))
+        masked = self.masked(visual, batch)
+        shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)])) if in_pixels else visual
         joint = model.fuse(shown, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
         sums = {
             "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
@@ -90,7 +85,7 @@ class Pretraining(Objective):
         }
         if self.weights["vla"]:
             sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
-        if self.settings.mask.mode == "code":
+        if mask.mode == "code":
             rows = batch.matched_rows
             codes = visual.codes[batch.image_index[rows]]
             sums["mvm"] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
