@@ -192,17 +192,21 @@ def task_scores(results: Mapping[str, Any], *, title: str) -> go.Figure:
 
 def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "Retrieval") -> go.Figure:
     """Recall at K of several models, side by side: name of the model -> `TR R@1` and so on, the same for each model."""
-    figure, models = go.Figure(), []
-    for colour, (name, found) in zip(cycle(PALETTE), recalls.items()):
+    return grouped_bars(recalls, title=title, axis="queries with a right answer in the top K (TR texts, IR images)")
+
+
+def grouped_bars(groups: Mapping[str, Mapping[str, Interval]], *, title: str, axis: str) -> go.Figure:
+    """The same shares in [0, 1] of several models, or of one at several times, side by side: group -> name -> share."""
+    figure, told = go.Figure(), []
+    for colour, (group, found) in zip(cycle(PALETTE), groups.items()):
         bars = _stacked(list(found.values()))
-        look = {"name": escaped(name), "marker": fill(colour), "error_y": error_bars(bars)}
+        look = {"name": escaped(group), "marker": fill(colour), "error_y": error_bars(bars)}
         bounds = [f"[{100 * one.low:.1f}, {100 * one.high:.1f}]" for one in found.values()]
         figure.add_bar(x=list(found), y=bars.mean, customdata=bounds, hovertemplate="%{y:.1%} %{customdata}", **look)
-        models.append(f"{name} " + ", ".join(f"{key} {percent(one.mean)}" for key, one in found.items()))
+        told.append(f"{group} " + ", ".join(f"{name} {percent(one.mean)}" for name, one in found.items()))
     figure.update_layout(barmode="group", hovermode="x unified", legend={"orientation": "h", "y": -0.15})
-    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], title_text="queries with a right answer in the top K")
-    alt = f"{title}, TR: texts of an image, IR: the image of a text. {'; '.join(models)}."
-    return finish(figure, title=escaped(title), alt=alt)
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.02], title_text=escaped(axis))
+    return finish(figure, title=escaped(title), alt=f"{title}, {axis}: {'; '.join(told)}.")
 
 
 def _add_bars(

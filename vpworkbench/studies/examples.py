@@ -32,7 +32,10 @@ from vpworkbench.probes.masks import (
     shares_on_objects,
 )
 from vpworkbench.settings import PretrainSettings
-from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.stats import Interval, bootstrap_interval, flatten
+
+LARGEST_LOSS = 0.2
+"""Share of its masks on objects that a parser may lose in pre-training without a remark."""
 
 
 class Example(NamedTuple):
@@ -127,6 +130,48 @@ def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float 
     position = nearest_by_position(grid_boxes(settings.grid, settings.grid))
     rules["position"] = position.expand(len(pictures), *position.shape)
     return shares_on_objects(rules, objects_of_pictures(pictures, settings.grid, share=share))
+
+
+class ParserChange(NamedTuple):
+    """Share of masks on objects before and after training, by rule, with intervals over objects (see `mask_shares`).
+
+    Both are empty if the objects are not known, or the visual side has no grid.
+    """
+
+    start: dict[str, Interval]
+    end: dict[str, Interval]
+
+    def lost(self) -> dict[str, float]:
+        """What the parser lost of its share by each of its own rules, relative to the start; negative: it gained."""
+        own = [rule for rule in ("rows", "columns", "features") if rule in self.start]
+        return {rule: 1 - self.end[rule].mean / self.start[rule].mean for rule in own}
+
+    def summary(self) -> dict[str, float]:
+        """Plain numbers for `summary.json`."""
+        own = self.lost()
+        shares = {f"objects_{rule}_{time}": found[rule] for time, found in self._asdict().items() for rule in own}
+        return flatten(shares)
+
+    def __str__(self) -> str:
+        if not self.start:
+            return "The objects of these images are not known, or the visual tokens form no grid."
+        shares = [f"{rule} {self.start[rule].mean:.0%} -> {self.end[rule].mean:.0%}" for rule in self.lost()]
+        lines = [f"Masks on objects, start -> end: {', '.join(shares)} (random {self.end['random'].mean:.0%})."]
+        if worst := {rule: share for rule, share in self.lost().items() if share > LARGEST_LOSS}:
+            losses = ", ".join(f"{share:.0%} of its share by {rule}" for rule, share in worst.items())
+            lines.append(f"Your parser lost {losses}: a lower optim.lr_visual keeps more.")
+        return "\n".join(lines)
+
+
+def parser_change(
+    visual: nn.Module, settings: PretrainSettings, pictures: Sequence[Picture], *, images: int = 200
+) -> ParserChange:
+    """What pre-training changed in the masks that a visual side makes, on the first pictures with known objects."""
+    known = [picture for picture in pictures if picture.scene][:images]
+    if not known or not settings.visual.kind.on_grid:
+        return ParserChange({}, {})
+    start = starting_visual(settings).to(next(visual.parameters()).device)
+    return ParserChange(*(mask_shares(side.eval(), known).intervals() for side in (start, visual)))
 
 
 def budget_shares(

@@ -1,0 +1,42 @@
+"""What pre-training changed in the masks of a parser."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vpworkbench.settings import pretrain_settings
+from vpworkbench.studies.examples import mask_shares, parser_change, starting_visual
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return pretrain_settings()
+
+
+def test_an_untouched_parser_lost_nothing(scenes, settings):
+    change = parser_change(starting_visual(settings), settings, scenes)
+    assert change.start == change.end and set(change.lost().values()) == {0.0}
+    assert "lr_visual" not in str(change)
+    summary = change.summary()
+    known = [picture for picture in scenes if picture.scene]
+    assert summary["objects_rows_start"] == mask_shares(starting_visual(settings), known).shares["rows"].mean()
+    assert summary["objects_features_end"] == summary["objects_features_start"] > 0.6
+
+
+def test_a_damaged_parser_is_told(scenes, settings):
+    visual = starting_visual(settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in visual.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    change = parser_change(visual, settings, scenes)
+    assert change.lost()["features"] > 0.2
+    assert "Your parser lost" in str(change) and "a lower optim.lr_visual keeps more" in str(change)
+
+
+def test_without_known_objects_there_is_nothing_to_compare(scenes, settings):
+    change = parser_change(starting_visual(settings), settings, [replace(scenes[0], scene=None)])
+    assert change.summary() == {} and "not known" in str(change)
