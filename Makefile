@@ -1,5 +1,5 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
-.PHONY: install demo test test-all lab lint clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
+.PHONY: install demo test test-all lab lint speedrun clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -11,6 +11,7 @@ help:
 	@echo "make lab        JupyterLab, open on the tour"
 	@echo "make test       all tests but the slow ones;  make test-all: all"
 	@echo "make lint       ruff, the formatter, and the order of imports"
+	@echo "make speedrun   how long tiny takes to learn, on this machine"
 	@echo "make bench-probes, bench-train, bench-retrieval, bench-explorer, bench-gpu: what things cost on this machine"
 
 install: .venv/installed
@@ -51,6 +52,9 @@ lint: install
 # OPTIONS="--presets ablation-224 --images 2" and the like go to the benchmark.
 bench-%: install
 	$(BIN)/python -m benchmarks.$* $(OPTIONS)
+
+# From the shipped visual start to held-out ITM 0.95 and masked words 0.60; OPTIONS="--seed 1" and the like.
+speedrun: bench-speedrun
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

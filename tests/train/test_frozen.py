@@ -47,9 +47,9 @@ def test_tokens_are_packed_and_unpacked():
 @pytest.mark.parametrize("flip", [False, True])
 def test_losses_are_those_of_a_run_that_encodes_at_every_step(scratch, monkeypatch, flip):
     settings = pretrain_settings(steps=6, overrides=FEW | {"data.flip": flip})
-    cached = lines_of(f"cached-{flip}", settings)
+    cached = lines_of(f"frozen-cached-{flip}", settings)
     monkeypatch.setattr(pretraining, "token_inputs", lambda *_, **__: Pixels(96))
-    plain = lines_of(f"plain-{flip}", settings)
+    plain = lines_of(f"frozen-plain-{flip}", settings)
     assert len(cached) == len(plain) == 6
     for ours, theirs in zip(cached, plain, strict=True):
         for loss in ("mlm", "itm", "vla", "mfr"):
@@ -75,8 +75,8 @@ def test_the_visual_side_stays_as_it_was_and_has_no_optimiser_state(scratch):
 
 def test_an_interrupted_run_continues_with_the_same_tokens(scratch, monkeypatch):
     settings = pretrain_settings(steps=6, checkpoint_every=2, overrides=FEW)
-    whole = lines_of("whole", settings)
-    run, prepared = open_run("01_pretrain", settings, name="stopped"), prepare(settings)
+    whole = lines_of("frozen-whole", settings)
+    run, prepared = open_run("01_pretrain", settings, name="frozen-stopped"), prepare(settings)
 
     def stop(done: int) -> None:
         if done == 3:
@@ -87,7 +87,7 @@ def test_an_interrupted_run_continues_with_the_same_tokens(scratch, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pretrain(run, prepared, settings)
     assert len(list(run.folder.glob("images-*/images.npy"))) == 1
-    resumed = lines_of("stopped", settings)
+    resumed = lines_of("frozen-stopped", settings)
     for ours, theirs in zip(resumed, whole, strict=True):
         assert {**ours, "step_s": 0} == {**theirs, "step_s": 0}
 
