@@ -48,9 +48,7 @@ def run_notebook(
     again: bool = False,
     until: str = "",
 ) -> Path:
-    """Execute a notebook in its run folder: start it, resume it, or report that it is complete.
-
-    Returns the path of the executed notebook, in the run's folder.
+    """Execute a notebook in its run folder and return its path there: start, resume, or find it complete.
 
     Parameters
     ----------
