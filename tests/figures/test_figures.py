@@ -91,6 +91,7 @@ def every_figure():
         "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
         "run_curves": figures.run_curves({"a": metrics(3), "b": metrics(60)}, "itm"),
         "recall_bars": figures.recall_bars(recalls()),
+        "grouped_bars": figures.grouped_bars(recalls(), title="Shares", axis="share"),
         "task_scores": figures.task_scores({"ours": found(0), "chance": found(1)}, title="Held-out score"),
         "answers": figures.answers([figures.Reviewed("a", "b", "c", 0.0, (image(),), (looked,))]),
         "flow_curves": figures.flow_curves(samples(), samples(), null_from_input=samples()),
@@ -135,7 +136,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 19
+    assert set(made) == public and len(made) == 20
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]

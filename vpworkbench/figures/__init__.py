@@ -16,4 +16,12 @@ from vpworkbench.figures.probes import (
     score_against_flow,
 )
 from vpworkbench.figures.style import export
-from vpworkbench.figures.training import accuracy_bars, held_out, losses, recall_bars, run_curves, task_scores
+from vpworkbench.figures.training import (
+    accuracy_bars,
+    grouped_bars,
+    held_out,
+    losses,
+    recall_bars,
+    run_curves,
+    task_scores,
+)
