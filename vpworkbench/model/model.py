@@ -104,7 +104,8 @@ class VisualParsingModel(nn.Module):
 
     def encode(self, images: Tensor) -> VisualTokens:
         """Visual tokens of uint8 images (image, 3, height, width), of packed regions, or kept by `visual.pack`."""
-        return unpack(images, self.visual.width) if images.dtype == torch.float16 else self.visual(images)
+        is_packed = self.settings.visual.kind.pixels and images.dtype == torch.float16 and images.ndim == 3
+        return unpack(images, self.visual.width) if is_packed else self.visual(images)
 
     def freeze_visual(self, frozen: bool) -> None:
         """Take the visual side out of training, or back in; a saved model remembers it.

@@ -15,7 +15,7 @@ from vpworkbench.settings import VisualSettings
 
 
 class VisualTokens(NamedTuple):
-    """The output of every visual family; None stands for what a family does not have."""
+    """The output of every visual family; what a family does not have is None."""
 
     features: Tensor  # (image, vision, channel): V of paper Eq. 1; on a whole grid token i = row * grid + column
     parsing: Tensor | None = None  # (image, head, vision, vision): attention of the parser's last block, rows sum to 1

@@ -47,6 +47,9 @@ def token_inputs(
 
 
 def forget_tokens(run: Run) -> None:
-    """Delete the tokens of a run that is trained; other processes that still read them are not disturbed."""
+    """Delete the tokens of a run that is trained; its processes may all do so at once."""
     for path in run.folder.glob("images-*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
