@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 RESAMPLES = 2_000
 
@@ -95,7 +95,7 @@ def student_interval(values: ArrayLike) -> Interval:
     values = np.asarray(values, dtype=np.float64)
     mean, count, half = values.mean(), len(values), np.nan
     if count > 1:
-        half = student.ppf(0.975, count - 1) * values.std(ddof=1) / np.sqrt(count)
+        half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)
     return Interval(mean, mean - half, mean + half, np.array(count))
 
 
@@ -119,7 +119,7 @@ def seeds_and_samples_interval(seeds: np.ndarray, sample_variance: ArrayLike) ->
         with np.errstate(divide="ignore", invalid="ignore"):
             freedom = np.where(between > 0, (len(seeds) - 1) * (1 + variance / between) ** 2, np.inf)
         variance = variance + between
-    mean, half = seeds.mean(axis=0), student.ppf(0.975, freedom) * np.sqrt(variance)
+    mean, half = seeds.mean(axis=0), stdtrit(freedom, 0.975) * np.sqrt(variance)
     return Interval(mean, np.maximum(mean - half, 0), np.minimum(mean + half, 1), np.full(np.shape(mean), len(seeds)))
 
 

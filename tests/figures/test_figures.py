@@ -457,7 +457,7 @@ def test_without_kaleido_or_a_browser_only_the_page_is_saved(fault, monkeypatch,
         raise fault
 
     monkeypatch.setattr(pio, "write_images", fail)
-    figures.export(go.Figure(), tmp_path / "figure.html")
+    figures.export({tmp_path / "figure.html": go.Figure()})
     assert (tmp_path / "figure.html").exists()
     assert "pip install kaleido; apt install chromium" in caplog.text and "camera button" in caplog.text
 
@@ -470,7 +470,7 @@ def test_without_kaleido_or_a_browser_only_the_page_is_saved(fault, monkeypatch,
 def test_png_is_transparent_and_shows_the_picture(tmp_path):
     red = np.full((32, 32, 3), (200, 0, 0), dtype=np.uint8)
     figure = figures.tokens(red, 2)
-    figures.export(figure, tmp_path / "figure.html")
+    figures.export({tmp_path / "figure.html": figure})
     png = Image.open(tmp_path / "figure.png").convert("RGBA")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
     assert png.size == (2 * figure.layout.width, 2 * figure.layout.height)

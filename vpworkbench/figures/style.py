@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -52,17 +52,18 @@ TEMPLATE = go.layout.Template(
 )
 
 
-def export(figure: go.Figure, page: Path) -> go.Figure:
-    """Save a figure as a page, and as PNG and SVG beside it if kaleido finds a browser; else log what is missing."""
-    figure.write_html(page, include_plotlyjs="directory")
-    pictures = [page.with_suffix(".png"), page.with_suffix(".svg")]
-    size = {"width": figure.layout.width, "height": figure.layout.height}
+def export(figures: Mapping[Path, go.Figure]) -> None:
+    """Save figures as pages, and as PNG and SVG beside them if kaleido finds a browser; else log what is missing."""
+    for page, figure in figures.items():
+        figure.write_html(page, include_plotlyjs="directory")
+    pictures = [page.with_suffix(suffix) for page in figures for suffix in (".png", ".svg")]
+    drawn = [figure for figure in figures.values() for _ in (".png", ".svg")]
+    size = {side: [figure.layout[side] for figure in drawn] for side in ("width", "height")}
     try:
-        pio.write_images([figure] * 2, pictures, scale=2, **size)  # starts one browser for both
+        pio.write_images(drawn, pictures, scale=2, **size)  # starts one browser for all
     except (ValueError, RuntimeError):  # no kaleido; no browser
         remedy = "pip install kaleido; apt install chromium, or plotly_get_chrome"
-        log.warning("%s: PNG and SVG need kaleido and Chrome or Chromium (%s); or use its camera button", page, remedy)
-    return figure
+        log.warning("PNG and SVG need kaleido and Chrome or Chromium (%s); or use a figure's camera button", remedy)
 
 
 def finish(

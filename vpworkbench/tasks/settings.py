@@ -19,7 +19,7 @@ def finetune_settings(
     checkpoint: str = "",
     regions: str = "",
     pretrained: bool = True,
-    steps: int = 40,
+    steps: int = 20,
     epochs: float = 0,
     seed: int = 0,
     checkpoint_every: int = 0,
