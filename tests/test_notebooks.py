@@ -47,8 +47,17 @@ LEFT = {
     },
 }
 """What each notebook leaves in its run's folder."""
-FIGURES = {"00_tour": 8, "01_pretrain": 4, "02_probe": 5, "03_compare_models": 3, "04_finetune": 4, "05_explore_masks": 1,
-           "06_runs": 1, "08_families": 4, "09_visual_init": 2}  # fmt: skip
+FIGURES = {
+    "00_tour": 8,
+    "09_visual_init": 2,
+    "01_pretrain": 4,
+    "02_probe": 5,
+    "03_compare_models": 3,
+    "04_finetune": 4,
+    "05_explore_masks": 1,
+    "06_runs": 1,
+    "08_families": 4,
+}
 """How many each shows, at least."""
 FEW = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}
 
@@ -99,7 +108,14 @@ def figures_in(executed: Path) -> int:
     return sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+TWICE = "03_compare_models"  # with two models below
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem == TWICE else path for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_every_cell_runs_at_its_defaults(path, tmp_path, monkeypatch):
     """And the notebook asserts what it claims."""
     monkeypatch.setenv("VPW_RUNS", str(tmp_path))
@@ -110,11 +126,12 @@ def test_every_cell_runs_at_its_defaults(path, tmp_path, monkeypatch):
     assert figures_in(executed) >= FIGURES[path.stem] and executed.stat().st_size < 2e6
 
 
-def test_nbval_runs_a_notebook_too(tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_nbval_runs_it_too(path, tmp_path, monkeypatch):
     monkeypatch.setenv("VPW_RUNS", str(tmp_path))
-    done = nbval(find_notebook("06_runs"))
+    done = nbval(path)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert (next((tmp_path / "06_runs").iterdir()) / "runs.csv").exists()
 
 
 def test_nbval_notices_a_cell_that_fails(tmp_path):
@@ -129,6 +146,7 @@ def test_the_reference_is_reproduced():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_reference_notices_every_number_that_changes(tmp_path):
     """One digit of each stored output is changed: each of these cells fails, and no other."""
     notebook = nbformat.read(REFERENCE, as_version=4)
@@ -194,7 +212,7 @@ def test_runs_are_read_anew(pretrained):
     assert "../../01_pretrain/short/01_pretrain.ipynb" in executed.read_text()
 
 
-@pytest.mark.parametrize("task", ["nlvr2", "retrieval"])
+@pytest.mark.parametrize("task", ["retrieval", pytest.param("nlvr2", marks=pytest.mark.slow)])
 def test_finetuning(scratch, task):
     few = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "workers": 0, "answer_count": 2}
     executed = run_notebook(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +34,9 @@ def test_turns_go_both_ways_and_ratios_are_within_a_turn():
     assert ratio({"slow": [4.0, 30.0, 8.0], "fast": [2.0, 10.0, 1.0]}, "slow", "fast") == 3.0
 
 
-def _product(one: int, other: int) -> int:
-    return one * other
-
-
 def test_a_measurement_has_a_process_of_its_own():
-    assert in_own_process(_product, 6, 7) == 42
+    assert in_own_process(operator.mul, 6, 7) == 42
+    assert in_own_process(os.getpid) != os.getpid()
 
 
 @pytest.mark.slow

@@ -294,12 +294,12 @@ def test_out_of_memory_names_the_accumulation_that_fits(scenes_folder, tmp_path,
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     limited = {"memory_mib": 200, "context": multiprocessing.get_context("spawn")}
-    start(scenes_folder, tmp_path, settings(**{"train.images": 48}), **limited).join(120)
+    start(scenes_folder, tmp_path, settings(2, **{"train.images": 48}), **limited).join(120)
     end = (tmp_path / "01_pretrain" / "a" / "end.txt").read_text()
     assert end.startswith("TrainingError: out of memory with 48 images at once: train.accumulate "), end
     named = int(end.split("train.accumulate ")[1].split()[0])
     assert 48 % named == 0 and named < 48
-    finish(scenes_folder, tmp_path, settings(**{"train.images": 48, "train.accumulate": named}), name="b", **limited)
+    finish(scenes_folder, tmp_path, settings(2, **{"train.images": 48, "train.accumulate": named}), name="b", **limited)
 
 
 class Dying(GroupBatches):

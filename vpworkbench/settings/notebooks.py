@@ -148,7 +148,7 @@ def visual_init_settings(
     visual: str = "swin",
     visual_tokens: int = 0,
     images: int = 320,
-    epochs: float = 4,
+    epochs: float = 2,
     seed: int = 0,
     checkpoint_every: int = 0,
     overrides: dict[str, Any] | None = None,
