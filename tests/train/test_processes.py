@@ -18,6 +18,7 @@ from vpworkbench.runs import Run, open_run
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients, fit
 from vpworkbench.train.objective import Pretraining, group_batches
+from vpworkbench.train.pretrain import prepare, pretrain
 from vpworkbench.train.processes import join
 
 REPOSITORY = Path(__file__).parents[2]
@@ -176,3 +177,22 @@ def test_vpw_train_in_two_processes_by_every_launcher(scenes_folder, tmp_path, l
     assert json.loads((tmp_path / "01_pretrain/a/checkpoint/progress.json").read_text()) == {"step": 2}
     named = 3 if launcher == "train.processes" else 2  # each process names the folder, and the one that started them
     assert done.stdout.count(str(tmp_path / "01_pretrain" / "a")) == named
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_tokens_of_a_frozen_visual_side(scratch, tmp_path, monkeypatch):
+    few = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0}
+    few |= {"train.images": 4, "train.log_every": 1, "train.device": "cpu", "visual.frozen": True}
+    chosen = pretrain_settings(steps=3, overrides=few)
+    alone = open_run("01_pretrain", chosen, name="frozen-alone")
+    pretrain(alone, prepare(chosen), chosen)
+    train_run = "-m vpworkbench.cli train 01_pretrain --name a -p steps=3 -p".split()
+    command = [sys.executable, *LAUNCHERS["torchrun"], *train_run, f"overrides={json.dumps(few)}"]
+    environment = os.environ | {"VPW_RUNS": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[:6000]
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path))
+    together = open_run("01_pretrain", chosen, name="a")
+    for name in ("mlm", "itm", "vla", "mfr"):
+        assert together.metrics()[name].to_numpy() == pytest.approx(alone.metrics()[name].to_numpy(), rel=1e-3), name
+    assert list(together.folder.glob("images-*")) == []
