@@ -57,7 +57,13 @@ Write `folder.name` where several modules of a tree define the name.
 RENAMED_SETTINGS: dict[str, str] = {}
 """Old key -> new key of a setting, both dotted, such as `data.workers`."""
 ON_OBJECT = "a token is on an object that covers a fifth of its pixels"
+SHORTER = "a demonstration takes fewer steps, and is measured on 100 held-out scenes"
 INTENDED: dict[str, str] = {
+    "settings/*settings*/*scenes.val": SHORTER,
+    "settings/*settings*/*scenes.test": SHORTER,
+    "settings/*settings*/*scenes.images": SHORTER,
+    "settings/finetune_settings*/train.steps": SHORTER,
+    "settings/visual_init_settings*/train.epochs": SHORTER,
     "settings/FamilyRunsSettings*/steps": "without runs, 08_families shows the committed ones and trains nothing",
     "settings/FamilyRunsSettings*/images": "without runs, 08_families shows the committed ones and probes nothing",
     "figures/*/words": "titles, axis labels and descriptions of figures are in plain English",

@@ -83,7 +83,8 @@ class Retrieval(Task):
         progress: Progress | None = None,
     ) -> RetrievalResult:
         """Score all pairs of the pictures and all their captions; `file` keeps the matrix."""
-        options = {"pairs": settings.retrieval.pairs, "bf16": settings.train.bf16}
+        bf16 = settings.train.bf16 and model.base.device.type == "cuda"
+        options = {"pairs": settings.retrieval.pairs, "bf16": bf16}
         scores = score_matrix(model, examples, texts_of(examples), **options, file=file, progress=progress)
         return retrieval_result(scores, examples)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -97,8 +98,8 @@ class _Training:
         self.total = self.train.steps or max(1, round(self.train.epochs * self.batches.sampler.steps_per_epoch))
         self.optimiser = build_optimiser(self.model, self.optim)
         self.checkpoints = Checkpoints(self.run.folder / "checkpoint", self.train.keep_last)
-        bfloat16 = partial(torch.autocast, self.processes.device.type, dtype=torch.bfloat16)
-        self.autocast: Callable[[], Any] = bfloat16 if self.train.bf16 else contextlib.nullcontext
+        precision = partial(bfloat16, self.processes.device.type) if self.train.bf16 else contextlib.nullcontext
+        self.autocast: Callable[[], Any] = precision
 
     def resume(self) -> None:
         """Load the last checkpoint, and drop the lines of metrics that come after it."""
@@ -315,6 +316,18 @@ def _deterministic(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@contextlib.contextmanager
+def bfloat16(device: str) -> Iterator[None]:
+    """Autocast of a forward pass. On a CPU attention is computed by plain products there.
+
+    The backward pass of the fused kernel is slow in bfloat16: it made a step of `tiny` slower than in float32.
+    """
+    with torch.autocast(device, dtype=torch.bfloat16), contextlib.ExitStack() as attention:
+        if device == "cpu":
+            attention.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 @contextlib.contextmanager
