@@ -256,6 +256,15 @@ def test_the_first_example_of_the_readme_runs(capsys):
     assert all(float(one) > float(other) > 0 for one, other in zip(flow.split(), null.split(), strict=True))
 
 
+def test_the_example_of_knock_out_runs(capsys):
+    """The first layer of the shipped model reads the image for ITM; the last one hardly does."""
+    (example,) = (block for block in blocks(REPOSITORY / "docs" / "probes.md", "python") if "knock_out" in block)
+    assert len(example.splitlines()) <= 8
+    effect, beyond_random = re.findall(r"\[([-\d. ]+)\]", run_example(example, capsys))
+    first, _, last = map(float, effect.split())
+    assert first > 3 > last and float(beyond_random.split()[0]) > 3
+
+
 def test_masks_on_objects_are_measured_as_the_results_say(capsys):
     """Fewer scenes than there; the shares of their three visual sides are printed in the order of the table."""
     (example,) = (block for block in blocks(REPOSITORY / "docs" / "results.md", "python") if "mask_shares" in block)

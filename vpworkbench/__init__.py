@@ -20,6 +20,8 @@ PLACES = {
     "modality_masks": "probes:modality_masks",
     "modality_nmi": "probes:modality_nmi",
     "check": "probes:check",
+    "knock_out": "probes:knock_out",
+    "readouts": "probes.readouts",
     # data and figures
     "held_out": "data.splits:load_held_out",
     "figures": "figures",

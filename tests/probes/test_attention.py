@@ -55,6 +55,32 @@ def test_a_handler_that_changes_the_mask_changes_the_model():
     torch.testing.assert_close(blocked, expected)
 
 
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "bool of each head", "bias of each head"])
+def test_blocked_pairs_have_no_weight(kind):
+    """Also where a layer adds a bias, or allows each head other keys; a query that loses all its keys reads nothing."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = torch.randn(3, 2, 4, 9, 8, generator=generator, dtype=torch.float64)
+    open_pairs = torch.rand(2, 4 if "head" in kind else 1, 9, 9, generator=generator) < 0.7
+    open_pairs |= torch.eye(9, dtype=torch.bool)
+    bias = torch.randn(2, 4, 9, 9, generator=generator, dtype=torch.float64)
+    mask, scores = None, query @ key.transpose(2, 3) / 8**0.5
+    if kind == "causal":
+        scores = scores.masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
+    elif kind != "none":
+        mask = open_pairs
+        if "bias" in kind:
+            mask, scores = bias.masked_fill(~open_pairs, torch.finfo(torch.float64).min), scores + bias
+        scores = scores.masked_fill(~open_pairs, -torch.inf)
+    call = AttentionCall(torch.nn.Identity(), "layer", query, key, value, mask, 8**-0.5, kind == "causal")
+    assert call.allowed().expand(2, 4, -1, -1).equal(scores > -torch.inf)
+    blocked = torch.rand(2, 9, 9, generator=generator) < 0.5
+    blocked[0, 4] = True
+    weights = scores.masked_fill(blocked[:, None], -torch.inf).softmax(dim=-1).nan_to_num()
+    expected = (weights @ value).transpose(1, 2)
+    assert (expected[0, 4] == 0).all() and (call.output_without(blocked)[0, 4] == 0).all()
+    torch.testing.assert_close(call.output_without(blocked), expected)
+
+
 def test_output_and_columns_are_products_with_the_weights(model):
     columns = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(2))
     for call in calls_of(model):

@@ -3,6 +3,7 @@
 from vpworkbench.probes.exactness import Check, check
 from vpworkbench.probes.flow import InterModalityFlow, inter_modality_flow
 from vpworkbench.probes.formula import crossing_share, flow_from_attention
+from vpworkbench.probes.knock_out import KnockOut, knock_out
 from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.layouts import ModalityMasks, modality_masks
 from vpworkbench.probes.masks import mask_on_object, objects_of_boxes, objects_of_tokens, shares_on_objects

@@ -62,6 +62,22 @@ class AttentionCall:
         tensors = self.query, self.key, self.value, self.mask
         return sdpa_attention_forward(self.module, *tensors, scaling=self.scaling, is_causal=self.causal)[0]
 
+    def output_without(self, blocked: Tensor) -> Tensor:
+        """The layer's output without some pairs, bool (example, query, key), on the fused kernel.
+
+        Blocked keys get no weight, and the other weights of the query sum to 1. A query that loses all its keys reads
+        nothing: its output is zero.
+        """
+        blocked, allowed = blocked[:, None], self.allowed()
+        left = allowed & ~blocked
+        mask = left
+        if self.mask is not None and self.mask.dtype != torch.bool:  # it may hold a bias besides
+            # not -inf: a row of it alone would be nan
+            mask = self.mask.masked_fill(blocked, torch.finfo(self.mask.dtype).min)
+        output = replace(self, mask=mask, causal=False).output()
+        emptied = allowed.any(dim=-1) & ~left.any(dim=-1)  # example head query
+        return output.masked_fill(emptied.transpose(1, 2)[..., None], 0.0)
+
     def output_and_columns(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output, and `softmax(Q K^T) columns` for every head, on the fused kernel.
 
@@ -132,6 +148,14 @@ class AttentionCall:
         zeros = values.new_zeros(*values.shape[:2], queries, values.shape[3])
         spread = F.scaled_dot_product_attention(zeros, torch.zeros_like(values), values, attn_mask=allowed)
         return spread.mean(dim=1)[..., :count]
+
+    def allowed(self) -> Tensor:
+        """The pairs that the mask allows, bool (example, head or 1, query, key)."""
+        examples, queries, keys = self.lengths
+        if self.mask is not None:
+            return _allowed(self.mask).expand(examples, -1, queries, -1)
+        pairs = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device)
+        return (pairs.tril() if self.causal else pairs).expand(examples, 1, -1, -1)
 
     def can_attend(self, queries: Tensor, keys: Tensor) -> bool:
         """Whether any of `queries` may attend to any of `keys`; both bool (example, token)."""
