@@ -24,6 +24,7 @@ PLACES = {
     "readouts": "probes.readouts",
     # data and figures
     "held_out": "data.splits:load_held_out",
+    "minimal_pairs": "data.minimal_pairs:load_pairs",
     "figures": "figures",
     # runs
     "open_run": "runs:open_run",
@@ -40,6 +41,7 @@ PLACES = {
     "VisualInitSettings": "settings:VisualInitSettings",
     "DataSettings": "settings:DataSettings",
     "SceneSettings": "settings:SceneSettings",
+    "PairSettings": "settings:PairSettings",
     "ProbeSettings": "settings:ProbeSettings",
     "CompareSettings": "settings:CompareSettings",
     "ExploreSettings": "settings:ExploreSettings",

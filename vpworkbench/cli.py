@@ -110,7 +110,8 @@ def list_runs(
 @app.command()
 def scenes(
     folder: Annotated[Path, typer.Argument(help="a new folder; one with exactly these scenes is left as it is")],
-    images: Annotated[int | None, typer.Option(help="training images")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="minimal pairs instead: see docs/formats.md")] = False,
+    images: Annotated[int | None, typer.Option(help="training images; with --pairs, pairs")] = None,
     val: Annotated[int | None, typer.Option(help="validation images")] = None,
     test: Annotated[int | None, typer.Option(help="test images")] = None,
     image_px: Annotated[int | None, typer.Option(help="side of the square images")] = None,
@@ -118,12 +119,15 @@ def scenes(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Generate scenes with exact ground truth, in the published formats."""
+    from vpworkbench.scenes.pairs import write_pairs
     from vpworkbench.scenes.write import write_scenes
-    from vpworkbench.settings import SceneSettings, checked
+    from vpworkbench.settings import PairSettings, SceneSettings, checked
 
-    given = {"images": images, "val": val, "test": test, "image_px": image_px, "difficulty": difficulty, "seed": seed}
-    settings = checked(SceneSettings, {key: value for key, value in given.items() if value is not None})
-    print(write_scenes(folder, settings))
+    given = {"pairs" if pairs else "images": images, "val": val, "test": test}
+    given |= {"image_px": image_px, "difficulty": difficulty, "seed": seed}
+    kind, write = (PairSettings, write_pairs) if pairs else (SceneSettings, write_scenes)
+    settings = checked(kind, {key: value for key, value in given.items() if value is not None})
+    print(write(folder, settings))
 
 
 @app.command()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from vpworkbench.scenes.write import write_scenes
-from vpworkbench.settings.scenes import SceneSettings
+from vpworkbench.settings.scenes import PairSettings, SceneSettings
 
 
 def cache_root() -> Path:
@@ -15,10 +15,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("VPW_CACHE") or Path.home() / ".cache" / "vpworkbench")
 
 
-def scenes_folder(settings: SceneSettings) -> Path:
-    """The folder of generated scenes, named by a hash of their settings."""
+def scenes_folder(settings: SceneSettings | PairSettings) -> Path:
+    """The folder of generated scenes, or of minimal pairs, named by a hash of their settings."""
+    kind = "minimal-pairs" if isinstance(settings, PairSettings) else "scenes"
     digest = hashlib.sha256(settings.model_dump_json().encode()).hexdigest()[:10]
-    return cache_root() / f"scenes-{settings.image_px}px-{settings.difficulty}-{digest}"
+    return cache_root() / f"{kind}-{settings.image_px}px-{settings.difficulty}-{digest}"
 
 
 def cached_scenes(settings: SceneSettings) -> Path:

@@ -40,14 +40,17 @@ LAYOUTS = 30  # tried for the same things, so that large things stay as frequent
 
 
 def scene_of(settings: SceneSettings, split: str, index: int) -> Scene:
-    """Scene `index` of a split, with at least two uncovered things of different colour or shape; writes no file."""
-    rng = scene_rng(settings, split, index, stream=0)
-    level, image_px = LEVELS[settings.difficulty], settings.image_px
+    """Scene `index` of a split; writes no file."""
+    return sample_scene(scene_rng(settings, split, index, stream=0), LEVELS[settings.difficulty], settings.image_px)
+
+
+def sample_scene(rng: np.random.Generator, level: Level, image_px: int) -> Scene:
+    """A scene with at least two uncovered things of different colour or shape."""
     while True:
         kinds = _sample_kinds(rng, level)
         for _ in range(LAYOUTS):
             things = _lay_out(rng, kinds, level, image_px)
-            things = things and _with_boxes(things, image_px, level.visible)
+            things = things and with_boxes(things, image_px, level.visible)
             if things:
                 return Scene(tuple(things), image_px)
 
@@ -129,12 +132,13 @@ def _find_place(
     if others and chance < level.overlapping:
         return _find_contact(rng, thing, others, image_px, touching=chance < 0)
     for x, y in rng.uniform(thing.radius + 1, image_px - thing.radius - 1, size=(40, 2)):
-        if _is_free(x, y, thing.radius, others, image_px):
+        if is_free(x, y, thing.radius, others, image_px):
             return float(x), float(y)
     return None
 
 
-def _is_free(x: float, y: float, radius: float, others: Sequence[Thing], image_px: int) -> bool:
+def is_free(x: float, y: float, radius: float, others: Sequence[Thing], image_px: int) -> bool:
+    """Whether a circle of this centre and radius is in the image and clear of all other things."""
     low, high = radius + 1, image_px - radius - 1
     if not (low <= x <= high and low <= y <= high):
         return False
@@ -155,9 +159,9 @@ def _find_contact(
         step = (math.cos(direction), math.sin(direction))
         distance = (thing.radius + partner.radius) * float(rng.uniform(0.72, 0.9))
         place = (partner.x + step[0] * distance, partner.y + step[1] * distance)
-        if touching and _is_free(*place, thing.radius, others, image_px):
+        if touching and is_free(*place, thing.radius, others, image_px):
             place = _contact(thing, partner, step)
-        if _is_free(*place, thing.radius, others, image_px):
+        if is_free(*place, thing.radius, others, image_px):
             return place
     return None
 
@@ -171,7 +175,7 @@ def _contact(thing: Thing, partner: Thing, step: tuple[float, float]) -> tuple[f
     return partner.x + step[0] * distance, partner.y + step[1] * distance
 
 
-def _with_boxes(things: Sequence[Thing], image_px: int, visible: float) -> list[Thing] | None:
+def with_boxes(things: Sequence[Thing], image_px: int, visible: float) -> list[Thing] | None:
     """The things with the boxes of their visible pixels; None if too much of one is hidden."""
     pixels = []
     owner = np.zeros((image_px, image_px), dtype=np.uint8)

@@ -73,14 +73,19 @@ def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     """
     texts: list[str] = []
     for attempt in range(60 * PER_IMAGE):
-        detail = min(1.0, 0.2 + 0.01 * attempt)  # few things: more words make more sentences
-        written = (write(scene, rng, detail) for write in weighted(rng, _CAPTIONS))
-        text = next(text for text in written if text is not None)
-        if text not in texts and len(text.split()) <= LONGEST and decide(text, scene):
+        text = caption(scene, rng, detail=min(1.0, 0.2 + 0.01 * attempt))  # few things: more words, more sentences
+        if text and text not in texts:
             texts.append(text)
         if len(texts) == PER_IMAGE:
             return texts
     raise ValueError(f"found only {len(texts)} of {PER_IMAGE} captions: the scene has too few different things")
+
+
+def caption(scene: Scene, rng: np.random.Generator, detail: float) -> str | None:
+    """One caption; None if the sentence drawn is too long, or not clearly true. `detail` as in `_noun`."""
+    written = (write(scene, rng, detail) for write in weighted(rng, _CAPTIONS))
+    text = next(text for text in written if text is not None)
+    return text if len(text.split()) <= LONGEST and decide(text, scene) else None
 
 
 def _noun(rng: np.random.Generator, thing: Thing, detail: float) -> str:

@@ -14,15 +14,17 @@ import signal
 import threading
 import zipfile
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel
 from tqdm.auto import tqdm
 
 from vpworkbench.scenes.drawing import render
@@ -61,13 +63,44 @@ def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None
     OSError
         If the files cannot be written, for example on a full disk; nothing is left behind.
     """
+    counts = {"train": settings.images, "val": settings.val, "test": settings.test}
+    written = [split for split in counts if counts[split]]
+    kind = SetKind(_make_part, (IMAGES, OBJECT_MAPS, PAIR_IMAGES), partial(_write_texts, written))
+    tasks = [(settings, split, *span) for split in written for span in spans(counts[split])]
+    return write_set(folder, settings, kind, tasks, processes)
+
+
+class Part(NamedTuple):
+    """Some neighbouring images of a set and their texts, by the file that they go to."""
+
+    images: dict[str, list[tuple[str, bytes]]]  # zip -> names and PNGs
+    texts: dict[str, list[str]]  # file -> records as JSON
+
+
+class SetKind(NamedTuple):
+    """How a kind of data set is made and written."""
+
+    make_part: Callable[..., Part]  # from one task; its last two items are the first image, and the one after the last
+    zips: tuple[str, ...]
+    write_texts: Callable[[Path, dict[str, list[str]]], None]  # from the folder and `Part.texts` of all parts
+
+
+def spans(images: int) -> list[tuple[int, int]]:
+    """First image, and the one after the last, of each part of a set."""
+    return [(start, min(start + PART, images)) for start in range(0, images, PART)]
+
+
+def write_set(
+    folder: Path, settings: BaseModel, kind: SetKind, tasks: Sequence[tuple], processes: int | None = None
+) -> Path:
+    """Write a data set part by part; see `write_scenes`."""
     if _is_written(folder, settings):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with draft(folder) as unfinished:
             unfinished.mkdir()
-            _write_all(unfinished, settings, processes)
+            _write_all(unfinished, settings, kind, tasks, processes)
     except OSError as error:
         if not _is_written(folder, settings):  # else another process was faster, with the same files
             raise OSError(
@@ -89,7 +122,7 @@ def pair_sources(folder: Path) -> dict[str, str]:
     return found
 
 
-def _is_written(folder: Path, settings: SceneSettings) -> bool:
+def _is_written(folder: Path, settings: BaseModel) -> bool:
     if not folder.exists():
         return False
     try:
@@ -119,21 +152,11 @@ def _text_files(split: str) -> dict[str, str]:
     }
 
 
-class _Part(NamedTuple):
-    """Some neighbouring images of a split and their texts, by the file that they go to."""
-
-    images: dict[str, list[tuple[str, bytes]]]  # zip -> names and PNGs
-    texts: dict[str, list[str]]  # file -> records as JSON
-
-
-def _make_part(settings: SceneSettings, split: str, start: int, stop: int) -> _Part:
-    part = _Part(defaultdict(list), defaultdict(list))
+def _make_part(settings: SceneSettings, split: str, start: int, stop: int) -> Part:
+    part = Part(defaultdict(list), defaultdict(list))
     scenes = [scene_of(settings, split, index) for index in range(start, stop)]
     for index, scene in enumerate(scenes, start):
-        image, object_map = render(scene, scene_rng(settings, split, index, stream=1))
-        name = f"{split}-{index:06d}.png"
-        part.images[IMAGES].append((f"images/{name}", _png(image)))
-        part.images[OBJECT_MAPS].append((f"object_maps/{name}", _png(object_map)))
+        add_image(part, f"{split}-{index:06d}.png", scene, scene_rng(settings, split, index, stream=1))
         _add_texts(part, scene, split, index, scene_rng(settings, split, index, stream=2))
     for first in range(0, len(scenes) - GROUP + 1, GROUP):
         statements = pair_statements(
@@ -146,13 +169,20 @@ def _make_part(settings: SceneSettings, split: str, start: int, stop: int) -> _P
     return part
 
 
+def add_image(part: Part, name: str, scene: Scene, rng: np.random.Generator) -> None:
+    """Draw a scene; add its picture and its object map."""
+    image, object_map = render(scene, rng)
+    part.images[IMAGES].append((f"images/{name}", _png(image)))
+    part.images[OBJECT_MAPS].append((f"object_maps/{name}", _png(object_map)))
+
+
 def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _add_texts(part: _Part, scene: Scene, split: str, index: int, rng: np.random.Generator) -> None:
+def _add_texts(part: Part, scene: Scene, split: str, index: int, rng: np.random.Generator) -> None:
     """Captions, questions and hypotheses of one image."""
     files = _text_files(split)
     name, number = f"{split}-{index:06d}", SPLITS.index(split) * 10_000_000 + index
@@ -178,7 +208,7 @@ def _add_texts(part: _Part, scene: Scene, split: str, index: int, rng: np.random
 
 
 def _add_statements(
-    part: _Part, statements: Sequence[str], split: str, index: int, images: Sequence[tuple[str, bytes]]
+    part: Part, statements: Sequence[str], split: str, index: int, images: Sequence[tuple[str, bytes]]
 ) -> None:
     """Two statements on the two pairs of four images, the first of which has this index.
 
@@ -195,17 +225,17 @@ def _add_statements(
             part.texts[_text_files(split)["statements"]].append(json.dumps(line))
 
 
-def _parts(tasks: Sequence[tuple[SceneSettings, str, int, int]], processes: int) -> Iterator[_Part]:
+def _parts(make: Callable[..., Part], tasks: Sequence[tuple], processes: int) -> Iterator[Part]:
     """Parts in order; a few are made ahead, never all, so that memory stays small."""
     if processes == 1:
-        yield from (_make_part(*task) for task in tasks)
+        yield from (make(*task) for task in tasks)
         return
     with ProcessPoolExecutor(processes, initializer=_end_with_parent) as pool:
         waiting = iter(tasks)
-        ahead = deque(pool.submit(_make_part, *task) for task in islice(waiting, 3 * processes))
+        ahead = deque(pool.submit(make, *task) for task in islice(waiting, 3 * processes))
         while ahead:
             yield ahead.popleft().result()
-            ahead.extend(pool.submit(_make_part, *task) for task in islice(waiting, 1))
+            ahead.extend(pool.submit(make, *task) for task in islice(waiting, 1))
 
 
 def _end_with_parent() -> None:
@@ -222,36 +252,31 @@ def _end_with_parent() -> None:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _write_all(folder: Path, settings: SceneSettings, processes: int | None) -> None:
+def _write_all(folder: Path, settings: BaseModel, kind: SetKind, tasks: Sequence[tuple], processes: int | None) -> None:
     """Images as they are made; the texts, which are small, at the end."""
-    counts = {"train": settings.images, "val": settings.val, "test": settings.test}
-    tasks = [
-        (settings, split, start, min(start + PART, count))
-        for split, count in counts.items()
-        for start in range(0, count, PART)
-    ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     texts: dict[str, list[str]] = defaultdict(list)
-    (folder / "nlvr2").mkdir()
     with ExitStack() as stack:
-        archives = {
-            name: stack.enter_context(zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED))
-            for name in (IMAGES, OBJECT_MAPS, PAIR_IMAGES)
-        }
-        bar = stack.enter_context(tqdm(total=sum(counts.values()), unit=" images", delay=2))
-        for part in stack.enter_context(closing(_parts(tasks, min(processes or cores, len(tasks))))):
+        archives = {}
+        for name in kind.zips:
+            (folder / name).parent.mkdir(exist_ok=True)
+            archives[name] = stack.enter_context(zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED))
+        images = sum(stop - start for *_, start, stop in tasks)
+        bar = stack.enter_context(tqdm(total=images, unit=" images", delay=2))
+        parts = _parts(kind.make_part, tasks, min(processes or cores, len(tasks)))
+        for part in stack.enter_context(closing(parts)):
             for name, images in part.images.items():
                 for image, png in images:
                     archives[name].writestr(zipfile.ZipInfo(image), png)  # ZipInfo's date is fixed: equal files
             for name, records in part.texts.items():
                 texts[name] += records
             bar.update(len(part.images[IMAGES]))
-    _write_texts(folder, [split for split in counts if counts[split]], texts)
+    kind.write_texts(folder, texts)
     (folder / "settings.json").write_text(settings.model_dump_json(indent=2) + "\n")
 
 
-def _write_texts(folder: Path, splits: Sequence[str], texts: dict[str, list[str]]) -> None:
-    _write_list(folder / ENTRIES, "images", {"dataset": "scenes"}, texts[ENTRIES])
+def _write_texts(splits: Sequence[str], folder: Path, texts: dict[str, list[str]]) -> None:
+    write_list(folder / ENTRIES, "images", {"dataset": "scenes"}, texts[ENTRIES])
     for split in splits:
         header = {
             "info": {"description": "Generated scenes in the format of VQA v2", "version": "2.0"},
@@ -262,12 +287,12 @@ def _write_texts(folder: Path, splits: Sequence[str], texts: dict[str, list[str]
         }
         for key, name in _text_files(split).items():
             if key in ("questions", "annotations"):
-                _write_list(folder / name, key, header, texts[name])
+                write_list(folder / name, key, header, texts[name])
             else:
                 (folder / name).write_text("".join(f"{record}\n" for record in texts[name]), encoding="utf-8")
 
 
-def _write_list(path: Path, key: str, header: dict[str, Any], records: Sequence[str]) -> None:
+def write_list(path: Path, key: str, header: dict[str, Any], records: Sequence[str]) -> None:
     """One JSON object whose last value is a list of records, which are JSON already."""
     text = ",\n".join(records)
     path.write_text(f'{json.dumps(header)[:-1]}, "{key}": [\n{text}\n]}}\n', encoding="utf-8")

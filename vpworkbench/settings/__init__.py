@@ -16,7 +16,7 @@ from vpworkbench.settings.notebooks import (
     visual_init_settings,
 )
 from vpworkbench.settings.presets import PRESETS, preset
-from vpworkbench.settings.scenes import SceneSettings
+from vpworkbench.settings.scenes import PairSettings, SceneSettings
 from vpworkbench.settings.training import (
     DataSettings,
     FinetuneSettings,

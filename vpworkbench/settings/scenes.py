@@ -21,3 +21,15 @@ class SceneSettings(BaseModel):
     difficulty: Difficulty = Field("easy", description="2-4, 3-6 or 4-8 things per image")
     seed: int = Field(0, ge=0)
     generator: Literal[1] = Field(1, description="version of the generator")
+
+
+class PairSettings(BaseModel):
+    """How many minimal pairs of scenes, and of which kind; equal settings give equal files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pairs: int = Field(240, ge=1, description="pairs; each property is as frequent as the others")
+    image_px: int = Field(96, ge=32, le=1024, description="side of the square images")
+    difficulty: Difficulty = Field("easy", description="2-4, 3-6 or 4-8 things per image")
+    seed: int = Field(0, ge=0)
+    generator: Literal[1] = Field(1, description="version of the generator")
