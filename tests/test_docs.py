@@ -265,6 +265,17 @@ def test_the_example_of_knock_out_runs(capsys):
     assert first > 3 > last and float(beyond_random.split()[0]) > 3
 
 
+def test_the_example_of_patching_runs(capsys):
+    """The difference is in the image tokens at first, and in the word at last."""
+    (example,) = (block for block in blocks(REPOSITORY / "docs" / "probes.md", "python") if "patch_inputs" in block)
+    assert len(example.splitlines()) <= 8
+    first, *_, last = re.findall(r"\[([-\d. ]+)\]", run_example(example, capsys))
+    thing, others, word, *rest = map(float, first.split())
+    assert thing > 0.5 and others > 0.5 and word == 0 and rest == [0, 0]
+    thing, others, word, *_ = map(float, last.split())
+    assert word > 0.4 > thing
+
+
 def test_masks_on_objects_are_measured_as_the_results_say(capsys):
     """Fewer scenes than there; the shares of their three visual sides are printed in the order of the table."""
     (example,) = (block for block in blocks(REPOSITORY / "docs" / "results.md", "python") if "mask_shares" in block)

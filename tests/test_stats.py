@@ -31,8 +31,23 @@ def test_intervals_cover_the_mean_and_repeat():
     assert interval.count.tolist() == [[0, 30, 30], [30, 29, 30]]
     np.testing.assert_allclose(interval.mean[1, 1], np.nanmean(values[:, 1, 1]))
     np.testing.assert_array_equal(interval.low, bootstrap_interval(values, seed=5).low)
+    assert np.isnan(bootstrap_interval([np.nan, np.nan])[:3]).all()
     with pytest.raises(ValueError, match="at least one sample"):
         bootstrap_interval([])
+
+
+def test_samples_can_have_weights():
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(1, 2, size=400), rng.uniform(0, 3, size=400)
+    values[:3] = np.nan
+    found = bootstrap_interval(values, weights=weights)
+    kept = slice(3, None)
+    mean = (values[kept] * weights[kept]).sum() / weights[kept].sum()
+    half = 1.96 * (weights * (values - mean))[kept].std(ddof=1) / weights[kept].mean() / np.sqrt(397)
+    assert found.mean == pytest.approx(mean) and found.count == 397
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.1)
+    alike = bootstrap_interval(values, weights=np.full(400, 2.0))
+    np.testing.assert_allclose(alike[:3], bootstrap_interval(values)[:3])
 
 
 def test_the_interval_of_a_paired_difference_has_the_width_of_the_differences():

@@ -21,6 +21,8 @@ PLACES = {
     "modality_nmi": "probes:modality_nmi",
     "check": "probes:check",
     "knock_out": "probes:knock_out",
+    "patch": "probes:patch",
+    "patch_inputs": "studies.patching:patch_inputs",
     "readouts": "probes.readouts",
     # data and figures
     "held_out": "data.splits:load_held_out",

@@ -33,7 +33,9 @@ def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- bootstrap over samples
 
 
-def bootstrap_interval(values: ArrayLike, seed: int = 0, *, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_interval(
+    values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None, resamples: int = RESAMPLES
+) -> Interval:
     """Percentile bootstrap of the mean over samples.
 
     Parameters
@@ -42,22 +44,26 @@ def bootstrap_interval(values: ArrayLike, seed: int = 0, *, resamples: int = RES
         nan entries are left out, at each position separately. All positions share the same resamples.
     seed : int
         Seed of the resampling.
+    weights : array, shape (sample,), optional
+        How much each sample counts in the mean; default: all alike.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0 or len(values) == 0:
         raise ValueError("bootstrap_interval needs at least one sample along the first axis")
     flat = values.reshape(len(values), -1)
     present = ~np.isnan(flat)
-    filled = np.where(present, flat, 0.0)
+    weighed = present * (1.0 if weights is None else np.asarray(weights, dtype=np.float64)[:, None])
+    filled = np.where(present, flat, 0.0) * weighed
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=resamples)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = (counts @ filled) / (counts @ present)  # resample position
-        mean = filled.sum(axis=0) / present.sum(axis=0)
+        means = (counts @ filled) / (counts @ weighed)  # resample position
+        mean = filled.sum(axis=0) / weighed.sum(axis=0)
     tail = (1 - 0.95) / 2
     low, high = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     known = present.any(axis=0)
-    low[known], high[known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
+    if known.any():
+        low[known], high[known] = np.nanquantile(means[:, known], [tail, 1 - tail], axis=0)
     shape = values.shape[1:]
     return Interval(*(part.reshape(shape) for part in (mean, low, high, present.sum(axis=0))))
 

@@ -8,3 +8,4 @@ from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.layouts import ModalityMasks, modality_masks
 from vpworkbench.probes.masks import mask_on_object, objects_of_boxes, objects_of_tokens, shares_on_objects
 from vpworkbench.probes.nmi import cluster_tokens, modality_nmi, modality_pca
+from vpworkbench.probes.patching import Patched, each_token, patch

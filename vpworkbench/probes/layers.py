@@ -223,7 +223,8 @@ def hidden_states(
             return _joined_streams(model, outputs)
         if outputs.get("hidden_states"):
             return tuple(outputs["hidden_states"])
-    return _hidden_states_of_blocks(model, inputs, tokens, layers)
+    stack = run_stack(model, inputs, tokens, layers)
+    return (stack.inputs[0], *map(state_of, stack.outputs))
 
 
 def _joined_streams(model: nn.Module, outputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -237,11 +238,20 @@ def _joined_streams(model: nn.Module, outputs: Mapping[str, Any]) -> tuple[Tenso
     return tuple(torch.cat(pair, dim=1) for pair in pairs)
 
 
-def _hidden_states_of_blocks(
-    model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None, layers: LayerNames | None
-) -> tuple[Tensor, ...]:
+class Stack(NamedTuple):
+    """A stack of layers of a model, and what passed through it in one forward; both lists by layer."""
+
+    blocks: nn.ModuleList
+    inputs: list[Tensor]  # (example, token, channel)
+    outputs: list[Any]  # a state like the input, or a tuple that starts with it
+
+
+def run_stack(
+    model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None = None, layers: LayerNames | None = None
+) -> Stack:
+    """Run `model` and find the one stack of layers that `tokens` or `layers` choose, as in `hidden_states`."""
     attended: list[str] = []
-    states: defaultdict[str, list[Tensor]] = defaultdict(list)  # name of a list of blocks -> input, outputs
+    seen: defaultdict[str, list[tuple[Tensor, Any]]] = defaultdict(list)  # by name of a list of blocks
 
     def handler(call: AttentionCall) -> Tensor:
         fits = tokens is None or call.lengths[:2] == tuple(tokens.shape)
@@ -250,9 +260,7 @@ def _hidden_states_of_blocks(
         return call.output()
 
     def remember(name: str, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not states[name]:
-            states[name].append(args[0] if args else kwargs["hidden_states"])
-        states[name].append(output if torch.is_tensor(output) else output[0])
+        seen[name].append((args[0] if args else kwargs["hidden_states"], output))
 
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     with intercept_attention(model, handler):
@@ -260,10 +268,16 @@ def _hidden_states_of_blocks(
             for block in blocks:
                 block.register_forward_hook(partial(remember, name), with_kwargs=True)
         run_model(model, inputs)
-    owners = {max((name for name in states if layer.startswith(name + ".")), key=len, default="") for layer in attended}
-    if len(owners) != 1 or not owners <= set(states):
+    owners = {max((name for name in seen if layer.startswith(name + ".")), key=len, default="") for layer in attended}
+    if len(owners) != 1 or not owners <= set(seen):
         raise ValueError(
             f"{type(model).__name__} has {len(owners)} stacks of layers that match ({', '.join(sorted(owners))}); "
             "choose one by `tokens` or `layers`"
         )
-    return tuple(states[owners.pop()])
+    name = owners.pop()
+    return Stack(lists[name], *map(list, zip(*seen[name], strict=True)))
+
+
+def state_of(output: Any) -> Tensor:
+    """The state in a layer's output."""
+    return output if torch.is_tensor(output) else output[0]

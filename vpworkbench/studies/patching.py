@@ -1,0 +1,74 @@
+"""Inputs for patching, from minimal pairs: two runs of a model, and the groups of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vpworkbench.data.minimal_pairs import PicturePair
+from vpworkbench.probes import hidden_states, modality_masks, objects_of_boxes
+from vpworkbench.subjects import Subject
+
+
+class PatchInputs(NamedTuple):
+    """Arguments of `patch`: what the forward of either run takes, and the groups of tokens."""
+
+    clean: dict[str, Any]
+    corrupt: dict[str, Any]
+    groups: dict[str, Tensor]  # bool (example, token); together all real tokens
+
+
+@torch.no_grad()
+def patch_inputs(
+    subject: Subject, pairs: Sequence[PicturePair], *, corrupt: Literal["image", "text"] = "image"
+) -> PatchInputs:
+    """The first picture of each pair with its caption, and the same with the picture, or the caption, of the second.
+
+    The groups are the image tokens on the thing that differs, as it is in either picture; other image tokens; the word
+    that differs; other words; and [CLS], where the model has one. A ValueError if the tokens of the two runs do not
+    correspond, because the tokenizer splits the two words into different numbers of tokens.
+    """
+    firsts, seconds = zip(*(pair.pictures for pair in pairs), strict=True)
+    texts, other_texts = (list(side) for side in zip(*(pair.texts for pair in pairs), strict=True))
+    clean = subject.prepare(firsts, texts)
+    changed = {"image": subject.prepare(seconds, texts), "text": subject.prepare(firsts, other_texts)}
+    for what, other in changed.items():
+        if other.tokens.shape != clean.tokens.shape or (what == "text" and not torch.equal(other.tokens, clean.tokens)):
+            raise ValueError(f"{subject.name} makes different numbers of tokens of the two {what}s of a pair")
+    one, other = (hidden_states(subject.model, i.forward, tokens=i.tokens)[0] for i in (clean, changed["text"]))
+    word = clean.language & (one != other).any(dim=-1)  # where the sequences differ before the first layer
+    thing = _on_things(subject, clean, pairs, 0) | _on_things(subject, changed["image"], pairs, 1)
+    vision = clean.vision & clean.tokens
+    cls = torch.zeros_like(vision)
+    if _has_cls(subject):
+        cls[torch.arange(len(cls)), clean.language.int().argmax(dim=1)] = True  # the first of the words
+    groups = {
+        "object that differs": vision & thing,
+        "other image tokens": vision & ~thing,
+        "word that differs": word,
+        "other words": clean.tokens & ~clean.vision & ~word & ~cls,
+        "[CLS]": cls,
+    }
+    return PatchInputs(
+        clean.forward, changed[corrupt].forward, {name: one for name, one in groups.items() if one.any()}
+    )
+
+
+def _on_things(subject: Subject, inputs: Any, pairs: Sequence[PicturePair], side: int) -> Tensor:
+    """Tokens on the thing that differs, bool (example, token)."""
+    boxes = getattr(inputs, "boxes", None)
+    boxes = modality_masks(subject.model, inputs.forward).boxes if boxes is None else boxes
+    found = torch.zeros_like(inputs.vision)
+    for row, placed, pair in zip(found, boxes.cpu(), pairs, strict=True):
+        at = placed.isfinite().all(dim=1)
+        object_map = torch.from_numpy(pair.pictures[side].object_map())
+        row[at.to(row.device)] = (objects_of_boxes(object_map, placed[at]) == pair.thing + 1).to(row.device)
+    return found
+
+
+def _has_cls(subject: Subject) -> bool:
+    processor = subject.base or getattr(subject.prepare, "processor", None)
+    return getattr(getattr(processor, "tokenizer", processor), "cls_token", None) is not None
