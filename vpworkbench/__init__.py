@@ -24,6 +24,8 @@ PLACES = {
     "patch": "probes:patch",
     "patch_inputs": "studies.patching:patch_inputs",
     "readouts": "probes.readouts",
+    "lens": "probes:lens",
+    "find_sinks": "probes:find_sinks",
     # data and figures
     "held_out": "data.splits:load_held_out",
     "minimal_pairs": "data.minimal_pairs:load_pairs",

@@ -349,6 +349,16 @@ def test_flow_curves_draws_the_null_as_given():
     assert [line.xaxis for line in dashed] == ["x", "x2"]
 
 
+def test_flow_curves_draws_the_live_part_of_every_span():
+    live = np.stack([np.triu(np.full((3, 3), value)) + np.eye(3) for value in (0.1, 0.3)])  # (example, layer, layer)
+    figure = figures.flow_curves(samples(), samples(), null_from_input=np.zeros(3), live=live)
+    dotted = [trace for trace in figure.data if trace.line.dash == "dot" and trace.x[0] is not None]
+    np.testing.assert_allclose([line.y for line in dotted], [[1.2, 0.2, 0.2], [1.2, 1.2, 1.2]])
+    assert [line.xaxis for line in dotted] == ["x", "x2"]
+    entries = [trace.name for trace in figure.data if trace.showlegend is not False and trace.mode == "lines"]
+    assert entries == ["uniform attention", "can reach the read-out"]
+
+
 def test_flow_curves_compares_models_of_any_depth():
     models = {"ours": samples(layers=3), HOSTILE: samples(layers=5)}
     figure = figures.flow_curves(models, models, null_from_input={"ours": np.zeros(3)})
@@ -440,6 +450,7 @@ def test_modality_map_shows_real_tokens_by_modality():
         (lambda: figures.accuracy_bars({"a": 89.0}), "'a' is 89; shares"),
         (lambda: figures.accuracy_bars({"a": 0.5}, chance={"b": 0.5}), "'b' is not in list"),
         (lambda: figures.flow_curves(np.zeros(3), np.zeros(3)), r"array \(example, layer\) for each model"),
+        (lambda: figures.flow_curves(samples(), samples(), live=samples()), r"live needs .*\(example, layer, layer\)"),
         (lambda: figures.flow_directions(samples(), samples(layers=2)), "could not be broadcast"),
     ],
 )

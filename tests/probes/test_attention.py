@@ -92,6 +92,9 @@ def test_output_and_columns_are_products_with_the_weights(model):
         picked = torch.tensor([[0, 5], [8, 2]])
         expected = torch.stack([weights[0][:, picked[0]], weights[1][:, picked[1]]])
         torch.testing.assert_close(call.weights(picked), expected)
+        parts = list(call.mean_weights())
+        assert torch.cat([some for some, _ in parts]).tolist() == list(range(9))
+        torch.testing.assert_close(torch.cat([part for _, part in parts], dim=1), weights.mean(dim=1))
 
 
 def test_uniform_attention_averages_over_the_keys_that_the_mask_allows(model):
@@ -112,9 +115,9 @@ def test_calls_know_who_may_attend_to_whom(model):
     real = torch.ones(2, 9, dtype=torch.long)
     real[:, 0] = 0
     for call in calls_of(model):
-        assert call.can_attend(last, first) and call.can_attend(first, last) == (not causal)
+        assert call.reading.keys_of(last)[:, 0].all() and call.reading.keys_of(first)[:, 8].all() == (not causal)
     for call in calls_of(model, attention_mask=real):
-        assert not call.can_attend(last, first)
+        assert not call.reading.keys_of(last)[:, 0].any()
 
 
 def test_maps_are_the_models_own(model):

@@ -37,6 +37,7 @@ def flow_curves(
     *,
     null_from_input: Samples | None = None,
     null_within_layer: Samples | None = None,
+    live: ArrayLike | Mapping[str, ArrayLike] | None = None,
     over: str = "",
 ) -> go.Figure:
     """Inter-Modality Flow from the input to each layer and within each layer (paper Fig. 3 and 4).
@@ -47,15 +48,22 @@ def flow_curves(
         F^{1,j} and F^{j,j}; mean over examples with a bootstrap 95% band.
     null_from_input, null_within_layer : array, shape (example, layer) or (layer,), or mapping, optional
         The same under uniform attention, dashed: it depends on the token counts only.
+    live : array, shape (example, layer, layer), or mapping, optional
+        The part of every span that can reach a read-out, dotted; see `InterModalityFlow.live`.
     over : str
         Names what the bands are over, for the title; empty: the examples.
     """
     curves = _intervals(from_input), _intervals(within_layer)
-    nulls = _nulls(null_from_input, curves[0]), _nulls(null_within_layer, curves[1])
+    nulls = _lines(null_from_input, curves[0]), _lines(null_within_layer, curves[1])
+    spans = _lines(live, curves[0])  # mean over examples, (layer, layer)
+    if any(span.ndim != 2 for span in spans.values()):
+        raise ValueError("live needs an array (example, layer, layer) for each model")
+    alive = {name: span[0] for name, span in spans.items()}, {name: span.diagonal() for name, span in spans.items()}
     titles = ("From the input to layer j (Fig. 3)", "Within layer j (Fig. 4)")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.09)
-    for column, (models, null) in enumerate(zip(curves, nulls, strict=True), start=1):
-        _add_curves(figure, models, null, legend=column == 1, row=1, col=column)
+    for column, (models, *lines) in enumerate(zip(curves, nulls, alive, strict=True), start=1):
+        beside = dict(zip(_DASHES, lines, strict=True))
+        _add_curves(figure, models, beside, legend=column == 1, row=1, col=column)
     figure.update_xaxes(title_text="layer j")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_yaxes(title_text="share of attention across modalities", col=1)
@@ -245,26 +253,29 @@ def _intervals(samples: Samples) -> dict[str, Interval]:
     return found
 
 
-def _nulls(null: Samples | None, models: dict[str, Interval]) -> dict[str, np.ndarray]:
-    """(layer,) by name of the model, for the models that have one."""
-    if null is None:
+def _lines(values: Samples | None, models: dict[str, Interval]) -> dict[str, np.ndarray]:
+    """Values of each layer, or span, by name of the model, for the models that have some; means over examples."""
+    if values is None:
         return {}
-    named = null if isinstance(null, Mapping) else dict.fromkeys(models, null)
+    named = values if isinstance(values, Mapping) else dict.fromkeys(models, values)
     lines = {name: np.asarray(line, dtype=float) for name, line in named.items()}
-    return {name: line.mean(axis=0) if line.ndim == 2 else line for name, line in lines.items()}
+    return {name: line.mean(axis=0) if line.ndim > 1 else line for name, line in lines.items()}
+
+
+_DASHES = {"uniform attention": "dash", "can reach the read-out": "dot"}  # lines beside the curves
 
 
 def _add_curves(
     figure: go.Figure,
     models: dict[str, Interval],
-    nulls: dict[str, np.ndarray],
+    beside: dict[str, dict[str, np.ndarray]],
     *,
     legend: bool,
     first: int = 1,
     **place: int,
 ) -> None:
-    """Mean, 95% band and null of each model over its layers, which count from `first`."""
-    dashed = {"mode": "lines", "legendgroup": "null"}
+    """Mean and 95% band of each model over its layers, which count from `first`, and lines of `_DASHES` beside it."""
+    beside = {kind: lines for kind, lines in beside.items() if lines}
     for index, (name, interval) in enumerate(models.items()):
         (colour, symbol), label = _look(index), escaped(name) or "model"
         layers = np.arange(first, first + len(interval.mean))
@@ -274,18 +285,21 @@ def _add_curves(
             "customdata": np.stack([interval.low, interval.high], axis=1),
             "hovertemplate": "layer %{x}: %{y:.3f} [%{customdata[0]:.3f}, %{customdata[1]:.3f}]",
         }
-        entry = {"legendgroup": label, "showlegend": legend and (len(models) > 1 or bool(nulls))}
+        entry = {"legendgroup": label, "showlegend": legend and (len(models) > 1 or bool(beside))}
         look |= {"mode": "lines+markers", "name": label}
         figure.add_scatter(x=layers, y=interval.mean, **look, **entry, **hover, **place)
-        if name in nulls:
-            line = {"color": colour, "width": 1.5, "dash": "dash"}
-            look = {"name": f"{label}, if uniform", "line": line, "opacity": 0.8, "showlegend": False} | dashed
-            figure.add_scatter(x=layers, y=nulls[name], hovertemplate="layer %{x}: %{y:.3f}", **look, **place)
-    if nulls and legend:  # one grey entry for the dashed lines of all models
-        line = {"color": GREY, "width": 1.5, "dash": "dash"}
-        figure.add_scatter(x=[None], y=[None], name="uniform attention", line=line, **dashed, **place)
+        for kind, lines in beside.items():
+            if name in lines:
+                look = _line(kind, colour) | {"name": f"{label}, {kind}", "opacity": 0.8, "showlegend": False}
+                figure.add_scatter(x=layers, y=lines[name], hovertemplate="layer %{x}: %{y:.3f}", **look, **place)
+    for kind in beside if legend else ():  # one grey entry for the lines of all models
+        figure.add_scatter(x=[None], y=[None], name=kind, **_line(kind, GREY), **place)
     longest = max(len(interval.mean) for interval in models.values())
     figure.update_xaxes(**_layer_ticks(longest, first), **place)
+
+
+def _line(kind: str, colour: str) -> dict[str, object]:
+    return {"mode": "lines", "legendgroup": kind, "line": {"color": colour, "width": 1.5, "dash": _DASHES[kind]}}
 
 
 def _look(index: int) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ class AttentionCall:
         if self.mask is None:
             keys = torch.arange(1, columns.shape[1] + 1, device=columns.device)
             return columns.cumsum(dim=1) / keys[:, None]
-        if self._same_for_every_query:
+        if _same_for_every_query(self.mask):
             allowed = _allowed(self.mask[:, :, 0]).to(columns)  # example head key
             share = allowed / allowed.sum(dim=-1, keepdim=True)
             return (share.mean(dim=1, keepdim=True) @ columns).expand(-1, queries, -1)
@@ -149,6 +149,13 @@ class AttentionCall:
         spread = F.scaled_dot_product_attention(zeros, torch.zeros_like(values), values, attn_mask=allowed)
         return spread.mean(dim=1)[..., :count]
 
+    def mean_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some queries at a time, (some,), and their `weights` averaged over heads, (example, some, key)."""
+        examples, queries, keys = self.lengths
+        size = max(1, 2**24 // (examples * self.query.shape[1] * keys))  # at most 2^24 weights at a time
+        for some in torch.arange(queries, device=self.query.device).split(size):
+            yield some, self.weights(some.expand(examples, -1)).mean(dim=1)
+
     def allowed(self) -> Tensor:
         """The pairs that the mask allows, bool (example, head or 1, query, key)."""
         examples, queries, keys = self.lengths
@@ -157,25 +164,13 @@ class AttentionCall:
         pairs = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device)
         return (pairs.tril() if self.causal else pairs).expand(examples, 1, -1, -1)
 
-    def can_attend(self, queries: Tensor, keys: Tensor) -> bool:
-        """Whether any of `queries` may attend to any of `keys`; both bool (example, token)."""
-        if not keys.any():
-            return False
-        if self.mask is None:
-            before = keys.cumsum(dim=1) > 0 if self.causal else keys.any(dim=1, keepdim=True)
-            return bool((before & queries).any())
-        if self._same_for_every_query:
-            open_keys = (_allowed(self.mask[:, :, 0]) & keys[:, None]).flatten(1).any(dim=1)
-            return bool((open_keys & queries.any(dim=1)).any())
-        masks = self.mask.expand(len(queries), -1, -1, -1)
-        return any(
-            bool(_allowed(mask[:, :, key])[:, query].any())
-            for mask, query, key in zip(masks, queries, keys, strict=True)
-        )
-
     @property
-    def _same_for_every_query(self) -> bool:
-        return self.mask.shape[2] == 1 or self.mask.stride(2) == 0
+    def reading(self) -> Reading:
+        """Who may attend to whom, without the tensors of the call."""
+        mask = self.mask
+        if mask is not None and mask.shape[1] > 1:  # one for each head, perhaps with a bias that only this layer has
+            mask = mask[:, :1] if mask.stride(1) == 0 else _allowed(mask).any(dim=1, keepdim=True)
+        return Reading(mask, self.causal, self.lengths[2])
 
     def _mask_of(self, picked: Tensor) -> Tensor | None:
         if self.mask is None:
@@ -185,6 +180,26 @@ class AttentionCall:
             return self.mask
         example = torch.arange(len(picked), device=picked.device)[:, None]
         return self.mask.expand(len(picked), -1, -1, -1)[example, :, picked].transpose(1, 2)
+
+
+class Reading(NamedTuple):
+    """Which keys the queries of an attention layer may attend to."""
+
+    mask: Tensor | None  # (example or 1, 1, query or 1, key), as that of a call
+    causal: bool
+    keys: int
+
+    def keys_of(self, queries: Tensor) -> Tensor:
+        """Keys that some of `queries` may attend to; bool (example, query) -> bool (example, key)."""
+        if self.mask is None and self.causal:
+            return queries.flip(1).cumsum(dim=1).flip(1) > 0  # all keys up to the last query
+        if self.mask is None:
+            return queries.any(dim=1, keepdim=True).expand(-1, self.keys)
+        queries = queries.to(self.mask.device)
+        if _same_for_every_query(self.mask):
+            return _allowed(self.mask[:, 0, 0]) & queries.any(dim=1, keepdim=True)
+        masks = self.mask.expand(len(queries), -1, -1, -1)
+        return torch.stack([_allowed(mask[0, rows]).any(dim=0) for mask, rows in zip(masks, queries, strict=True)])
 
 
 Handler = Callable[[AttentionCall], Tensor]
@@ -388,6 +403,10 @@ def _own_attention_replaced(model: nn.Module) -> Iterator[None]:
 
 def _allowed(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
+
+
+def _same_for_every_query(mask: Tensor) -> bool:
+    return mask.shape[2] == 1 or mask.stride(2) == 0
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
+from vpworkbench.probes.attention import AttentionCall, Reading, intercept_attention, run_model
 from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head
-from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, streams_of
+from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, Readings, reaching, streams_of
 from vpworkbench.probes.layouts import patches_recorded
 
 
@@ -39,8 +39,12 @@ class InterModalityFlow:
         `flow` if every query spread its attention evenly over the keys that its mask allows.
     per_head : Tensor, shape (example, layer, head)
         Within one layer, each head's inter over the heads' mean of inter + intra; the mean is `within_layer`.
+    by_query : Tensor, shape (example, layer, layer, token)
+        What each token's query adds to `flow`; 0 for tokens in neither modality.
     layers : tuple of str
         Names of the attention layers.
+    readings : tuple of tuple of (Block, Reading)
+        Who may attend to whom in each layer: its masks, for `live`.
     rows, columns : Tensor, shape (example, layer, head, picked, token), or None
         Softmax weights of the picked queries (which tokens they attend to) and of the picked keys (which tokens attend
         to them), without residual.
@@ -55,7 +59,9 @@ class InterModalityFlow:
     vision_to_text: Tensor
     null: Tensor
     per_head: Tensor
+    by_query: Tensor
     layers: tuple[str, ...]
+    readings: tuple[Readings, ...]
     rows: Tensor | None
     columns: Tensor | None
     rows_from_input: Tensor | None
@@ -81,6 +87,33 @@ class InterModalityFlow:
     def excess(self) -> Tensor:
         """Flow over null, (example, layer, layer): comparable across token counts; nan where the null is 0."""
         return self.flow / self.null.masked_fill(self.null == 0, torch.nan)
+
+    def live(self, readout_tokens: Tensor) -> Tensor:
+        """The part of `flow` that can reach a read-out; the rest of it is dead.
+
+        What a query reads is live if its token's state after layer j can reach a read-out token through the later
+        layers. The masks decide that, not the weights: a token is reached if a reached token may attend to it in the
+        next layer. So in the last layer only what the read-out tokens themselves read is live.
+
+        Parameters
+        ----------
+        readout_tokens : BoolTensor, shape (example, token)
+            The tokens whose last state the read-out reads: [CLS] for ITM, the masked words for MLM, the last token for
+            the next one of a decoder.
+
+        Returns
+        -------
+        Tensor, shape (example, layer, layer)
+            At most `flow`; nan where j < i.
+        """
+        shape = self.by_query.shape[0], self.by_query.shape[3]
+        if readout_tokens.dtype != torch.bool or readout_tokens.shape != shape or not readout_tokens.any(dim=1).all():
+            raise ValueError(
+                f"readout_tokens must be bool {shape}, (example, token), with at least one token in every example; it "
+                f"is {readout_tokens.dtype} {tuple(readout_tokens.shape)} with {int(readout_tokens.sum())} tokens"
+            )
+        reached = reaching(readout_tokens, self.readings).to(self.by_query)  # example stop token
+        return torch.einsum("eijt,ejt->eij", self.by_query, reached)
 
 
 def inter_modality_flow(
@@ -176,9 +209,10 @@ class FlowRecorder:
         self.rows = None if rows is None else PickedRows(rows, sets.vision.shape[1])
         self.columns = None if columns is None else PickedColumns(columns, sets.vision.shape[1])
         self.spans: list[list[int]] = []  # per layer: start of each column carried through it
-        self.crossed: list[tuple[Tensor, Tensor]] = []  # per layer: (example, start) each
+        self.crossed: list[Tensor] = []  # per layer: (example, start, token)
         self.null: list[Tensor] = []  # per layer: (example, start)
         self.heads: list[Tensor] = []  # per layer: (example, head)
+        self.readings: list[list[tuple[Block, Reading]]] = []  # per layer
         self._padded = not bool(sets.tokens.all())
         # Whether 1_V is carried beside 1_L; if every real token is in a set, the first chosen layer decides.
         self._two_sets = True if (sets.vision | sets.language != sets.tokens).any() else None
@@ -194,6 +228,7 @@ class FlowRecorder:
         self._check_padding(call, block)
         if block.is_first:
             self._open_layer(call)
+        self.readings[-1].append((block, call.reading))
         source = self._ends_in[:, block.keys]
         extra = [] if self.columns is None else [self.columns.carried(source, block)]
         # Rows of attention sum to one, so the mean can bypass the kernel: in half precision only differences between
@@ -226,12 +261,16 @@ class FlowRecorder:
                     f"attention is nan in {name} (examples {broken}): the model's hidden states are nan there, or a "
                     "real token can attend to nothing"
                 )
+        by_query = self._triangle(self.crossed)
+        words, vision = (part.to(by_query) for part in (self.sets.language, self.sets.vision))
         return InterModalityFlow(
-            text_to_vision=self._triangle([to_vision for to_vision, _ in self.crossed]),
-            vision_to_text=self._triangle([to_text for _, to_text in self.crossed]),
+            text_to_vision=torch.einsum("eijt,et->eij", by_query, words),
+            vision_to_text=torch.einsum("eijt,et->eij", by_query, vision),
             null=null,
             per_head=torch.stack(self.heads, dim=1),
+            by_query=by_query,
             layers=tuple(self.choice.names),
+            readings=tuple(map(tuple, self.readings)),
             rows=None if rows is None else torch.stack(rows.weights, dim=1),
             columns=None if columns is None else torch.stack(columns.weights, dim=1),
             rows_from_input=None if rows is None else rows.from_input(),
@@ -240,9 +279,9 @@ class FlowRecorder:
         )
 
     def _triangle(self, by_stop: list[Tensor]) -> Tensor:
-        """(example, start) for each last layer -> (example, layer, layer)."""
+        """(example, start, ...) for each last layer -> (example, layer, layer, ...)."""
         layers, first = len(by_stop), by_stop[0]
-        square = first.new_full((len(first), layers, layers), torch.nan)
+        square = first.new_full((len(first), layers, layers, *first.shape[2:]), torch.nan)
         for stop, (starts, values) in enumerate(zip(self.spans, by_stop, strict=True)):
             square[:, starts, stop] = values.to(square)
         return square
@@ -257,7 +296,7 @@ class FlowRecorder:
         if self._two_sets or any(call.mask is mask for mask in self._checked_masks):
             return
         self._checked_masks.append(call.mask)
-        attended = call.can_attend(self.sets.tokens[:, block.queries], ~self.sets.tokens[:, block.keys])
+        attended = (call.reading.keys_of(self.sets.tokens[:, block.queries]) & ~self.sets.tokens[:, block.keys]).any()
         if not (block.is_first and block.is_last):
             attended = attended or self._padded  # the other attentions of the layer are not known yet
         if attended and self._two_sets is False:
@@ -281,6 +320,7 @@ class FlowRecorder:
         else:
             self._ends_in = self._ends_in_uniform = fresh
         self.spans.append([*carried, len(self.spans)])
+        self.readings.append([])
         # The layer's result starts as its input; each attention of the layer replaces the rows of its queries.
         self._after, self._after_uniform = self._ends_in.clone(), self._ends_in_uniform.clone()
         heads = call.query.shape[1]
@@ -299,8 +339,8 @@ class FlowRecorder:
     def _close_layer(self) -> None:
         self._ends_in, self._ends_in_uniform = self._after, self._after_uniform
         self.heads.append(crossing_by_head(self._within, self.sets))
-        self.crossed.append(crossing(self._by_span(self._ends_in), self.sets))
-        self.null.append(sum(crossing(self._by_span(self._ends_in_uniform), self.sets)))
+        self.crossed.append(crossing(self._by_span(self._ends_in), self.sets).transpose(1, 2))
+        self.null.append(crossing(self._by_span(self._ends_in_uniform), self.sets).sum(dim=1))
 
     def _by_span(self, columns: Tensor) -> Tensor:
         return columns.unflatten(-1, (-1, 2 if self._two_sets else 1))
@@ -379,9 +419,6 @@ class PickedRows:
         for call, block in reversed(layer):
             share[block.queries] /= 2
             weighed = rows[:, :, block.queries] * share[block.queries]
-            examples, queries, keys = call.lengths
-            size = max(1, 2**24 // (examples * call.query.shape[1] * keys))  # at most 2^24 weights at a time
-            for some in torch.arange(queries, device=rows.device).split(size):
-                weights = call.weights(some.expand(examples, -1)).mean(dim=1)  # example some key
+            for some, weights in call.mean_weights():
                 product[:, :, block.keys] += weighed[:, :, some] @ weights.to(rows)
         return product + rows * share

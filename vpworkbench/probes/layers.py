@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import AttentionCall, intercept_attention, refuse_randomness, run_model, unchanged
+from vpworkbench.probes.attention import (
+    AttentionCall,
+    Reading,
+    intercept_attention,
+    refuse_randomness,
+    run_model,
+    unchanged,
+)
 
 LayerNames = str | Sequence[str] | Callable[[str], bool]
 """Names or prefixes of modules, or a predicate on names."""
@@ -31,6 +38,10 @@ class Block(NamedTuple):
     keys: slice
     is_first: bool
     is_last: bool
+
+
+Readings = Sequence[tuple[Block, Reading]]
+"""Who may attend to whom in a layer: its attentions, without their queries and keys."""
 
 
 class Streams(NamedTuple):
@@ -139,6 +150,20 @@ class LayerChoice:
             "`vision` and `tokens` too; a modality that is only in the keys of a cross attention has no joint sequence "
             "to probe"
         )
+
+
+def reaching(readout_tokens: Tensor, layers: Sequence[Readings]) -> Tensor:
+    """Tokens whose state after each layer can reach a read-out token; bool (example, layer, token).
+
+    The residual keeps a token; in each later layer, a reached token may attend to others.
+    """
+    reached = [readout_tokens]  # after the last layer first
+    for layer in reversed(layers[1:]):
+        after, before = reached[-1], reached[-1].clone()
+        for block, reading in layer:
+            before[:, block.keys] |= reading.keys_of(after[:, block.queries]).to(before.device)
+        reached.append(before)
+    return torch.stack(reached[::-1], dim=1)
 
 
 def _stack(name: str) -> str:
