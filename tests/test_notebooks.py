@@ -35,6 +35,15 @@ LEFT = {
     "04_finetune": {"summary.json", "predictions-test.json", "scores.html", "scores-test.html", "answers.html"},
     "05_explore_masks": {"summary.json", "explorer.html", "masks.csv"},
     "06_runs": {"runs.csv", "curves.html"},
+    "07_knock_out": {
+        "summary.json",
+        "effects.csv",
+        "patch.csv",
+        "effects.html",
+        "live.html",
+        "lens.html",
+        "patch.html",
+    },
     "08_families": {
         "calls.sh",
         "runs.csv",
@@ -56,6 +65,7 @@ FIGURES = {
     "04_finetune": 4,
     "05_explore_masks": 1,
     "06_runs": 1,
+    "07_knock_out": 7,
     "08_families": 4,
 }
 """How many each shows, at least."""

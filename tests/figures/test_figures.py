@@ -96,6 +96,8 @@ def every_figure():
         "answers": figures.answers([figures.Reviewed("a", "b", "c", 0.0, (image(),), (looked,))]),
         "flow_curves": figures.flow_curves(samples(), samples(), null_from_input=samples()),
         "flow_triangle": figures.flow_triangle(triangle()),
+        "layer_curves": figures.layer_curves(samples(), title="Effect", axis="loss", level=("none", 0.0)),
+        "layer_maps": figures.layer_maps({"flow": triangle(), "effect": triangle()}, title="Both", shares=["flow"]),
         "flow_directions": figures.flow_directions(samples(), samples()),
         "nmi": figures.nmi(samples()),
         "score_against_flow": figures.score_against_flow(
@@ -136,7 +138,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 20
+    assert set(made) == public and len(made) == 22
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]
@@ -398,6 +400,37 @@ def test_flow_triangle_is_empty_below_the_diagonal_and_counts_from_one():
     np.testing.assert_array_equal(np.triu(cells.z)[np.triu_indices(4)], flow[np.triu_indices(4)])
     assert (list(cells.x), list(cells.y)) == ([1, 2, 3, 4], [1, 2, 3, 4])
     assert cells.text[0][3] == "3.0" and cells.text[3][0] == ""
+
+
+def test_maps_stand_side_by_side_in_units_of_their_own():
+    effect = triangle() * -70
+    figure = figures.layer_maps({"flow": triangle(), HOSTILE: effect}, title="Both", shares=["flow"])
+    flow, lost = figure.data
+    np.testing.assert_array_equal(lost.z, np.where(np.tri(3, k=-1), np.nan, effect))
+    assert (flow.text[0][2], lost.text[0][2], lost.text[2][0]) == ("2.0", "-1.40", "")
+    assert flow.zmid is None and lost.zmid == 0 and flow.colorbar.x < figure.layout.xaxis2.domain[0] < lost.colorbar.x
+    assert SHOWN in texts(figure) and "flow from 0.0% to 8.0%" in figure.layout.meta["alt"]
+
+
+def test_a_map_of_groups_by_layer_is_full():
+    shares = samples(examples=2, layers=4)
+    (cells,) = figures.layer_maps(
+        {"restored": shares}, title="Patch", groups=["<b>", "[CLS]"], shares=["restored"]
+    ).data
+    np.testing.assert_array_equal(cells.z, shares)
+    assert list(cells.y) == ["&lt;b&gt;", "[CLS]"] and list(cells.x) == [1, 2, 3, 4]
+
+
+def test_curves_of_any_number_by_layer_stand_beside_a_level():
+    values = samples()
+    figure = figures.layer_curves(
+        {"lost": values, HOSTILE: -values}, title="a", axis="b", first=0, level=("chance", 0.5)
+    )
+    for given, curve in zip((values, -values), traces(figure, "scatter", "lines+markers"), strict=True):
+        np.testing.assert_allclose(curve.y, given.mean(axis=0))
+        np.testing.assert_array_equal(curve.x, [0, 1, 2])
+    (line,) = figure.layout.shapes
+    assert line.y0 == line.y1 == 0.5 and "chance" in texts(figure)
 
 
 def test_flow_directions_add_up():

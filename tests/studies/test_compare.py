@@ -23,8 +23,11 @@ from vpworkbench.jobs.notebooks import run_notebook
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import check
 from vpworkbench.probing import Probed
+from vpworkbench.scenes.language import ATTRIBUTE_WORDS
 from vpworkbench.settings import CompareSettings
 from vpworkbench.studies import compare
+from vpworkbench.studies.effects import conclusions, match_effect, measure, table
+from vpworkbench.studies.questions import known
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, initializer_range=0.5)
 
@@ -122,14 +125,37 @@ def test_ours_and_transformers_on_the_same_pictures(vilt, llava, scenes, tmp_pat
     assert Probed.load(tmp_path / "model-2" / "probes.parquet").config["model"] == "tiny-llava"
     counts = {model.name: subjects.token_counts(model, pictures) for model in models}
     assert counts["shipped"][0] == 36 and counts["tiny-vilt"][0] == 10 and counts["tiny-llava"][0] == 9
-    table = compare.table(probed, counts)
+    effects = {one.name: match_effect(one, pictures, probed[one.name].flow.shape[1]) for one in models}
+    table = compare.table(probed, counts, effects)
     assert list(table.index) == list(probed)
+    assert table["match_effect"].isna().tolist() == [False, True, True] and table["match_effect"].iloc[0] > 1
     assert table.loc["shipped", "flow"] == pytest.approx(probed["shipped"].from_input[:, -1].mean())
     for name, one in probed.items():  # of the span from the input to the last layer, and of no other
         assert table.loc[name, "excess"] == pytest.approx((one.flow / one.null)[:, 0, -1].mean())
         assert table.loc[name, "null"] == pytest.approx(one.null[:, 0, -1].mean())
     assert (table["flow_low"] <= table["flow"]).all()
     assert set(compare.means(probed)["model"]) == set(probed)
+
+
+def test_the_next_word_of_a_decoder_is_asked(llava, vilt, scenes):
+    """Teacher forced, from the logits before the word; the image precedes the words and never reads them."""
+    subject = subjects.load(llava)
+    assert known(subject) == ("word",) and known(subjects.load(vilt)) == ()
+    pictures = [picture for picture in scenes if picture.captions][:3]
+    found = measure(subject, pictures, "word")
+    for number, picture in enumerate(pictures):
+        inputs = subject.prepare([picture], picture.captions[:1])
+        words = subject.prepare.processor.tokenizer.convert_ids_to_tokens(inputs.forward["input_ids"][0])
+        attributes = [word for word in picture.captions[0].split() if word in ATTRIBUTE_WORDS]
+        place = words.index(attributes[number % len(attributes)])
+        with torch.no_grad():
+            logits = subject.model(**inputs.forward).logits[0, place - 1].double()
+        expected = logits.log_softmax(dim=-1)[inputs.forward["input_ids"][0, place]]
+        assert float(found.blocked.before[number]) == pytest.approx(float(expected), abs=1e-5)
+    assert found.reverse is None and len(found.single) == 3
+    np.testing.assert_allclose(found.lens[:, -1], found.blocked.before, atol=1e-5)
+    assert "effect of the reverse" not in set(table({"word": found}).quantity)
+    assert conclusions({"word": found}, None)[0].startswith("Word: the right one has probability")
 
 
 def test_the_same_model_twice_keeps_two_names():

@@ -11,6 +11,8 @@ from vpworkbench.figures.probes import (
     flow_curves,
     flow_directions,
     flow_triangle,
+    layer_curves,
+    layer_maps,
     modality_map,
     nmi,
     score_against_flow,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from vpworkbench.figures.style import (
     COLOURS,
+    DIVERGING,
     GREY,
     LANGUAGE,
     PALETTE,
@@ -28,6 +29,7 @@ from vpworkbench.stats import Interval, bootstrap_interval
 
 Samples = ArrayLike | Mapping[str, ArrayLike | Interval]
 """(example, layer); or name of each model -> (example, layer), or a ready interval for each layer."""
+_GAP = 0.16  # between maps, for the scale of each
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")  # models differ by more than colour
 
 
@@ -75,7 +77,7 @@ def flow_curves(
 def flow_triangle(flow: ArrayLike) -> go.Figure:
     """Inter-Modality Flow of every span: `flow[i, j]` from the input of layer i to the output of layer j."""
     cells = triangle(np.asarray(flow, dtype=float))
-    figure = go.Figure(cells.update(colorbar={"tickformat": ".0%", "outlinewidth": 0, "thickness": 14}))
+    figure = go.Figure(cells.update(colorbar={"outlinewidth": 0, "thickness": 14}))
     ticks = {"dtick": max(1, math.ceil(len(flow) / 16)), "tick0": 1, "showgrid": False, "constrain": "domain"}
     figure.update_xaxes(title_text="to the output of layer j", **ticks)
     figure.update_yaxes(title_text="from the input of layer i", autorange="reversed", scaleanchor="x", **ticks)
@@ -87,15 +89,80 @@ def flow_triangle(flow: ArrayLike) -> go.Figure:
     return finish(figure, title=title, alt=alt, width=520, height=420)
 
 
-def triangle(flow: np.ndarray) -> go.Heatmap:
-    """The cells of `flow_triangle`, with their percentages where there is room."""
-    layers = np.arange(1, len(flow) + 1)
-    upper = np.where(layers[:, None] <= layers, flow, np.nan)
-    numbers = np.where(np.isnan(upper), "", np.char.mod("%.1f", 100 * upper))
-    text = {"text": numbers, "texttemplate": "%{text}" if len(flow) <= 16 else None}
-    look = {"colorscale": COLOURS, "hoverongaps": False, "xgap": 1, "ygap": 1}
-    hover = "from the input of layer %{y} to the output of layer %{x}: %{z:.1%}<extra></extra>"
-    return go.Heatmap(x=layers, y=layers, z=upper, hovertemplate=hover, **text, **look)
+def triangle(values: np.ndarray, groups: Sequence[str] = (), *, share: bool = True) -> go.Heatmap:
+    """The cells of `flow_triangle` or `layer_maps`, with their numbers where there is room."""
+    layers = np.arange(1, values.shape[1] + 1)
+    rows = list(groups) or layers
+    drawn = values if groups else np.where(layers[:, None] <= layers, values, np.nan)
+    numbers = np.char.mod("%.1f", 100 * drawn) if share else np.char.mod("%.2f", drawn)
+    numbers = np.where(np.isnan(drawn), "", numbers)
+    text = {"text": numbers, "texttemplate": "%{text}" if len(layers) <= 16 else None}
+    colours = {"colorscale": COLOURS} if share else {"colorscale": DIVERGING, "zmid": 0}
+    look = {"hoverongaps": False, "xgap": 1, "ygap": 1, "colorbar": {"tickformat": ".0%" if share else None}}
+    number = "%{z:.1%}" if share else "%{z:.2f}"
+    place = "%{y}, layer %{x}" if groups else "from the input of layer %{y} to the output of layer %{x}"
+    return go.Heatmap(
+        x=layers, y=rows, z=drawn, hovertemplate=f"{place}: {number}<extra></extra>", **text, **look, **colours
+    )
+
+
+def layer_curves(
+    curves: Samples, *, title: str, axis: str, first: int = 1, level: tuple[str, float] | None = None
+) -> go.Figure:
+    """Any numbers by layer, each with its 95% band: effects of knock-out, or a read-out by the lens.
+
+    Parameters
+    ----------
+    curves
+        As in `flow_curves`.
+    first
+        Number of the first layer; 0 where it is the input of layer 1.
+    level
+        Name and height of a dashed line, such as chance.
+    """
+    found = _intervals(curves)
+    figure = make_subplots(1, 1)
+    _add_curves(figure, found, {}, legend=True, first=first, row=1, col=1)
+    if level is not None:
+        note = {"annotation_text": escaped(level[0]), "annotation_position": "bottom right"}
+        figure.add_hline(level[1], line={"color": GREY, "dash": "dash", "width": 1.5}, **note)
+    figure.update_xaxes(title_text="layer (0: input of layer 1)" if first == 0 else "layer")
+    figure.update_yaxes(title_text=escaped(axis))
+    alt = f"{title}, {axis} by layer; {_ends(found, 'mean')}."
+    return finish(figure, title=escaped(title), alt=alt)
+
+
+def layer_maps(
+    maps: Mapping[str, ArrayLike], *, title: str, groups: Sequence[str] = (), shares: Collection[str] = ()
+) -> go.Figure:
+    """Maps side by side, with a scale each: of spans, as in `flow_triangle`, or of groups of tokens by layer.
+
+    Parameters
+    ----------
+    maps
+        Name -> array (layer, layer), drawn where layer j is not before layer i; with `groups` (group, layer).
+    groups
+        Names of the rows.
+    shares
+        Names of the maps that hold shares, drawn in percent. The others are drawn around 0.
+    """
+    figure = make_subplots(1, len(maps), subplot_titles=[escaped(name) for name in maps], horizontal_spacing=_GAP)
+    said = []
+    for column, (name, values) in enumerate(maps.items(), start=1):
+        cells = triangle(np.asarray(values, dtype=float), [escaped(group) for group in groups], share=name in shares)
+        domain = figure.layout["xaxis" if column == 1 else f"xaxis{column}"].domain
+        bar = {"x": domain[1] + _GAP / 20, "xanchor": "left", "outlinewidth": 0, "thickness": 10, "nticks": 6}
+        figure.add_trace(cells.update(colorbar=bar), row=1, col=column)
+        form = ".1%" if name in shares else ".2f"
+        said.append(f"{name} from {np.nanmin(cells.z):{form}} to {np.nanmax(cells.z):{form}}")
+    layers = len(cells.x)
+    figure.update_xaxes(title_text="before layer" if groups else "to layer j", showgrid=False, **_layer_ticks(layers))
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    if not groups:
+        figure.update_yaxes(title_text="from layer i", col=1)
+        figure.update_yaxes(dtick=max(1, math.ceil(layers / 12)), tick0=1)
+    width = min(960, 140 + 320 * len(maps) + (180 if groups else 0))
+    return finish(figure, title=escaped(title), alt=f"{title}: {'; '.join(said)}.", width=width, height=360)
 
 
 def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.Figure:

@@ -26,6 +26,7 @@ ORANGE, SKY, PURPLE = "#E69F00", "#56B4E9", "#CC79A7"
 PALETTE = (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE)
 LANGUAGE, VISION = BLUE, VERMILLION
 COLOURS = "Cividis"  # perceptually uniform, safe for colour-blind readers
+DIVERGING = "RdBu"  # red below 0 and blue above
 GREY = "#7a7a7a"  # contrast above 4 on white and on #111111
 FAINT, CLEAR = "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 WIDTH, HEIGHT = 780, 340  # pixels; fits beside the file browser of a 1280-pixel JupyterLab

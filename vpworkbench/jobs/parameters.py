@@ -24,6 +24,7 @@ CHECKS = {
     "04_finetune": "vpworkbench.tasks.settings:finetune_settings",
     "05_explore_masks": "vpworkbench.settings:ExploreSettings",
     "06_runs": "vpworkbench.settings:RunsSettings",
+    "07_knock_out": "vpworkbench.settings:ProbeSettings",
     "08_families": "vpworkbench.settings:FamilyRunsSettings",
 }
 """For each notebook the class or function that makes settings of its parameters, or refuses them."""

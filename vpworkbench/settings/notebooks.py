@@ -26,7 +26,7 @@ def _with_sets(given: Any) -> Any:
 
 
 class ProbeSettings(Settings):
-    """Parameters of `00_tour` and `02_probe`: which model is probed, on how many held-out pictures."""
+    """Parameters of `00_tour`, `02_probe` and `07_knock_out`: which model is probed, on how many held-out pictures."""
 
     checkpoint: PathOrName = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     data: Annotated[PathsOrNames, BeforeValidator(lambda given: given or ())] = Field(

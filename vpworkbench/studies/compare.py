@@ -29,10 +29,12 @@ def held_out(settings: CompareSettings | ProbeSettings, subject: Subject | None 
     return [picture for picture in load_held_out(data) if picture.captions][: settings.images]
 
 
-def table(probed: dict[str, Probed], counts: dict[str, tuple[float, float]], *, seed: int = 0) -> pd.DataFrame:
+def table(
+    probed: dict[str, Probed], counts: dict[str, tuple[float, float]], effects: dict[str, Interval], *, seed: int = 0
+) -> pd.DataFrame:
     """One row for each model: its tokens, and at the last layer flow from the input, its null, excess and NMI.
 
-    Means with bootstrap 95% bounds, as `flow`, `flow_low`, `flow_high` and so on.
+    Means with bootstrap 95% bounds, as `flow`, `flow_low`, `flow_high` and so on; `match_effect` from `effects`.
     """
     rows = {}
     for name, result in probed.items():
@@ -40,6 +42,7 @@ def table(probed: dict[str, Probed], counts: dict[str, tuple[float, float]], *, 
         last, features = result.flow.shape[1], result.nmi.shape[1] - 1
         found = {quantity: Interval(**spans.loc[quantity, 1, last]) for quantity in ("flow", "null", "excess")}
         found["nmi"] = Interval(**spans.loc["nmi", features, features])
+        found["match_effect"] = effects[name]
         visual_tokens, words = counts[name]
         rows[name] = {"layers": last, "visual_tokens": visual_tokens, "words": words, **flatten(found)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")

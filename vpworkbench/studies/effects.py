@@ -1,0 +1,256 @@
+"""Does the flow matter? What a model's answers lose if words cannot read the image, beside Inter-Modality Flow."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vpworkbench.data.minimal_pairs import load_pairs
+from vpworkbench.data.records import Picture
+from vpworkbench.probes import KnockOut, Patched, inter_modality_flow, knock_out, lens, patch
+from vpworkbench.probes.attention import run_model
+from vpworkbench.probes.readouts import match_log_odds, read
+from vpworkbench.settings import PairSettings
+from vpworkbench.stats import Interval, bootstrap_interval
+from vpworkbench.studies.patching import patch_inputs
+from vpworkbench.studies.questions import PER_TEXT, Example, ask, batches, known
+from vpworkbench.subjects import Subject
+
+ALL_SPANS = 12  # layers; deeper models are blocked in single layers, from each layer on, and up to each layer
+
+
+@dataclass(frozen=True)
+class Effects:
+    """One read-out (`questions.READ_OUTS`) with and without some attention; float64 on the CPU.
+
+    Attributes
+    ----------
+    blocked : KnockOut
+        Words cannot read the image, in every span of at most 12 layers; with one draw of random pairs.
+    mean : KnockOut
+        Blocked keys give their mean value, in single layers.
+    reverse : KnockOut or None
+        The image cannot read the words, in single layers; None in a causal decoder, where it never does.
+    flow, null, live : Tensor, shape (example, layer, layer)
+        Inter-Modality Flow, its value under uniform attention, and the part that can reach the read-out.
+    lens : Tensor, shape (example, layer + 1)
+        The read-out of every layer's state.
+    other : Tensor, shape (example,)
+        `word` with another picture; for `match`, whose examples have both pictures, no entries.
+    per_text : int
+        Examples in a row that share a text: they count as one sample.
+    """
+
+    blocked: KnockOut
+    mean: KnockOut
+    reverse: KnockOut | None
+    flow: Tensor
+    null: Tensor
+    live: Tensor
+    lens: Tensor
+    other: Tensor
+    per_text: int
+
+    @property
+    def layers(self) -> int:
+        """Layers in which the modalities meet."""
+        return self.flow.shape[1]
+
+    @property
+    def random(self) -> Tensor:
+        """What is lost by blocking as many random pairs, (example, span)."""
+        return self.blocked.before[:, None] - self.blocked.controls.mean(dim=0)
+
+    @property
+    def everywhere(self) -> Tensor:
+        """The read-out with words blocked from the image in all layers, (example,)."""
+        return self.blocked.after[:, self.blocked.spans.index((0, self.layers - 1))]
+
+    @property
+    def single(self) -> dict[str, Interval]:
+        """What is lost by blocking each layer alone, (layer,), by what is blocked."""
+        alone = [self.blocked.spans.index((layer, layer)) for layer in range(self.layers)]
+        found = {
+            "words cannot read the image": self.blocked.effect[:, alone],
+            "words read its mean value": self.mean.effect,
+            "random pairs": self.random[:, alone],
+        }
+        if self.reverse is not None:
+            found["the image cannot read the words"] = self.reverse.effect
+        return {name: self.interval(values) for name, values in found.items()}
+
+    def interval(self, values: Tensor) -> Interval:
+        """Mean with its 95% interval over texts; `values` is (example, ...)."""
+        return bootstrap_interval(values.double().unflatten(0, (-1, self.per_text)).mean(dim=1).numpy())
+
+
+def measure(
+    subject: Subject,
+    pictures: Sequence[Picture],
+    what: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Effects:
+    """One of the `known` read-outs, each picture with its first caption, batch by batch; `seed` draws random pairs."""
+    parts = defaultdict(list)
+    of_batches = batches(subject, pictures, what)
+    if not of_batches:
+        raise ValueError(f"{subject.name}: none of the {len(pictures)} pictures can be asked for {what!r}; take more")
+    for number, some in enumerate(of_batches):
+        for name, part in _measured(subject, some, seed + number).items():
+            parts[name].append(part)
+        if progress:
+            progress(f"blocking, {what}", number + 1, len(of_batches))
+    return Effects(**{name: _joined(found) for name, found in parts.items()}, per_text=PER_TEXT[what])
+
+
+def match_effect(subject: Subject, pictures: Sequence[Picture], layers: int) -> Interval:
+    """What `match` loses if words are blocked from the image in all `layers`, in three passes; nan if not known."""
+    lost = []
+    for some in batches(subject, pictures, "match") if "match" in known(subject) else ():
+        inputs, readout, _ = ask(subject, some)
+        sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
+        lost.append(knock_out(subject.model, inputs.forward, readout=readout, spans=[(0, layers - 1)], **sets).effect)
+    if not lost:
+        return Interval(*[np.array(np.nan)] * 3, np.array(0))
+    return bootstrap_interval(torch.cat(lost).view(-1, PER_TEXT["match"]).mean(dim=1).numpy())
+
+
+def patched_pairs(subject: Subject, *, pairs: int = 24, seed: int = 0) -> Patched | None:
+    """Minimal pairs patched for ITM; None if the model has no such head, or cannot read the pairs."""
+    if "match" not in known(subject) or subject.reads_regions:
+        return None
+    ids = subject.base.words.ids
+    alike = [
+        pair
+        for pair in load_pairs(PairSettings(pairs=pairs, seed=seed))
+        if len({len(ids(text)) for text in pair.texts}) == 1  # another vocabulary may split one of the words
+    ]
+    if not alike:
+        return None
+    runs = patch_inputs(subject, alike)
+    return patch(subject.model, runs.clean, runs.corrupt, match_log_odds(subject.base), runs.groups)
+
+
+def table(effects: dict[str, Effects]) -> pd.DataFrame:
+    """Means with 95% bounds over texts; a row for each read-out, quantity and span of layers, which count from 1."""
+    rows = []
+    for what, found in effects.items():
+        cells = np.triu_indices(found.layers)
+        every, alone = list(zip(*cells, strict=True)), [(layer, layer) for layer in range(found.layers)]
+        quantities = {
+            "flow": (every, found.flow[:, *cells]),
+            "null": (every, found.null[:, *cells]),
+            "live flow": (every, found.live[:, *cells]),
+            "effect": (found.blocked.spans, found.blocked.effect),
+            "effect of random pairs": (found.blocked.spans, found.random),
+            "effect of mean values": (alone, found.mean.effect),
+            "lens": ([(0, layer - 1) for layer in range(found.layers + 1)], found.lens),
+        }
+        if found.reverse is not None:
+            quantities["effect of the reverse"] = alone, found.reverse.effect
+        for quantity, (spans, values) in quantities.items():
+            start, stop = np.array(spans).T + 1
+            columns = {"read_out": what, "quantity": quantity, "start": start, "stop": stop}
+            rows.append(pd.DataFrame(columns | found.interval(values)._asdict()))
+    return pd.concat(rows, ignore_index=True)
+
+
+def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[str]:
+    """What the numbers say, one sentence each."""
+    said = []
+    for what, found in effects.items():
+        before, after = found.blocked.before, found.everywhere
+        if what == "match":
+            right = [_share(found.interval((values > 0).double())) for values in (before, after)]
+            said.append(f"Match: {right[0]} of the decisions are right, and {right[1]} without the image (chance 50%).")
+        else:
+            right = [_share(found.interval(values.exp())) for values in (before, after, found.other)]
+            said.append(
+                f"Word: the right one has probability {right[0]}, {right[1]} without the image, and {right[2]} with "
+                "another image."
+            )
+        lost, random = found.single["words cannot read the image"], found.single["random pairs"]
+        within = found.flow.diagonal(dim1=1, dim2=2).mean(dim=0)
+        most, least = int(lost.mean.argmax()), int(lost.mean.argmin())
+        live = found.live[:, 0, -1].mean() / found.flow[:, 0, -1].mean()
+        said += [
+            f"Layer {most + 1} alone costs most, {_number(lost, most)} (random pairs {_number(random, most)}); layer "
+            f"{least + 1} least, {_number(lost, least)} (random pairs {_number(random, least)}). Their own flow is "
+            f"{within[most]:.1%} and {within[least]:.1%}; most flow is in layer {int(within.argmax()) + 1}.",
+            f"{live:.1%} of the flow into the last layer can reach this read-out. The lens reads "
+            f"{found.lens[:, -2].mean():.2f} before the last layer, and {found.lens[:, -1].mean():.2f} after it.",
+        ]
+    if patched is not None:
+        shares = patched.interval().mean
+        first, last = ((patched.groups[int(layer.argmax())], layer.max()) for layer in (shares[0], shares[-1]))
+        said.append(
+            f"Patching restores most by the {first[0]} before the first layer ({first[1]:.0%}), and by the {last[0]} "
+            f"before the last ({last[1]:.0%})."
+        )
+    return said
+
+
+# ---------------------------------------------------------------------------------------------------------- a batch
+
+
+def _measured(subject: Subject, some: Sequence[Example], seed: int) -> dict[str, Any]:
+    """The fields of `Effects` of one batch."""
+    inputs, readout, places = ask(subject, some)
+    sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
+    flow = inter_modality_flow(subject.model, inputs.forward, **sets)
+    layers = flow.flow.shape[1]
+    options = {"model": subject.model, "inputs": inputs.forward, "readout": readout, **sets}
+    reads_words = bool((flow.vision_to_text.nan_to_num() > 0).any())
+    return {
+        "blocked": knock_out(**options, spans=_spans(layers), controls=1, seed=seed),
+        "mean": knock_out(**options, replace="mean"),
+        "reverse": knock_out(**options, way="vision_to_text") if reads_words else None,
+        "flow": flow.flow,
+        "null": flow.null,
+        "live": flow.live(places),
+        "lens": lens(subject.model, inputs.forward, readout, tokens=inputs.tokens),
+        "other": _with_another_picture(subject, [one for one in some if one.word]),
+    }
+
+
+@torch.no_grad()
+def _with_another_picture(subject: Subject, some: Sequence[Example]) -> Tensor:
+    if not some:
+        return torch.empty(0)
+    inputs, readout, _ = ask(subject, [one._replace(picture=one.other) for one in some])
+    return read(readout, run_model(subject.model, inputs.forward), len(some))
+
+
+def _spans(layers: int) -> str | list[tuple[int, int]]:
+    if layers <= ALL_SPANS:
+        return "triangle"
+    return sorted({span for i in range(layers) for span in ((i, i), (i, layers - 1), (0, i))})
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Results of several batches as one."""
+    first = parts[0]
+    if first is None:
+        return None
+    if torch.is_tensor(first):
+        return torch.cat([part.double().cpu() for part in parts])
+    before, after = torch.cat([part.before for part in parts]), torch.cat([part.after for part in parts])
+    controls = None if first.controls is None else torch.cat([part.controls for part in parts], dim=1)
+    return replace(first, before=before, after=after, controls=controls)
+
+
+def _number(interval: Interval, layer: int) -> str:
+    return f"{interval.mean[layer]:.2f} [{interval.low[layer]:.2f}, {interval.high[layer]:.2f}]"
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"

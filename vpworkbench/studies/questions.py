@@ -1,0 +1,127 @@
+"""What a model is asked about pictures, for the effects of blocking attention: matches, and hidden words.
+
+`match` is the log odds of the right ITM decision. Each text is asked twice, of its own picture and of one that denies
+it: a model that does not see the pictures is right in half of the cases. `word` is the log probability of one colour or
+shape word: masked in our models, the next word of a decoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vpworkbench.data.records import Picture
+from vpworkbench.probes.readouts import NOT_SCORED, ReadOut, masked_word, match_log_odds, next_tokens
+from vpworkbench.scenes.language import ATTRIBUTE_WORDS
+from vpworkbench.subjects import Subject
+
+READ_OUTS = {"match": "log odds of the right decision", "word": "log probability of the right word"}
+PER_TEXT = {"match": 2, "word": 1}  # examples in a row that share a text
+
+
+class Example(NamedTuple):
+    """One text that is asked of one picture."""
+
+    picture: Picture
+    other: Picture  # for the control
+    text: str
+    word: str = ""  # that is hidden, or predicted
+    is_true: bool = True
+
+
+class Question(NamedTuple):
+    """Some examples as a model takes them."""
+
+    inputs: Any  # see `Subject.prepare`
+    readout: ReadOut
+    places: Tensor  # tokens that the head reads, bool (example, token)
+
+
+def known(subject: Subject) -> tuple[str, ...]:
+    """The read-outs of a model. Encoders of transformers are opened without heads, and have none.
+
+    A fine-tuned model keeps the heads of its pre-training; the read-out before blocking says whether they still work.
+    """
+    if subject.base is not None:
+        return tuple(READ_OUTS)
+    return ("word",) if hasattr(subject.model, "can_generate") and subject.model.can_generate() else ()
+
+
+def batches(subject: Subject, pictures: Sequence[Picture], what: str) -> list[list[Example]]:
+    """`examples` in batches that the model takes."""
+    asked = examples(subject, pictures, what)
+    return [asked[start : start + subject.batch] for start in range(0, len(asked), subject.batch)]
+
+
+def examples(subject: Subject, pictures: Sequence[Picture], what: str) -> list[Example]:
+    """What is asked of each picture with its first caption; none of a picture that no other picture denies."""
+    chosen, found = [picture for picture in pictures if picture.captions], []
+    for number, picture in enumerate(chosen):
+        text, following = picture.captions[0], chosen[number + 1 :] + chosen[:number]
+        other = next((one for one in following if one.denies(text)), None)
+        if other is None:
+            continue
+        if what == "match":
+            found += [Example(picture, other, text), Example(other, picture, text, is_true=False)]
+        elif word := _hidden(subject, text, number):
+            found.append(Example(picture, other, text, word))
+    return found
+
+
+def ask(subject: Subject, some: Sequence[Example]) -> Question:
+    """Examples of one kind as inputs and a read-out."""
+    pictures, texts, words = [one.picture for one in some], [one.text for one in some], [one.word for one in some]
+    if not words[0]:
+        inputs, log_odds = subject.prepare(pictures, texts), match_log_odds(subject.base)
+        sign = torch.tensor([1.0 if one.is_true else -1.0 for one in some])
+        first = torch.arange(inputs.tokens.shape[1]) == inputs.language.int().argmax(dim=1).cpu()[:, None]
+        return Question(inputs, lambda joint: log_odds(joint).cpu() * sign, first.to(inputs.tokens.device))
+    if subject.base is None:
+        return _next_word(subject, pictures, texts, words)
+    hidden = [_replaced(text, word, "[MASK]") for text, word in zip(texts, words, strict=True)]
+    inputs = subject.prepare(pictures, hidden)
+    places = torch.zeros_like(inputs.tokens)
+    ids = inputs.forward["words"]
+    places[:, : ids.shape[1]] = ids == subject.base.tokenizer.mask_token_id
+    return Question(inputs, masked_word(subject.base, inputs.forward, words), places)
+
+
+def _next_word(subject: Subject, pictures: list[Picture], texts: list[str], words: list[str]) -> Question:
+    """The word's tokens, teacher forced: those that change if another word replaces it."""
+    inputs = subject.prepare(pictures, texts)
+    changed = [_replaced(text, word, "xylophone") for text, word in zip(texts, words, strict=True)]
+    others = subject.prepare(pictures, changed)
+    labels = torch.full_like(inputs.forward["input_ids"], NOT_SCORED)
+    for row, (tokens, other_tokens) in enumerate(zip(inputs.tokens, others.tokens, strict=True)):
+        ids = inputs.forward["input_ids"][row, tokens].tolist()
+        other = others.forward["input_ids"][row, other_tokens].tolist()
+        start, stop = _alike(ids, other), len(ids) - _alike(ids[::-1], other[::-1])
+        at = tokens.nonzero()[start : max(stop, start + 1), 0]
+        labels[row, at] = inputs.forward["input_ids"][row, at]
+    return Question(inputs, next_tokens(labels), (labels != NOT_SCORED).roll(-1, dims=1))
+
+
+def _alike(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(map(len, (one, other)))
+    )
+
+
+def _hidden(subject: Subject, text: str, number: int) -> str:
+    """A colour or shape word of the text, else its last word; empty if our model has no token for one."""
+    words = [word.strip(".,") for word in text.lower().split()]
+    if subject.base is not None:
+        tokens = subject.base.tokenizer.convert_ids_to_tokens(subject.base.words.ids(text))  # cut where it is too long
+        words = [word for word in words if word in tokens]
+    attributes = [word for word in words if word in ATTRIBUTE_WORDS] or words[-1:]
+    return attributes[number % len(attributes)] if attributes else ""
+
+
+def _replaced(text: str, word: str, by: str) -> str:
+    """The text with the first occurrence of a word replaced."""
+    return re.sub(rf"\b{re.escape(word)}\b", by, text, count=1, flags=re.IGNORECASE)
