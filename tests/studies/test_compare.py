@@ -138,7 +138,7 @@ def test_ours_and_transformers_on_the_same_pictures(vilt, llava, scenes, tmp_pat
 
 
 def test_the_next_word_of_a_decoder_is_asked(llava, vilt, scenes):
-    """Teacher forced, from the logits before the word; the image precedes the words and never reads them."""
+    """Teacher forced, from the logits before the word."""
     subject = subjects.load(llava)
     assert known(subject) == ("word",) and known(subjects.load(vilt)) == ()
     pictures = [picture for picture in scenes if picture.captions][:3]
@@ -152,10 +152,11 @@ def test_the_next_word_of_a_decoder_is_asked(llava, vilt, scenes):
             logits = subject.model(**inputs.forward).logits[0, place - 1].double()
         expected = logits.log_softmax(dim=-1)[inputs.forward["input_ids"][0, place]]
         assert float(found.blocked.before[number]) == pytest.approx(float(expected), abs=1e-5)
-    assert found.reverse is None and len(found.single) == 3
     np.testing.assert_allclose(found.lens[:, -1], found.blocked.before, atol=1e-5)
-    assert "effect of the reverse" not in set(table({"word": found}).quantity)
-    assert conclusions({"word": found}, None)[0].startswith("Word: the right one has probability")
+    assert "the image cannot read the words" in found.single  # the template puts [CLS] before the image
+    without = replace(found, reverse=None)
+    assert len(without.single) == 3 and "effect of the reverse" not in set(table({"word": without}).quantity)
+    assert conclusions({"word": without}, None)[0].startswith("Word: the right one has probability")
 
 
 def test_the_same_model_twice_keeps_two_names():
@@ -227,6 +228,17 @@ def test_a_checkpoint_of_others_is_probed_by_the_same_notebook(visual_bert, regi
     executed = run_notebook("02_probe", name="theirs", parameters=parameters).parent
     summary = json.loads((executed / "summary.json").read_text())
     assert summary["images"] == 4 and 0 < summary["flow_from_input_last_layer"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source, said", [("vilt", 0), ("llava", 3)])
+def test_a_checkpoint_of_others_is_knocked_out_as_far_as_its_heads_are_known(source, said, request, runs_folder):
+    parameters = {"checkpoint": request.getfixturevalue(source), "images": 4}
+    folder = run_notebook("07_knock_out", name=source, parameters=parameters).parent
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["conclusions"]) == said and ("word_blocked" in summary) == (said > 0)
+    assert (folder / "effects.csv").exists() == (said > 0) and not (folder / "patch.csv").exists()
+    assert (folder / "figures" / "flow.html").exists()
 
 
 @pytest.mark.parametrize("source", ["vilt", "visual_bert", "lxmert"])

@@ -36,7 +36,7 @@ def measured(subject, pictures):
         what: effects.measure(subject, pictures, what, progress=lambda *told_now: told.append(told_now))
         for what in known(subject)
     }
-    assert told[-1] == ("blocking, word", 2, 2)
+    assert told[-1] == ("blocking, word", 2, 2) and "forward" not in vars(subject.base.visual)
     return found
 
 

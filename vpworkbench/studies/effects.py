@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ class Effects:
     mean : KnockOut
         Blocked keys give their mean value, in single layers.
     reverse : KnockOut or None
-        The image cannot read the words, in single layers; None in a causal decoder, where it never does.
+        The image cannot read the words, in single layers; None in a causal decoder whose image comes first.
     flow, null, live : Tensor, shape (example, layer, layer)
         Inter-Modality Flow, its value under uniform attention, and the part that can reach the read-out.
     lens : Tensor, shape (example, layer + 1)
@@ -105,11 +107,13 @@ def measure(
     if not of_batches:
         raise ValueError(f"{subject.name}: none of the {len(pictures)} pictures can be asked for {what!r}; take more")
     for number, some in enumerate(of_batches):
-        for name, part in _measured(subject, some, seed + number).items():
+        with _visual_side_once(subject):
+            found = _measured(subject, some, seed + number)
+        for name, part in found.items():
             parts[name].append(part)
         if progress:
             progress(f"blocking, {what}", number + 1, len(of_batches))
-    return Effects(**{name: _joined(found) for name, found in parts.items()}, per_text=PER_TEXT[what])
+    return Effects(**{name: _joined(of_name) for name, of_name in parts.items()}, per_text=PER_TEXT[what])
 
 
 def match_effect(subject: Subject, pictures: Sequence[Picture], layers: int) -> Interval:
@@ -118,7 +122,9 @@ def match_effect(subject: Subject, pictures: Sequence[Picture], layers: int) -> 
     for some in batches(subject, pictures, "match") if "match" in known(subject) else ():
         inputs, readout, _ = ask(subject, some)
         sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
-        lost.append(knock_out(subject.model, inputs.forward, readout=readout, spans=[(0, layers - 1)], **sets).effect)
+        options = {"model": subject.model, "inputs": inputs.forward, "readout": readout, **sets}
+        with _visual_side_once(subject):
+            lost.append(knock_out(**options, spans=[(0, layers - 1)]).effect)
     if not lost:
         return Interval(*[np.array(np.nan)] * 3, np.array(0))
     return bootstrap_interval(torch.cat(lost).view(-1, PER_TEXT["match"]).mean(dim=1).numpy())
@@ -200,6 +206,20 @@ def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[st
 
 
 # ---------------------------------------------------------------------------------------------------------- a batch
+
+
+@contextmanager
+def _visual_side_once(subject: Subject) -> Iterator[None]:
+    """In the block the visual side of our models, half of their cost, runs once for each tensor of images."""
+    if subject.base is None:
+        yield
+        return
+    visual = subject.base.visual
+    visual.forward = cache(visual.forward)  # tensors are told apart by identity
+    try:
+        yield
+    finally:
+        del visual.forward
 
 
 def _measured(subject: Subject, some: Sequence[Example], seed: int) -> dict[str, Any]:
