@@ -45,7 +45,7 @@ def bootstrap_interval(
     seed : int
         Seed of the resampling.
     weights : array, shape (sample,), optional
-        How much each sample counts in the mean; default: all alike.
+        Weight of each sample; default: all alike.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0 or len(values) == 0:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from vpworkbench.probes.attention import AttentionCall, Reading, intercept_attention, run_model
-from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head
+from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head, crossing_by_query
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, Readings, reaching, streams_of
 from vpworkbench.probes.layouts import patches_recorded
 
@@ -209,7 +209,8 @@ class FlowRecorder:
         self.rows = None if rows is None else PickedRows(rows, sets.vision.shape[1])
         self.columns = None if columns is None else PickedColumns(columns, sets.vision.shape[1])
         self.spans: list[list[int]] = []  # per layer: start of each column carried through it
-        self.crossed: list[Tensor] = []  # per layer: (example, start, token)
+        self.crossed: list[tuple[Tensor, Tensor]] = []  # per layer: (example, start) each
+        self.by_query: list[Tensor] = []  # per layer: (example, start, token)
         self.null: list[Tensor] = []  # per layer: (example, start)
         self.heads: list[Tensor] = []  # per layer: (example, head)
         self.readings: list[list[tuple[Block, Reading]]] = []  # per layer
@@ -261,14 +262,12 @@ class FlowRecorder:
                     f"attention is nan in {name} (examples {broken}): the model's hidden states are nan there, or a "
                     "real token can attend to nothing"
                 )
-        by_query = self._triangle(self.crossed)
-        words, vision = (part.to(by_query) for part in (self.sets.language, self.sets.vision))
         return InterModalityFlow(
-            text_to_vision=torch.einsum("eijt,et->eij", by_query, words),
-            vision_to_text=torch.einsum("eijt,et->eij", by_query, vision),
+            text_to_vision=self._triangle([to_vision for to_vision, _ in self.crossed]),
+            vision_to_text=self._triangle([to_text for _, to_text in self.crossed]),
             null=null,
             per_head=torch.stack(self.heads, dim=1),
-            by_query=by_query,
+            by_query=self._triangle(self.by_query),
             layers=tuple(self.choice.names),
             readings=tuple(map(tuple, self.readings)),
             rows=None if rows is None else torch.stack(rows.weights, dim=1),
@@ -339,8 +338,9 @@ class FlowRecorder:
     def _close_layer(self) -> None:
         self._ends_in, self._ends_in_uniform = self._after, self._after_uniform
         self.heads.append(crossing_by_head(self._within, self.sets))
-        self.crossed.append(crossing(self._by_span(self._ends_in), self.sets).transpose(1, 2))
-        self.null.append(crossing(self._by_span(self._ends_in_uniform), self.sets).sum(dim=1))
+        self.crossed.append(crossing(self._by_span(self._ends_in), self.sets))
+        self.by_query.append(crossing_by_query(self._by_span(self._ends_in), self.sets).transpose(1, 2))
+        self.null.append(sum(crossing(self._by_span(self._ends_in_uniform), self.sets)))
 
     def _by_span(self, columns: Tensor) -> Tensor:
         return columns.unflatten(-1, (-1, 2 if self._two_sets else 1))

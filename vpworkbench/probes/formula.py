@@ -91,7 +91,7 @@ def flow_from_attention(attention: Tensor, vision: Tensor, *, language: Tensor |
         ends_in = sets.indicators(weights.dtype)[0]  # token set: share of its attention that ends in L, in V
         for stop in range(start, len(weights)):
             ends_in = (ends_in + weights[stop] @ ends_in) / 2  # the residual keeps half, Eq. 3
-            flow[start, stop] = crossing(ends_in[None], sets).sum()
+            flow[start, stop] = sum(crossing(ends_in[None], sets))
     return flow
 
 
@@ -109,13 +109,22 @@ def crossing_share(matrix: Tensor, vision: Tensor, language: Tensor | None = Non
 # is given, the rest ends in V.
 
 
-def crossing(ends_in: Tensor, sets: Modalities) -> Tensor:
-    """What each query sends across, over inter + intra of all queries; (example, token, ...), 0 for padding.
+def crossing(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
+    """Text to vision and vision to text, each over inter + intra; (example, ...) both."""
+    from_language, from_vision = _sums(ends_in, sets)
+    total = (from_language + from_vision).sum(dim=-1)
+    return from_language[..., 1] / total, from_vision[..., 0] / total
 
-    The sum over the queries is the flow; over those in L it is text to vision, over those in V vision to text.
-    """
-    crossed, total = _crossed_and_total(ends_in, sets)
-    return crossed / total[:, None]
+
+def crossing_by_query(ends_in: Tensor, sets: Modalities) -> Tensor:
+    """What each query adds to the flow, (example, token, ...); 0 for tokens in neither set."""
+    from_language, from_vision = _sums(ends_in, sets)
+    total = (from_language + from_vision).sum(dim=-1)
+    beside = (...,) + (None,) * (ends_in.ndim - 3)
+    to_language = ends_in[..., 0]
+    to_vision = 1 - to_language if ends_in.shape[-1] == 1 else ends_in[..., 1]
+    crossed = torch.where(sets.language[beside], to_vision, to_language)
+    return crossed.masked_fill(~(sets.language | sets.vision)[beside], 0) / total[:, None]
 
 
 def crossing_by_head(ends_in: Tensor, sets: Modalities) -> Tensor:
@@ -124,15 +133,14 @@ def crossing_by_head(ends_in: Tensor, sets: Modalities) -> Tensor:
     Inter over the heads' mean of inter + intra, so that the mean over heads is the flow of the layer also where some
     attention ends in neither set.
     """
-    crossed, total = _crossed_and_total(ends_in, sets)
-    return crossed.sum(dim=1) / total.mean(dim=1, keepdim=True)
+    from_language, from_vision = _sums(ends_in, sets)
+    total = (from_language + from_vision).sum(dim=-1).mean(dim=1, keepdim=True)
+    return (from_language[..., 1] + from_vision[..., 0]) / total
 
 
-def _crossed_and_total(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
-    """Inter of each query, (example, token, ...), and inter + intra of all, (example, ...)."""
+def _sums(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
+    """`ends_in` summed over the queries in L, and over those in V; (example, ..., set) both."""
     if ends_in.shape[-1] == 1:
         ends_in = torch.cat([ends_in, 1 - ends_in], dim=-1)
-    beside = (...,) + (None,) * (ends_in.ndim - 3)
-    language, outside = sets.language[beside], ~(sets.language | sets.vision)[beside]
-    crossed = torch.where(language, ends_in[..., 1], ends_in[..., 0]).masked_fill(outside, 0)
-    return crossed, ends_in.sum(dim=-1).masked_fill(outside, 0).sum(dim=1)
+    queries = (sets.language.to(ends_in), sets.vision.to(ends_in))
+    return tuple(torch.einsum("et,et...->e...", query, ends_in) for query in queries)

@@ -215,7 +215,7 @@ def _visual_side_once(subject: Subject) -> Iterator[None]:
         yield
         return
     visual = subject.base.visual
-    visual.forward = cache(visual.forward)  # tensors are told apart by identity
+    visual.forward = cache(visual.forward)  # a tensor is its own key
     try:
         yield
     finally:
