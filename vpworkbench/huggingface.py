@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import CheckpointError, DataError, first_line
+from vpworkbench.model.weights import without_nan
 from vpworkbench.probes import modality_masks
 
 MOST_REGIONS = 36  # per image: the number that VisualBERT and LXMERT were trained with
@@ -88,6 +89,7 @@ def open_pretrained(source: str, *, regions: str = "") -> Processed:
             f"{source}: {reason}; a folder of transformers holds the model and its processor or tokenizer, each saved "
             "there by save_pretrained"
         ) from None
+    without_nan(dict(model.named_parameters()), source)
     return Processed(model, processor, files)
 
 

@@ -31,7 +31,7 @@ from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import build_visual
-from vpworkbench.model.weights import efficientnet_lite0, load_into, start_text, start_visual
+from vpworkbench.model.weights import efficientnet_lite0, load_into, read_weights, start_text, start_visual
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import FusionSettings, VisualSettings, pretrain_settings
 from vpworkbench.train.pretrain import build_model
@@ -186,6 +186,18 @@ def test_files_that_hold_no_plain_tensors(tmp_path, content, capsys):
     with pytest.raises(CheckpointError, match=re.escape(str(file))):
         start_visual(build_visual(SWIN), str(file), preset="tiny")
     assert "code was run" not in capsys.readouterr().out
+
+
+def test_a_tensor_with_nan_is_named(tmp_path, model):
+    """A start, and a checkpoint of ours: the name of the tensor and the file."""
+    tensors = {"layers.0.blocks.0.norm1.weight": torch.ones(4), "head.bias": torch.tensor([1.0, torch.nan])}
+    save_file(tensors, tmp_path / "start.safetensors")
+    with pytest.raises(CheckpointError, match=r"start.safetensors: tensor head.bias holds nan"):
+        read_weights(tmp_path / "start.safetensors")
+    model.itm.bias.data[1] = torch.nan
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: tensor itm.bias holds nan"):
+        type(model).from_pretrained(tmp_path / "ours")
 
 
 def test_file_of_another_model_is_refused():

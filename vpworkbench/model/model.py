@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vpworkbench.errors import CheckpointError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.visual import VisualTokens, build_visual, unpack
+from vpworkbench.model.weights import without_nan
 from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
 
@@ -199,7 +200,7 @@ class VisualParsingModel(nn.Module):
             hint = f"; {pickles[0]} is a pickle, which is never loaded: save it as safetensors" if pickles else ""
             raise CheckpointError(f"{weights}: no such file{hint}")
         try:
-            missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
+            missing, unexpected = model.load_state_dict(without_nan(load_file(weights), weights), strict=False)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise CheckpointError(f"{weights}: is damaged or does not fit its config.json: {error}") from None
         if missing or unexpected:

@@ -107,6 +107,7 @@ def start_text(fusion: Fusion, source: str) -> KeyReport | None:
         ) from None
     tensors = {name: tensor for name, tensor in bert.state_dict().items() if name not in loading["missing_keys"]}
     words = "embeddings.word_embeddings.weight"
+    without_nan(tensors, folder)
     if words in tensors:  # published tables may be padded after the last word
         tensors[words] = tensors[words][: fusion.bert.config.vocab_size]
     report = load_into(fusion.bert, tensors, source)
@@ -137,6 +138,14 @@ def read_weights(place: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: damaged, or not only tensors ({reason}); save it as safetensors") from None
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file}: not a plain table of tensors; save the state_dict as safetensors")
+    return without_nan(tensors, file)
+
+
+def without_nan(tensors: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """The same tensors; a `CheckpointError` names the first that holds nan."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise CheckpointError(f"{source}: tensor {name} holds nan; the training that saved it had diverged")
     return tensors
 
 

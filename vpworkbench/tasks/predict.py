@@ -18,6 +18,7 @@ from vpworkbench.data.readers import open_annotations, unique
 from vpworkbench.data.tables import read_unsplit_rows
 from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.weights import without_nan
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 
@@ -29,7 +30,8 @@ def load_task_model(folder: str | Path, *, device: torch.device | str = "cpu") -
         content = json.loads((folder / "task.json").read_text())
         base = VisualParsingModel.from_config(folder)
         model = TaskModel(base, TASKS[content["task"]], content["label2ans"], pairing=content["pairing"])
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        file = folder / "model.safetensors"
+        model.load_state_dict(without_nan(load_file(file), file))
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
