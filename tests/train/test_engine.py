@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import narrow_model
+from transformers import get_linear_schedule_with_warmup
 
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import DataError, RunError, SettingsError, TrainingError
@@ -230,6 +231,17 @@ def test_schedule_warms_up_and_decays_at_25_and_35_of_40():
     optim = OptimSettings(warmup=500)
     factors = [learning_rate_factor(step, 40_000, optim) for step in (0, 249, 499, 24_999, 25_000, 34_999, 35_000)]
     assert factors == pytest.approx([1 / 500, 0.5, 1, 1, 0.1, 0.1, 0.01])
+
+
+def test_linear_schedule_falls_as_that_of_transformers():
+    optim = OptimSettings(warmup=20, schedule="linear")
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_linear_schedule_with_warmup(optimiser, 20, 100)
+    for step in range(100):
+        factor = learning_rate_factor(step, 100, optim)
+        assert factor == pytest.approx((step + 1) / 20 if step < 20 else theirs.get_last_lr()[0])
+        optimiser.step()
+        theirs.step()
 
 
 def recorded_steps(scenes, monkeypatch, name: str, **optim) -> list[tuple[list[dict], list[list[torch.Tensor]]]]:
