@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers as hf
 
@@ -42,14 +44,15 @@ def vilt() -> Subject:
     return opened(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | pixels)
 
 
-def llava() -> Subject:
+def llava(before: Sequence[int] = (5,)) -> Subject:
+    """A causal decoder; `before` are the ids of words before the image."""
     torch.manual_seed(0)
     vision = hf.CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=8
     )
     text = hf.LlamaConfig(**ENCODER, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1)
-    ids = torch.tensor([[5, *[IMAGE] * 9, 6, 7, 8]])
+    ids = torch.tensor([[*before, *[IMAGE] * 9, 6, 7, 8]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 24, 24)}
     return opened(hf.LlavaForConditionalGeneration(config), inputs)
 

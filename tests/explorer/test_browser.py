@@ -454,6 +454,33 @@ def test_the_sentence_and_the_picture_are_ones_own(explorer: Any, tmp_path: Path
     assert "vpw-over" not in explorer.locator(".vpw-explorer .vpw-zone").get_attribute("class")
 
 
+def test_blocked_attention_is_hatched(explorer: Any, screenshots: Path) -> None:
+    tab(explorer, "Try it")
+    explorer.get_by_label("block").select_option("words from the image")
+    answers = explorer.locator(".vpw-explorer .vpw-table:visible")
+    answers.locator("th", has_text="answer with the block").wait_for()
+    first, last = answers.locator("tr").nth(1).locator("td").all_text_contents()[-2:]
+    assert first.endswith("%") and last.endswith("%") and first != last
+    explorer.screenshot(path=screenshots / "explorer-try-blocked.png")
+    tab(explorer, "Words and patches")
+    explorer.locator(".vpw-explorer .vpw-hatched:visible").wait_for()
+    cells = explorer.locator(".vpw-explorer .vpw-maps:visible .vpw-stage").first
+    cells.hover(position=cell(cells, 0, 0, 3, 6))
+    status = explorer.locator(".vpw-explorer .vpw-maps:visible .vpw-status")
+    assert "words to image: blocked · image to words: " in status.text_content()
+    explorer.locator(".vpw-explorer .vpw-word").nth(1).hover()
+    explorer.locator(".vpw-explorer .vpw-reader .vpw-status", has_text="cannot look at the image: blocked").wait_for()
+    explorer.screenshot(path=screenshots / "explorer-words-blocked.png")
+    canvas = pixels(explorer, ".vpw-explorer .vpw-reader .vpw-stage canvas")[..., :3]
+    assert np.median(canvas) < 60
+    tab(explorer, "Flow")
+    explorer.locator(".vpw-explorer .vpw-hatched:visible").wait_for()
+    explorer.screenshot(path=screenshots / "explorer-flow-blocked.png")
+    tab(explorer, "Try it")
+    explorer.get_by_label("block").select_option("none")
+    answers.locator("th", has_text="answer with the block").wait_for(state="detached")
+
+
 def wait_for_colour(page: Any, colour: tuple[int, int, int]) -> None:
     """Wait until the first picture has this median colour; answers to earlier edits may be drawn before it."""
     until = time.monotonic() + WAIT_MS / 1000

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import gzip
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -35,9 +37,12 @@ from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import DataError
 from vpworkbench.explorer import Explorer, explore
+from vpworkbench.explorer.readings import BLOCKED
 from vpworkbench.explorer.widgets import Panels, Save
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import fill_mask, match_probability
+from vpworkbench.probes import flow_from_attention, knock_out
+from vpworkbench.probes.readouts import masked_word, match_log_odds
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Subject
@@ -118,7 +123,7 @@ def test_reconstruction_errors_are_those_of_mfr(view: Explorer, model: VisualPar
     table = view.tables()["masks"]
     masked = torch.from_numpy(table.attention_mask.to_numpy() > 0)[None]
     with torch.no_grad():
-        forward = view.readings[0].forward
+        forward = view.readings[0].inputs.forward
         joint = model.fuse(model.visual(forward["images"]), forward["words"], forward["word_tokens"], masked=masked)
         wanted = (model.mfr(joint.vision) - joint.visual.features).square().mean(dim=-1)[0]
     hidden = masked[0].numpy()
@@ -327,6 +332,95 @@ def test_long_sentences_are_cut_and_it_is_said(view: Explorer, model: VisualPars
     assert f"{model.settings.text_tokens} of 102" in view.trial.status.text
 
 
+@pytest.mark.parametrize("way", BLOCKED)
+def test_a_block_is_seen_in_the_attention_and_in_the_answers(view: Explorer, way: str) -> None:
+    """In the first layer the plain attention without the blocked pairs is left; answers are those of `knock_out`."""
+    view.say("a [MASK] ball")
+    plain, told = view.readings[0], view.tables()["answers"]
+    view.block(way, 0, 0)
+    reading, tables = view.readings[0], view.tables()
+    language, vision = (torch.from_numpy(part) for part in reading.modalities)
+    ways = {"text_to_vision": language[:, None] & vision, "vision_to_text": vision[:, None] & language}
+    pairs = {**ways, "both": ways["text_to_vision"] | ways["vision_to_text"]}[way]
+    left = plain.attention[0].masked_fill(pairs, 0)
+    torch.testing.assert_close(reading.attention[0], left / left.sum(dim=-1, keepdim=True))
+    assert (reading.attention[1][:, pairs] > 0).all() and not torch.equal(reading.attention[1], plain.attention[1])
+    np.testing.assert_allclose(reading.flow, flow_from_attention(reading.attention, vision, language=language))
+    assert tables["answers"].answer.tolist() == told.answer.tolist()
+    inputs, model = reading.inputs, reading.subject.base
+    knocked = knock_out(
+        model, inputs.forward, inputs.vision, inputs.tokens, match_log_odds(model), way=way, spans=[(0, 0)]
+    )
+    blocked = tables["answers"]["answer with the block"]
+    assert blocked[0] == f"{100 * knocked.after[0, 0].sigmoid():.1f}%"
+    word, share = blocked[1].split(", ")[0].split()
+    right = masked_word(model, inputs.forward, [word])
+    knocked = knock_out(model, inputs.forward, inputs.vision, inputs.tokens, right, way=way, spans=[(0, 0)])
+    assert share == f"{100 * knocked.after[0, 0].exp():.0f}%"
+    assert set(tables["flow"].block) == {str(reading.block)} and "block" not in tables["masks"]
+    view.block()
+    assert view.readings[0].block is None and view.readings[0].attention.equal(plain.attention)
+    pd.testing.assert_frame_equal(view.tables()["answers"], told)
+
+
+def test_blocked_pairs_are_hatched(view: Explorer, model: VisualParsingModel, tmp_path: Path) -> None:
+    heads = model.settings.fusion.heads
+    view.trial.way.value = "both"  # as by hand, in both layers
+    assert view.words.maps[0].hatched == [[0, 0, 0, 2, heads], [1, 0, 0, 2, heads]]
+    view.trial.layers.value = (2, 2)
+    assert view.words.maps[0].hatched == [[0, 1, 0, 2, heads], [1, 1, 0, 2, heads]]
+    words = len(view.readings[0].words)
+    size, reader = words + 36, view.words.readers[0]
+    for layer, rolled, blocked in ((0, False, False), (1, False, True), (1, True, False)):
+        view.read(1, layer=layer, rolled=rolled)
+        assert reader.looks_blocked == reader.reads_blocked == blocked
+    for span, boxes in (((0, 1), []), ((1, 1), [[0, 0, words, words, size], [0, words, 0, size, words]])):
+        view.span(*span)
+        assert view.flow.maps[0].hatched == boxes
+        for _, top, left, bottom, right in boxes:
+            assert (view.readings[0].span(*span)[0][top:bottom, left:right] == 0).all()
+    view.say("a red ball")  # the block stays
+    told = "words and image cannot read each other in layer 2"
+    assert str(view.readings[0].block) == told and told in view.trial.status.text
+    text = view.save(tmp_path / "page.html").read_text()
+    values = re.search(r'id="values">([^<]*)<', text)[1]
+    kept = {one["name"]: one["traits"] for one in json.loads(gzip.decompress(base64.b64decode(values)))["values"]}
+    assert f"while {told}</h1>" in text and kept["Maps"]["hatched"] == view.flow.maps[0].hatched
+    assert kept["Reader"]["label"].endswith(told) and kept["Table"]["names"][-1] == "answer with the block"
+    view.block("text_to_vision")
+    assert view.words.maps[0].hatched == [[0, 0, 0, 2, heads]] and not reader.reads_blocked
+
+
+@pytest.mark.parametrize(
+    "block, match",
+    [
+        (("sideways",), "way 'sideways' is not known; known are text_to_vision, vision_to_text, both"),
+        (("both", 0, 2), "layer 2 does not exist; there are 2"),
+        (("both", 1, 0), "layer 1 does not exist; there are 1"),
+        (("both", -1), "layer -1 does not exist"),
+    ],
+)
+def test_blocks_that_are_not_there(view: Explorer, block: tuple, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        view.block(*block)
+    assert view.readings[0].block is None and view.trial.block is None
+
+
+def test_a_way_without_pairs_is_refused_and_the_switch_goes_back(scenes: list[Picture]) -> None:
+    """In a causal decoder whose image precedes all words."""
+    with closing(explore(llava(before=()), scenes[:2])) as view:
+        view.block("text_to_vision", 1, 2)
+        for act in (lambda: setattr(view.trial.way, "value", "vision_to_text"), lambda: view.block("vision_to_text")):
+            with suppress(ValueError):
+                act()
+            assert view.trial.way.value == "text_to_vision" and view.trial.layers.value == (2, 3)
+            assert view.readings[0].block == ("text_to_vision", 1, 2)
+        with pytest.raises(ValueError, match="causal decoder"):
+            view.block("vision_to_text")
+        view.trial.way.value = "vision_to_text"
+        assert "Not read: way vision_to_text" in view.trial.status.text
+
+
 def test_uploads(view: Explorer) -> None:
     def drop(content: bytes, name: str) -> str:
         with view.trial.drop.hold_trait_notifications():
@@ -362,7 +456,7 @@ def test_text_is_escaped(view: Explorer) -> None:
 
 def test_code_recreates_the_view(view: Explorer, model: VisualParsingModel, scenes: list[Picture]) -> None:
     view.look(1).say("a red ball").pick(9, k=8, select="symmetric", head=2, draw=3)
-    view.read(2, layer=0, head=1).span(1, 1, layer=1)
+    view.read(2, layer=0, head=1).span(1, 1, layer=1).block("vision_to_text", 1, 1)
     names: dict[str, object] = {"model": model, "pictures": scenes[:4]}
     exec(view.code, names)  # the code that a reader would copy
     again = names["view"]
@@ -532,7 +626,7 @@ def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingMo
     base, masked = regions.subjects[0].base, torch.zeros(1, 9, dtype=torch.bool)
     masked[0, :things] = torch.from_numpy(table.random_mask.to_numpy() > 0)
     with torch.no_grad():
-        forward = regions.readings[0].forward
+        forward = regions.readings[0].inputs.forward
         joint = base.fuse(base.visual(forward["images"]), forward["words"], forward["word_tokens"], masked=masked)
         wanted = (base.mfr(joint.vision) - joint.visual.features).square().mean(dim=-1)[masked]
     np.testing.assert_allclose(table.random_error.dropna(), wanted, rtol=1e-4)

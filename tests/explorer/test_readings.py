@@ -49,7 +49,7 @@ def test_attention_is_that_of_the_eager_model(reading: Reading, model: VisualPar
     for layer in model.fusion.bert.encoder.layer:
         layer.attention.self.register_forward_hook(keep)
     with torch.no_grad():
-        model(**reading.forward)
+        model(**reading.inputs.forward)
     torch.testing.assert_close(reading.attention, torch.stack(found), atol=1e-5, rtol=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_grid_of_layers_and_heads(reading: Reading) -> None:
 
 @torch.no_grad()
 def test_nmi_and_components(reading: Reading, model: VisualParsingModel) -> None:
-    hidden = model(**reading.forward).hidden
+    hidden = model(**reading.inputs.forward).hidden
     for layer, states in enumerate(hidden):
         clusters = KMeans(2, n_init=10, random_state=0).fit_predict(states[0].double().numpy())
         wanted = normalized_mutual_info_score(reading.modalities[1], clusters)

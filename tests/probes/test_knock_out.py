@@ -21,7 +21,8 @@ from transformers.models.mistral import modeling_mistral
 
 import vpworkbench as vpw
 from vpworkbench.data.inputs import prepare
-from vpworkbench.probes import knock_out, modality_masks
+from vpworkbench.probes import attention_blocked, hidden_states, inter_modality_flow, knock_out, modality_masks
+from vpworkbench.probes.attention import unchanged
 from vpworkbench.probes.knock_out import Blocker
 from vpworkbench.settings.families import FAMILIES as OURS
 from vpworkbench.stats import bootstrap_interval, paired_interval
@@ -296,6 +297,40 @@ def test_controls_block_as_many_pairs_where_the_layer_allows_it(built, monkeypat
     assert knocked.controls.shape == (3, 3, 1) and knocked.controls.equal(run(seed=5).controls)
     assert not knocked.controls.equal(run(seed=6).controls)
     assert run(controls=0).controls is None
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "vilt", "visual_bert"])
+def test_other_probes_see_the_blocked_model(name, attention):
+    """Through the interface of transformers and in a module of its own; afterwards the model is as before."""
+    torch.manual_seed(0)
+    model, inputs, _ = FAMILIES[name]()
+    if name != "vilt" or attention == "sdpa":  # ViLT has only its own attention
+        model.eval().set_attn_implementation(attention)
+    masks = modality_masks(model.eval(), inputs)
+    sets, kept = (masks.vision, masks.tokens), Kept()
+    before = inter_modality_flow(model, inputs, *sets)
+    knock_out(model, inputs, *sets, kept, spans=[(0, 1)])
+    with attention_blocked(model, inputs, *sets, span=(0, 1)):
+        with unchanged(model):
+            found = model(**inputs)
+        flow = inter_modality_flow(model, inputs, *sets)
+        states = hidden_states(model, inputs, tokens=masks.tokens)
+    torch.testing.assert_close(states_of(found), states_of(kept.passes[1]))
+    assert states[1].shape == states[0].shape
+    assert flow.text_to_vision[:, :2, :2].nan_to_num().abs().max() < 1e-7
+    torch.testing.assert_close(flow.flow[:, 0, 0], flow.vision_to_text[:, 0, 0])
+    assert (flow.text_to_vision[:, 2, 2] > 0).all()
+    again = inter_modality_flow(model, inputs, *sets)
+    assert again.flow.nan_to_num().equal(before.flow.nan_to_num())
+
+
+def test_streams_apart_cannot_be_blocked_for_other_probes():
+    model, inputs, _ = lxmert()
+    masks = modality_masks(model.eval(), inputs)
+    with pytest.raises(ValueError, match="LxmertModel has two streams of states: only knock_out can block"):
+        with attention_blocked(model, inputs, masks.vision, masks.tokens, span=(0, 0)):
+            pass
 
 
 def test_intervals_are_over_examples_and_paired(built):

@@ -135,7 +135,7 @@ def test_refusals(model, inputs):
     with pytest.raises(ValueError, match="runs its 2 layers 4 times in one forward"):
         lens(Twice().eval(), {"input_ids": torch.ones(1, 5, dtype=torch.long)}, lambda state: state)
     family = lxmert()
-    with pytest.raises(ValueError, match="LxmertModel has two streams: there is no one state"):
+    with pytest.raises(ValueError, match="LxmertModel has two streams of states: this probe needs one"):
         lens(family.model.eval(), family.inputs, lambda outputs: outputs.pooled_output)
     family = llava()
     with pytest.raises(ValueError, match="2 stacks of layers that match .* choose one by `tokens` or `layers`"):

@@ -117,8 +117,8 @@ def test_all_states_restore_everything_in_every_family(name):
 @pytest.mark.parametrize("name", TWO_STREAM_FAMILIES)
 def test_two_streams_are_refused_in_one_line(name):
     family = FAMILIES[name]()
-    with pytest.raises(ValueError, match="has two streams of states; patch needs one joint sequence") as refused:
-        patch(family.model, family.inputs, family.inputs, lambda outputs: None, {})
+    with pytest.raises(ValueError, match="has two streams of states: this probe needs one joint sequence") as refused:
+        patch(family.model, family.inputs, family.inputs, lambda outputs: None, {"all": torch.ones(2, 2).bool()})
     assert "\n" not in str(refused.value) and len(TWO_STREAMS) == len(TWO_STREAM_FAMILIES)
 
 
@@ -197,5 +197,5 @@ def test_bad_input_is_one_clear_error(model, runs, scenes):
         vpw.patch(model, clean.forward, longer.forward, odds, groups)
     layers = model.fusion.bert.encoder.layer
     layers[1] = layers[0]
-    with pytest.raises(ValueError, match="does not run each of its layers once in a forward"):
+    with pytest.raises(ValueError, match="layers .* times in one forward: this probe needs each of them once"):
         vpw.patch(model, clean.forward, corrupt.forward, odds, groups)

@@ -146,7 +146,8 @@ class Explorer(ipywidgets.VBox):
         self._update_code()
 
     def _read_and_show(self, picture: Picture, text: str) -> None:
-        self.readings = [read(subject, picture, text) for subject in self.subjects]  # fails before anything is shown
+        block = self.trial.block
+        self.readings = [read(one, picture, text, block) for one in self.subjects]  # fails before anything is shown
         for view in self._views:
             view.show(self.readings)
         self._update_code()
@@ -176,6 +177,11 @@ class Explorer(ipywidgets.VBox):
         """Choose a span of layers, from 0, and the `model` and `layer` of the tokens, see `FlowView.set`."""
         return self._set("flow", start, stop, **options)
 
+    def block(self, way: str = "", first: int = 0, last: int | None = None) -> Explorer:
+        """Block a way of `knock_out` in layers `first` to `last`, from 0; an empty way blocks nothing."""
+        self.trial.set(way, first, last)
+        return self
+
     def _set(self, name: ViewName, *places: int | None, **options: Any) -> Explorer:
         if (view := getattr(self, name)) is None:
             raise ValueError(f"this explorer was opened without the view {name!r}; add it to `views`")
@@ -203,8 +209,11 @@ class Explorer(ipywidgets.VBox):
             self._code.update(text=self.code)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """The numbers of all views."""
-        return {name: table for view in self._views for name, table in view.tables().items()}
+        """The numbers of all views; where something is blocked, a column `block` says what."""
+        tables = {name: table for view in self._views for name, table in view.tables().items()}
+        block = self.readings[0].block
+        blocked = tables.keys() - {"masks"} if block else ()
+        return tables | {name: tables[name].assign(block=str(block)) for name in blocked}
 
     def save_csv(self, folder: str | Path) -> list[Path]:
         """Write every table as a csv."""
@@ -217,7 +226,7 @@ class Explorer(ipywidgets.VBox):
     def save(self, path: str | Path) -> Path:
         """Write everything as one HTML file that opens without a kernel and without a network."""
         models = " and ".join(one.name for one in self.subjects)
-        title = f"{models} on “{self.readings[0].text}”"
+        title = f"{models} on “{self.readings[0].text}”{self.readings[0].note}"
         return write_page(path, title, [view.section() for view in self._views])
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ MODELS = PALETTE[2:]
 TOKENS = ("language", LANGUAGE, "circle"), ("vision", VISION, "square")
 MENU = ["sendChartToCloud", "select2d", "lasso2d", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
 """Buttons left out of plotly's menu: one uploads the chart, and a wide menu covers the title of the last panel."""
+TITLE = "Flow, NMI and tokens"
 LONGEST_NAME = 20  # letters in the title of a panel
 ALT = "Inter-Modality Flow as a triangle and two curves, NMI by layer, and tokens on two components by modality."
 
@@ -70,7 +71,7 @@ class FlowView(View):
         )
         self._figure: go.FigureWidget | None = None
         self._maps: list[Maps] = []
-        self.save = Chart(label="Flow, NMI and tokens", alt=ALT, width=WIDTH)
+        self.save = Chart(label=TITLE, alt=ALT, width=WIDTH)
         self.widget.children = (self.status,)
 
     @property
@@ -128,6 +129,8 @@ class FlowView(View):
 
     def show(self, readings: Sequence[Reading]) -> None:
         self.readings = list(readings)
+        note = readings[0].note
+        self.save.label = f"{TITLE}{note} (dashed: nothing blocked)" if note else TITLE
         if self._figure is None:
             return
         with self._figure.batch_update():
@@ -197,15 +200,19 @@ class FlowView(View):
         start, stop = self.span
         for reading, maps in zip(self.readings, self._maps, strict=True):
             matrix, splits = reading.span(start, stop)
-            tokens = int(reading.modalities.sum())
-            pooled = "" if len(matrix) == tokens else f", pooled from {tokens}"
+            tokens, size, words = int(reading.modalities.sum()), len(matrix), splits[0]
+            pooled = "" if size == tokens else f", pooled from {tokens}"
+            boxes = [0, 0, words, words, size], [0, words, 0, size, words]  # what words read, what the image reads
+            blocked = reading.blocks(start, stop).values()
             maps.update(
                 values=matrix[None],
-                names=[f"words first, then {len(matrix) - splits[0]} visual tokens{pooled}"],
+                names=[f"words first, then {size - words} visual tokens{pooled}"],
                 splits=splits,
+                hatched=[box for box, is_blocked in zip(boxes, blocked, strict=True) if is_blocked],
                 low=[0.0],
                 high=[_top_of_scale(matrix)],
-                label=f"{reading.subject.name}: A from the input of layer {start + 1} to the output of {stop + 1}",
+                label=f"{reading.subject.name}: A from the input of layer {start + 1} to the output of {stop + 1}"
+                + reading.note,
                 alt="Rows are queries, columns keys; the lines separate words and visual tokens.",
             )
         with self._figure.batch_update():

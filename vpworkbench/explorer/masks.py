@@ -68,7 +68,7 @@ class MasksView(View):
         ours = [reading for reading in readings if reading.subject.base is not None]
         self.readings = ours if all(ours[0].same_boxes(other) for other in ours) else ours[:1]  # one pick must fit all
         with torch.no_grad():
-            self._visual = [reading.subject.base.visual(reading.forward["images"]) for reading in self.readings]
+            self._visual = [reading.subject.base.visual(reading.inputs.forward["images"]) for reading in self.readings]
         lines = [
             f"{other.subject.name} cuts the image into other tokens; only the first model is shown here."
             for other in ours[len(self.readings) :]
@@ -240,7 +240,7 @@ class MasksView(View):
         """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are not hidden."""
         reading = self.readings[number]
         model = reading.subject.base
-        words = {name: reading.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
+        words = {name: reading.inputs.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
         both = self._visual[number].for_texts(torch.zeros(2, dtype=torch.long, device=model.device))
         places = reading.vision - words["words"].shape[1]  # without the padding of regions
         masked = torch.zeros(both.features.shape[:2], dtype=torch.bool)

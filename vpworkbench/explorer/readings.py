@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.data.records import Picture
-from vpworkbench.probes import hidden_states, inter_modality_flow, modality_masks, modality_nmi, modality_pca
+from vpworkbench.probes import (
+    attention_blocked,
+    flow_from_attention,
+    hidden_states,
+    inter_modality_flow,
+    modality_masks,
+    modality_nmi,
+    modality_pca,
+)
 from vpworkbench.probes.layers import visit_attention_maps
 from vpworkbench.subjects import Subject
 
@@ -20,9 +29,29 @@ HALF_ABOVE = 2**24  # numbers: larger attention is kept as float16; 16 million n
 LARGEST_MAP = 1_200  # rows and columns that a page draws; larger maps are pooled
 
 
+BLOCKED = {
+    "text_to_vision": "words cannot read the image",
+    "vision_to_text": "the image cannot read the words",
+    "both": "words and image cannot read each other",
+}
+"""What the ways of `knock_out` block."""
+
+
+class Block(NamedTuple):
+    """A way of `knock_out` that is blocked in some layers, the first and the last one counted from 0."""
+
+    way: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        layers = f"layers {self.first + 1} to {self.last + 1}" if self.first < self.last else f"layer {self.last + 1}"
+        return f"{BLOCKED[self.way]} in {layers}"
+
+
 @dataclass(eq=False)
 class Reading:
-    """One image and one text, read by one model.
+    """One image and one text, read by one model, perhaps with some attention blocked.
 
     Attributes
     ----------
@@ -40,9 +69,12 @@ class Reading:
     attention : Tensor, (layer, head, token, token)
         Softmax weights; rows over the last axis sum to 1.
     flow, null : float array, (layer, layer)
-        Inter-Modality Flow of every span and its value under uniform attention; nan where j < i.
+        Inter-Modality Flow of every span, and its value under uniform attention with nothing blocked; nan where j < i.
     hidden : tuple of Tensor, (1, token, channel)
         Features at the input of the first layer and at the output of every layer.
+    inputs : as from `Subject.prepare`
+    block : Block or None
+        What is blocked; attention, flow and features are those of the model with this block.
     """
 
     subject: Subject
@@ -59,7 +91,8 @@ class Reading:
     flow: NDArray[np.float64]
     null: NDArray[np.float64]
     hidden: tuple[Tensor, ...]
-    forward: dict[str, Any]
+    inputs: Any
+    block: Block | None
     _products: dict[int, list[Tensor]] = field(default_factory=dict)
 
     @property
@@ -73,6 +106,21 @@ class Reading:
     @property
     def tokens(self) -> int:
         return self.attention.shape[2]
+
+    @property
+    def note(self) -> str:
+        """What is blocked, as the end of a title; empty if nothing is."""
+        return f", while {self.block}" if self.block else ""
+
+    def blocks(self, start: int, stop: int | None = None) -> dict[str, bool]:
+        """Whether each of the two ways is blocked in all layers from `start` to `stop`, or in the layer `start`."""
+        stop = start if stop is None else stop
+        way, first, last = self.block or ("", 0, 0)
+        return {one: way in (one, "both") and first <= start and stop <= last for one in list(BLOCKED)[:2]}
+
+    def blocking(self) -> AbstractContextManager[None]:
+        """In this context the model runs with the block, on the inputs of this reading only."""
+        return _blocking(self.subject, self.inputs, self.block)
 
     def same_boxes(self, other: Reading) -> bool:
         """True if the visual tokens of both are at the same places, so that one pick fits both."""
@@ -170,10 +218,11 @@ class Reading:
 
 
 @torch.no_grad()
-def read(model: Subject, picture: Picture, text: str) -> Reading:
-    """Run a model on a picture with a text and keep every attention map.
+def read(model: Subject, picture: Picture, text: str, block: Block | None = None) -> Reading:
+    """Run a model on a picture with a text, perhaps with some attention blocked, and keep every attention map.
 
-    Raises a ValueError if the text is empty or the model builds no visual token from the picture.
+    Raises a ValueError if the text is empty, if the model builds no visual token from the picture, and where
+    `attention_blocked` refuses the block.
     """
     if not text.strip():
         raise ValueError("an empty sentence has no words to look at; type some")
@@ -182,9 +231,11 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
         raise ValueError(f"{model.name} makes no visual token of this input: there is nothing to look at")
     flow = inter_modality_flow(model.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
     maps: list[Tensor] = []
-    visit_attention_maps(
-        model.model, inputs.forward, inputs.vision.shape, lambda attention: maps.append(attention[0].float().cpu())
-    )
+    with _blocking(model, inputs, block):
+        visit_attention_maps(
+            model.model, inputs.forward, inputs.vision.shape, lambda attention: maps.append(attention[0].float().cpu())
+        )
+        hidden = hidden_states(model.model, inputs.forward, tokens=inputs.tokens)
     is_large = len(maps) * maps[0].numel() > HALF_ABOVE
     given = getattr(inputs, "boxes", None)  # some models, such as VisualBERT, do not know where their regions lie
     boxes = flow.boxes if given is None else given  # ViLT draws the same order of its patches in every pass here
@@ -194,6 +245,10 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
     vision, language = (part[0].cpu() & real for part in (inputs.vision, inputs.language))
     on_image = (vision & boxes.isfinite().all(dim=1)).nonzero()[:, 0].numpy()
     in_text = (real & ~vision).nonzero()[:, 0].numpy()
+    flows = flow.flow[0]
+    if block:  # which may leave nothing that flows, and `inter_modality_flow` refuses that
+        means = torch.stack([one.mean(dim=0, keepdim=True) for one in maps])
+        flows = flow_from_attention(means, vision, language=language)
     visual = None if model.base is None else model.base.settings.visual
     if visual is not None and visual.kind.pixels:
         image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()  # the pixels that the model reads
@@ -211,11 +266,19 @@ def read(model: Subject, picture: Picture, text: str) -> Reading:
         boxes=boxes[on_image].float().numpy(),
         regions=given is not None if visual is None else not visual.kind.on_grid,
         attention=torch.stack([one.half() if is_large else one for one in maps]),
-        flow=flow.flow[0].double().cpu().numpy(),
+        flow=flows.double().cpu().numpy(),
         null=flow.null[0].double().cpu().numpy(),
-        hidden=tuple(part.detach() for part in hidden_states(model.model, inputs.forward, tokens=inputs.tokens)),
-        forward=dict(inputs.forward),
+        hidden=tuple(part.detach() for part in hidden),
+        inputs=inputs,
+        block=block,
     )
+
+
+def _blocking(model: Subject, inputs: Any, block: Block | None) -> AbstractContextManager[None]:
+    if block is None:
+        return nullcontext()
+    sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
+    return attention_blocked(model.model, inputs.forward, **sets, way=block.way, span=block[1:])
 
 
 def _words(model: Subject, inputs: Any, places: NDArray[np.int64]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -64,8 +65,20 @@ def curves(axes: Axes, values: np.ndarray, null: np.ndarray, title: str, colour:
     axes.set_ylim(bottom=0, auto=True)  # another model's curve may be higher
 
 
-def matrix(axes: Axes, values: np.ndarray, title: str, row_name: str, column_name: str, **limits: float) -> None:
+def matrix(
+    axes: Axes,
+    values: np.ndarray,
+    title: str,
+    row_name: str,
+    column_name: str,
+    hatched: Sequence[Sequence[int]] = (),
+    **limits: float,
+) -> None:
+    """A map; `hatched` are boxes of cells, first row and column, then those after the last."""
     axes.imshow(values, cmap=COLOURS.lower(), aspect="auto", interpolation="nearest", **limits)
+    for top, left, bottom, right in hatched:
+        corner, sides = (left - 0.5, top - 0.5), (right - left, bottom - top)
+        axes.add_patch(Rectangle(corner, *sides, facecolor=[HIDDEN / 255] * 3, edgecolor="white", hatch="///", lw=0))
     axes.set(title=title, ylabel=row_name, xlabel=column_name)
     for axis, count in zip((axes.yaxis, axes.xaxis), values.shape, strict=True):
         places = np.arange(0, count, max(1, math.ceil(count / 6)))

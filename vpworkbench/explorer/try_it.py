@@ -17,13 +17,14 @@ from vpworkbench.data.records import Picture
 from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, StatusText, View, column, row
-from vpworkbench.explorer.readings import Reading
+from vpworkbench.explorer.readings import Block, Reading, check_index
 from vpworkbench.explorer.widgets import Drop, Table
 from vpworkbench.model.readouts import fill_mask, match_probability
 
 MOST_WORDS = 512
 LARGEST_PX = 20_000_000  # pixels of an upload
-NAMES = ["model", "asked", "answer"]
+NAMES = ["model", "asked", "answer", "answer with the block"]  # the last one only if something is blocked
+WAYS = {"none": "", "words from the image": "text_to_vision", "the image from words": "vision_to_text", "both": "both"}
 
 UNREADABLE = (ValueError, DataError, RuntimeError, IndexError)
 """Errors of models that cannot read a picture or a sentence; the explorer reports them and stays usable."""
@@ -33,7 +34,7 @@ NO_REGIONS = (
 
 
 class TryView(View):
-    """A sentence to edit, a picture to choose or to add, and the answers.
+    """A sentence to edit, a picture to choose or to add, attention to block, and the answers.
 
     `read` lets the models read a picture with a text; it raises an error of `UNREADABLE` if they cannot.
     """
@@ -55,16 +56,29 @@ class TryView(View):
         )
         self.choice = ipywidgets.Dropdown(description="picture", layout={"width": "260px"})
         self.caption = ipywidgets.Dropdown(description="caption", layout={"width": "640px"})
+        self.way = ipywidgets.Dropdown(options=WAYS, description="block", layout={"width": "280px"})
+        count = min(reading.layers for reading in readings)
+        self.layers = ipywidgets.IntRangeSlider(
+            value=(1, count), min=1, max=count, description="in layers", layout={"width": "300px"}
+        )
         self.drop = Drop(label="Your own image: choose or drop it here", width=420)
         self.answers = Table(label="Answers", names=NAMES, width=WIDTH)
         self.status = StatusText()
         self.text.observe(lambda change: self.say(change["new"]), "value")
         self.choice.observe(lambda change: self.look(change["new"]), "value")
         self.caption.observe(lambda change: self.say(change["new"]), "value")
+        for control in (self.way, self.layers):
+            control.observe(lambda change: self._block_chosen(), "value")
         self.drop.observe(lambda change: self.add_image(bytes(self.drop.file), self.drop.file_name), "count")
         self.controls = column(row(self.text, self.choice), self.status)  # shown above all views
-        self.widget.children = (row(self.caption), self.answers, self.drop)
+        self.widget.children = (row(self.caption), row(self.way, self.layers), self.answers, self.drop)
         self.show(readings)
+
+    @property
+    def block(self) -> Block | None:
+        """What the controls ask to block."""
+        first, last = self.layers.value
+        return Block(self.way.value, first - 1, last - 1) if self.way.value else None
 
     def show(self, readings: Sequence[Reading]) -> None:
         self.readings = list(readings)
@@ -76,8 +90,13 @@ class TryView(View):
             self.choice.value = next(place for place, one in enumerate(self.pictures) if one is picture)
             self.caption.options = list(dict.fromkeys([*picture.captions[:10], *picture.foils[:4], text]))
             self.caption.value = self.text.value = text
-        self.status.set(*_not_read(self.readings))
-        self.answers.update(rows=self.tables()["answers"].to_numpy().tolist(), alt=f"Of the sentence “{text}”.")
+            self._show_block()
+        block = self.readings[0].block
+        noted = [f"Blocked in all views but Masks: {block}."] if block else []
+        self.status.set(*noted, *_not_read(self.readings))
+        table = self.tables()["answers"]
+        alt = f"Of the sentence “{text}”{self.readings[0].note}."
+        self.answers.update(names=list(table), rows=table.to_numpy().tolist(), alt=alt)
 
     def say(self, text: str) -> None:
         """Read another sentence with the same picture; the page shows what is wrong with it."""
@@ -87,6 +106,34 @@ class TryView(View):
         """Read another picture of the list with its own first caption, or the same sentence if it has none."""
         picture = self.pictures[place]
         self._try(picture, picture.captions[0] if picture.captions else self.readings[0].text)
+
+    def set(self, way: str, first: int, last: int | None) -> None:
+        """Block a way of `knock_out` in some layers, from 0 and by default to the last; an empty way blocks nothing."""
+        if way not in WAYS.values():
+            raise ValueError(f"way {way!r} is not known; known are {', '.join(filter(None, WAYS.values()))}")
+        last = self.layers.max - 1 if last is None else last
+        check_index("layer", first, last + 1)
+        check_index("layer", last, self.layers.max)
+        with self.quiet():
+            self.way.value, self.layers.value = way, (first + 1, last + 1)
+        self._read_or_unblock(self.readings[0].picture, self.readings[0].text)
+
+    def _block_chosen(self) -> None:
+        if self.block != self.readings[0].block:  # layers alone block nothing
+            self.say(self.readings[0].text)
+
+    def _read_or_unblock(self, picture: Picture, text: str) -> None:
+        try:
+            self._read(picture, text)
+        except UNREADABLE:
+            with self.quiet():
+                self._show_block()
+            raise
+
+    def _show_block(self) -> None:
+        """Set the controls to what is blocked."""
+        way, first, last = self.readings[0].block or ("", *(end - 1 for end in self.layers.value))
+        self.way.value, self.layers.value = way, (first + 1, last + 1)
 
     def add_image(self, content: bytes, name: str) -> None:
         """Add the user's own image and read it with the same sentence."""
@@ -109,7 +156,7 @@ class TryView(View):
         try:
             if len(text.split()) > MOST_WORDS:
                 raise ValueError(f"{len(text.split()):,} words are too many for a model; at most {MOST_WORDS}")
-            self._read(picture, text)
+            self._read_or_unblock(picture, text)
         except UNREADABLE as error:
             is_own = picture.image.folder == Path(self.scratch.name)
             reason = NO_REGIONS if is_own and isinstance(error, RegionsMissing) else str(error).splitlines()[0][:300]
@@ -122,8 +169,18 @@ class TryView(View):
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """`answers`."""
-        rows = [(reading.subject.name, *answer) for reading in self.readings for answer in _answers(reading)]
-        return {"answers": pd.DataFrame(rows, columns=NAMES)}
+        rows = []
+        for reading in self.readings:
+            before = _answers(reading)
+            with reading.blocking():
+                after = _answers(reading) if reading.block else before
+            pairs = zip(before, after, strict=True)
+            rows += [(reading.subject.name, asked, answer, blocked) for (asked, answer), (_, blocked) in pairs]
+        table = pd.DataFrame(rows, columns=NAMES)
+        return {"answers": table if self.readings[0].block else table.drop(columns=NAMES[-1])}
+
+    def code(self) -> str:
+        return f"view.block({self.way.value!r}, {', '.join(map(str, self.block[1:]))})" if self.block else ""
 
     def close(self) -> None:
         super().close()

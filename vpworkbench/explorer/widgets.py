@@ -99,6 +99,8 @@ class Reader(OnImage):
 
     _esm = module("reader")
     words = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    looks_blocked = traitlets.Bool().tag(sync=True)  # all of them: hatched
+    reads_blocked = traitlets.Bool().tag(sync=True)
     looks = Numbers().tag(sync=True)  # (word, token): attention of each word to each patch
     reads = Numbers().tag(sync=True)  # (token, word): attention of each patch to each word
     pinned = traitlets.Int(-1).tag(sync=True)  # -1 for none
@@ -115,6 +117,7 @@ class Maps(Drawn):
     column_name = traitlets.Unicode("column").tag(sync=True)
     count_from = traitlets.Int().tag(sync=True)  # number of the first row and column in labels
     splits = traitlets.List(traitlets.Int()).tag(sync=True)  # rows and columns at which a modality begins: a line
+    hatched = traitlets.List(traitlets.List(traitlets.Int())).tag(sync=True)  # map, first row and column, those after
     picked = traitlets.List(traitlets.Int()).tag(sync=True)  # [row, column], [] for none; a click sets it too
     low = traitlets.List(traitlets.Float()).tag(sync=True)  # ends of the colour scale of each map;
     high = traitlets.List(traitlets.Float()).tag(sync=True)  # [] for the range of its values

@@ -50,9 +50,9 @@ class WordsView(View):
             layer, head = maps.picked or (reading.layers - 1, 0)
             picked = [min(layer, reading.layers - 1), min(head, reading.heads - 1)]
             pinned = reader.pinned if reader.pinned < len(reading.words) + len(reading.boxes) else -1
-            label, alt = f"{reading.subject.name}: attention", "Shares of attention by layer and head."
+            label, alt = f"{reading.subject.name}: attention{reading.note}", "Shares of attention by layer and head."
             with self.quiet():
-                maps.update(values=reading.grid, picked=picked, label=label, alt=alt)
+                maps.update(values=reading.grid, hatched=_hatched(reading), picked=picked, label=label, alt=alt)
                 reader.update(
                     words=reading.words, pinned=pinned, **image_traits(reading), **self._attention(reading, picked)
                 )
@@ -92,11 +92,14 @@ class WordsView(View):
         word = pinned if 0 <= pinned < len(reading.words) else len(reading.words) - 1
         figure = still.blank(940, 260)
         *grid, image = figure.subplots(1, 4)
-        for axes, name, values in zip(grid, GRID, reading.grid, strict=True):
-            still.matrix(axes, values, name, "layer", "head", vmin=0, vmax=1)
+        for number, (axes, name, values) in enumerate(zip(grid, GRID, reading.grid, strict=True)):
+            hatched = [box[1:] for box in _hatched(reading) if box[0] == number]
+            still.matrix(axes, values, name, "layer", "head", hatched, vmin=0, vmax=1)
         looks, _ = self._looks_and_reads(reading, picked)
-        title = still.shortened(f"“{reading.words[word]}” looks here", 30)
-        still.panel(image, reading, "shade", looks[word], title)
+        blocked = self._blocked(reading, picked)["looks_blocked"]
+        title = still.shortened(f"“{reading.words[word]}” {'cannot look' if blocked else 'looks'} here", 30)
+        kind, values = ("mask", np.ones_like(looks[word])) if blocked else ("shade", looks[word])
+        still.panel(image, reading, kind, values, title)
         figure.supxlabel(still.shortened(reading.text, 120), fontsize=8, color=GREY)
         return still.png(figure)
 
@@ -113,6 +116,12 @@ class WordsView(View):
         rolled = self.rolled.value
         return reading.looks(layer, head, rolled=rolled), reading.reads(layer, head, rolled=rolled)
 
+    def _blocked(self, reading: Reading, picked: Sequence[int]) -> dict[str, bool]:
+        """Whether all of `_looks_and_reads` is blocked."""
+        layer = picked[0]
+        blocks = reading.blocks(0 if self.rolled.value else layer, layer)
+        return {"looks_blocked": blocks["text_to_vision"], "reads_blocked": blocks["vision_to_text"]}
+
     def _attention(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
         """The traits of a `Reader` at the picked (layer, head)."""
         looks, reads = self._looks_and_reads(reading, picked)
@@ -122,7 +131,8 @@ class WordsView(View):
         else:
             label = f"layer {layer + 1}" + ("" if self.mean.value else f", head {head + 1}")
         alt = "A picture, bright where the word under the pointer looks, and the sentence."
-        return {"looks": looks, "reads": reads, "label": f"{reading.subject.name}: {label}", "alt": alt}
+        label = f"{reading.subject.name}: {label}{reading.note}"
+        return {"looks": looks, "reads": reads, "label": label, "alt": alt} | self._blocked(reading, picked)
 
     def _cell_picked(self, change: dict[str, Any]) -> None:
         """A click on a cell asks for that head, not for the mean."""
@@ -151,6 +161,15 @@ class WordsView(View):
         for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
             reader.update(**self._attention(reading, maps.picked))
         self.changed()
+
+
+def _hatched(reading: Reading) -> list[list[int]]:
+    """The blocked cells of the grid as boxes of `Maps`."""
+    if reading.block is None:
+        return []
+    way, first, last = reading.block
+    blocked = [way in ("text_to_vision", "both"), way in ("vision_to_text", "both")]
+    return [[number, first, 0, last + 1, reading.heads] for number, one in enumerate(blocked) if one]
 
 
 def _table_of_heads(reading: Reading) -> pd.DataFrame:

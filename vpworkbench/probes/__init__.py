@@ -3,7 +3,7 @@
 from vpworkbench.probes.exactness import Check, check
 from vpworkbench.probes.flow import InterModalityFlow, inter_modality_flow
 from vpworkbench.probes.formula import crossing_share, flow_from_attention
-from vpworkbench.probes.knock_out import KnockOut, knock_out
+from vpworkbench.probes.knock_out import KnockOut, attention_blocked, knock_out
 from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.layouts import ModalityMasks, modality_masks
 from vpworkbench.probes.lens import lens, words_by_layer

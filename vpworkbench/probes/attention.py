@@ -12,7 +12,7 @@ replaced while a probe runs, so that their layers go through the same handler.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -62,21 +62,22 @@ class AttentionCall:
         tensors = self.query, self.key, self.value, self.mask
         return sdpa_attention_forward(self.module, *tensors, scaling=self.scaling, is_causal=self.causal)[0]
 
-    def output_without(self, blocked: Tensor) -> Tensor:
-        """The layer's output without some pairs, bool (example, query, key), on the fused kernel.
+    def without(self, blocked: Tensor) -> AttentionCall:
+        """This layer without some pairs, bool (example, query, key): blocked keys get no weight.
 
-        Blocked keys get no weight, and the other weights of the query sum to 1. A query that loses all its keys reads
-        nothing: its output is zero.
+        The other weights of the query sum to 1. The weights of a query that loses all its keys mean nothing.
         """
-        blocked, allowed = blocked[:, None], self.allowed()
-        left = allowed & ~blocked
-        mask = left
+        mask = self.allowed() & ~blocked[:, None]
         if self.mask is not None and self.mask.dtype != torch.bool:  # it may hold a bias besides
             # not -inf: a row of it alone would be nan
-            mask = self.mask.masked_fill(blocked, torch.finfo(self.mask.dtype).min)
-        output = replace(self, mask=mask, causal=False).output()
-        emptied = allowed.any(dim=-1) & ~left.any(dim=-1)  # example head query
-        return output.masked_fill(emptied.transpose(1, 2)[..., None], 0.0)
+            mask = self.mask.masked_fill(blocked[:, None], torch.finfo(self.mask.dtype).min)
+        return replace(self, mask=mask, causal=False)
+
+    def output_without(self, blocked: Tensor) -> Tensor:
+        """The output of `without`; a query that loses all its keys reads nothing: its output is zero."""
+        allowed = self.allowed()
+        emptied = allowed.any(dim=-1) & ~(allowed & ~blocked[:, None]).any(dim=-1)  # example head query
+        return self.without(blocked).output().masked_fill(emptied.transpose(1, 2)[..., None], 0.0)
 
     def output_and_columns(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output, and `softmax(Q K^T) columns` for every head, on the fused kernel.
@@ -205,12 +206,17 @@ class Reading(NamedTuple):
 Handler = Callable[[AttentionCall], Tensor]
 """Computes the output of an attention layer, (example, query, head, channel); most return `call.output()`."""
 
+Change = Callable[[AttentionCall], AttentionCall]
+"""What another attention layer would be in this one's place."""
+
 
 @contextmanager
-def intercept_attention(model: nn.Module, handler: Handler) -> Iterator[None]:
+def intercept_attention(model: nn.Module, handler: Handler, change: Change | None = None) -> Iterator[None]:
     """In the block, `handler` computes every attention layer of `model`, without gradients.
 
-    Afterwards, also after an exception, the model's settings, its hooks and the random state are as before.
+    With `change`, the handler receives the changed layers, and so do the handlers of further blocks inside this one:
+    probes see the changed model. Afterwards, also after an exception, the model's settings, its hooks and the random
+    state are as before.
     """
     refuse_randomness(model)
     _register()
@@ -223,16 +229,17 @@ def intercept_attention(model: nn.Module, handler: Handler) -> Iterator[None]:
         )
     with unchanged(model), torch.no_grad():
         for config in configs:
-            eager = config.__dict__.get("_attn_implementation_internal") in (None, "eager")
+            eager = config.__dict__.get("_attn_implementation_internal") in (None, "eager", ATTENTION_AS_EAGER)
             config.__dict__["_attn_implementation_internal"] = ATTENTION_AS_EAGER if eager else ATTENTION
             if "use_cache" in config.__dict__:
                 config.__dict__["use_cache"] = False  # a cache would keep all keys and values
-        token = _HANDLER.set((handler, names))
+        outer = _PROBE.get()
+        token = _PROBE.set(_Probe(handler, names, change or (outer.change if outer else None)))
         try:
             with _own_attention_replaced(model):
                 yield
         finally:
-            _HANDLER.reset(token)
+            _PROBE.reset(token)
 
 
 @contextmanager
@@ -295,8 +302,16 @@ def refuse_randomness(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------- from transformers' call to the handler
 
-# The probe running in this thread: its handler, and the names of the model's modules by id.
-_HANDLER: ContextVar[tuple[Handler, dict[int, str]] | None] = ContextVar("handler", default=None)
+
+class _Probe(NamedTuple):
+    """The probe that runs in this thread."""
+
+    handler: Handler
+    names: dict[int, str]  # of the model's modules, by id
+    change: Change | None
+
+
+_PROBE: ContextVar[_Probe | None] = ContextVar("probe", default=None)
 
 
 def _attend(
@@ -312,10 +327,10 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function; the signature is that of transformers."""
-    if _HANDLER.get() is None:
+    probe = _PROBE.get()
+    if probe is None:
         raise RuntimeError(f"attention {ATTENTION!r} only works within a probe; set it to 'sdpa'")
-    handler, names = _HANDLER.get()
-    name = names.get(id(module), type(module).__name__)
+    name = probe.names.get(id(module), type(module).__name__)
     for option, meaning in _REFUSED_OPTIONS.items():
         if options.get(option) is not None:
             raise ValueError(
@@ -332,7 +347,8 @@ def _attend(
         attention_mask = create_position_bias_mask(position_bias, attention_mask, causal, query, key)
         causal = False
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return handler(AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)), None
+    call = AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)
+    return probe.handler(probe.change(call) if probe.change else call), None
 
 
 @cache
@@ -384,21 +400,30 @@ OWN_ATTENTION = {
 }
 
 
+def _own_attention_replaced(model: nn.Module) -> AbstractContextManager[None]:
+    """In the block, attention modules outside the interface call the handler."""
+    return forwards_replaced(
+        {
+            module: partial(OWN_ATTENTION[type(module).__name__], module)
+            for module in model.modules()
+            if type(module).__name__ in OWN_ATTENTION and type(module).__module__.startswith("transformers.")
+        }
+    )
+
+
 @contextmanager
-def _own_attention_replaced(model: nn.Module) -> Iterator[None]:
-    """In the block, attention modules outside the interface call the handler; afterwards they are as before."""
-    changed = [
-        module
-        for module in model.modules()
-        if type(module).__name__ in OWN_ATTENTION and type(module).__module__.startswith("transformers.")
-    ]
-    for module in changed:
-        module.forward = partial(OWN_ATTENTION[type(module).__name__], module)
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """In the block, these modules run other forwards."""
+    before = {module: vars(module).get("forward") for module in forwards}  # an instance's own, e.g. of a split model
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for module in changed:
-            del module.forward  # the instance's own; the class's is in force again
+        for module, forward in before.items():
+            del module.forward  # the class's is in force again
+            if forward is not None:
+                module.forward = forward
 
 
 def _allowed(mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ attention. If words are blocked from the image in every layer, another image cha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import Any
@@ -133,59 +134,66 @@ def knock_out(
         Draws in which each query has as many random keys blocked, of those that its layer allows.
     """
     for name, known in ((way, WAYS), (spans, SPANS), (replace, INSTEAD)):
-        if isinstance(name, str) and name not in known:
-            raise ValueError(f"{name!r} is not known; known are {', '.join(known)}")
+        _refuse_unknown(name, known)
     sets = both_modalities(vision, tokens, language)
-    trial = _Trial(model, inputs, readout, sets, layers)
-    survey = trial.survey()
+    survey = _survey(model, inputs, sets, layers)
     chosen, heads = _spans(spans, len(survey.kinds)), _heads(heads, survey.heads)
     blocked = survey.blocked(way, sets)
-    before = trial.before()
+    with unchanged(model):  # also the random state: ViLT draws the same order of patches in every pass
+        before = read(readout, run_model(model, inputs), len(vision))
+
+    def after_one(pairs: Mapping[int, Tensor]) -> Tensor:
+        if not pairs:
+            return before
+        with intercept_attention(model, Blocker(_choice(model, sets, layers), sets, pairs, heads, INSTEAD[replace])):
+            outputs = run_model(model, inputs)
+        return read(readout, outputs, len(vision))
 
     def after(pairs: Sequence[Tensor]) -> Tensor:
-        columns = []
-        for first, last in chosen:
-            of_layers = {layer: pairs[layer] for layer in range(first, last + 1) if pairs[layer].any()}
-            columns.append(trial.after(of_layers, heads, INSTEAD[replace]) if of_layers else before)
-        return torch.stack(columns, dim=1)
+        of_spans = [range(first, last + 1) for first, last in chosen]
+        return torch.stack([after_one({i: pairs[i] for i in span if pairs[i].any()}) for span in of_spans], dim=1)
 
     drawn = [after(pairs) for pairs in survey.random(blocked, controls, seed)]
     controlled = torch.stack(drawn) if drawn else None
     return KnockOut(tuple(chosen), before, after(blocked), controlled, tuple(survey.choice.names))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """The passes of a model over one batch."""
+@contextmanager
+def attention_blocked(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    vision: Tensor,
+    tokens: Tensor,
+    *,
+    language: Tensor | None = None,
+    way: str | Tensor = "text_to_vision",
+    span: Span,
+    layers: LayerNames | None = None,
+) -> Iterator[None]:
+    """In the block, all passes of `model` over these tokens run with a way blocked in a span of layers.
 
-    model: nn.Module
-    inputs: Mapping[str, Any]
-    readout: ReadOut
-    sets: Modalities
-    layers: LayerNames | None
+    Also those of other probes. The arguments and errors are those of `knock_out`; one more for a model of two streams,
+    whose cross layers would have nothing left to attend to.
+    """
+    if streams_of(model):
+        raise ValueError(f"{type(model).__name__} has two streams of states: only knock_out can block its cross layers")
+    _refuse_unknown(way, WAYS)
+    sets = both_modalities(vision, tokens, language)
+    survey = _survey(model, inputs, sets, layers)
+    [(first, last)] = _spans([span], len(survey.kinds))
+    pairs, modules = survey.blocked(way, sets), dict(model.named_modules())
+    blocked = {modules[survey.choice.names[layer]]: pairs[layer] for layer in range(first, last + 1)}
 
-    def survey(self) -> Survey:
-        survey = Survey(self._choice(), self.sets.tokens)
-        with intercept_attention(self.model, survey):
-            run_model(self.model, self.inputs)
-        survey.choice.raise_unless_one_stack()
-        return survey
+    def change(call: AttentionCall) -> AttentionCall:
+        return call.without(blocked[call.module].to(call.query.device)) if call.module in blocked else call
 
-    def before(self) -> Tensor:
-        with unchanged(self.model):  # also the random state: ViLT draws the same order of patches in every pass
-            return self._read(run_model(self.model, self.inputs))
+    with intercept_attention(model, AttentionCall.output, change):
+        yield
 
-    def after(self, blocked: Mapping[int, Tensor], heads: Sequence[int] | None, instead: Instead) -> Tensor:
-        """The read-out with pairs, bool (example, query, key), blocked in some layers."""
-        with intercept_attention(self.model, Blocker(self._choice(), self.sets, blocked, heads, instead)):
-            outputs = run_model(self.model, self.inputs)
-        return self._read(outputs)
 
-    def _choice(self) -> LayerChoice:
-        return LayerChoice(*self.sets.vision.shape, self.layers, streams_of(self.model))
-
-    def _read(self, outputs: Any) -> Tensor:
-        return read(self.readout, outputs, len(self.sets.vision))
+def _refuse_unknown(name: Any, known: Mapping[str, Any]) -> None:
+    if isinstance(name, str) and name not in known:
+        raise ValueError(f"{name!r} is not known; known are {', '.join(known)}")
 
 
 def _spans(spans: str | Sequence[Span], layers: int) -> list[Span]:
@@ -263,6 +271,18 @@ class Survey:
         kind = next((kind for kind, known in enumerate(self.allowed) if known.equal(allowed)), len(self.allowed))
         self.allowed += [allowed] if kind == len(self.allowed) else []
         self.kinds.append(kind)
+
+
+def _survey(model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None) -> Survey:
+    survey = Survey(_choice(model, sets, layers), sets.tokens)
+    with intercept_attention(model, survey):
+        run_model(model, inputs)
+    survey.choice.raise_unless_one_stack()
+    return survey
+
+
+def _choice(model: nn.Module, sets: Modalities, layers: LayerNames | None) -> LayerChoice:
+    return LayerChoice(*sets.vision.shape, layers, streams_of(model))
 
 
 # -------------------------------------------------------------------------------------------------- the blocked pass

@@ -303,6 +303,21 @@ def run_stack(
     return Stack(lists[name], *map(list, zip(*seen[name], strict=True)))
 
 
+def run_single_stack(
+    model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None = None, layers: LayerNames | None = None
+) -> Stack:
+    """`run_stack` for probes that replace states; a ValueError unless each layer has one state, and runs once."""
+    if streams_of(model):
+        raise ValueError(f"{type(model).__name__} has two streams of states: this probe needs one joint sequence")
+    stack = run_stack(model, inputs, tokens, layers)
+    if len(stack.inputs) != len(stack.blocks):
+        raise ValueError(
+            f"{type(model).__name__} runs its {len(stack.blocks)} layers {len(stack.inputs)} times in one forward: "
+            "this probe needs each of them once"
+        )
+    return stack
+
+
 def state_of(output: Any) -> Tensor:
     """The state in a layer's output."""
     return output if torch.is_tensor(output) else output[0]

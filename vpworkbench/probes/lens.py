@@ -7,16 +7,16 @@ shows when an answer can be read by the head; an earlier layer may hold it in a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import refuse_randomness, run_model, unchanged
-from vpworkbench.probes.layers import LayerNames, Stack, run_stack, streams_of
+from vpworkbench.probes.attention import forwards_replaced, run_model, unchanged
+from vpworkbench.probes.layers import LayerNames, Stack, run_single_stack
 
 
 def lens(
@@ -53,15 +53,7 @@ def lens(
         If the model has no single stack of layers, as with two streams, or runs it more than once; if the read-out does
         not give one entry for each example.
     """
-    if streams_of(model):
-        raise ValueError(f"{type(model).__name__} has two streams: there is no one state of a layer to decode")
-    refuse_randomness(model)
-    stack = run_stack(model, inputs, tokens, layers)
-    if len(stack.inputs) != len(stack.blocks):
-        raise ValueError(
-            f"{type(model).__name__} runs its {len(stack.blocks)} layers {len(stack.inputs)} times in one forward: the "
-            "lens needs each of them once"
-        )
+    stack = run_single_stack(model, inputs, tokens, layers)
     decoded = []
     for layer in range(len(stack.blocks) + 1):
         # Each pass starts from the same random state: ViLT shuffles its patches.
@@ -100,23 +92,18 @@ def words_by_layer(
     ]
 
 
-@contextmanager
-def _ended_after(stack: Stack, layer: int) -> Iterator[None]:
+def _ended_after(stack: Stack, layer: int) -> AbstractContextManager[None]:
     """In the block, the stack ends after its first `layer` layers: the later ones return their state as it is.
 
     The layers before that return what they returned when it was recorded. After the last layer nothing is changed.
     """
-    changed = stack.blocks if layer < len(stack.blocks) else []
-    before = [vars(block).get("forward") for block in changed]  # an instance's own, where a model is split over devices
-    for number, block in enumerate(changed):
-        block.forward = partial(_recorded, stack.inputs[min(number + 1, layer)], stack.outputs[number])
-    try:
-        yield
-    finally:
-        for block, forward in zip(changed, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    blocks = list(stack.blocks) if layer < len(stack.blocks) else []
+    return forwards_replaced(
+        {
+            block: partial(_recorded, stack.inputs[min(number + 1, layer)], stack.outputs[number])
+            for number, block in enumerate(blocks)
+        }
+    )
 
 
 def _recorded(state: Tensor, output: Any, *args: Any, **kwargs: Any) -> Any:

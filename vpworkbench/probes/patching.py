@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
-from vpworkbench.probes.layers import LayerNames, run_stack, streams_of
+from vpworkbench.probes.layers import LayerNames, run_single_stack
 from vpworkbench.probes.readouts import ReadOut, read
 from vpworkbench.stats import Interval, bootstrap_interval
 
@@ -93,8 +93,6 @@ def patch(
         If the model has two streams of states, the groups do not fit its sequence, the two runs have sequences of
         different shapes, or the read-out is not one number for each example.
     """
-    if streams_of(model):
-        raise ValueError(f"{type(model).__name__} has two streams of states; patch needs one joint sequence")
     if not groups:
         raise ValueError("patch needs a group of tokens; give `groups`, name -> bool (example, token)")
     tokens = next(iter(groups.values()))
@@ -102,9 +100,7 @@ def patch(
         if places.dtype != torch.bool or places.ndim != 2 or places.shape != tokens.shape:
             shape = f"{places.dtype} {tuple(places.shape)}"
             raise ValueError(f"group {name!r} is {shape}; all must be bool (example, token) of one shape")
-    stack = run_stack(model, clean, tokens, layers)
-    if len(stack.inputs) != len(stack.blocks):
-        raise ValueError(f"{type(model).__name__} does not run each of its layers once in a forward; patch needs that")
+    stack = run_single_stack(model, clean, tokens, layers)
 
     def run(inputs: Mapping[str, Any], layer: int = 0, places: Tensor | None = None) -> Tensor:
         with intercept_attention(model, AttentionCall.output):  # the same kernels in all passes; removes the hook too

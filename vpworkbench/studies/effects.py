@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from vpworkbench.data.minimal_pairs import load_pairs
 from vpworkbench.data.records import Picture
 from vpworkbench.probes import KnockOut, Patched, inter_modality_flow, knock_out, lens, patch
-from vpworkbench.probes.attention import run_model
+from vpworkbench.probes.attention import forwards_replaced, run_model
 from vpworkbench.probes.readouts import match_log_odds, read
 from vpworkbench.settings import PairSettings
 from vpworkbench.stats import Interval, bootstrap_interval
@@ -208,18 +208,10 @@ def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[st
 # ---------------------------------------------------------------------------------------------------------- a batch
 
 
-@contextmanager
-def _visual_side_once(subject: Subject) -> Iterator[None]:
+def _visual_side_once(subject: Subject) -> AbstractContextManager[None]:
     """In the block the visual side of our models, half of their cost, runs once for each tensor of images."""
-    if subject.base is None:
-        yield
-        return
-    visual = subject.base.visual
-    visual.forward = cache(visual.forward)  # a tensor is its own key
-    try:
-        yield
-    finally:
-        del visual.forward
+    sides = [subject.base.visual] if subject.base is not None else []
+    return forwards_replaced({side: cache(side.forward) for side in sides})  # a tensor is its own key
 
 
 def _measured(subject: Subject, some: Sequence[Example], seed: int) -> dict[str, Any]:

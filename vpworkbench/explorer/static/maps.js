@@ -11,11 +11,14 @@ export default widget("maps", (model, page) => {
   const shape = () => model.get("shape");
   const values = (map) => numbers.subarray(map * geometry.count, (map + 1) * geometry.count);
   const told = (value) => (Number.isNaN(value) ? "none" : model.get("percent") ? percent(value) : short(value));
+  const isHatched = (map, row, column) =>
+    model.get("hatched").some(([of, top, left, bottom, right]) => of === map && row >= top && row < bottom && column >= left && column < right);
   const pair = (place) => [Math.floor(place / shape()[2]), place % shape()[2]];
 
   const describe = (place) => {
     const [row, column] = pair(place).map((index) => index + model.get("count_from"));
-    const shown = model.get("names").map((name, map) => `${name}: ${told(values(map)[place])}`);
+    const value = (map) => (isHatched(map, ...pair(place)) ? "blocked" : told(values(map)[place]));
+    const shown = model.get("names").map((name, map) => `${name}: ${value(map)}`);
     return [`${model.get("row_name")} ${row}, ${model.get("column_name")} ${column}`, ...shown].join(" · ");
   };
   const hover = (place, event) => {
@@ -74,7 +77,7 @@ export default widget("maps", (model, page) => {
       const strip = context.createImageData(256, 1);
       new Uint32Array(strip.data.buffer).set(COLOURS);
       context.putImageData(strip, 0, 0);
-      one.element.append(parts.lines);
+      one.canvas.after(parts.lines); // below the marks
       parts.plot = make("div", { class: "vpw-plot" }, parts.rows, one.element, parts.columns);
       const scale = make("div", { class: "vpw-scale" }, parts.low, bar, parts.high);
       parts.figure = make("figure", {}, parts.caption, parts.plot, parts.axes, scale);
@@ -83,8 +86,19 @@ export default widget("maps", (model, page) => {
     page.body.replaceChildren(...maps.map(({ figure }) => figure));
     page.body.style.gridTemplateColumns = `repeat(${count}, minmax(0, 1fr))`;
   };
-  const drawLines = (element) => {
+  /** Lines where a modality begins, and what is blocked. */
+  const drawOver = (element, map, width, height) => {
     const [, rows, columns] = shape();
+    const boxes = model.get("hatched").filter(([of]) => of === map);
+    const hatched = boxes.map(([, top, left, bottom, right]) => {
+      const canvas = make("canvas", { class: "vpw-hatched", "aria-hidden": "true" });
+      const [x, y, wide, high] = [left / columns, top / rows, (right - left) / columns, (bottom - top) / rows];
+      const context = sized(canvas, wide * width, high * height);
+      context.fillStyle = hatch();
+      context.fillRect(0, 0, canvas.width, canvas.height);
+      Object.assign(canvas.style, { left: `${100 * x}%`, top: `${100 * y}%`, width: `${100 * wide}%`, height: `${100 * high}%` });
+      return canvas;
+    });
     const line = (side, size, split, count) => {
       const one = make("div", { class: "vpw-line" });
       one.style[side] = `calc(${(100 * split) / count}% - 1px)`;
@@ -94,7 +108,7 @@ export default widget("maps", (model, page) => {
     const inside = (count) => model.get("splits").filter((split) => split > 0 && split < count);
     const across = inside(rows).map((split) => line("top", "height", split, rows));
     const down = inside(columns).map((split) => line("left", "width", split, columns));
-    element.replaceChildren(...across, ...down);
+    element.replaceChildren(...hatched, ...across, ...down);
   };
   page.exports(() => {
     const rows = [["map", model.get("row_name"), model.get("column_name"), "value"]];
@@ -124,7 +138,7 @@ export default widget("maps", (model, page) => {
       one.stage.element.style.height = `${height}px`;
       ticks(one.rows, rows, height, "top");
       ticks(one.columns, columns, width, "left");
-      drawLines(one.lines);
+      drawOver(one.lines, map, width, height);
       const name = model.get("names")[map];
       one.stage.element.setAttribute("aria-label", `${name}. ${model.get("alt")} Arrow keys move, Enter picks.`);
       one.stage.pick(row < 0 ? -1 : row * columns + column);

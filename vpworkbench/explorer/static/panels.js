@@ -49,10 +49,7 @@ export default widget("panels", (model, page) => {
     panels.forEach(({ stage, caption }, panel) => {
       const context = drawPicture(stage.canvas, bitmap, width);
       if (kinds[panel] === "shade") drawShade(context, geometry, values(panel));
-      if (kinds[panel] === "mask") {
-        const hidden = hatch();
-        drawBoxes(context, geometry, values(panel), (value) => (value >= 0.5 ? hidden : "transparent"));
-      }
+      if (kinds[panel] === "mask") drawHatched(context, geometry, (token) => values(panel)[token] >= 0.5);
       drawGrid(context, geometry);
       stage.element.setAttribute("aria-label", `${captions[panel]}. ${alt} Arrow keys move, Enter picks.`);
       stage.pick(model.get("picked"));

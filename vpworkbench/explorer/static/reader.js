@@ -15,12 +15,14 @@ export default widget("reader", (model, page) => {
   const describe = (place) => {
     if (place < 0) return "Hover over a word or a patch; click pins it.";
     if (place < words().length) {
+      if (model.get("looks_blocked")) return `${quoted(place)} cannot look at the image: blocked`;
       const shares = row(looks, place, geometry.count);
       const best = largest(shares);
       const most = shares.length ? `; most at ${geometry.name(best)}: ${percent(shares[best])}` : "";
       return `${quoted(place)} looks ${percent(sum(shares))} at the image${most}`;
     }
     const patch = place - words().length;
+    if (model.get("reads_blocked")) return `${geometry.name(patch)} cannot read the words: blocked`;
     const shares = row(reads, patch, words().length);
     const best = largest(shares);
     const most = shares.length ? `; most ${quoted(best)}: ${percent(shares[best])}` : "";
@@ -37,13 +39,17 @@ export default widget("reader", (model, page) => {
     shown = place;
     const patch = place - words().length;
     const context = drawPicture(image.canvas, bitmap, imageWidth());
-    if (place >= 0 && patch < 0) drawShade(context, geometry, row(looks, place, geometry.count));
+    if (place >= 0 && patch < 0) {
+      if (model.get("looks_blocked")) drawHatched(context, geometry, () => true);
+      else drawShade(context, geometry, row(looks, place, geometry.count));
+    }
     if (place < 0 || patch >= 0 || !geometry.grid) drawGrid(context, geometry);
     const shares = patch >= 0 ? row(reads, patch, words().length) : null;
     const top = shares?.length ? Math.max(1e-12, shares[largest(shares)]) : 1;
     tokens.forEach((token, word) => {
       token.classList.toggle("vpw-framed", word === place);
-      token.style.backgroundColor = shares ? `rgba(28, 130, 196, ${(0.75 * shares[word]) / top})` : "";
+      token.classList.toggle("vpw-blocked", patch >= 0 && model.get("reads_blocked"));
+      token.style.backgroundColor = shares && !model.get("reads_blocked") ? `rgba(28, 130, 196, ${(0.75 * shares[word]) / top})` : "";
     });
     image.hover(patch);
     page.tell(describe(place));

@@ -261,7 +261,7 @@ function drawShade(context, geometry, values) {
   drawBoxes(context, geometry, values, paint, "rgba(0, 0, 0, 0.8)");
 }
 
-/** What is hidden: dark with fine lines, told from any picture. */
+/** What is hidden or blocked: dark with fine lines, told from any picture. */
 function hatch(side = 8) {
   const tile = new OffscreenCanvas(side, side);
   const ink = tile.getContext("2d");
@@ -274,6 +274,13 @@ function hatch(side = 8) {
   }
   ink.stroke();
   return ink.createPattern(tile, "repeat");
+}
+
+/** Hatch the boxes of the tokens of which `is` is true. */
+function drawHatched(context, geometry, is) {
+  const hidden = hatch();
+  const tokens = Array.from({ length: geometry.count }, (_, token) => token);
+  drawBoxes(context, geometry, tokens, (token) => (is(token) ? hidden : "transparent"));
 }
 
 /** The edges of all tokens, light on dark: fainter where they are a grid than where boxes lie anywhere. */
