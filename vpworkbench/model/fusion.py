@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +70,11 @@ class Fusion(nn.Module):
             self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
         self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
 
+    @property
+    def text_stream(self) -> nn.Module:
+        """What a BERT can start, under BERT's names."""
+        return self.bert
+
     def embed_vision(self, visual: VisualTokens, masked: Tensor | None = None) -> Tensor:
         """(example, vision, c) -> (example, vision, d); a learned vector replaces masked tokens first."""
         features = visual.features
@@ -96,8 +103,8 @@ class Fusion(nn.Module):
         vision_tokens : bool Tensor or None, (example, vision)
             False at padding; None if there is none.
         """
-        hidden, mask = self._joint_sequence(words, word_tokens, vision, vision_tokens)
-        states = [hidden]
+        hidden, tokens = self._embedded(words, word_tokens, vision, vision_tokens)
+        states, mask = [hidden], self._mask(hidden, tokens)
         for layer in self.bert.encoder.layer:
             states.append(layer(states[-1], mask))
         return tuple(states)
@@ -109,7 +116,8 @@ class Fusion(nn.Module):
 
         With three layers it saves a fifth of the work.
         """
-        hidden, mask = self._joint_sequence(words, word_tokens, vision, vision_tokens)
+        hidden, tokens = self._embedded(words, word_tokens, vision, vision_tokens)
+        mask = self._mask(hidden, tokens)
         *layers, last = self.bert.encoder.layer
         for layer in layers:
             hidden = layer(hidden, mask)
@@ -125,20 +133,33 @@ class Fusion(nn.Module):
         attended = last.attention.output(mixed.transpose(1, 2).flatten(2), hidden[:, :1])
         return last.feed_forward_chunk(attended)[:, 0]
 
-    def _joint_sequence(
+    def _embedded(
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, vision_tokens: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The embedded sequence and the mask of its padding, as the layers of BERT take them."""
+    ) -> tuple[Tensor, Tensor]:
+        """The embedded sequence, (example, word + vision, d), and where it is real, bool (example, word + vision)."""
         hidden, tokens = self.bert.embeddings(input_ids=words), word_tokens
         if vision is not None:
             if vision_tokens is None:
                 vision_tokens = tokens.new_ones(vision.shape[:2])
             hidden, tokens = torch.cat([hidden, vision], dim=1), torch.cat([tokens, vision_tokens], dim=1)
+        return hidden, tokens
+
+    def _mask(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:
+        """The mask of padding as the layers of BERT take it."""
         if self.bert.config._attn_implementation == "sdpa":
-            return hidden, tokens[:, None, None]  # transformers first asks if anything is padded: a GPU has to wait
+            return tokens[:, None, None]  # transformers first asks if anything is padded: a GPU has to wait
         from transformers.masking_utils import create_bidirectional_mask
 
-        return hidden, create_bidirectional_mask(self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
+        return create_bidirectional_mask(self.bert.config, inputs_embeds=hidden, attention_mask=tokens)
+
+
+FUSIONS = {"joint": "vpworkbench.model.fusion:Fusion", "two-stream": "vpworkbench.model.two_streams:TwoStreams"}
+"""Setting `fusion.kind` -> its class, imported when a model is built."""
+
+
+def build_fusion(settings: FusionSettings, **shape: Any) -> Fusion:
+    """The fusion with random weights; `shape` as `Fusion` takes it."""
+    return resolve_name(FUSIONS[settings.kind])(settings, **shape)
 
 
 def sine_position(grid: int, width: int) -> Tensor:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vpworkbench.errors import CheckpointError
-from vpworkbench.model.fusion import Fusion
+from vpworkbench.model.fusion import build_fusion
 from vpworkbench.model.visual import VisualTokens, build_visual, unpack
-from vpworkbench.model.weights import without_nan
 from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
 
@@ -65,7 +64,7 @@ class VisualParsingModel(nn.Module):
         super().__init__()
         self._settings, self.words = settings, Words(tokenizer, settings.text_tokens)
         self.visual = build_visual(settings.visual)
-        self.fusion = Fusion(
+        self.fusion = build_fusion(
             settings.fusion,
             vocabulary=len(tokenizer),
             vision_width=self.visual.width,
@@ -194,6 +193,8 @@ class VisualParsingModel(nn.Module):
 
         A `CheckpointError` if a file is missing, damaged, a pickle, or belongs to another model.
         """
+        from vpworkbench.model.weights import without_nan  # it loads timm and transformers
+
         model, weights = cls.from_config(folder), Path(folder) / "model.safetensors"
         if not weights.exists():
             pickles = [path.name for path in Path(folder).iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]

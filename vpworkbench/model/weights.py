@@ -110,7 +110,7 @@ def start_text(fusion: Fusion, source: str) -> KeyReport | None:
     without_nan(tensors, folder)
     if words in tensors:  # published tables may be padded after the last word
         tensors[words] = tensors[words][: fusion.bert.config.vocab_size]
-    report = load_into(fusion.bert, tensors, source)
+    report = load_into(fusion.text_stream, tensors, source)
     if report.missing:
         raise CheckpointError(
             f"{folder}: {len(report.missing)} tensors are missing ({', '.join(report.missing[:3])}); give the weights "

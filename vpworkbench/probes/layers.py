@@ -49,14 +49,15 @@ class Streams(NamedTuple):
 
     inside: str  # regular expression: names of the modules in which the streams meet
     order: tuple[tuple[int, int, bool, bool], ...]  # stream of the queries, of the keys, is_first, is_last
+    joined: bool = False  # True if its blocks take and return one state, the words and then the image
 
 
+# Cross attention both ways, then each stream to itself: two layers.
+_ACROSS_THEN_INSIDE = (0, 1, True, False), (1, 0, False, True), (0, 0, True, False), (1, 1, False, True)
 # One line for each model of two streams.
 TWO_STREAMS = {
-    "LxmertXLayer": Streams(
-        r"x_layers\.\d+\.",  # cross attention both ways, then each stream to itself: two layers
-        ((0, 1, True, False), (1, 0, False, True), (0, 0, True, False), (1, 1, False, True)),
-    ),
+    "LxmertXLayer": Streams(r"x_layers\.\d+\.", _ACROSS_THEN_INSIDE),
+    "CoAttention": Streams(r"meeting\.\d+\.", _ACROSS_THEN_INSIDE, joined=True),  # ours
     "BridgeTowerBertCrossLayer": Streams(
         r"cross_modal_(text|image)_layers\.\d+\.",  # each stream to itself, then to the other one
         ((0, 0, True, False), (0, 1, False, False), (1, 1, False, False), (1, 0, False, True)),
@@ -68,6 +69,11 @@ def streams_of(model: nn.Module) -> Streams | None:
     """The streams of a model that has two; None for one joint sequence."""
     kinds = {type(module).__name__ for module in model.modules()}
     return next((streams for kind, streams in TWO_STREAMS.items() if kind in kinds), None)
+
+
+def has_separate_states(model: nn.Module) -> bool:
+    """True if each of two streams has its own states, so that no one state of a layer can be read or replaced."""
+    return (streams := streams_of(model)) is not None and not streams.joined
 
 
 class LayerChoice:
@@ -244,7 +250,7 @@ def hidden_states(
         refuse_randomness(model)
         with unchanged(model), torch.no_grad():
             outputs = run_model(model, {**inputs, "output_hidden_states": True, "return_dict": True})
-        if streams_of(model):
+        if has_separate_states(model):
             return _joined_streams(model, outputs)
         if outputs.get("hidden_states"):
             return tuple(outputs["hidden_states"])
@@ -276,10 +282,13 @@ def run_stack(
 ) -> Stack:
     """Run `model` and find the one stack of layers that `tokens` or `layers` choose, as in `hidden_states`."""
     attended: list[str] = []
+    streams = streams_of(model)
     seen: defaultdict[str, list[tuple[Tensor, Any]]] = defaultdict(list)  # by name of a list of blocks
 
     def handler(call: AttentionCall) -> Tensor:
         fits = tokens is None or call.lengths[:2] == tuple(tokens.shape)
+        if streams is not None and streams.joined:
+            fits = re.search(streams.inside, call.name)
         if fits and is_named(call.name, layers):
             attended.append(call.name)
         return call.output()
@@ -307,7 +316,7 @@ def run_single_stack(
     model: nn.Module, inputs: Mapping[str, Any], tokens: Tensor | None = None, layers: LayerNames | None = None
 ) -> Stack:
     """`run_stack` for probes that replace states; a ValueError unless each layer has one state, and runs once."""
-    if streams_of(model):
+    if has_separate_states(model):
         raise ValueError(f"{type(model).__name__} has two streams of states: this probe needs one joint sequence")
     stack = run_stack(model, inputs, tokens, layers)
     if len(stack.inputs) != len(stack.blocks):

@@ -106,6 +106,7 @@ class VisualSettings(Settings):
 class FusionSettings(Settings):
     """The fusion Transformer: a BERT encoder over words and visual tokens (paper Sec. 3.3)."""
 
+    kind: Literal["joint", "two-stream"] = Field("joint", description="one sequence, or two that meet (ViLBERT)")
     layers: int = Field(3, ge=1)
     width: int = Field(192, ge=8, description="d, channels of the joint sequence")
     heads: int = Field(6, ge=1)

@@ -42,8 +42,8 @@ class Effects:
         The image cannot read the words, in single layers; None in a causal decoder whose image comes first.
     flow, null, live : Tensor, shape (example, layer, layer)
         Inter-Modality Flow, its value under uniform attention, and the part that can reach the read-out.
-    lens : Tensor, shape (example, layer + 1)
-        The read-out of every layer's state.
+    lens : Tensor, shape (example, state)
+        The read-out of every layer's state, the input first.
     other : Tensor, shape (example,)
         `word` with another picture; for `match`, whose examples have both pictures, no entries.
     per_text : int
@@ -151,6 +151,7 @@ def table(effects: dict[str, Effects]) -> pd.DataFrame:
     rows = []
     for what, found in effects.items():
         cells = np.triu_indices(found.layers)
+        decoded = found.lens.shape[1] - 1  # states after the input; one for two layers of two streams
         every, alone = list(zip(*cells, strict=True)), [(layer, layer) for layer in range(found.layers)]
         quantities = {
             "flow": (every, found.flow[:, *cells]),
@@ -159,7 +160,7 @@ def table(effects: dict[str, Effects]) -> pd.DataFrame:
             "effect": (found.blocked.spans, found.blocked.effect),
             "effect of random pairs": (found.blocked.spans, found.random),
             "effect of mean values": (alone, found.mean.effect),
-            "lens": ([(0, layer - 1) for layer in range(found.layers + 1)], found.lens),
+            "lens": ([(0, number * found.layers // decoded - 1) for number in range(decoded + 1)], found.lens),
         }
         if found.reverse is not None:
             quantities["effect of the reverse"] = alone, found.reverse.effect
