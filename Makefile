@@ -1,5 +1,5 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
-.PHONY: install demo test test-all lab lint speedrun clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
+.PHONY: install demo test test-all lab lint speedrun figure clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -11,6 +11,7 @@ help:
 	@echo "make lab        JupyterLab, open on the tour"
 	@echo "make test       all tests but the slow ones;  make test-all: all"
 	@echo "make lint       ruff, the formatter, and the order of imports"
+	@echo "make figure     flow beside effect, the figure of docs/probes.md, of the shipped model"
 	@echo "make speedrun   how long tiny takes to learn, on this machine"
 	@echo "make bench-probes, bench-train, bench-retrieval, bench-explorer, bench-gpu: what things cost on this machine"
 
@@ -55,6 +56,11 @@ bench-%: install
 
 # From the shipped visual start to held-out ITM 0.95 and masked words 0.60; OPTIONS="--seed 1" and the like.
 speedrun: bench-speedrun
+
+figure: install
+	runs=$$(mktemp -d) && VPW_RUNS=$$runs $(BIN)/vpw run 07_knock_out --name figure && $(BIN)/python -c \
+	"import sys; from PIL import Image; Image.open(sys.argv[1]).quantize(256).save('docs/knock_out.png', optimize=True)" \
+	$$runs/07_knock_out/figure/figures/effects.png && rm -r $$runs
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -30,7 +30,8 @@ from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 
 LAYERS, HEADS, LENGTH = 3, 4, 13
-ENCODER = {name: TEXT[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "initializer_range")}
+ENCODER = {name: TEXT[name] for name in ("vocab_size", "hidden_size", "intermediate_size")}
+ENCODER["initializer_range"] = 0.1  # of 0.5, the plain float32 pass would itself round by more than 1e-5
 TINY = ENCODER | dict(num_hidden_layers=LAYERS, num_attention_heads=HEADS, attn_implementation="sdpa")
 DECODER = TINY | dict(num_key_value_heads=2, head_dim=8)
 
@@ -200,8 +201,8 @@ def test_it_equals_the_formula_in_float64(built, monkeypatch, way, span, heads, 
         naive(monkeypatch, model, code, inputs, vision, tokens, span=blocked, **given)[tokens]
         for blocked in ((9, 9), span)
     ]
-    assert (expected[0] - expected[1]).abs().max() > 1e-3
-    for dtype, error in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+    for dtype, error in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         kept = Kept()
         knock_out(model.to(dtype), inputs, vision, tokens, kept, way=way, spans=[span], heads=heads, replace=replace)
         for outputs, wanted in zip(kept.passes, expected, strict=True):

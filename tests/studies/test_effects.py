@@ -85,7 +85,8 @@ def test_batches_are_joined(subject, pictures, measured):
         assert isinstance(found.blocked, KnockOut) and found.blocked.spans == whole.spans
         torch.testing.assert_close(found.blocked.after, whole.after, **close)
         torch.testing.assert_close(found.reverse.after, knock_out(**options, way="vision_to_text").after, **close)
-        assert found.blocked.controls.shape == (1, *whole.after.shape)
+        assert found.alone.controls.shape == (effects.DRAWS, len(whole.before), found.layers)
+        assert found.random.mean(dim=1).std(dim=0).min() > 0  # each draw is another
         assert found.mean.after.shape == (len(whole.before), found.layers)
 
 
@@ -124,7 +125,7 @@ def test_the_effect_in_one_number_is_that_of_the_last_span(subject, pictures, me
 def test_the_table_has_every_span_from_one(measured):
     table = effects.table(measured).set_index(["read_out", "quantity", "start", "stop"])
     found, layers = measured["word"], measured["word"].layers
-    assert len(table) == 2 * (5 * layers * (layers + 1) // 2 + 2 * layers + layers + 1)
+    assert len(table) == 2 * (4 * layers * (layers + 1) // 2 + (3 + effects.DRAWS) * layers + layers + 1)
     row = table.loc["word", "effect", 1, layers]
     assert row["mean"] == pytest.approx(float((found.blocked.before - found.everywhere).mean()))
     assert row["low"] <= row["mean"] <= row["high"] and row["count"] == 7
@@ -138,6 +139,8 @@ def test_conclusions_state_the_numbers(measured):
     assert len(said) == 7 and "50.0% [50.0%, 50.0%] without the image (chance 50%)" in said[0]
     lost = measured["match"].single["words cannot read the image"].mean
     assert f"Layer {lost.argmax() + 1} alone costs most, {lost.max():.2f} [" in said[1]
+    draws = measured["match"].random.mean(dim=1)[:, int(lost.argmax())]
+    assert f", 3 draws from {draws.min():.2f} to {draws.max():.2f}); layer" in said[1]
     assert said[-1].endswith("by the image before the first layer (100%), and by the word before the last (75%).")
 
 

@@ -113,9 +113,10 @@ def knock_out(
 ) -> KnockOut:
     """Block attention between the modalities in spans of layers, and read the effect on an output.
 
-    One forward for each span and draw, and two more. `model`, `inputs`, `vision`, `tokens`, `language` and `layers` are
-    as in `inter_modality_flow`. Tokens in neither modality are not blocked, and can carry information around the block.
-    A ValueError for spans or heads that the model does not have, and for a way that has no pairs in some example.
+    One forward for each span and draw, and two more; larger batches of examples make each cheaper. `model`, `inputs`,
+    `vision`, `tokens`, `language` and `layers` are as in `inter_modality_flow`. Tokens in neither modality are not
+    blocked, and can carry information around the block. A ValueError for spans or heads that the model does not have,
+    and for a way that has no pairs in some example.
 
     Parameters
     ----------

@@ -69,7 +69,7 @@ def find_sinks(
     times: float = 5.0,
     layers: LayerNames | None = None,
 ) -> Sinks:
-    """Find the tokens that receive much attention whatever the query.
+    """Find the tokens that receive much attention whatever the query of one input, be it a word or a visual token.
 
     A token is a sink of a layer if more than half of the words, and more than half of the visual tokens, give it at
     least `times` as much attention as uniform attention would. Attention is averaged over heads; that of a token to
@@ -77,7 +77,8 @@ def find_sinks(
     decoder only few may attend to late tokens. Without a say of either there is no sink. (Gu et al. 2025, "When
     Attention Sink Emerges in Language Models", compare the mean over queries with a threshold.)
 
-    To see which visual tokens are sinks whatever the text, pass one image with several texts: `tokens.all(dim=0)`.
+    One input cannot tell whether a token is a sink whatever the text. For visual tokens, pass one image with several
+    texts, padded so that the image has the same places in all: `(found.tokens & vision).all(dim=0)`.
 
     It costs about one eager pass, in bounded memory: no attention map is stored. The other parameters are those of
     `inter_modality_flow`.

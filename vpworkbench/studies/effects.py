@@ -26,6 +26,7 @@ from vpworkbench.studies.questions import PER_TEXT, Example, ask, batches, known
 from vpworkbench.subjects import Subject
 
 ALL_SPANS = 12  # layers; deeper models are blocked in single layers, from each layer on, and up to each layer
+DRAWS = 3  # of random pairs, in single layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Effects:
     Attributes
     ----------
     blocked : KnockOut
-        Words cannot read the image, in every span of at most 12 layers; with one draw of random pairs.
+        Words cannot read the image, in every span of at most 12 layers.
+    alone : KnockOut
+        The same in single layers, with draws of as many random pairs.
     mean : KnockOut
         Blocked keys give their mean value, in single layers.
     reverse : KnockOut or None
@@ -51,6 +54,7 @@ class Effects:
     """
 
     blocked: KnockOut
+    alone: KnockOut
     mean: KnockOut
     reverse: KnockOut | None
     flow: Tensor
@@ -67,8 +71,8 @@ class Effects:
 
     @property
     def random(self) -> Tensor:
-        """What is lost by blocking as many random pairs, (example, span)."""
-        return self.blocked.before[:, None] - self.blocked.controls.mean(dim=0)
+        """What is lost by blocking as many random pairs in one layer, (draw, example, layer)."""
+        return self.alone.before[:, None] - self.alone.controls
 
     @property
     def everywhere(self) -> Tensor:
@@ -78,11 +82,10 @@ class Effects:
     @property
     def single(self) -> dict[str, Interval]:
         """What is lost by blocking each layer alone, (layer,), by what is blocked."""
-        alone = [self.blocked.spans.index((layer, layer)) for layer in range(self.layers)]
         found = {
-            "words cannot read the image": self.blocked.effect[:, alone],
+            "words cannot read the image": self.alone.effect,
             "words read its mean value": self.mean.effect,
-            "random pairs": self.random[:, alone],
+            "random pairs": self.random.mean(dim=0),
         }
         if self.reverse is not None:
             found["the image cannot read the words"] = self.reverse.effect
@@ -158,7 +161,8 @@ def table(effects: dict[str, Effects]) -> pd.DataFrame:
             "null": (every, found.null[:, *cells]),
             "live flow": (every, found.live[:, *cells]),
             "effect": (found.blocked.spans, found.blocked.effect),
-            "effect of random pairs": (found.blocked.spans, found.random),
+            "effect of random pairs": (alone, found.random.mean(dim=0)),
+            **{f"effect of random pairs, draw {n + 1}": (alone, one) for n, one in enumerate(found.random)},
             "effect of mean values": (alone, found.mean.effect),
             "lens": ([(0, number * found.layers // decoded - 1) for number in range(decoded + 1)], found.lens),
         }
@@ -185,14 +189,14 @@ def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[st
                 f"Word: the right one has probability {right[0]}, {right[1]} without the image, and {right[2]} with "
                 "another image."
             )
-        lost, random = found.single["words cannot read the image"], found.single["random pairs"]
+        lost = found.single["words cannot read the image"]
         within = found.flow.diagonal(dim1=1, dim2=2).mean(dim=0)
         most, least = int(lost.mean.argmax()), int(lost.mean.argmin())
         live = found.live[:, 0, -1].mean() / found.flow[:, 0, -1].mean()
         said += [
-            f"Layer {most + 1} alone costs most, {_number(lost, most)} (random pairs {_number(random, most)}); layer "
-            f"{least + 1} least, {_number(lost, least)} (random pairs {_number(random, least)}). Their own flow is "
-            f"{within[most]:.1%} and {within[least]:.1%}; most flow is in layer {int(within.argmax()) + 1}.",
+            f"Layer {most + 1} alone costs most, {_number(lost, most)} ({_by_chance(found, most)}); layer {least + 1} "
+            f"least, {_number(lost, least)} ({_by_chance(found, least)}). Their own flow is {within[most]:.1%} and "
+            f"{within[least]:.1%}; most flow is in layer {int(within.argmax()) + 1}.",
             f"{live:.1%} of the flow into the last layer can reach this read-out. The lens reads "
             f"{found.lens[:, -2].mean():.2f} before the last layer, and {found.lens[:, -1].mean():.2f} after it.",
         ]
@@ -224,7 +228,8 @@ def _measured(subject: Subject, some: Sequence[Example], seed: int) -> dict[str,
     options = {"model": subject.model, "inputs": inputs.forward, "readout": readout, **sets}
     reads_words = bool((flow.vision_to_text.nan_to_num() > 0).any())
     return {
-        "blocked": knock_out(**options, spans=_spans(layers), controls=1, seed=seed),
+        "blocked": knock_out(**options, spans=_spans(layers)),
+        "alone": knock_out(**options, controls=DRAWS, seed=seed),
         "mean": knock_out(**options, replace="mean"),
         "reverse": knock_out(**options, way="vision_to_text") if reads_words else None,
         "flow": flow.flow,
@@ -263,6 +268,12 @@ def _joined(parts: list[Any]) -> Any:
 
 def _number(interval: Interval, layer: int) -> str:
     return f"{interval.mean[layer]:.2f} [{interval.low[layer]:.2f}, {interval.high[layer]:.2f}]"
+
+
+def _by_chance(found: Effects, layer: int) -> str:
+    draws = found.random.mean(dim=1)[:, layer]
+    number = _number(found.single["random pairs"], layer)
+    return f"random pairs {number}, {len(draws)} draws from {draws.min():.2f} to {draws.max():.2f}"
 
 
 def _share(interval: Interval) -> str:
