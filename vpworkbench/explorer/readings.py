@@ -74,7 +74,7 @@ class Reading:
         Features at the input of the first layer and at the output of every layer.
     inputs : as from `Subject.prepare`
     block : Block or None
-        What is blocked; attention, flow and features are those of the model with this block.
+        Attention, flow and features are those of the model with this block.
     """
 
     subject: Subject

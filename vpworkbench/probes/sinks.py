@@ -77,7 +77,7 @@ def find_sinks(
     decoder only few may attend to late tokens. Without a say of either there is no sink. (Gu et al. 2025, "When
     Attention Sink Emerges in Language Models", compare the mean over queries with a threshold.)
 
-    One input cannot tell whether a token is a sink whatever the text. For visual tokens, pass one image with several
+    One input cannot show that a token is a sink whatever the text. For visual tokens, pass one image with several
     texts, padded so that the image has the same places in all: `(found.tokens & vision).all(dim=0)`.
 
     It costs about one eager pass, in bounded memory: no attention map is stored. The other parameters are those of
