@@ -73,14 +73,15 @@ def test_read_outs_are_those_of_the_heads(subject, pictures):
 def test_batches_are_joined(subject, pictures, measured):
     """The same numbers as for one batch of all."""
     for what, found in measured.items():
-        inputs, readout, places = ask(subject, examples(subject, pictures, what))
-        sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
-        options = {"model": subject.model, "inputs": inputs.forward, "readout": readout, **sets}
-        flow = inter_modality_flow(subject.model, inputs.forward, **sets)
+        question = ask(subject, examples(subject, pictures, what))
+        inputs, options = question.inputs, {"model": subject.model, **question.options}
+        flow = inter_modality_flow(
+            subject.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language
+        )
         close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False, "equal_nan": True}
         torch.testing.assert_close(found.flow, flow.flow, **close)
         torch.testing.assert_close(found.null, flow.null, **close)
-        torch.testing.assert_close(found.live, flow.live(places), **close)
+        torch.testing.assert_close(found.live, flow.live(question.places), **close)
         whole = knock_out(**options, spans="triangle")
         assert isinstance(found.blocked, KnockOut) and found.blocked.spans == whole.spans
         torch.testing.assert_close(found.blocked.after, whole.after, **close)

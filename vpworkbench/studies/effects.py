@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -123,11 +123,9 @@ def match_effect(subject: Subject, pictures: Sequence[Picture], layers: int) -> 
     """What `match` loses if words are blocked from the image in all `layers`, in three passes; nan if not known."""
     lost = []
     for some in batches(subject, pictures, "match") if "match" in known(subject) else ():
-        inputs, readout, _ = ask(subject, some)
-        sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
-        options = {"model": subject.model, "inputs": inputs.forward, "readout": readout, **sets}
+        question = ask(subject, some)
         with _visual_side_once(subject):
-            lost.append(knock_out(**options, spans=[(0, layers - 1)]).effect)
+            lost.append(knock_out(subject.model, **question.options, spans=[(0, layers - 1)]).effect)
     if not lost:
         return Interval(*[np.array(np.nan)] * 3, np.array(0))
     return bootstrap_interval(torch.cat(lost).view(-1, PER_TEXT["match"]).mean(dim=1).numpy())
@@ -221,21 +219,19 @@ def _visual_side_once(subject: Subject) -> AbstractContextManager[None]:
 
 def _measured(subject: Subject, some: Sequence[Example], seed: int) -> dict[str, Any]:
     """The fields of `Effects` of one batch."""
-    inputs, readout, places = ask(subject, some)
-    sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
-    flow = inter_modality_flow(subject.model, inputs.forward, **sets)
-    layers = flow.flow.shape[1]
-    options = {"model": subject.model, "inputs": inputs.forward, "readout": readout, **sets}
+    question = ask(subject, some)
+    inputs, blocked = question.inputs, partial(knock_out, subject.model, **question.options)
+    flow = inter_modality_flow(subject.model, inputs.forward, inputs.vision, inputs.tokens, language=inputs.language)
     reads_words = bool((flow.vision_to_text.nan_to_num() > 0).any())
     return {
-        "blocked": knock_out(**options, spans=_spans(layers)),
-        "alone": knock_out(**options, controls=DRAWS, seed=seed),
-        "mean": knock_out(**options, replace="mean"),
-        "reverse": knock_out(**options, way="vision_to_text") if reads_words else None,
+        "blocked": blocked(spans=_spans(flow.flow.shape[1])),
+        "alone": blocked(controls=DRAWS, seed=seed),
+        "mean": blocked(replace="mean"),
+        "reverse": blocked(way="vision_to_text") if reads_words else None,
         "flow": flow.flow,
         "null": flow.null,
-        "live": flow.live(places),
-        "lens": lens(subject.model, inputs.forward, readout, tokens=inputs.tokens),
+        "live": flow.live(question.places),
+        "lens": lens(subject.model, inputs.forward, question.readout, tokens=inputs.tokens),
         "other": _with_another_picture(subject, [one for one in some if one.word]),
     }
 

@@ -40,6 +40,12 @@ class Question(NamedTuple):
     readout: ReadOut
     places: Tensor  # tokens that the head reads, bool (example, token)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `knock_out` besides the model."""
+        sets = {"vision": self.inputs.vision, "tokens": self.inputs.tokens, "language": self.inputs.language}
+        return {"inputs": self.inputs.forward, "readout": self.readout, **sets}
+
 
 def known(subject: Subject) -> tuple[str, ...]:
     """The read-outs of a model. Encoders of transformers are opened without heads, and have none.
