@@ -42,7 +42,7 @@ from vpworkbench.explorer.widgets import Panels, Save
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.probes import flow_from_attention, knock_out
-from vpworkbench.probes.readouts import masked_word, match_log_odds
+from vpworkbench.probes.readouts import masked_word, match_log_odds, task_answer
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Subject
@@ -296,6 +296,9 @@ def test_a_fine_tuned_model_answers(model: VisualParsingModel, scenes: list[Pict
     answers = view.tables()["answers"]
     assert answers.answer[0].startswith(f"{best} {100 * share:.0f}%") and len(answers) == 1
     assert "fine-tuned: no ITM, fills no [MASK]" in answers.asked[0]
+    inputs = view.block("text_to_vision").readings[0].inputs
+    knocked = knock_out(model, inputs.forward, inputs.vision, inputs.tokens, task_answer(task, [best]), spans=[(0, 1)])
+    assert f"{best} {100 * knocked.after[0, 0].exp():.0f}%" in view.tables()["answers"]["answer with the block"][0]
     view.close()
 
 

@@ -112,9 +112,8 @@ class Reading:
         """What is blocked, as the end of a title; empty if nothing is."""
         return f", while {self.block}" if self.block else ""
 
-    def blocks(self, start: int, stop: int | None = None) -> dict[str, bool]:
-        """Whether each of the two ways is blocked in all layers from `start` to `stop`, or in the layer `start`."""
-        stop = start if stop is None else stop
+    def blocks(self, start: int, stop: int) -> dict[str, bool]:
+        """Whether each of the two ways is blocked in all layers from `start` to `stop`."""
         way, first, last = self.block or ("", 0, 0)
         return {one: way in (one, "both") and first <= start and stop <= last for one in list(BLOCKED)[:2]}
 

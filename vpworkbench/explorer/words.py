@@ -167,8 +167,8 @@ def _hatched(reading: Reading) -> list[list[int]]:
     """The blocked cells of the grid as boxes of `Maps`."""
     if reading.block is None:
         return []
-    way, first, last = reading.block
-    blocked = [way in ("text_to_vision", "both"), way in ("vision_to_text", "both")]
+    _, first, last = reading.block
+    blocked = reading.blocks(first, last).values()  # in the order of GRID
     return [[number, first, 0, last + 1, reading.heads] for number, one in enumerate(blocked) if one]
 
 
