@@ -29,7 +29,7 @@ PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3 
 	@touch $@
 
 demo: install
-	$(BIN)/vpw run 01_pretrain --name $(DEMO) -p preset tiny -p steps 1100
+	$(BIN)/vpw run 01_pretrain --name $(DEMO) -p preset tiny -p steps 0
 	$(BIN)/vpw run 02_probe --name $(DEMO) -p checkpoint $(DEMO)
 	$(BIN)/vpw run 00_tour --name $(DEMO) -p checkpoint $(DEMO)
 	@root=$$($(BIN)/python -c 'from vpworkbench.runs import runs_root; print(runs_root())'); \

@@ -87,7 +87,7 @@ def _measured(
 ) -> dict[str, Any]:
     scenes = {"data.scenes.images": max(32, 2 * images), "data.scenes.val": 2, "data.scenes.test": 2}
     one_step = {"train.images": images, "train.accumulate": 1, "train.epochs": 0, "train.steps": 1}
-    settings = preset(name).with_overrides(scenes | one_step | {"init_visual": ""})
+    settings = preset(name).with_overrides(scenes | one_step | {"init_visual": "", "visual.frozen": False})
     prepared = prepare(settings)
     model, objective = prepared.model.to(device).train(), Pretraining(settings)
     batches = group_batches(prepared.splits["train"], model, settings.data, images=images, seed=0)

@@ -17,6 +17,7 @@ from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
+from vpworkbench.system import fast_bfloat16
 
 REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
 
@@ -108,7 +109,8 @@ def pretrain_settings(
         `none`, `random`, `attention` or `code`; empty: `attention` for families with a parsing attention, `code` with a
         visual dictionary, else `random`.
     init_visual : str
-        `auto`: the start of the preset; none for regions, whose features are given.
+        `auto`: the start of the preset; none for regions, whose features are given. `tiny` freezes what starts trained,
+        unless it has a dictionary, which learns with the model.
     steps, epochs
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
@@ -121,16 +123,18 @@ def pretrain_settings(
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     if not kind.pixels and init_visual not in ("", "auto"):
         raise SettingsError(f"init_visual: visual {visual!r} reads given features; leave init_visual empty")
-    default_start = base.init_visual if kind.pixels else ""
+    start = init_visual if init_visual != "auto" else base.init_visual if kind.pixels else ""
     default_masking = "attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random"
     values = {
         "data.sets": data,
         "visual.family": visual,
         "mask.mode": masking or default_masking,
-        "init_visual": default_start if init_visual == "auto" else init_visual,
+        "init_visual": start,
+        "visual.frozen": base.visual.frozen and bool(start) and not overrides.get("visual.dictionary"),
         "init_text": init_text,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
+        "train.bf16": fast_bfloat16(),
     }
     values |= _region_values(regions) | train_length(steps, epochs)
     if visual_tokens:  # sizes come first: what the number of tokens limits is checked against them
@@ -162,6 +166,7 @@ def visual_init_settings(
     settings = VisualInitSettings(preset=preset, seed=seed, visual=base.visual, scenes=scenes)
     values = {
         "visual.family": visual,
+        "visual.frozen": False,
         "scenes.images": images or scenes.images,
         "train.epochs": epochs or 8,
         "train.checkpoint_every": checkpoint_every,

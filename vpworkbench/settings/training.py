@@ -146,7 +146,7 @@ class PretrainSettings(Settings):
         if mask.where == "pixels" and visual.sampled:
             raise ValueError("mask.where 'pixels' needs all tokens: set visual.sampled to 0, or use 'tokens'")
         if mask.where == "pixels" and visual.frozen:
-            raise ValueError("mask.where 'pixels' encodes masked images, visual.frozen keeps those of whole ones")
+            raise ValueError("mask.where 'pixels' encodes masked images: set visual.frozen to false")
         if mask.where == "pixels" and not visual.kind.on_grid:
             raise ValueError(f"mask.where 'pixels': {family} has no grid of squares to mask; use 'tokens'")
         if not visual.kind.pixels and (data.flip or data.cache):

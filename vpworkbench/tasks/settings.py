@@ -8,6 +8,7 @@ from typing import Any
 from vpworkbench.errors import SettingsError
 from vpworkbench.settings import FinetuneSettings, checked, nearest
 from vpworkbench.settings.notebooks import scenes_needed, train_length
+from vpworkbench.system import fast_bfloat16
 from vpworkbench.tasks import TASKS
 
 
@@ -42,6 +43,7 @@ def finetune_settings(
         "pretrained": pretrained,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
+        "train.bf16": fast_bfloat16(),
     }
     settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
     needed = scenes_needed(settings.scenes, settings.train) if settings.data == "scenes" else {}

@@ -1,0 +1,124 @@
+"""How the settings of `tiny` were chosen, and what they give on every task: all runs, as the tables of docs/results.md.
+
+    vpw sweep papermill_runs/gallery/recipe/pretrain.yaml --workers 2       and the other files there
+    python -m benchmarks.recipe --collect       the results of these runs -> runs.csv
+    python -m benchmarks.recipe                 runs.csv -> the tables
+
+Settings are chosen on validation scenes. Runs that name a seed are finalists: only they are scored on test scenes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from vpworkbench import load
+from vpworkbench.data.splits import load_splits
+from vpworkbench.jobs.results import find_runs
+from vpworkbench.jobs.sweep import read_jobs
+from vpworkbench.runs import Run, read_json
+from vpworkbench.settings import DataSettings
+from vpworkbench.stats import student_interval
+from vpworkbench.tasks import TASKS
+from vpworkbench.train.evaluate import evaluate
+
+FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "recipe"
+SWEEPS = ("pretrain", "finetune", "tasks", "families")
+"""The yaml files there, in the order in which they were run."""
+COLUMNS = {
+    "itm_accuracy": "ITM",
+    "mlm_with_image": "words",
+    "objects_rows_end": "rows",
+    "objects_columns_end": "columns",
+    "objects_features_end": "features",
+    "score": "score",
+}
+"""Validation results: in a summary (`score`: a task's metric), and as the tables name them."""
+
+
+def collect() -> pd.DataFrame:
+    """One row for each complete run of the sweeps, in their order."""
+    rows = []
+    for sweep in SWEEPS:
+        path = FOLDER / f"{sweep}.yaml"
+        for job in read_jobs(path) if path.exists() else ():
+            runs = find_runs(Path(job.notebook).stem)
+            if job.name in runs.index and runs.loc[job.name, "complete"]:
+                rows.append({"sweep": sweep, **result(job.name, Path(runs.loc[job.name, "folder"]))})
+    return pd.DataFrame(rows)
+
+
+def result(name: str, folder: Path) -> dict[str, Any]:
+    """What a run was, and what it reached on validation scenes; a finalist on test scenes too."""
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    values = scores(summary, config["settings"])
+    row = {"run": name.partition("-")[2], "seed": config["seed"], "steps": summary["steps"], **values}
+    if "seed=" in name:
+        tested = scores(summary["test"], config["settings"]) if "test" in summary else test_results(name, config)
+        row |= {f"test_{key}": value for key, value in tested.items()}
+    row["step_s"] = float(Run(folder).metrics()["step_s"].median())
+    return row | {"git": config["git"]["revision"][:8]}
+
+
+def scores(summary: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
+    """The values of `COLUMNS` that a summary has."""
+    if "task" in settings:
+        return {"score": summary[TASKS[settings["task"]].metric]}
+    return {key: summary[key] for key in COLUMNS if key in summary}
+
+
+def test_results(name: str, config: dict[str, Any]) -> dict[str, float]:
+    """Held-out results of a pre-trained model on test scenes."""
+    data = DataSettings(**config["settings"]["data"])
+    held_out = evaluate(load(name).base, load_splits(data)["test"], data)
+    return {key: getattr(held_out, key).mean for key in COLUMNS if key in held_out._fields}
+
+
+def tables(runs: pd.DataFrame) -> str:
+    """For each sweep its runs on validation scenes, and its finalists on test scenes, in Markdown."""
+    parts = []
+    for sweep, own in runs.groupby("sweep", sort=False):
+        names = [name for name in COLUMNS if own[name].notna().any()]
+        lines = [[words(row["run"]), *(f"{row[name]:.3f}" for name in names)] for _, row in own.iterrows()]
+        parts.append(markdown([f"{sweep}, validation", *(COLUMNS[name] for name in names)], lines))
+        final = own[own["run"].str.contains("seed=")]
+        names = [name for name in names if f"test_{name}" in final and final[f"test_{name}"].notna().any()]
+        groups = final.groupby(final["run"].str.replace(r",?seed=\d+", "", regex=True), sort=False)
+        lines = [[words(name), *(over(group[f"test_{key}"]) for key in names)] for name, group in groups]
+        parts.append(markdown([f"{sweep}, test", *(COLUMNS[name] for name in names)], lines))
+    return "\n\n".join(parts)
+
+
+def words(run: str) -> str:
+    """The settings in a run's name, as code."""
+    return f"`{run}`" if run else "preset"
+
+
+def over(values: pd.Series) -> str:
+    """Each seed's value, and the mean with its t interval."""
+    interval = student_interval(values)
+    single = ", ".join(f"{value:.3f}" for value in values)
+    return f"{single}: {interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+
+
+def main(
+    gather: Annotated[bool, typer.Option("--collect", help="read the runs of the sweeps, and write runs.csv")] = False,
+) -> None:
+    """Print the tables."""
+    path = FOLDER / "runs.csv"
+    if gather:
+        FOLDER.mkdir(exist_ok=True)
+        collect().to_csv(path, index=False, float_format="%.5g")
+    print(tables(pd.read_csv(path, keep_default_na=False, na_values=[""])))
+
+
+if __name__ == "__main__":
+    typer.run(main)
