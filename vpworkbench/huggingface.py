@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import CheckpointError, DataError, first_line
-from vpworkbench.model.weights import without_nan
+from vpworkbench.model.published import without_nan
 from vpworkbench.probes import modality_masks
 
 MOST_REGIONS = 36  # per image: the number that VisualBERT and LXMERT were trained with

@@ -63,7 +63,7 @@ class RegionFiles:
         if not str(source) or not self.source.exists():
             raise DataError(
                 f"visual.region_files {str(source)!r}: no such folder or tsv; give BUTD's tsv or a folder with one npz "
-                "for each image (docs/families.md); `vpw regions` makes them for generated scenes and NLVR v1"
+                "for each image (docs/families.md); `vpw regions` makes them"
             )
         self._lines = {} if self.source.is_dir() else _line_starts(self.source)
         self._scenes = _scene_settings(self.source / SCENES)
@@ -196,11 +196,14 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: np.ndarray, *
     return Regions(features, (boxes.clip(0, limits) / limits).astype(np.float32))
 
 
-def write_regions(file: Path, features: np.ndarray, boxes: np.ndarray, size: Sequence[float]) -> None:
-    """Write the npz of one image; boxes in pixels."""
+def write_regions(
+    file: Path, features: np.ndarray, boxes: np.ndarray, size: Sequence[float], **more: np.ndarray
+) -> None:
+    """Write the npz of one image; boxes in pixels. What a detector knows `more` is kept, but not read here."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    given = {"features": features.astype(np.float32), "boxes": np.asarray(boxes, np.float32), "size": np.asarray(size)}
     with draft(file, durable=False) as written, open(written, "wb") as out:
-        np.savez(out, features=features.astype(np.float32), boxes=np.asarray(boxes, np.float32), size=np.asarray(size))
+        np.savez(out, **given, **more)
 
 
 def read_npz(file: Path) -> Regions:

@@ -193,7 +193,7 @@ class VisualParsingModel(nn.Module):
 
         A `CheckpointError` if a file is missing, damaged, a pickle, or belongs to another model.
         """
-        from vpworkbench.model.weights import without_nan  # it loads timm and transformers
+        from vpworkbench.model.published import without_nan  # it loads timm
 
         model, weights = cls.from_config(folder), Path(folder) / "model.safetensors"
         if not weights.exists():

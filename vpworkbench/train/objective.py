@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.data.batches import Batch, GroupBatches
+from vpworkbench.boxes import grid_boxes
+from vpworkbench.data.batches import Batch, GroupBatches, Guide
 from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.losses import (
@@ -24,6 +25,7 @@ from vpworkbench.losses import (
 )
 from vpworkbench.model.model import Joint, VisualParsingModel
 from vpworkbench.model.visual import VisualTokens
+from vpworkbench.probes.masks import mask_scores
 from vpworkbench.settings import DataSettings, PretrainSettings
 
 
@@ -35,11 +37,12 @@ def group_batches(
     images: int,
     seed: int,
     inputs: VisualInput | None = None,
+    guide: Guide | None = None,
 ) -> GroupBatches:
-    """Batches of images and their texts, as a model takes them."""
+    """Batches of images and their texts, as a model takes them; a `guide` for `mask.source` and mode `object`."""
     visual = model.settings.visual
-    inputs = inputs or visual_input(visual)
-    return GroupBatches(pictures, model.words, data, images=images, inputs=inputs, vision=visual.tokens, seed=seed)
+    options = {"images": images, "inputs": inputs or visual_input(visual), "seed": seed, "guide": guide}
+    return GroupBatches(pictures, model.words, data, vision=visual.tokens, **options)
 
 
 class Pretraining(Objective):
@@ -127,12 +130,28 @@ class Pretraining(Objective):
         if mask.mode == "code":
             masked = code_mask(noise, visual.codes[index])
         else:
-            parsing = visual.parsing.detach().mean(dim=1)[index] if mask.mode == "attention" else None
             tokens = None if visual.tokens is None else visual.tokens[index]
-            masked = visual_mask(noise, self.budget, parsing=parsing, select=mask.select, vision_tokens=tokens)
+            if batch.scores.shape[1]:  # those of the pick, chosen where the guide is
+                scores, select = batch.scores[:, None].expand(-1, noise.shape[1], -1), "row"
+            else:
+                scores, select = self._scores(visual), mask.select
+                scores = None if scores is None else scores[index]
+            masked = visual_mask(noise, self.budget, parsing=scores, select=select, vision_tokens=tokens)
         if mask.where == "pixels":
             masked = masked[torch.searchsorted(index, index)]  # that of the first text
         return masked
+
+    @torch.no_grad()
+    def _scores(self, visual: VisualTokens) -> Tensor | None:
+        """How the mode ranks tokens for each pick, (image, vision, vision); None: at random."""
+        parsing = None if visual.parsing is None else visual.parsing.mean(dim=1)
+        boxes = visual.boxes
+        if boxes is None:
+            boxes = grid_boxes(self.settings.visual.grid, self.settings.visual.grid).to(visual.features.device)
+            boxes = (
+                boxes[visual.positions] if visual.positions is not None else boxes.expand(len(visual.features), -1, -1)
+            )
+        return mask_scores(self.settings.mask.mode, visual.features, parsing, boxes)
 
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
         """Variance and effective rank of the visual features, which fall if MFR's target collapses; and dead codes."""
