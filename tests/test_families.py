@@ -295,7 +295,7 @@ def test_samples_and_masks_inside_them_are_even():
     objective, generator = Pretraining(settings), torch.Generator().manual_seed(0)
 
     class Groups:
-        noise = torch.rand(8_000, 36, generator=generator)
+        noise, scores = torch.rand(8_000, 36, generator=generator), torch.zeros(8_000, 0)
         image_index, images, words = torch.arange(8_000), torch.zeros(8_000), torch.zeros(8_000)
 
     places = objective.sampled(Groups)

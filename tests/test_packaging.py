@@ -16,7 +16,7 @@ from vpworkbench.system import collector_off
 
 REPOSITORY = Path(__file__).parents[1]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONDA_NAMES = {"torch": "pytorch", "kaleido": "python-kaleido"}
+CONDA_NAMES = {"torch": "pytorch", "huggingface-hub": "huggingface_hub", "kaleido": "python-kaleido"}
 
 
 def floors(requirements: list[str]) -> dict[str, str]:
@@ -27,7 +27,7 @@ def floors(requirements: list[str]) -> dict[str, str]:
 
 def test_environment_and_project_have_the_same_floors():
     environment = yaml.safe_load((REPOSITORY / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
-    assert environment[-2:] == ["pip", {"pip": ["-e .[weights]"]}]
+    assert environment[-2:] == ["pip", {"pip": ["-e .[photos,weights]"]}]
     wanted = floors(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"])
     wanted = {CONDA_NAMES.get(name, name): floor for name, floor in wanted.items()}
     assert floors(environment[:-2]) == wanted | {"python": PROJECT["requires-python"].removeprefix(">=")}
@@ -42,12 +42,14 @@ def test_installed_packages_reach_the_floors(name, floor):
     assert numbers(importlib.metadata.version(name)) >= numbers(floor)
 
 
-NOT_IMPORTED = {
-    "ipykernel": "papermill starts its kernels",
-    "pot": "tests of the alignment loss, and the alignment of photographs",
-    "torchvision": "timm imports it",
+NOT_IMPORTED = {"ipykernel": "papermill starts its kernels"}
+IMPORT_NAMES = {
+    "huggingface-hub": "huggingface_hub",
+    "pillow": "PIL",
+    "pot": "ot",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
 }
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 
 
 def test_the_package_imports_what_it_depends_on():

@@ -132,15 +132,24 @@ def scenes(
 
 @app.command()
 def regions(
-    source: Annotated[str, typer.Argument(help="'scenes', a folder of generated scenes, or of NLVR v1")],
+    source: Annotated[str, typer.Argument(help="'scenes', a folder of generated scenes, of NLVR v1 or of photographs")],
     folder: Annotated[Path, typer.Argument(help="for visual.region_files; the same call again resumes")],
     preset: Annotated[str, typer.Option(help="train on the scenes of this preset of 01_pretrain")] = "tiny",
     epochs: Annotated[float, typer.Option(help="passes over the scenes: 8, as for other families; 1 for a look")] = 8,
     images: Annotated[int, typer.Option(help="scenes; 0: those of the preset (tiny: 12,000)")] = 0,
     width: Annotated[int, typer.Option(help="channels of a feature")] = 128,
     seed: Annotated[int, typer.Option(help="seed of weights, order and mirroring")] = 0,
+    detector: Annotated[str, typer.Option(help="photographs: a Faster R-CNN of torchvision")] = "",
+    weights: Annotated[str, typer.Option(help="photographs: a file for the detector; default: torchvision's own")] = "",
 ) -> None:
-    """Region features of true boxes, by a small CNN trained on scene labels: one npz for each image."""
+    """One npz of regions for each image: of true boxes, by a small CNN trained on scene labels; or of a detector's."""
+    if detector:
+        from vpworkbench.data.detected import detect_regions
+
+        with _reporting():
+            found = detect_regions(source, folder.expanduser(), detector=detector, weights=weights)
+        print(f"{found['images']} images, {found['regions']:.1f} regions each: {folder}")
+        return
     from vpworkbench.settings import RegionSettings, checked
     from vpworkbench.settings import preset as named
     from vpworkbench.train.region_features import make_regions

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import CheckpointError, DataError, first_line
-from vpworkbench.model.weights import without_nan
+from vpworkbench.model.published import without_nan
 from vpworkbench.probes import modality_masks
 
 MOST_REGIONS = 36  # per image: the number that VisualBERT and LXMERT were trained with
@@ -156,7 +156,7 @@ class Processed:
     def _with_regions(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor]:
         """The arguments of the forward, and the boxes of the regions, (image, region, 4), nan at padding."""
         packed = self.regions.stack(pictures)
-        packed = packed[:, : int((packed[..., -1] > 0).sum(dim=1).max())]  # no more padding than the batch needs
+        packed = packed[:, : int(packed[..., -1].sum(dim=1).max())]  # no more padding than the batch needs
         features, boxes, real = packed.split((self.regions.width, 4, 1), dim=2)
         names, dtype = REGION_MODELS[self.model.config.model_type], self.model.dtype
         arguments = {

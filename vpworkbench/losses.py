@@ -36,12 +36,15 @@ class Objective(ABC):
         return {}
 
 
+Select = Literal["row", "column", "symmetric"]
+
+
 def visual_mask(
     noise: Tensor,
     budget: int,
     *,
     parsing: Tensor | None = None,
-    select: Literal["row", "column", "symmetric"] = "row",
+    select: Select = "row",
     vision_tokens: Tensor | None = None,
 ) -> Tensor:
     """Hide one picked visual token and the tokens related to it (paper Eq. 9, Fig. 2).
@@ -49,11 +52,12 @@ def visual_mask(
     Parameters
     ----------
     noise : Tensor, (text, vision)
-        Uniform numbers; the largest marks the pick.
+        Uniform numbers; the largest marks the pick, and among equal scores the larger comes first.
     budget : int
         k, the number of tokens to hide, the pick included.
     parsing : Tensor or None, (text, vision, vision)
-        Parsing attention W, rows summing to 1. None: the other tokens are drawn at random.
+        Parsing attention W, or any other scores of the tokens (last axis) for each pick. None: the other tokens are
+        drawn at random.
     select
         Rank tokens by A[pick, :], by A[:, pick] or by the sum, where A = 0.5 (I + W) as in Eq. 3. The pick comes first:
         in a row of A by its value (A_ii >= 0.5), in a column by definition.
@@ -68,21 +72,28 @@ def visual_mask(
     tokens = noise.shape[1]
     if not 1 <= budget <= tokens:
         raise ValueError(f"a mask of {budget} among {tokens} visual tokens; set mask.budget to at most {tokens}")
-    rank = noise
     if vision_tokens is not None:
-        rank = noise = noise.masked_fill(~vision_tokens, -1)
+        noise = noise.masked_fill(~vision_tokens, -1)
+    order = noise.argsort(dim=1, descending=True)  # the pick first
     if parsing is not None:
-        pick = noise.argmax(dim=1)
-        rows = torch.arange(len(noise), device=noise.device)
-        attends, attended = parsing[rows, pick], parsing[rows, :, pick]
-        rank = {"row": attends, "column": attended, "symmetric": attends + attended}[select].clone()
-        rank[rows, pick] = torch.inf
+        scores = scores_of_pick(parsing, order[:, 0], select)
+        if vision_tokens is not None:
+            scores = scores.masked_fill(~vision_tokens, -torch.inf)
+        scores = scores.scatter(1, order[:, :1], torch.inf)
+        order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
     hidden = torch.ones_like(noise[:, :budget], dtype=torch.bool)
     if vision_tokens is not None:
         allowed = (vision_tokens.sum(dim=1, keepdim=True) * budget / tokens).round().clamp(min=1)
         hidden = torch.arange(budget, device=noise.device) < allowed
-    masked = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, rank.topk(budget, dim=1).indices, hidden)
+    masked = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, order[:, :budget], hidden)
     return masked if vision_tokens is None else masked & vision_tokens
+
+
+def scores_of_pick(scores: Tensor, pick: Tensor, select: Select = "row") -> Tensor:
+    """What a pick gives to the tokens, gets from them, or both; (text, vision, vision), (text,) -> (text, vision)."""
+    rows = torch.arange(len(pick), device=pick.device)
+    given, received = scores[rows, pick], scores[rows, :, pick]
+    return {"row": given, "column": received, "symmetric": given + received}[select]
 
 
 def code_mask(noise: Tensor, codes: Tensor) -> Tensor:

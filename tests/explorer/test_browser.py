@@ -456,7 +456,7 @@ def test_the_sentence_and_the_picture_are_ones_own(explorer: Any, tmp_path: Path
 
 def test_blocked_attention_is_hatched(explorer: Any, screenshots: Path) -> None:
     tab(explorer, "Try it")
-    explorer.get_by_label("block").select_option("words from the image")
+    explorer.get_by_label("block", exact=True).select_option("words from the image")
     answers = explorer.locator(".vpw-explorer .vpw-table:visible")
     answers.locator("th", has_text="answer with the block").wait_for()
     first, last = answers.locator("tr").nth(1).locator("td").all_text_contents()[-2:]
@@ -477,7 +477,7 @@ def test_blocked_attention_is_hatched(explorer: Any, screenshots: Path) -> None:
     explorer.locator(".vpw-explorer .vpw-hatched:visible").wait_for()
     explorer.screenshot(path=screenshots / "explorer-flow-blocked.png")
     tab(explorer, "Try it")
-    explorer.get_by_label("block").select_option("none")
+    explorer.get_by_label("block", exact=True).select_option("none")
     answers.locator("th", has_text="answer with the block").wait_for(state="detached")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import ipywidgets
 import numpy as np
+import ot
 import pandas as pd
 import plotly.graph_objects as go
 import psutil
@@ -198,6 +199,23 @@ def test_words_follow_layer_head_and_rollout(view: Explorer) -> None:
     for wrong in ({"place": 99}, {"layer": 2}, {"head": -1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             view.read(**wrong)
+
+
+def test_words_follow_the_exact_plan_of_transport(view: Explorer) -> None:
+    """Against POT on cosines written out; [CLS] and [SEP] have no mass, and the code brings the view back."""
+    reading, reader = view.readings[0], view.words.readers[0]
+    view.read(1, transport=True)
+    words, states = range(1, len(reading.words) - 1), reading.hidden[-1][0].double().numpy()
+    rows = states / np.linalg.norm(states, axis=1, keepdims=True)
+    cost = 1 - rows[reading.language[1:-1]] @ rows[reading.vision].T
+    plan = ot.emd(np.full(len(words), 1 / len(words)), np.full(cost.shape[1], 1 / cost.shape[1]), cost)
+    looks = np.frombuffer(reader.looks, "<f4").reshape(len(reading.words), -1)
+    np.testing.assert_allclose(looks[1:-1], len(words) * plan, atol=1e-5)
+    np.testing.assert_allclose(looks.sum(axis=1), [0, *[1] * len(words), 0], atol=1e-6)
+    assert "transport" in reader.label and view.words.code().endswith("transport=True)")
+    assert set(view.words.tables()["looks"]["transport"]) > {0.0}
+    view.read(1)
+    assert view.words.way.value == "attention"
 
 
 def test_span_shows_its_product(view: Explorer) -> None:

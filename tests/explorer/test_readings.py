@@ -13,6 +13,7 @@ from explorer.small_models import llava, vilt, wide_model
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
+from vpworkbench.boxes import grid_boxes
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.explorer import readings as module
@@ -20,7 +21,6 @@ from vpworkbench.explorer.readings import Reading, read
 from vpworkbench.huggingface import ForeignInputs
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probes import flow_from_attention, inter_modality_flow
-from vpworkbench.probes.layouts import grid_boxes
 from vpworkbench.subjects import Subject, load
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel

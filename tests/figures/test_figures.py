@@ -85,6 +85,7 @@ def every_figure():
         "parsing": figures.parsing(image(), attention(), [0, 5], GRID),
         "masks": figures.masks(image(), {"attention": picked, "random": ~picked}, pick=1, grid=GRID),
         "regions": figures.regions(image(), [[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 1.0, 1.0]]),
+        "alignment": figures.alignment(image(), attention()[:3], ["a", "red", "ball"], GRID),
         "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID, title="a"),
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
@@ -138,7 +139,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 22
+    assert set(made) == public and len(made) == 23
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]
@@ -257,6 +258,14 @@ def test_attention_on_image_shades_by_the_weights():
     np.testing.assert_array_equal(traces(figure, "heatmap")[0].z.ravel(), weights)
     assert figure.layout.title.text == SHOWN
     assert "40.0% in all" in texts(figure)
+
+
+def test_alignment_shades_by_the_plan_and_leaves_out_words_without_mass():
+    plan = attention()[:3] * [[1.0], [0.0], [1.0]]
+    figure = figures.alignment(image(), plan, ["a", "[SEP]", HOSTILE], GRID)
+    shown = [np.asarray(trace.z).ravel() for trace in traces(figure, "heatmap")]
+    np.testing.assert_array_equal(shown, plan[[0, 2]])
+    assert "&lt;img src=x" in texts(figure) and "[SEP]" not in texts(figure)
 
 
 # --------------------------------------------------------------------------------------------------- training

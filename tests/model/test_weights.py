@@ -30,8 +30,9 @@ from transformers import (
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.fusion import Fusion
+from vpworkbench.model.published import efficientnet_lite0, read_weights
 from vpworkbench.model.visual import build_visual
-from vpworkbench.model.weights import efficientnet_lite0, load_into, read_weights, start_text, start_visual
+from vpworkbench.model.weights import load_into, start_text, start_visual
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import FusionSettings, VisualSettings, pretrain_settings
 from vpworkbench.train.pretrain import build_model

@@ -13,9 +13,10 @@ import torch
 import transformers as hf
 from probes.tiny_models import ENCODER, FAMILIES, IMAGE, Family, internvl, llava, lxmert, pixels, qwen, vilt, words
 
+from vpworkbench.boxes import grid_boxes
 from vpworkbench.data.inputs import prepare
 from vpworkbench.probes import check, hidden_states, inter_modality_flow, modality_masks, modality_nmi
-from vpworkbench.probes.layouts import LAYOUTS, grid_boxes
+from vpworkbench.probes.layouts import LAYOUTS
 
 
 @pytest.fixture(params=FAMILIES)

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from vpworkbench.probes.layouts import grid_boxes
+from vpworkbench.boxes import grid_boxes
 
 IMAGE = 90  # id of an image place
 WIDE = 0.5  # range of the initial weights: near-uniform attention would hide mistakes

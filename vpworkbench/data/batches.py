@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vpworkbench.data.inputs import VisualInput
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import ImageBatch, Sampler
 from vpworkbench.errors import DataError
+from vpworkbench.losses import Select, scores_of_pick
 from vpworkbench.model.words import Words
 from vpworkbench.settings import DataSettings
 
@@ -62,10 +63,13 @@ class Batch(PairBatch):
         The original id where a word is masked, `IGNORE` elsewhere.
     noise : float Tensor, (text, vision)
         Uniform numbers that decide the visual mask: the largest marks the pick.
+    scores : float Tensor, (text, vision)
+        How a `Guide` ranks the tokens for this pick; (text, 0) without one.
     """
 
     labels: Tensor
     noise: Tensor
+    scores: Tensor
 
     @cached_property
     def scored(self) -> tuple[Tensor, Tensor]:
@@ -83,6 +87,15 @@ class Batch(PairBatch):
         rows, places = (part.to(device, non_blocking=True) for part in self.scored)
         moved.__dict__.update(scored=(rows, places), matched_rows=self.matched_rows.to(device, non_blocking=True))
         return moved
+
+
+class Guide(Protocol):
+    """Ranks visual tokens for masks by what the model does not see: true objects, or another model."""
+
+    select: Select
+
+    def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
+        """Scores of tokens (last axis) for each pick, (image, vision, vision); -inf between padding and anything."""
 
 
 class MaskedWords(NamedTuple):
@@ -137,6 +150,7 @@ class GroupBatches(Dataset):
         inputs: VisualInput,
         vision: int,
         seed: int,
+        guide: Guide | None = None,
     ) -> None:
         self.pictures = [picture for picture in pictures if picture.captions]
         if len(self.pictures) < 2:
@@ -149,7 +163,7 @@ class GroupBatches(Dataset):
             log.warning("%d of %d pictures have no true text, so they start no group", dropped, len(pictures))
         self.words, self.settings = words, settings
         self.sampler = Sampler(self.pictures, images, seed=(seed, 1), distinct=False)
-        self.inputs, self.vision, self.seed = inputs, vision, seed
+        self.inputs, self.vision, self.seed, self.guide = inputs, vision, seed, guide
 
     def __getitem__(self, step: int) -> Batch:
         return self.share(step, 0, 1)
@@ -163,13 +177,21 @@ class GroupBatches(Dataset):
         tokenizer, share = self.words.tokenizer, self.settings.word_share
         options = {"share": share, "mask_id": tokenizer.mask_token_id, "vocabulary": len(tokenizer)}
         # Unmatched texts are masked too: a [MASK] in the matched ones only would give the ITM label away.
-        masked = mask_words(words, self.words.maskable(words, ends=self.settings.mask_end), rng, **options)
+        masked = mask_words(words, self.words.maskable(words), rng, **options)
         start, stop = (len(groups) * part // count for part in (index, index + 1))
         mirrored = rng.random(len(groups))[start:stop] < 0.5 if self.settings.flip else None
-        images = self.inputs.stack([picture.image for picture, _ in groups[start:stop]], mirrored)
-        noise = rng.random((len(pairs), self.vision), dtype=np.float32)
+        shown = [picture for picture, _ in groups[start:stop]]
+        images = self.inputs.stack([picture.image for picture in shown], mirrored)
+        noise = torch.from_numpy(rng.random((len(pairs), self.vision), dtype=np.float32))
         image_index = torch.tensor([row for row, _, _ in pairs])
         rows = (image_index >= start) & (image_index < stop)
+        noise = noise[rows]
+        if self.guide is None:
+            scores = noise[:, :0]
+        else:
+            between = self.guide.stack(shown, mirrored)[image_index[rows] - start]
+            padding = between.diagonal(dim1=1, dim2=2) == -torch.inf
+            scores = scores_of_pick(between, noise.masked_fill(padding, -1).argmax(dim=1), self.guide.select)
         return Batch(
             images=images,
             image_index=image_index[rows] - start,
@@ -177,7 +199,8 @@ class GroupBatches(Dataset):
             word_tokens=torch.from_numpy(words != tokenizer.pad_token_id)[rows],
             labels=torch.from_numpy(masked.labels)[rows],
             matched=torch.tensor([match for _, _, match in pairs])[rows],
-            noise=torch.from_numpy(noise)[rows],
+            noise=noise,
+            scores=scores,
         )
 
     def _group(self, picture: Picture, rng: np.random.Generator) -> tuple[Picture, list[tuple[str, bool]]]:

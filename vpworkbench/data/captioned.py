@@ -15,6 +15,7 @@ from pydantic import AliasChoices, BaseModel, Field, StrictInt
 
 from vpworkbench.data.files import SPLITS, faults_at, files_of_set, json_list, read_text, remark
 from vpworkbench.data.images import ImageFile, Places, origins
+from vpworkbench.data.instances import InstanceMasks, instances_beside
 from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.readers import (
     Annotations,
@@ -103,13 +104,16 @@ class _CocoCaption(BaseModel):
 
 def _coco(annotations: Annotations) -> list[Picture]:
     subset = annotations.file.stem.removeprefix("captions_")
+    outlines = instances_beside(annotations.file)
     images = {str(raw.get("id")) for raw in annotations.first["images"] if isinstance(raw, dict)}
     captions: dict[int, dict[str, None]] = defaultdict(dict)  # by image, each text once
 
     def picture(record: _CocoImage) -> Iterator[tuple[int, Picture]]:
         image = annotations.images.find(f"{subset}/{record.file_name}", record.file_name)
         known = origins(image, coco=record.id, flickr=record.flickr_url)
-        yield record.id, Picture(record.file_name, image, annotations.split, captions=(), origins=known)
+        instances = outlines and InstanceMasks(outlines, record.id)
+        options = {"captions": (), "instances": instances, "origins": known}
+        yield record.id, Picture(record.file_name, image, annotations.split, **options)
 
     def caption(record: _CocoCaption) -> Iterator[tuple[int, str]]:
         if str(record.image_id) not in images:

@@ -8,14 +8,33 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.records import Picture
-from vpworkbench.probes.masks import ON_OBJECT, objects_of_tokens
+from vpworkbench.probes.masks import ON_OBJECT, ON_PHOTOGRAPH, objects_of_boxes, objects_of_tokens
 
 
-def objects_of_pictures(pictures: Sequence[Picture], grid: int, *, share: float = ON_OBJECT) -> Tensor:
-    """`objects_of_tokens` of each picture, int64 (image, vision); 0 for background and in pictures without objects."""
-    nothing = torch.zeros(grid, grid, dtype=torch.uint8)
-    maps = [torch.from_numpy(picture.object_map()) if picture.scene else nothing for picture in pictures]
-    return torch.stack([objects_of_tokens(object_map, grid, share) for object_map in maps])
+def objects_of_pictures(pictures: Sequence[Picture], grid: int, *, share: float | None = None) -> Tensor:
+    """`objects_of_tokens` of each picture, int64 (image, vision); 0 for background and in pictures without objects.
+
+    By default a token of a photograph is on an object that covers half of it, one of a scene on an object that covers a
+    fifth.
+    """
+    return torch.stack([objects_of_tokens(_map_of(one), grid, share or covered_share(one)) for one in pictures])
+
+
+def boxed_objects(pictures: Sequence[Picture], boxes: Tensor) -> Tensor:
+    """The object in each box, by the same rule; boxes (image, token, 4) -> int64 (image, token)."""
+    found = [
+        objects_of_boxes(_map_of(one), some, covered_share(one)) for one, some in zip(pictures, boxes, strict=True)
+    ]
+    return torch.stack(found)
+
+
+def covered_share(picture: Picture) -> float:
+    """Share of a token that an object must cover: less for the small things of scenes than for those of photographs."""
+    return ON_OBJECT if picture.scene else ON_PHOTOGRAPH
+
+
+def _map_of(picture: Picture) -> Tensor:
+    return torch.from_numpy(picture.object_map()) if picture.has_objects else torch.zeros(96, 96, dtype=torch.uint8)
 
 
 def noise_on_objects(objects: Tensor, *, seed: int = 0) -> Tensor:

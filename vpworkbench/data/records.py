@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vpworkbench.data.images import ImageFile
+from vpworkbench.data.instances import InstanceMasks
 from vpworkbench.data.nlvr1 import Box
 from vpworkbench.scenes.language import decide
 from vpworkbench.scenes.scene import Scene
@@ -30,6 +31,8 @@ class Picture:
         The ground truth of a generated image; None elsewhere.
     boxes : tuple of Box
         The ground truth of an NLVR v1 image, its structured representation; empty elsewhere.
+    instances : InstanceMasks or None
+        The objects that COCO's annotators outlined in a photograph, read when they are asked for; None elsewhere.
     origins : frozenset of str
         The photograph's ids in the collections that sets draw from: `coco:391895`, `flickr:8119368305`.
     """
@@ -41,6 +44,7 @@ class Picture:
     foils: tuple[str, ...] = ()
     scene: Scene | None = None
     boxes: tuple[Box, ...] = ()
+    instances: InstanceMasks | None = None
     origins: frozenset[str] = frozenset()
 
     @property
@@ -48,8 +52,18 @@ class Picture:
         """Its one image, as an `Example` has them."""
         return (self.image,)
 
+    @property
+    def has_objects(self) -> bool:
+        """True if it is known where its objects are."""
+        return self.scene is not None or self.instances is not None
+
     def object_map(self) -> np.ndarray:
-        """uint8 (height, width) of a generated image: i + 1 where `scene.things[i]` is visible, 0 in the background."""
+        """Number of the object visible at each pixel, (height, width), 0 in the background; in its original size.
+
+        In a generated image i + 1 is `scene.things[i]`, in a photograph `instances.names()[i]`.
+        """
+        if self.instances is not None:
+            return self.instances.object_map()
         folder = self.image.folder.with_name("object_maps.zip")
         data = ImageFile(folder, self.image.name.replace("images/", "object_maps/", 1)).read()
         with Image.open(io.BytesIO(data)) as image:

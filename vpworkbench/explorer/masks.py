@@ -13,14 +13,13 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vpworkbench.data.objects import objects_of_pictures
+from vpworkbench.data.objects import boxed_objects, objects_of_pictures
 from vpworkbench.explorer import still
 from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, Delayed, StatusText, View, image_traits, row
 from vpworkbench.explorer.readings import Reading, check_index
 from vpworkbench.explorer.widgets import Panels, Table
 from vpworkbench.losses import visual_mask
-from vpworkbench.probes import objects_of_boxes
 
 Select = Literal["row", "column", "symmetric"]
 KINDS = ["plain", "shade", "mask", "mask"]
@@ -301,9 +300,7 @@ def _head_options(heads: int) -> list[tuple[str, int]]:
 
 def _objects(reading: Reading) -> Tensor:
     """The object of each token, (vision,); 0 for background and in pictures without object masks."""
-    picture, visual = reading.picture, reading.subject.base.settings.visual
+    visual = reading.subject.base.settings.visual
     if visual.kind.on_grid:
-        return objects_of_pictures([picture], visual.grid)[0]
-    if picture.scene is None:
-        return torch.zeros(len(reading.boxes), dtype=torch.long)
-    return objects_of_boxes(torch.from_numpy(picture.object_map()), torch.from_numpy(reading.boxes))
+        return objects_of_pictures([reading.picture], visual.grid)[0]
+    return boxed_objects([reading.picture], torch.from_numpy(reading.boxes)[None])[0]

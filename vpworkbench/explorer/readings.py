@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from vpworkbench.probes import (
     modality_nmi,
     modality_pca,
 )
+from vpworkbench.probes.alignment import exact_plan
 from vpworkbench.probes.layers import visit_attention_maps
 from vpworkbench.subjects import Subject
 
@@ -149,6 +151,19 @@ class Reading:
     def reads(self, layer: int, head: int | None = None, *, rolled: bool = False) -> NDArray[np.float32]:
         """Which words each visual token reads, (vision, word)."""
         return self.weights(layer, head, rolled=rolled)[np.ix_(self.vision, self.language)].numpy()
+
+    @cached_property
+    def transport(self) -> NDArray[np.float32]:
+        """Exact plan of optimal transport after the last layer, (word, vision): rows of words sum to 1.
+
+        Special tokens such as [CLS] have no mass: their rows are zero.
+        """
+        plan = np.zeros((len(self.language), len(self.vision)), dtype=np.float32)
+        words = [number for number, word in enumerate(self.words) if not re.fullmatch(r"\[[A-Z]+\]|<.*>", word)]
+        if words:
+            states = self.hidden[-1][0].cpu()
+            plan[words] = len(words) * exact_plan(states[self.language[words]], states[self.vision]).numpy()
+        return plan
 
     @cached_property
     def grid(self) -> NDArray[np.float32]:

@@ -29,7 +29,11 @@ class WordsView(View):
         look = {"indent": False, "layout": {"width": "auto"}}
         self.mean = ipywidgets.Checkbox(True, description="mean of heads", **look)
         self.rolled = ipywidgets.Checkbox(False, description="rolled out from the input (Eq. 4)", **look)
-        for control in (self.mean, self.rolled):
+        tips = ["where words look, in a layer", "where words go, by exact optimal transport after the last layer"]
+        self.way = ipywidgets.ToggleButtons(
+            options=["attention", "transport"], tooltips=tips, style={"button_width": "95px"}
+        )
+        for control in (self.way, self.mean, self.rolled):
             control.observe(lambda change: self._redraw(), "value")
         self.status = StatusText(
             "Click a cell to choose layer and head. Hover over a word or a patch; click to pin it."
@@ -41,7 +45,7 @@ class WordsView(View):
             maps.observe(self._cell_picked, "picked")
             reader.observe(self._place_pinned, "pinned")
         pairs = [widget for pair in zip(self.maps, self.readers, strict=True) for widget in pair]
-        self.widget.children = (self.status, row(self.mean, self.rolled), *pairs)
+        self.widget.children = (self.status, row(self.way, self.mean, self.rolled), *pairs)
         self.show(readings)
 
     def show(self, readings: Sequence[Reading]) -> None:
@@ -58,15 +62,25 @@ class WordsView(View):
                 )
 
     def set(
-        self, place: int | None = None, *, layer: int | None = None, head: int | None = None, rolled: bool | None = None
+        self,
+        place: int | None = None,
+        *,
+        layer: int | None = None,
+        head: int | None = None,
+        rolled: bool | None = None,
+        transport: bool = False,
     ) -> None:
-        """Pin a place (words first, then patches; -1: none) and choose layer and head, from 0 (no head: their mean)."""
+        """Pin a place (words first, then patches; -1: none) and choose layer and head, from 0 (no head: their mean).
+
+        With `transport` words and patches show the exact plan of optimal transport instead of attention.
+        """
         for reading in self.readings:
             if place != -1:
                 check_index("place", place, len(reading.words) + len(reading.boxes))
             check_index("layer", layer, reading.layers)
             check_index("head", head, reading.heads)
         with self.quiet():
+            self.way.value = "transport" if transport else "attention"
             self.mean.value = head is None
             self.rolled.value = self.rolled.value if rolled is None else rolled
             for maps, reader in zip(self.maps, self.readers, strict=True):
@@ -78,7 +92,8 @@ class WordsView(View):
     def code(self) -> str:
         layer, head = self.maps[0].picked
         head = None if self.mean.value else head
-        return f"view.read({self.readers[0].pinned}, layer={layer}, head={head}, rolled={self.rolled.value})"
+        way = ", transport=True" if self._transports else ""
+        return f"view.read({self.readers[0].pinned}, layer={layer}, head={head}, rolled={self.rolled.value}{way})"
 
     def section(self) -> Section:
         parts = []
@@ -97,27 +112,37 @@ class WordsView(View):
             still.matrix(axes, values, name, "layer", "head", hatched, vmin=0, vmax=1)
         looks, _ = self._looks_and_reads(reading, picked)
         blocked = self._blocked(reading, picked)["looks_blocked"]
-        title = still.shortened(f"“{reading.words[word]}” {'cannot look' if blocked else 'looks'} here", 30)
+        verb = "goes" if self._transports else "cannot look" if blocked else "looks"
+        title = still.shortened(f"“{reading.words[word]}” {verb} here", 30)
         kind, values = ("mask", np.ones_like(looks[word])) if blocked else ("shade", looks[word])
         still.panel(image, reading, kind, values, title)
         figure.supxlabel(still.shortened(reading.text, 120), fontsize=8, color=GREY)
         return still.png(figure)
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """`heads`: the grid; `looks`: attention between every word and every patch, both ways."""
+        """`heads`: the grid; `looks`: attention between every word and every patch, both ways, and `transport`."""
         pairs = list(zip(self.readings, self.maps, strict=True))
         heads = [_table_of_heads(reading) for reading, _ in pairs]
         looks = [_table_of_looks(reading, *self._looks_and_reads(reading, maps.picked)) for reading, maps in pairs]
         return {"heads": pd.concat(heads, ignore_index=True), "looks": pd.concat(looks, ignore_index=True)}
 
     def _looks_and_reads(self, reading: Reading, picked: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """`Reading.looks` and `Reading.reads` at the picked (layer, head), or for the mean of its heads."""
+        """`Reading.looks` and `Reading.reads` at the picked (layer, head) or for the mean of heads; or by transport."""
+        if self._transports:
+            plan = reading.transport
+            return plan, (plan / np.maximum(plan.sum(axis=0), 1e-12)).T
         layer, head = picked[0], None if self.mean.value else picked[1]
         rolled = self.rolled.value
         return reading.looks(layer, head, rolled=rolled), reading.reads(layer, head, rolled=rolled)
 
+    @property
+    def _transports(self) -> bool:
+        return self.way.value == "transport"
+
     def _blocked(self, reading: Reading, picked: Sequence[int]) -> dict[str, bool]:
         """Whether all of `_looks_and_reads` is blocked."""
+        if self._transports:
+            return {"looks_blocked": False, "reads_blocked": False}
         layer = picked[0]
         blocks = reading.blocks(0 if self.rolled.value else layer, layer)
         return {"looks_blocked": blocks["text_to_vision"], "reads_blocked": blocks["vision_to_text"]}
@@ -126,7 +151,9 @@ class WordsView(View):
         """The traits of a `Reader` at the picked (layer, head)."""
         looks, reads = self._looks_and_reads(reading, picked)
         layer, head = picked
-        if self.rolled.value:
+        if self._transports:
+            label = "optimal transport after the last layer"
+        elif self.rolled.value:
             label = f"rolled out to layer {layer + 1}"
         else:
             label = f"layer {layer + 1}" + ("" if self.mean.value else f", head {head + 1}")
@@ -183,4 +210,5 @@ def _table_of_looks(reading: Reading, looks: np.ndarray, reads: np.ndarray) -> p
     place, token = (index.ravel() for index in np.indices(looks.shape))
     words = [reading.words[number] for number in place]
     columns = {"word": words, "place": place, "token": token, "looks": looks.ravel(), "reads": reads.T.ravel()}
+    columns["transport"] = reading.transport.ravel()
     return pd.DataFrame({"model": reading.subject.name} | columns)

@@ -112,6 +112,17 @@ def attention_on_image(image: np.ndarray, weights: ArrayLike, grid: int, *, titl
     return finish(figure, title=escaped(title), alt=alt)
 
 
+def alignment(image: np.ndarray, plan: ArrayLike, words: Sequence[str], grid: int) -> go.Figure:
+    """Where each word goes on the image, by a plan of transport, (word, vision); words without mass are left out."""
+    plan = np.asarray(plan, dtype=float)
+    moved = [number for number, mass in enumerate(plan.sum(axis=1)) if mass > 0]
+    figure = _beside_the_image(image, [words[number] for number in moved], grid)
+    for number, word in enumerate(moved):
+        _add(figure, number, _shade(plan[word], grid))
+    alt = f"An image, once for each of {len(moved)} words, bright where the word's mass goes."
+    return finish(figure, title="Words moved to patches by optimal transport", alt=alt)
+
+
 def darkened(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
     """The uint8 image, dark where the attention, shape (row, column), is small: as in figures, but as pixels."""
     share = Image.fromarray((attention / max(attention.max(), 1e-12)).astype(np.float32))

@@ -35,7 +35,6 @@ _OBJECTIVES = {
     "vla": "alignment (VLA), cosine distance",
     "mfr": "masked features (MFR), squared",
     "mvm": "masked codes (MVM), nats",
-    "mrc": "masked classes (MRC), nats",
 }
 _WATCHED = {
     "training_score": "score on training examples",

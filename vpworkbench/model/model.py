@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class VisualParsingModel(nn.Module):
-    """Visual side, fusion Transformer and heads for MLM, ITM and MFR; with codes or classes also for MVM and MRC.
+    """Visual side, fusion Transformer and heads for MLM, ITM and MFR; with a visual dictionary also for MVM.
 
     The tokenizer is saved with the model; its size is the vocabulary.
     """
@@ -75,7 +75,7 @@ class VisualParsingModel(nn.Module):
         self.mlm_bias = nn.Parameter(torch.zeros(len(tokenizer)))
         self.itm = nn.Linear(width, 2)
         self.mfr = nn.Linear(width, self.visual.width)
-        self.mvm = nn.Linear(width, settings.visual.codes) if settings.visual.codes else None  # and MRC
+        self.mvm = nn.Linear(width, settings.visual.dictionary) if settings.visual.dictionary else None
         self.freeze_visual(settings.visual.frozen)
 
     @property
@@ -130,7 +130,6 @@ class VisualParsingModel(nn.Module):
         *,
         image_index: Tensor | None = None,
         masked: Tensor | None = None,
-        causal: Tensor | None = None,
     ) -> Joint:
         """Pair the visual tokens of each image with each of its texts; one pass for each pair.
 
@@ -142,12 +141,9 @@ class VisualParsingModel(nn.Module):
             Image of each text; None if text i belongs to image i.
         masked : bool Tensor or None, (text, vision)
             Visual tokens to hide.
-        causal : bool Tensor or None, (text,)
-            Texts whose words see no later words, as `seq2seq_mask` says.
         """
         paired = visual.for_texts(image_index)
-        options = {} if causal is None else {"causal": causal}
-        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens, **options)
+        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens)
         return Joint(hidden, words.shape[1], visual)
 
     def word_logits(self, states: Tensor) -> Tensor:
@@ -197,7 +193,7 @@ class VisualParsingModel(nn.Module):
 
         A `CheckpointError` if a file is missing, damaged, a pickle, or belongs to another model.
         """
-        from vpworkbench.model.weights import without_nan  # it loads timm and transformers
+        from vpworkbench.model.published import without_nan  # it loads timm
 
         model, weights = cls.from_config(folder), Path(folder) / "model.safetensors"
         if not weights.exists():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, window_partition
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from vpworkbench.model.visual import PixelFamily, VisualTokens
+from vpworkbench.model.visual import AttentionRecorder, PixelFamily, VisualTokens
 from vpworkbench.settings import VisualSettings
 
 
@@ -32,31 +32,18 @@ class SwinParser(PixelFamily):
             global_pool="",
         )
         self.width = self.network.num_features
-        *others, last = [module for module in self.modules() if isinstance(module, SwinTransformerBlock)]
-        for block in others:
-            block.attn.fused_attn = True
-        last.attn.fused_attn = False
-        self._softmax = last.attn.softmax = _RecordingSoftmax(dim=-1)
+        blocks = [module for module in self.modules() if isinstance(module, SwinTransformerBlock)]
+        last, self._recorder = blocks[-1], AttentionRecorder.on_last([block.attn for block in blocks])
         self.single_window = last.window_size == last.input_resolution and not any(last.shift_size)
         self.register_buffer("places", window_places(last), persistent=False)
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
-        try:
-            features = self.network.forward_features(self.normalise(images)).flatten(1, 2)
-        finally:  # keep no weights between passes, not even after an error
-            weights, self._softmax.weights = self._softmax.weights, None
+        features, weights = self._recorder.of(lambda: self.network.forward_features(self.normalise(images)))
+        features = features.flatten(1, 2)
         if self.single_window:
             return VisualTokens(features, weights)
         return VisualTokens(features, scatter_windows(weights, self.places, features.shape[1]))
-
-
-class _RecordingSoftmax(nn.Softmax):
-    weights: Tensor | None = None  # its last output
-
-    def forward(self, scores: Tensor) -> Tensor:
-        self.weights = super().forward(scores)
-        return self.weights
 
 
 def window_places(block: SwinTransformerBlock) -> Tensor:

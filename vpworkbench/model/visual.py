@@ -1,11 +1,12 @@
 """From images or regions to visual tokens: what every visual family returns, and the families without a timm network.
 
-`settings.families.FAMILIES` lists all families; those of `swin.py` and `grid.py` are imported when they are built.
+`settings.families.FAMILIES` lists all families; those of `swin.py`, `vit.py` and `grid.py` are imported when they are
+built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class VisualTokens(NamedTuple):
     parsing: Tensor | None = None  # (image, head, vision, vision): attention of the parser's last block, rows sum to 1
     tokens: Tensor | None = None  # bool (image, vision): False at padding; None if there is no padding
     boxes: Tensor | None = None  # (image, vision, 4): x0 y0 x1 y1 of regions, as shares of the image
-    codes: Tensor | None = None  # int64 (image, vision): the code that replaced each token, or the class of each region
+    codes: Tensor | None = None  # int64 (image, vision): the code of the visual dictionary that replaced each token
     positions: Tensor | None = None  # int64 (image, vision): places on the grid, if some of its tokens were left out
 
     def for_texts(self, image_index: Tensor | None) -> VisualTokens:
@@ -104,6 +105,31 @@ class PixelFamily(nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
 
+class AttentionRecorder(nn.Dropout):
+    """Stands for the dropout of an attention layer of timm, and keeps the weights that pass through it."""
+
+    weights: Tensor | None = None  # of the last pass
+
+    @classmethod
+    def on_last(cls, layers: Sequence[nn.Module]) -> AttentionRecorder:
+        """Put one on the last of these attention layers; only there are weights explicit, the others stay fused."""
+        for layer in layers:
+            layer.fused_attn = layer is not layers[-1]
+        layers[-1].attn_drop = recorder = cls(layers[-1].attn_drop.p)
+        return recorder
+
+    def forward(self, weights: Tensor) -> Tensor:
+        self.weights = weights
+        return super().forward(weights)
+
+    def of(self, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What `run` returns, and the weights of its pass; none are kept, not even after an error."""
+        try:
+            return run(), self.weights
+        finally:
+            self.weights = None
+
+
 class PatchProjection(PixelFamily):
     """A linear projection of each patch (ViLT's visual side)."""
 
@@ -125,13 +151,11 @@ class RegionFeatures(nn.Module):
         self.settings, self.width = settings, settings.region_width
 
     def forward(self, images: Tensor) -> VisualTokens:
-        """Packed regions (image, region, channel + 5): features, box, 1 + class -> tokens (image, region, channel)."""
+        """Packed regions (image, region, channel + 5): features, box, 1 if real -> tokens (image, region, channel)."""
         if images.dim() != 3 or images.shape[2] != self.width + 5:
             raise ValueError(
                 f"regions have shape {tuple(images.shape)}; this model takes (image, region, {self.width} + 5) as "
                 "data.regions.RegionFiles stacks them"
             )
-        features, boxes, kind = images.split((self.width, 4, 1), dim=2)
-        kind = kind[..., 0]
-        codes = (kind.long() - 1).clamp(min=0) if self.settings.classes else None
-        return VisualTokens(features, tokens=kind > 0, boxes=boxes, codes=codes)
+        features, boxes, real = images.split((self.width, 4, 1), dim=2)
+        return VisualTokens(features, tokens=real[..., 0] > 0, boxes=boxes)

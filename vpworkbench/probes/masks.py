@@ -20,7 +20,9 @@ from torch.nn import functional
 from vpworkbench.stats import Interval, bootstrap_interval, paired_interval
 
 ON_OBJECT = 0.2
-"""Share of a token's pixels that an object must cover for the token to be on it; 0.5 suits photographs."""
+"""Share of a token's pixels that an object must cover for the token to be on it."""
+ON_PHOTOGRAPH = 0.5
+"""The same for photographs, whose objects are many tokens large: with a fifth, their borders would count too."""
 SMALLEST_OBJECT = 3
 """Tokens of the smallest object that is picked: of two tokens, one hidden token beside the pick says little."""
 
@@ -99,6 +101,41 @@ def nearest_by_features(features: Tensor) -> Tensor:
     """Scores by cosine similarity; features (image, vision, channel) -> (image, vision, vision)."""
     directions = functional.normalize(features.double(), dim=-1)
     return directions @ directions.transpose(1, 2)
+
+
+def mask_scores(
+    mode: str,
+    features: Tensor,
+    parsing: Tensor | None = None,
+    boxes: Tensor | None = None,
+    objects: Tensor | None = None,
+) -> Tensor | None:
+    """How `mask.mode` ranks tokens for each pick, (image, vision, vision); None: at random.
+
+    Parameters
+    ----------
+    features : Tensor, (image, vision, channel)
+    parsing : Tensor, (image, vision, vision), for `attention`
+    boxes : Tensor, (image, vision, 4), for `block` and `object`
+    objects : LongTensor, (image, vision), for `object`
+    """
+    rules = {
+        "attention": lambda: parsing,
+        "similar": lambda: nearest_by_features(features),
+        "block": lambda: nearest_by_position(boxes),
+        "object": lambda: objects_first(objects, boxes),
+    }
+    return rules[mode]() if mode in rules else None
+
+
+def objects_first(objects: Tensor, boxes: Tensor) -> Tensor:
+    """Scores of a mask that knows the objects: the tokens of the pick's object, then the nearest.
+
+    No mask by objects can do more. Around a pick on the background all tokens are ranked by their distance. `objects`
+    is (..., vision), from `objects_of_tokens`, `boxes` (..., vision, 4) -> (..., vision, vision).
+    """
+    same = (objects[..., :, None] == objects[..., None, :]) & (objects > 0)[..., None]
+    return nearest_by_position(boxes) + 2 * same  # no distance is larger than the square's diagonal
 
 
 # -------------------------------------------------------------------------------- masks as large as the picked object

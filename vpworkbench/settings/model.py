@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,14 +18,16 @@ SMALLEST_PX, LARGEST_PX = 8, 4096
 class VisualSettings(Settings):
     """The visual side: how an image becomes visual tokens (paper Sec. 3.1, Table 5)."""
 
-    family: str = Field("swin", description="swin; grid (SOHO, Pixel-BERT), patch (ViLT), regions (UNITER): `FAMILIES`")
+    family: str = Field("swin", description="swin, vit; grid (SOHO, Pixel-BERT), patch (ViLT), regions: `FAMILIES`")
     image_px: int = Field(96, ge=SMALLEST_PX, le=LARGEST_PX, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="swin: side of a patch of the first stage")
     width: int = Field(96, ge=8, description="swin: channels of the first stage; each later stage doubles them")
     depths: tuple[int, ...] = Field((2, 2), min_length=1, description="swin: blocks in each stage")
     heads: tuple[int, ...] = Field((3, 6), min_length=1, description="swin: heads in each stage")
     window: int = Field(6, ge=1, description="swin: side of an attention window, in tokens")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="swin: stochastic depth of the last block")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="swin, vit: stochastic depth of the last block")
+    vit: str = Field("vit_small_patch14_dinov2", description="vit: a Vision Transformer of timm, patchN in its name")
+    merge: int = Field(2, ge=1, description="vit: N x N neighbouring patches are pooled into one visual token")
     backbone: str = Field("resnet10t", description="grid: a CNN of timm; needs `output_stride` unless stride is 32")
     stride: int = Field(16, ge=4, description="grid, patch: pixels from one token to the next")
     patch_width: int = Field(192, ge=8, description="patch: channels of the projection")
@@ -35,7 +38,6 @@ class VisualSettings(Settings):
     position: Literal["sine", "learned"] = Field("sine", description="of grid tokens: the paper's, or a table (ViLT)")
     regions: int = Field(36, ge=1, le=1024, description="regions: at most N per image, the first N in its file")
     region_width: int = Field(2048, ge=1, description="regions: channels of a feature (BUTD: 2048)")
-    classes: int = Field(0, ge=0, le=65_536, description="regions: classes in the files, for `loss.mrc`; 0: not read")
     region_files: LocalPath = Field("", description="regions: a folder with an npz for each image, or a BUTD tsv")
 
     @field_validator("family")
@@ -43,6 +45,13 @@ class VisualSettings(Settings):
     def _is_known(cls, name: str) -> str:
         if name not in FAMILIES:
             raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
+        return name
+
+    @field_validator("vit")
+    @classmethod
+    def _has_patches(cls, name: str) -> str:
+        if not re.search(r"patch\d+", name):
+            raise ValueError(f"{name!r} names no size of patches; give a ViT of timm, as vit_small_patch14_dinov2")
         return name
 
     @model_validator(mode="after")
@@ -54,10 +63,6 @@ class VisualSettings(Settings):
         if self.dictionary and not self.kind.dictionary:
             able = ", ".join(repr(name) for name, kind in FAMILIES.items() if kind.dictionary)
             raise ValueError(f"dictionary {self.dictionary}: visual family {self.family!r} has none (only {able})")
-        if self.classes and self.kind.pixels:
-            raise ValueError(
-                f"classes {self.classes}: visual family {self.family!r} reads pixels; region files have them"
-            )
         if self.frozen and (self.dictionary or not self.kind.pixels):
             what = "a dictionary, which learns by moving averages" if self.dictionary else "no weights"
             raise ValueError(f"frozen: this visual side has {what}; leave frozen false")
@@ -73,9 +78,9 @@ class VisualSettings(Settings):
         return FAMILIES[self.family]
 
     @property
-    def codes(self) -> int:
-        """Kinds of visual tokens that a hidden one can be classified into: codes or classes; 0 if there are none."""
-        return self.dictionary or self.classes
+    def vit_patch_px(self) -> int:
+        """Side of a patch of `vit`."""
+        return int(re.search(r"patch(\d+)", self.vit)[1])
 
     @property
     def grid(self) -> int:
@@ -123,7 +128,6 @@ class FusionSettings(Settings):
     feed_forward: int = Field(768, ge=8)
     dropout: float = Field(0.1, ge=0, lt=1)
     positions: int = Field(512, ge=8, description="rows of the table of word positions, as in BERT")
-    whole_image: bool = Field(False, description="add the projected mean of the visual tokens to each word (VL-BERT)")
     visual_type: bool = Field(False, description="add a learned vector to visual tokens [peer: SOHO]")
 
     @model_validator(mode="after")

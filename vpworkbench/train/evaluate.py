@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vpworkbench.data.batches import IGNORE, Batch
+from vpworkbench.data.batches import IGNORE, Batch, Guide
 from vpworkbench.data.records import Picture
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probing import probe
@@ -120,14 +120,19 @@ def _intervals(values: dict[str, np.ndarray]) -> HeldOut:
 
 
 def held_out_probe(
-    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, images: int = 32
+    model: VisualParsingModel,
+    pictures: Sequence[Picture],
+    settings: PretrainSettings,
+    *,
+    images: int = 32,
+    guide: Guide | None = None,
 ) -> dict[str, float]:
     """The numbers of `train.probe_every`, on the same held-out pictures each time.
 
     `flow` and `nmi` at the last layer (paper Fig. 3 and 5), and `held_out_loss`, the sum of Eq. 10 on one batch.
     """
     count, objective = min(images, len(pictures)), Pretraining(settings)
-    batch = group_batches(pictures, model, settings.data, images=count, seed=settings.seed)[0]
+    batch = group_batches(pictures, model, settings.data, images=count, seed=settings.seed, guide=guide)[0]
     counts, sums = objective.counts(batch), objective.losses(model, batch.to(model.device))
     probed = probe(model, pictures, images=count, seed=settings.seed)
     return {

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.data.batches import Batch, GroupBatches
+from vpworkbench.boxes import grid_boxes
+from vpworkbench.data.batches import Batch, GroupBatches, Guide
 from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.losses import (
@@ -24,6 +25,7 @@ from vpworkbench.losses import (
 )
 from vpworkbench.model.model import Joint, VisualParsingModel
 from vpworkbench.model.visual import VisualTokens
+from vpworkbench.probes.masks import mask_scores
 from vpworkbench.settings import DataSettings, PretrainSettings
 
 
@@ -35,15 +37,16 @@ def group_batches(
     images: int,
     seed: int,
     inputs: VisualInput | None = None,
+    guide: Guide | None = None,
 ) -> GroupBatches:
-    """Batches of images and their texts, as a model takes them."""
+    """Batches of images and their texts, as a model takes them; a `guide` for `mask.source` and mode `object`."""
     visual = model.settings.visual
-    inputs = inputs or visual_input(visual)
-    return GroupBatches(pictures, model.words, data, images=images, inputs=inputs, vision=visual.tokens, seed=seed)
+    options = {"images": images, "inputs": inputs or visual_input(visual), "seed": seed, "guide": guide}
+    return GroupBatches(pictures, model.words, data, vision=visual.tokens, **options)
 
 
 class Pretraining(Objective):
-    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); MVM for MFR as in SOHO; MRC.
+    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); or MVM for MFR, as in SOHO.
 
     `probe` gives held-out numbers of a model, such as `evaluate.held_out_probe`.
     """
@@ -54,14 +57,13 @@ class Pretraining(Objective):
         self.settings, self._probe = settings, probe
         loss = settings.loss
         vla = loss.itm * loss.vla
-        of_images = {"mfr": loss.mfr, "mvm": loss.mvm, "mrc": loss.mrc}
-        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": vla} | of_images
+        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": vla, "mfr": loss.mfr, "mvm": loss.mvm}
         self.budget = settings.mask.tokens_of(settings.visual)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Hidden words of matched pairs; pairs; matched pairs."""
         pairs, matched = len(batch.matched), int(batch.matched.sum())
-        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs} | dict.fromkeys(("mfr", "mvm", "mrc"), matched)
+        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs, "mfr": matched, "mvm": matched}
 
     def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
         """Sum of each loss over a batch; an image is encoded once for all its texts.
@@ -79,20 +81,18 @@ class Pretraining(Objective):
                 visual = visual.subset(self.sampled(batch))
         masked = self.masked(visual, batch)
         shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)])) if in_pixels else visual
-        options = {"image_index": batch.image_index, "masked": masked, "causal": self.causal(batch)}
-        joint = model.fuse(shown, batch.words, batch.word_tokens, **options)
-        hidden_words = model.word_logits(joint.text[batch.scored])
-        sums = {"mlm": masked_language_modeling(hidden_words, batch.labels[batch.scored])}
-        if self.weights["itm"]:
-            sums["itm"] = image_text_matching(model.itm(joint.cls), batch.matched)
+        joint = model.fuse(shown, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
+        sums = {
+            "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
+            "itm": image_text_matching(model.itm(joint.cls), batch.matched),
+        }
         if self.weights["vla"]:
             sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
-        classified = "mvm" if mask.mode == "code" else "mrc"
-        if masked is not None and self.weights[classified]:
+        if mask.mode == "code":
             rows = batch.matched_rows
             codes = visual.codes[batch.image_index[rows]]
-            sums[classified] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
-        if mask.hides_k and self.weights["mfr"]:
+            sums["mvm"] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
+        elif masked is not None:
             sums["mfr"] = self._regression(model, joint, visual, masked, batch)
         return sums
 
@@ -108,14 +108,6 @@ class Pretraining(Objective):
         if visual.tokens is not None:  # an image of few regions hides fewer than k; the rest gets no error
             predicted = torch.where(masked[rows, hidden].flatten()[:, None], predicted, target.to(predicted))
         return masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
-
-    def causal(self, batch: Batch) -> Tensor | None:
-        """Texts whose words see no later words, bool (text,): the share `loss.seq2seq`; None if there are none.
-
-        Unified VLP draws whole batches. Here the later digits of a pair's noise decide, so that batches can be split.
-        """
-        share = self.settings.loss.seq2seq
-        return (batch.noise[:, 0] * 997) % 1 < share if share else None
 
     def sampled(self, batch: Batch) -> Tensor:
         """Positions of the tokens that are kept in training (`visual.sampled`), in order; int64 (image, sampled).
@@ -138,12 +130,28 @@ class Pretraining(Objective):
         if mask.mode == "code":
             masked = code_mask(noise, visual.codes[index])
         else:
-            parsing = visual.parsing.detach().mean(dim=1)[index] if mask.mode == "attention" else None
             tokens = None if visual.tokens is None else visual.tokens[index]
-            masked = visual_mask(noise, self.budget, parsing=parsing, select=mask.select, vision_tokens=tokens)
+            if batch.scores.shape[1]:  # those of the pick, chosen where the guide is
+                scores, select = batch.scores[:, None].expand(-1, noise.shape[1], -1), "row"
+            else:
+                scores, select = self._scores(visual), mask.select
+                scores = None if scores is None else scores[index]
+            masked = visual_mask(noise, self.budget, parsing=scores, select=select, vision_tokens=tokens)
         if mask.where == "pixels":
             masked = masked[torch.searchsorted(index, index)]  # that of the first text
         return masked
+
+    @torch.no_grad()
+    def _scores(self, visual: VisualTokens) -> Tensor | None:
+        """How the mode ranks tokens for each pick, (image, vision, vision); None: at random."""
+        parsing = None if visual.parsing is None else visual.parsing.mean(dim=1)
+        boxes = visual.boxes
+        if boxes is None:
+            boxes = grid_boxes(self.settings.visual.grid, self.settings.visual.grid).to(visual.features.device)
+            boxes = (
+                boxes[visual.positions] if visual.positions is not None else boxes.expand(len(visual.features), -1, -1)
+            )
+        return mask_scores(self.settings.mask.mode, visual.features, parsing, boxes)
 
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:
         """Variance and effective rank of the visual features, which fall if MFR's target collapses; and dead codes."""

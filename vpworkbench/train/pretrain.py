@@ -24,6 +24,7 @@ from vpworkbench.settings import ModelSettings, PretrainSettings
 from vpworkbench.train.engine import fit, pick_device
 from vpworkbench.train.evaluate import held_out_probe
 from vpworkbench.train.frozen import forget_tokens, token_inputs
+from vpworkbench.train.guides import mask_guide
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.processes import launch
 
@@ -45,6 +46,7 @@ def prepare(settings: PretrainSettings) -> PreparedRun:
     inputs = visual_input(settings.visual)  # and so is a missing folder
     splits = load_splits(settings.data)
     inputs.check([picture.image for part in splits.values() for picture in part])
+    mask_guide(settings, splits["train"])  # and so is a source of masks that cannot rank
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)
@@ -66,9 +68,13 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
         inputs = token_inputs(model, images, run, pick_device(train.device), flip=settings.data.flip)
     elif settings.data.cache:
         inputs = pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
-    sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs}
+    held_out, device = prepared.splits["val"], pick_device(train.device)
+    guide = mask_guide(settings, training, run, device=device)
+    sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs, "guide": guide}
     batches = group_batches(training, model, settings.data, **sizes)
-    probe = partial(held_out_probe, pictures=prepared.splits["val"], settings=settings)
+    probe = partial(
+        held_out_probe, pictures=held_out, settings=settings, guide=mask_guide(settings, held_out, device=device)
+    )
     options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.data.workers}
     steps = fit(model, Pretraining(settings, probe), batches, run, **options, what="pre-training")
     forget_tokens(run)

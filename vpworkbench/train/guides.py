@@ -1,0 +1,177 @@
+"""What ranks visual tokens for masks besides the parser itself: another, frozen model, or the true objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models import is_model, is_model_in_modules
+from torch import Tensor, nn
+
+from vpworkbench.boxes import attention_in, features_in, grid_boxes
+from vpworkbench.data.batches import Guide
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.inputs import ImageCache, Pixels, visual_input
+from vpworkbench.data.objects import boxed_objects, objects_of_pictures
+from vpworkbench.data.records import Picture
+from vpworkbench.errors import DataError, SettingsError
+from vpworkbench.losses import Select
+from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.visual import build_visual
+from vpworkbench.model.weights import start_visual
+from vpworkbench.probes.masks import nearest_by_features, objects_first
+from vpworkbench.runs import Run
+from vpworkbench.settings import MaskSettings, PretrainSettings, VisualSettings
+from vpworkbench.train.checkpoints import is_trained
+
+SOURCE_PX = 224
+"""Side of the images that a `mask.source` sees, or the nearest that its tokens and the family's tile alike."""
+CNNS = {"efficientnet-lite0": "tf_efficientnet_lite0"}  # packages with a CNN of timm; others have a ViT
+
+
+def mask_guide(
+    settings: PretrainSettings,
+    pictures: Sequence[Picture],
+    run: Run | None = None,
+    *,
+    device: str | torch.device = "cpu",
+) -> Guide | None:
+    """What ranks the tokens of these pictures, as `mask.mode` and `mask.source` say; None: the model itself.
+
+    Parameters
+    ----------
+    run : Run or None
+        Keeps the scores of a source in its folder, so that each image is seen once.
+
+    Raises
+    ------
+    SettingsError, CheckpointError
+        If there is no such source, or it has no attention to give.
+    DataError
+        If the objects of none of the pictures are known.
+    """
+    mask, visual = settings.mask, settings.visual
+    if mask.mode == "object":
+        if not any(picture.has_objects for picture in pictures):
+            raise DataError(
+                f"{', '.join(settings.data.sets)}: mask.mode 'object' needs pictures whose objects are known: "
+                "generated scenes, or COCO captions beside their instances_*.json"
+            )
+        return TrueObjects(visual)
+    if not mask.source:
+        return None
+    guide = Source(open_source(mask, visual).to(device), mask, visual)
+    if run is None or is_trained(run.folder):
+        return guide
+    key = f"{mask.model_dump_json()} {visual.model_dump_json()}"
+    options = {"both_ways": settings.data.flip, "what": "asking mask.source", "progress": run.progress}
+    return KeptScores(ImageCache(run.folder, [one.image for one in pictures], guide.read, key, **options), guide.select)
+
+
+@dataclass(frozen=True)
+class TrueObjects(Guide):
+    """The tokens of the true object under the pick, then the nearest."""
+
+    visual: VisualSettings
+    select: Select = "row"
+
+    def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
+        if not self.visual.kind.on_grid:
+            boxes, real = _boxes_of([picture.image for picture in images], self.visual)
+            return _without_padding(objects_first(boxed_objects(images, boxes), boxes), real)
+        grid = self.visual.grid
+        objects = objects_of_pictures(images, grid).view(-1, grid, grid)
+        if mirrored is not None:
+            objects[torch.from_numpy(mirrored)] = objects[torch.from_numpy(mirrored)].flip(-1)
+        return objects_first(objects.flatten(1), grid_boxes(grid, grid)).float()
+
+
+@dataclass(frozen=True)
+class Source(Guide):
+    """Attention or features of a frozen model, brought over to the tokens of the family by their areas."""
+
+    model: nn.Module
+    mask: MaskSettings
+    visual: VisualSettings  # of the family that is masked
+
+    @property
+    def select(self) -> Select:
+        return self.mask.select if self.mask.mode == "attention" else "row"
+
+    def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
+        return self.read([picture.image for picture in images], mirrored)
+
+    @torch.no_grad()
+    def read(self, files: Sequence[ImageFile], mirrored: np.ndarray | None = None) -> Tensor:
+        """As `stack`, of files."""
+        settings = self.model.settings
+        found = self.model(Pixels(settings.image_px).stack(files, mirrored).to(next(self.model.parameters()).device))
+        given = grid_boxes(settings.grid, settings.grid).double()
+        if self.visual.kind.on_grid:
+            boxes, real = grid_boxes(self.visual.grid, self.visual.grid).expand(len(files), -1, -1), None
+        else:
+            boxes, real = _boxes_of(files, self.visual)
+        if self.mask.mode == "attention":
+            scores = attention_in(boxes.double(), found.parsing.float().mean(dim=1).cpu(), given)
+        else:
+            scores = nearest_by_features(features_in(boxes.double(), found.features.float().cpu(), given))
+        return scores.float() if real is None else _without_padding(scores, real)
+
+
+@dataclass(frozen=True)
+class KeptScores(Guide):
+    """Scores that were computed before."""
+
+    kept: ImageCache
+    select: Select
+
+    def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
+        return self.kept.stack(images, mirrored)
+
+
+@lru_cache(maxsize=2)
+def open_source(mask: MaskSettings, visual: VisualSettings) -> nn.Module:
+    """The frozen visual side that `mask.source` names, in evaluation mode.
+
+    It is a folder of one of our checkpoints, a CNN or ViT of timm, or weights for the ViT that `visual.vit` names.
+    """
+    folder = Path(mask.source).expanduser()
+    is_ours = (folder / "config.json").exists() and (folder / "tokenizer.json").exists()
+    if is_ours:
+        model = VisualParsingModel.from_pretrained(folder).visual
+    else:
+        model = build_visual(source_settings(mask.source, visual))
+    kind = model.settings.kind
+    if not kind.on_grid or (mask.mode == "attention" and not kind.parsing):
+        lack = "attention; use mask.mode 'similar', or name a ViT" if kind.on_grid else "grid; name a ViT or a CNN"
+        raise SettingsError(f"mask.source {mask.source!r}: visual family {model.settings.family!r} has no {lack}")
+    if not is_ours:
+        start_visual(model, mask.source, preset="")
+    return model.eval().requires_grad_(False)
+
+
+def source_settings(name: str, visual: VisualSettings) -> VisualSettings:
+    """Family and size of the network behind a name; its tokens and those of `visual` tile the image alike."""
+    cnn = CNNS.get(name, name)
+    if is_model(cnn) and not is_model_in_modules(cnn.split(".")[0], ["vision_transformer", "deit"]):
+        network, step = {"family": "grid", "backbone": cnn, "stride": 32}, 32
+    else:
+        network = {"family": "vit", "vit": name if is_model(name) else visual.vit, "merge": 1}
+        step = visual.model_copy(update=network).vit_patch_px
+    tile = step * (visual.grid if visual.kind.on_grid else 1)
+    return VisualSettings(image_px=tile * max(1, round(SOURCE_PX / tile)), **network)
+
+
+def _boxes_of(files: Sequence[ImageFile], visual: VisualSettings) -> tuple[Tensor, Tensor]:
+    """Boxes of the regions of images, (image, region, 4), and which are real, bool (image, region)."""
+    packed = visual_input(visual).stack(files)
+    return packed[..., visual.region_width : visual.region_width + 4], packed[..., -1] > 0
+
+
+def _without_padding(scores: Tensor, real: Tensor) -> Tensor:
+    both = real[:, :, None] & real[:, None, :]
+    return scores.float().masked_fill(~both, -torch.inf)
