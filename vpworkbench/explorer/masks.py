@@ -203,6 +203,7 @@ class MasksView(View):
             hidden = [int(mask.sum()) for mask in values[2:]]
             alt = f"Token {self.pick} is picked; {hidden[0]} tokens are hidden by attention and {hidden[1]} at random."
             traits = {"label": f"{reading.subject.name}: masks", "alt": alt} | (image_traits(reading) if images else {})
+            traits["outlined"] = self._on_object.nonzero()[:, 0].tolist()
             panel.update(values=values[list(shown)], picked=self.pick, **traits)
         self.fit.disabled = self._object_size < 2
         self._show_numbers()

@@ -89,6 +89,7 @@ class Panels(OnImage):
     kinds = traitlets.List(traitlets.Enum(("plain", "shade", "mask"))).tag(sync=True)  # of panels
     captions = traitlets.List(traitlets.Unicode()).tag(sync=True)  # of panels
     picked = traitlets.Int(-1).tag(sync=True)  # token, -1 for none; a click or Enter in the page sets it too
+    outlined = traitlets.List(traitlets.Int()).tag(sync=True)  # tokens with one line around them
 
 
 class Reader(OnImage):

@@ -51,6 +51,7 @@ export default widget("panels", (model, page) => {
       if (kinds[panel] === "shade") drawShade(context, geometry, values(panel));
       if (kinds[panel] === "mask") drawHatched(context, geometry, (token) => values(panel)[token] >= 0.5);
       drawGrid(context, geometry);
+      drawOutline(context, geometry, model.get("outlined"));
       stage.element.setAttribute("aria-label", `${captions[panel]}. ${alt} Arrow keys move, Enter picks.`);
       stage.pick(model.get("picked"));
       caption.textContent = captions[panel];

@@ -297,6 +297,27 @@ function drawGrid(context, geometry) {
   }
 }
 
+/** The outline of some tokens together: the edges that only one of them has. */
+function drawOutline(context, geometry, tokens) {
+  const { width, height } = context.canvas;
+  const edges = new Map();
+  for (const token of tokens) {
+    const [x0, y0, x1, y1] = geometry.box(token).map((share, side) => Math.round(share * (side % 2 ? height : width)));
+    for (const edge of [[x0, y0, x1, y0], [x0, y1, x1, y1], [x0, y0, x0, y1], [x1, y0, x1, y1]]) {
+      edges.set(`${edge}`, edges.has(`${edge}`) ? null : edge);
+    }
+  }
+  for (const [thick, colour] of [[6, "rgba(0, 0, 0, 0.75)"], [3, "#f0e442"]]) {
+    [context.lineWidth, context.strokeStyle] = [thick, colour];
+    context.beginPath();
+    for (const [x0, y0, x1, y1] of [...edges.values()].filter(Boolean)) {
+      context.moveTo(x0, y0);
+      context.lineTo(x1, y1);
+    }
+    context.stroke();
+  }
+}
+
 // ---- saving, in the page
 
 const slug = (name) => name.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") || "view";
