@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -74,17 +74,21 @@ def mask_guide(
 
 @dataclass(frozen=True)
 class TrueObjects(Guide):
-    """The tokens of the true object under the pick, then the nearest."""
+    """The tokens of the true object under the pick, then the nearest; the objects of a grid are looked up once."""
 
     visual: VisualSettings
     select: Select = "row"
+    known: dict[ImageFile, Tensor] = field(default_factory=dict)
 
     def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
         if not self.visual.kind.on_grid:
             boxes, real = _boxes_of([picture.image for picture in images], self.visual)
             return _without_padding(objects_first(boxed_objects(images, boxes), boxes), real)
         grid = self.visual.grid
-        objects = objects_of_pictures(images, grid).view(-1, grid, grid)
+        for picture in images:
+            if picture.image not in self.known:
+                self.known[picture.image] = objects_of_pictures([picture], grid)[0]
+        objects = torch.stack([self.known[picture.image] for picture in images]).view(-1, grid, grid)
         if mirrored is not None:
             objects[torch.from_numpy(mirrored)] = objects[torch.from_numpy(mirrored)].flip(-1)
         return objects_first(objects.flatten(1), grid_boxes(grid, grid)).float()
