@@ -112,10 +112,3 @@ def collector_off() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def fast_bfloat16() -> bool:
-    """Whether training runs on a CPU with units for bfloat16 (AMX); without them float32 is many times faster."""
-    import torch
-
-    return not torch.cuda.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)

@@ -21,7 +21,7 @@ from vpworkbench.settings import (
     pretrain_settings,
     visual_init_settings,
 )
-from vpworkbench.system import fast_bfloat16
+from vpworkbench.settings.training import fast_bfloat16
 from vpworkbench.tasks.settings import finetune_settings
 
 

@@ -18,8 +18,13 @@ from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
-from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
-from vpworkbench.system import fast_bfloat16
+from vpworkbench.settings.training import (
+    DataSettings,
+    PretrainSettings,
+    TrainSettings,
+    VisualInitSettings,
+    fast_bfloat16,
+)
 
 REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
 

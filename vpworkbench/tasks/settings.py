@@ -8,7 +8,7 @@ from typing import Any
 from vpworkbench.errors import SettingsError
 from vpworkbench.settings import FinetuneSettings, checked, nearest
 from vpworkbench.settings.notebooks import scenes_needed, train_length
-from vpworkbench.system import fast_bfloat16
+from vpworkbench.settings.training import fast_bfloat16
 from vpworkbench.tasks import TASKS
 
 
