@@ -13,6 +13,7 @@ PLACES = {
     "load": "subjects:load",
     "predict": "subjects:predict",
     "explore": "explorer:explore",
+    "explore_answer": "explorer.answer:explore_answer",
     # probes
     "probe": "probing:probe",
     "inter_modality_flow": "probes:inter_modality_flow",
@@ -21,6 +22,7 @@ PLACES = {
     "modality_nmi": "probes:modality_nmi",
     "check": "probes:check",
     "knock_out": "probes:knock_out",
+    "probe_answer": "answers:probe_answer",
     "patch": "probes:patch",
     "patch_inputs": "studies.patching:patch_inputs",
     "readouts": "probes.readouts",

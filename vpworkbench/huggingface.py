@@ -125,14 +125,14 @@ class Processed:
     ) -> ForeignInputs:
         if self.regions is None:
             images = [Image.fromarray(picture.image.pixels()) for picture in pictures]
-            prompts = [self._prompt(text) for text in texts]
+            prompts = [prompt(self.processor, text, 1) for text in texts]
             arguments, placed = self.processor(images=images, text=prompts, padding=True, return_tensors="pt"), None
         else:
             arguments, placed = self._with_regions(pictures, texts)
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         forward = {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
         masks = modality_masks(self.model, forward)
-        language, boxes = masks.tokens & ~masks.vision, None
+        language, boxes = masks.language, None
         if special_tokens == "exclude":
             language &= ~self._special_tokens(language, forward)
         if placed is not None:
@@ -144,14 +144,6 @@ class Processed:
     def is_chat(self) -> bool:
         """True if the processor has a chat template: a large decoder with many tokens per image."""
         return bool(getattr(self.processor, "chat_template", None))
-
-    def _prompt(self, text: str) -> str:
-        """The text with its image, as the model was trained: by its chat template, or after its image token."""
-        if self.is_chat:
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            return self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        token = getattr(self.processor, "image_token", "")
-        return f"{token} {text}" if token and self.model.config.model_type != "paligemma" else text
 
     def _with_regions(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor]:
         """The arguments of the forward, and the boxes of the regions, (image, region, 4), nan at padding."""
@@ -178,3 +170,30 @@ class Processed:
         special = torch.zeros_like(language)
         special[language] = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
         return special
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: the device of its first weights that are on one."""
+    found = (parameter.device for parameter in model.parameters())
+    return next((device for device in found if device.type != "meta"), torch.device("cpu"))  # meta: offloaded
+
+
+def prompt(processor: Any, text: str, images: int, *, to_answer: bool = False) -> str:
+    """The text with its images, as the model was trained: by its chat template, or after its image tokens.
+
+    `to_answer` ends a chat where the model's answer begins.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": text}]
+        message = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(message, tokenize=False, add_generation_prompt=to_answer)
+    token = getattr(processor, "image_token", "")
+    adds_tokens = type(processor).__name__ == "PaliGemmaProcessor"  # it puts the image tokens in front itself
+    return " ".join([*[token] * images, text]) if token and not adds_tokens else text
+
+
+def prompt_inputs(processor: Any, images: Sequence[Any], text: str, device: torch.device) -> dict[str, Any]:
+    """The arguments of a model's forward for one prompt; without `images` for the text alone."""
+    given = {"images": list(images)} if images else {}
+    made = processor(text=[prompt(processor, text, len(images), to_answer=True)], return_tensors="pt", **given)
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in made.items()}

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.models.bert.modeling_bert import BertEncoder
 
 from vpworkbench.probes import check, crossing_share, flow_from_attention, hidden_states, inter_modality_flow
-from vpworkbench.probes.attention import ATTENTION, attention_configs, intercept_attention
+from vpworkbench.probes.attention import intercept_attention
+from vpworkbench.probes.model_parts import attention_configs
 
 LAYERS, HEADS, LENGTH = 3, 4, 13
 TINY = dict(
@@ -347,7 +348,7 @@ def test_the_model_is_as_before_afterwards_also_after_an_exception(bert, setting
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"), intercept_attention(bert, fail):
-        assert bert.config._attn_implementation.startswith(ATTENTION)
+        assert bert.config._attn_implementation == setting
         bert(**inputs)
     assert state_of(bert) == before
     assert bert(**inputs).last_hidden_state.requires_grad
@@ -421,7 +422,7 @@ def test_refusals_of_settings(bert):
 def test_refusals_of_models(bert):
     inputs, vision, tokens = batch()
     gemma = Gemma2Model(Gemma2Config(**{**DECODER, "attn_implementation": "eager"})).eval()
-    refuses(gemma, inputs, vision, tokens, "soft-capped")
+    refuses(gemma, inputs, vision, tokens, "caps its scores")
     refuses(nn.Linear(2, 2), inputs, vision, tokens, "no transformers config")
     llama = LlamaModel(LlamaConfig(**DECODER)).eval()
     window = torch.eye(LENGTH, dtype=torch.bool).expand(3, 1, -1, -1)

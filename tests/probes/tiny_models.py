@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from vpworkbench.boxes import grid_boxes
@@ -306,3 +307,28 @@ FAMILIES = {
     "lxmert": lxmert,
     "bridgetower": bridgetower,
 }
+
+
+def llava_with_processor(question: str) -> tuple[nn.Module, hf.LlavaProcessor]:
+    """A tiny LLaVA with words for its tokens, and a chat template."""
+    torch.manual_seed(0)
+    words = ["<pad>", "<unk>", "<eos>", "<image>", *question.split(), "a", "red", "ball", "user", "bot"]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<image>"], **special)
+    images = hf.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    template = (
+        "{% for message in messages %}user {% for part in message.content %}"
+        "{% if part.type == 'image' %}<image> - {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}bot {% endif %}"
+    )
+    counts = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = hf.LlavaProcessor(images, fast, image_token="<image>", chat_template=template, **counts)
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VIT),
+        text_config=hf.LlamaConfig(**TEXT | dict(vocab_size=len(words), eos_token_id=2)),
+        image_token_index=3,
+        vision_feature_layer=-1,
+    )
+    return hf.LlavaForConditionalGeneration(config).eval(), processor

@@ -1,9 +1,10 @@
 """Intercepts every attention layer of a model while it runs, and leaves the model as it was.
 
-Transformers' models dispatch each attention layer by `config._attn_implementation`. Registered here is one more
-implementation, `ATTENTION`. It wraps the layer's queries, keys, values and mask in an `AttentionCall`, and a handler
-computes the output. `call.output()` is what `sdpa` computes, on the same fused kernels and masks; a handler can also
-read the call, or change it with `dataclasses.replace` first.
+Transformers' models ask its `AttentionInterface` for the function of each attention layer. While a probe runs in this
+thread, they get one that wraps the layer's queries, keys, values and mask in an `AttentionCall`, and a handler computes
+the output. `call.output()` is what `sdpa` computes, on the same fused kernels; a handler can also read the call, or
+change it with `dataclasses.replace` first. The model's settings keep their names, so models that treat `eager` or
+`sdpa` in a way of their own (masks of sparse attention) still do.
 
 ViLT, VisualBERT, FLAVA and LXMERT compute attention in modules of their own, all in BERT's way. Their `forward` is
 replaced while a probe runs, so that their layers go through the same handler.
@@ -11,30 +12,27 @@ replaced while a probe runs, so that their layers go through the same handler.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:  # importing it takes seconds
-    from transformers import PretrainedConfig
+from vpworkbench.probes.model_parts import attention_configs, refuse_randomness
+from vpworkbench.probes.reading import Reading, allowed_by, same_for_every_query
 
-ATTENTION = "vpworkbench_probe"
-# For models set to eager attention: there a mask of None means full attention, in sdpa it may mean causal attention.
-ATTENTION_AS_EAGER = f"{ATTENTION}_eager"
-
-# Additive masks in use: -inf, the smallest number of the dtype, BERT's old -10,000 (-9,984 in bfloat16).
-_MASKED_BELOW = -5000.0
+_STORING = ("use_cache", "output_attentions", "_output_attentions")
 # Size of the padded copies made at a time: a small share of a forward's memory on a CPU, one call on a GPU.
 _PADDED_BYTES = {"cpu": 2**22, "cuda": 2**29}
-# Options that sdpa silently leaves out of the softmax: the probe would describe another model.
-_REFUSED_OPTIONS = {"softcap": "soft-capped scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
+# Float tensors that a layer may pass on for other kernels, and that do not change what it computes. Any other one could
+# be a part of the scores, and the probe would describe another model.
+_HARMLESS_OPTIONS = re.compile(r"position_embeddings|pixel_values\w*|input_features|inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class AttentionCall:
     mask: Tensor | None  # (example or 1, head or 1, query or 1, key); bool, True where a query may attend, or additive
     scaling: float  # factor of the scores
     causal: bool  # True where the mask is None and the kernel applies the causal mask itself
+    sink: Tensor | None = None  # (example or 1, head, query or 1): score of one more key, whose value is zero
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -59,8 +58,30 @@ class AttentionCall:
         """The layer's output as the model expects it, (example, query, head, channel)."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if self.sink is not None:
+            return self._with_sink_as_key().output()[:, -self.lengths[1] :, :, : self.value.shape[-1]]
         tensors = self.query, self.key, self.value, self.mask
         return sdpa_attention_forward(self.module, *tensors, scaling=self.scaling, is_causal=self.causal)[0]
+
+    def _with_sink_as_key(self) -> AttentionCall:
+        """The same call with the sink as a first key, scored in a channel of its own.
+
+        Where the kernel applies the causal mask itself, a query is put in front too: every other one still sees the
+        keys before it, and the sink.
+        """
+        extra = (self.sink.to(self.query) / self.scaling)[..., None].expand(*self.query.shape[:3], 1)
+        query = torch.cat([self.query, extra], dim=-1)
+        key = F.pad(_padded(self.key, query.shape[-1]), (0, 0, 1, 0))
+        key[:, :, 0, -1] = 1
+        width = max(query.shape[-1], self.value.shape[-1])
+        query, key = _padded(query, width), _padded(key, width)
+        value = F.pad(_padded(self.value, width), (0, 0, 1, 0))
+        mask = self.mask
+        if self.causal:
+            query = F.pad(query, (0, 0, 1, 0))
+        elif mask is not None:
+            mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+        return replace(self, query=query, key=key, value=value, mask=mask, sink=None)
 
     def without(self, blocked: Tensor) -> AttentionCall:
         """This layer without some pairs, bool (example, query, key): blocked keys get no weight.
@@ -104,7 +125,8 @@ class AttentionCall:
             key, value = _padded(self.key[:, of_keys], width), _padded(self.value[:, of_keys], width)
             value[..., channels : channels + count] = columns.to(value.dtype)[:, None]
             mask = self.mask[:, of_queries] if self.mask is not None and self.mask.shape[1] > 1 else self.mask
-            wide = replace(self, query=query, key=key, value=value, mask=mask).output()
+            sink = None if self.sink is None else self.sink[:, of_queries]
+            wide = replace(self, query=query, key=key, value=value, mask=mask, sink=sink).output()
             output[:, :, of_queries] = wide[..., :channels]
             carried[:, :, of_queries] = wide[..., channels : channels + count]
         return output, carried
@@ -128,6 +150,10 @@ class AttentionCall:
             scores = scores.masked_fill(~mask, torch.finfo(dtype).min)
         elif mask is not None:
             scores = scores + mask
+        if self.sink is not None:  # its weight is no key's
+            sink = self.sink.expand(examples, -1, queries)[example, :, picked].transpose(1, 2)
+            extra = sink.to(dtype)[..., None]
+            return torch.cat([scores, extra], dim=-1).softmax(dim=-1)[..., :-1]
         return scores.softmax(dim=-1)
 
     def uniform_attention(self, columns: Tensor) -> Tensor:
@@ -138,12 +164,12 @@ class AttentionCall:
         if self.mask is None:
             keys = torch.arange(1, columns.shape[1] + 1, device=columns.device)
             return columns.cumsum(dim=1) / keys[:, None]
-        if _same_for_every_query(self.mask):
-            allowed = _allowed(self.mask[:, :, 0]).to(columns)  # example head key
+        if same_for_every_query(self.mask):
+            allowed = allowed_by(self.mask[:, :, 0]).to(columns)  # example head key
             share = allowed / allowed.sum(dim=-1, keepdim=True)
             return (share.mean(dim=1, keepdim=True) @ columns).expand(-1, queries, -1)
         # Equal scores give uniform weights, and the fused kernel needs no query x key memory.
-        allowed = _allowed(self.mask)
+        allowed = allowed_by(self.mask)
         count = columns.shape[2]
         values = F.pad(columns, (0, -count % 8))[:, None].expand(-1, allowed.shape[1], -1, -1)
         zeros = values.new_zeros(*values.shape[:2], queries, values.shape[3])
@@ -161,7 +187,7 @@ class AttentionCall:
         """The pairs that the mask allows, bool (example, head or 1, query, key)."""
         examples, queries, keys = self.lengths
         if self.mask is not None:
-            return _allowed(self.mask).expand(examples, -1, queries, -1)
+            return allowed_by(self.mask).expand(examples, -1, queries, -1)
         pairs = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device)
         return (pairs.tril() if self.causal else pairs).expand(examples, 1, -1, -1)
 
@@ -170,7 +196,7 @@ class AttentionCall:
         """Who may attend to whom, without the tensors of the call."""
         mask = self.mask
         if mask is not None and mask.shape[1] > 1:  # one for each head, perhaps with a bias that only this layer has
-            mask = mask[:, :1] if mask.stride(1) == 0 else _allowed(mask).any(dim=1, keepdim=True)
+            mask = mask[:, :1] if mask.stride(1) == 0 else allowed_by(mask).any(dim=1, keepdim=True)
         return Reading(mask, self.causal, self.lengths[2])
 
     def _mask_of(self, picked: Tensor) -> Tensor | None:
@@ -181,26 +207,6 @@ class AttentionCall:
             return self.mask
         example = torch.arange(len(picked), device=picked.device)[:, None]
         return self.mask.expand(len(picked), -1, -1, -1)[example, :, picked].transpose(1, 2)
-
-
-class Reading(NamedTuple):
-    """Which keys the queries of an attention layer may attend to."""
-
-    mask: Tensor | None  # (example or 1, 1, query or 1, key), as that of a call
-    causal: bool
-    keys: int
-
-    def keys_of(self, queries: Tensor) -> Tensor:
-        """Keys that some of `queries` may attend to; bool (example, query) -> bool (example, key)."""
-        if self.mask is None and self.causal:
-            return queries.flip(1).cumsum(dim=1).flip(1) > 0  # all keys up to the last query
-        if self.mask is None:
-            return queries.any(dim=1, keepdim=True).expand(-1, self.keys)
-        queries = queries.to(self.mask.device)
-        if _same_for_every_query(self.mask):
-            return _allowed(self.mask[:, 0, 0]) & queries.any(dim=1, keepdim=True)
-        masks = self.mask.expand(len(queries), -1, -1, -1)
-        return torch.stack([_allowed(mask[0, rows]).any(dim=0) for mask, rows in zip(masks, queries, strict=True)])
 
 
 Handler = Callable[[AttentionCall], Tensor]
@@ -219,7 +225,7 @@ def intercept_attention(model: nn.Module, handler: Handler, change: Change | Non
     state are as before.
     """
     refuse_randomness(model)
-    _register()
+    _redirect_interface()
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
     configs = attention_configs(model)
     if not configs:
@@ -227,12 +233,12 @@ def intercept_attention(model: nn.Module, handler: Handler, change: Change | Non
             f"{type(model).__name__} holds no transformers config, so its attention layers cannot be intercepted; "
             "pass its attention maps to flow_from_attention instead"
         )
-    with unchanged(model), torch.no_grad():
+    with unchanged(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for config in configs:
-            eager = config.__dict__.get("_attn_implementation_internal") in (None, "eager", ATTENTION_AS_EAGER)
-            config.__dict__["_attn_implementation_internal"] = ATTENTION_AS_EAGER if eager else ATTENTION
-            if "use_cache" in config.__dict__:
-                config.__dict__["use_cache"] = False  # a cache would keep all keys and values
+            if config.__dict__.get("_attn_implementation_internal") not in (None, "eager", "sdpa"):
+                config.__dict__["_attn_implementation_internal"] = "sdpa"  # other kernels have masks of their own
+            # a cache would keep all keys and values, and maps are what a probe does without
+            config.__dict__.update({name: False for name in _STORING if config.__dict__.get(name)})
         outer = _PROBE.get()
         token = _PROBE.set(_Probe(handler, names, change or (outer.change if outer else None)))
         try:
@@ -275,31 +281,6 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     return model(**{**inputs, "use_cache": False} if inputs.get("use_cache") else inputs)
 
 
-def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """Every transformers config in `model` and its parts, nested ones too, once each."""
-    from transformers import PretrainedConfig
-
-    found: dict[int, PretrainedConfig] = {}
-    waiting = [value for module in model.modules() for value in vars(module).values()]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, PretrainedConfig) and id(value) not in found:
-            found[id(value)] = value
-            waiting.extend(vars(value).values())
-    return list(found.values())
-
-
-def refuse_randomness(model: nn.Module) -> None:
-    """Raise where dropout is active, or where a forward would update running statistics."""
-    for name, module in model.named_modules():
-        rate = getattr(module, "p", 0) if isinstance(module, nn.modules.dropout._DropoutNd) else 0
-        rate = rate or getattr(module, "drop_prob", 0) or 0  # timm's stochastic depth
-        if module.training and rate:
-            raise ValueError(f"dropout is left on in {name} (rate {rate}): call model.eval() first")
-        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"{name} would update its statistics: call model.eval() first")
-
-
 # ------------------------------------------------------------------------- from transformers' call to the handler
 
 
@@ -326,17 +307,18 @@ def _attend(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function; the signature is that of transformers."""
+    """The attention function that layers get while a probe runs; the signature is that of transformers."""
     probe = _PROBE.get()
-    if probe is None:
-        raise RuntimeError(f"attention {ATTENTION!r} only works within a probe; set it to 'sdpa'")
     name = probe.names.get(id(module), type(module).__name__)
-    for option, meaning in _REFUSED_OPTIONS.items():
-        if options.get(option) is not None:
-            raise ValueError(
-                f"{name} uses {meaning} ({option}), which fused sdpa attention leaves out; pass its eager attention "
-                "maps to flow_from_attention instead"
-            )
+    sinks = [options.pop(option, None) for option in ("s_aux", "sinks")]
+    tensors = {key for key, held in options.items() if torch.is_tensor(held) and held.is_floating_point()}
+    unknown = sorted(key for key in tensors if not _HARMLESS_OPTIONS.fullmatch(key))
+    if options.get("softcap") is not None or unknown:
+        what = f"passes {', '.join(unknown)} to its attention" if unknown else "caps its scores (softcap)"
+        raise ValueError(
+            f"{name} {what}, which fused attention leaves out; pass its eager attention maps to flow_from_attention "
+            "instead"
+        )
     if dropout:
         raise ValueError(f"dropout is left on in {name} (rate {dropout}): call model.eval() first")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -347,26 +329,31 @@ def _attend(
         attention_mask = create_position_bias_mask(position_bias, attention_mask, causal, query, key)
         causal = False
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module, name, query, key, value, attention_mask, scaling, causal)
+    sink = next((found for found in sinks if found is not None), None)
+    if sink is not None:  # one for each head, perhaps for each query too, with an axis of keys
+        sink = sink.reshape(1, -1, 1) if sink.numel() == query.shape[1] else sink.flatten(3).squeeze(-1)
+    call = AttentionCall(module, name, query, key, value, attention_mask, scaling, causal, sink)
     return probe.handler(probe.change(call) if probe.change else call), None
 
 
+def _attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """In eager attention a mask of None means full attention, in sdpa it may mean causal attention."""
+    return _attend(module, *args, **{**kwargs, "is_causal": False})
+
+
 @cache
-def _register() -> None:
-    """Make both implementations known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def _redirect_interface() -> None:
+    """From now on, layers that run within a probe get its attention function, and all others what they asked for."""
+    from transformers import AttentionInterface
 
-    def attend_as_eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return _attend(module, *args, **{**kwargs, "is_causal": False})
+    of_transformers = AttentionInterface.get_interface
 
-    def mask_as_eager(*args: Any, **kwargs: Any) -> Tensor | None:
-        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    def get_interface(self: Any, attn_implementation: str | None, default: Callable) -> Callable:
+        if _PROBE.get() is None:
+            return of_transformers(self, attn_implementation, default)
+        return _attend if attn_implementation == "sdpa" else _attend_as_eager
 
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    AttentionInterface.register(ATTENTION_AS_EAGER, attend_as_eager)
-    AttentionMaskInterface.register(ATTENTION_AS_EAGER, mask_as_eager)
+    AttentionInterface.get_interface = get_interface
 
 
 def _own_attention(
@@ -424,14 +411,6 @@ def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
             del module.forward  # the class's is in force again
             if forward is not None:
                 module.forward = forward
-
-
-def _allowed(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > _MASKED_BELOW
-
-
-def _same_for_every_query(mask: Tensor) -> bool:
-    return mask.shape[2] == 1 or mask.stride(2) == 0
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:

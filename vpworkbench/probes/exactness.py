@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vpworkbench.probes.attention import run_model, unchanged
 from vpworkbench.probes.flow import inter_modality_flow, recorded_pass
-from vpworkbench.probes.formula import Modalities, both_modalities, crossing_share
+from vpworkbench.probes.formula import Modalities, crossing_share
 from vpworkbench.probes.layers import LayerNames, visit_attention_maps
+from vpworkbench.probes.layouts import modalities_of
 
 
 class Check(NamedTuple):
@@ -39,19 +40,35 @@ def check(
     language: Tensor | None = None,
     layers: LayerNames | None = None,
     examples: int = 1,
+    tolerance: float | None = None,
 ) -> Check:
     """Compare a probed pass with the plain forward, and its flow with Eq. 2-6 as printed; prints the result.
+
+    Outputs are compared at real tokens: what a model computes at padding may depend on its kernel.
 
     The formula multiplies explicit attention maps in float64 and needs memory layer x token^2. It is computed on the
     first `examples` examples where every tensor of `inputs` has one entry for each example, and on all otherwise.
     The other parameters are those of `inter_modality_flow`.
+
+    Parameters
+    ----------
+    tolerance : float, optional
+        Largest difference: of the flow, and of an output over its largest value (over 1 if that is smaller). 1e-3 by
+        default, 0.05 for a model in half precision.
+
+    Raises
+    ------
+    ValueError
+        If a difference is larger: the probe does not describe this model.
     """
-    sets = both_modalities(vision, tokens, language)
+    sets = modalities_of(model, inputs, vision, tokens, language)
     with unchanged(model), torch.no_grad():
         plain = _floating(run_model(model, inputs))
-    probed = _floating(recorded_pass(model, inputs, sets, layers).outputs)
+    recorder = recorded_pass(model, inputs, sets, layers)
     # Only attention maps of an eager model are missing from the probed outputs.
-    outputs = max((_difference(plain[path], tensor) for path, tensor in probed.items()), default=0.0)
+    pairs = [_real(sets.tokens, plain[path], tensor) for path, tensor in _floating(recorder.outputs).items()]
+    outputs = max((_difference(*pair) for pair in pairs), default=0.0)
+    relative = max((_difference(*pair) / max(1.0, _largest(pair[0])) for pair in pairs), default=0.0)
 
     count, short = len(vision), inputs
     if all(len(value) == count for value in inputs.values() if torch.is_tensor(value)):
@@ -62,6 +79,13 @@ def check(
     difference = _difference(fused.flow.nan_to_num(), _printed_flow(model, short, sets, layers))
     result = Check(outputs, difference, len(fused.layers), vision.shape[1], count)
     print(result)
+    if tolerance is None:
+        tolerance = 1e-3 if recorder.heads[0][0].dtype == next(model.parameters()).dtype else 0.05
+    if not (relative <= tolerance and difference <= tolerance):
+        raise ValueError(
+            f"{result}: more than {tolerance:g} of their size. The probe does not describe {type(model).__name__}: one "
+            "of its attention layers adds something of its own, or its forward does not repeat itself"
+        )
     return result
 
 
@@ -101,5 +125,18 @@ def _floating(outputs: Any, path: str = "") -> dict[str, Tensor]:
     return {at: tensor for name, part in parts for at, tensor in _floating(part, f"{path}.{name}").items()}
 
 
+def _real(tokens: Tensor, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two outputs at real tokens, if they have the sequence's tokens; as they are otherwise."""
+    if one.ndim > 2 and one.shape[:2] == tokens.shape:
+        return tuple(part[tokens.to(part.device)] for part in (one, other))
+    return one, other
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.double().abs().nan_to_num().max()) if tensor.numel() else 0.0
+
+
 def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one.double().cpu() - other.double().cpu()).abs().max()) if one.numel() else 0.0
+    one, other = one.double().cpu(), other.double().cpu()
+    same = (one == other) | (one.isnan() & other.isnan())
+    return float((one - other).abs().masked_fill(same, 0).max()) if one.numel() else 0.0

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from vpworkbench.probes.attention import AttentionCall, Reading, intercept_attention, run_model
-from vpworkbench.probes.formula import Modalities, both_modalities, crossing, crossing_by_head, crossing_by_query
+from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
+from vpworkbench.probes.formula import Modalities, crossing, crossing_by_head, crossing_by_query
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, Readings, reaching, streams_of
-from vpworkbench.probes.layouts import patches_recorded
+from vpworkbench.probes.layouts import modalities_of, patches_recorded
+from vpworkbench.probes.picked import PickedColumns, PickedRows
+from vpworkbench.probes.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class InterModalityFlow:
         the output of layer j; nan where j < i. They add up to `flow`.
     null : Tensor, shape (example, layer, layer)
         `flow` if every query spread its attention evenly over the keys that its mask allows.
-    per_head : Tensor, shape (example, layer, head)
-        Within one layer, each head's inter over the heads' mean of inter + intra; the mean is `within_layer`.
     by_query : Tensor, shape (example, layer, layer, token)
         What each token's query adds to `flow`; 0 for tokens in neither modality.
+    per_head_text_to_vision, per_head_vision_to_text : Tensor, shape (example, layer, head)
+        The two directions of `per_head`.
     layers : tuple of str
         Names of the attention layers.
+    uncounted : tuple of str
+        Layers of the same stack that mix tokens in another way (linear attention, convolutions), or not at all: what
+        they carry between the modalities is in no number here.
     readings : tuple of tuple of (Block, Reading)
         Who may attend to whom in each layer: its masks, for `live`.
     rows, columns : Tensor, shape (example, layer, head, picked, token), or None
@@ -58,9 +62,11 @@ class InterModalityFlow:
     text_to_vision: Tensor
     vision_to_text: Tensor
     null: Tensor
-    per_head: Tensor
+    per_head_text_to_vision: Tensor
+    per_head_vision_to_text: Tensor
     by_query: Tensor
     layers: tuple[str, ...]
+    uncounted: tuple[str, ...]
     readings: tuple[Readings, ...]
     rows: Tensor | None
     columns: Tensor | None
@@ -72,6 +78,26 @@ class InterModalityFlow:
     def flow(self) -> Tensor:
         """F_inter^{i,j} (Eq. 5), (example, layer, layer); nan where j < i."""
         return self.text_to_vision + self.vision_to_text
+
+    @property
+    def per_head(self) -> Tensor:
+        """Flow of each head within one layer, (example, layer, head): its inter over the heads' mean of inter + intra.
+
+        The mean over heads is `within_layer`.
+        """
+        return self.per_head_text_to_vision + self.per_head_vision_to_text
+
+    def __str__(self) -> str:
+        flow, null = (float(part[:, 0, -1].mean()) for part in (self.flow, self.null))
+        text = (
+            f"Inter-Modality Flow through {len(self.layers)} layers: {flow:.1%}, with uniform attention {null:.1%}, "
+            f"mean of {len(self.flow)} examples"
+        )
+        if self.uncounted:
+            text += (
+                f"; {len(self.uncounted)} layers without softmax attention are not counted: {', '.join(self.uncounted)}"
+            )
+        return text
 
     @property
     def from_input(self) -> Tensor:
@@ -154,7 +180,7 @@ def inter_modality_flow(
         Names (or prefixes) of the attention layers in which the modalities meet, or a predicate on names; needed only
         where other layers have the same sequence length.
     """
-    sets = both_modalities(vision, tokens, language)
+    sets = modalities_of(model, inputs, vision, tokens, language)
     rows, columns = _positions(rows, sets, "rows"), _positions(columns, sets, "columns")
     with patches_recorded(model) as shuffled:
         recorder = recorded_pass(model, inputs, sets, layers, rows=rows, columns=columns, starts=starts)
@@ -169,6 +195,7 @@ def recorded_pass(
     with intercept_attention(model, recorder):
         recorder.outputs = run_model(model, inputs)
     recorder.choice.raise_unless_one_stack()
+    recorder.uncounted = recorder.choice.uncounted(model)
     return recorder
 
 
@@ -195,6 +222,7 @@ class FlowRecorder:
     """Handles every attention of one pass and keeps sums, never a map."""
 
     outputs: Any = None  # of the model
+    uncounted: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -212,7 +240,7 @@ class FlowRecorder:
         self.crossed: list[tuple[Tensor, Tensor]] = []  # per layer: (example, start) each
         self.by_query: list[Tensor] = []  # per layer: (example, start, token)
         self.null: list[Tensor] = []  # per layer: (example, start)
-        self.heads: list[Tensor] = []  # per layer: (example, head)
+        self.heads: list[tuple[Tensor, Tensor]] = []  # per layer: (example, head) each
         self.readings: list[list[tuple[Block, Reading]]] = []  # per layer
         self._padded = not bool(sets.tokens.all())
         # Whether 1_V is carried beside 1_L; if every real token is in a set, the first chosen layer decides.
@@ -232,9 +260,9 @@ class FlowRecorder:
         self.readings[-1].append((block, call.reading))
         source = self._ends_in[:, block.keys]
         extra = [] if self.columns is None else [self.columns.carried(source, block)]
-        # Rows of attention sum to one, so the mean can bypass the kernel: in half precision only differences between
-        # tokens are rounded.
-        mean = source.mean(dim=1, keepdim=True)
+        # Rows of attention sum to one, unless a sink takes a share. So the mean can bypass the kernel: in half
+        # precision only differences between tokens are rounded.
+        mean = source.mean(dim=1, keepdim=True) * (call.sink is None)
         output, carried = call.output_and_columns(torch.cat([source - mean, *extra], dim=-1))
         per_head, extras = carried.tensor_split([mean.shape[-1]], dim=-1)
         self._add(call, block, per_head.to(mean) + mean[:, :, None])
@@ -256,7 +284,7 @@ class FlowRecorder:
                 "them"
             )
         for name, heads in zip(self.choice.names, self.heads, strict=True):
-            broken = heads.isnan().any(dim=1).nonzero().flatten().tolist()
+            broken = heads[0].isnan().any(dim=1).nonzero().flatten().tolist()
             if broken:
                 raise ValueError(
                     f"attention is nan in {name} (examples {broken}): the model's hidden states are nan there, or a "
@@ -266,9 +294,11 @@ class FlowRecorder:
             text_to_vision=self._triangle([to_vision for to_vision, _ in self.crossed]),
             vision_to_text=self._triangle([to_text for _, to_text in self.crossed]),
             null=null,
-            per_head=torch.stack(self.heads, dim=1),
+            per_head_text_to_vision=torch.stack([to_vision for to_vision, _ in self.heads], dim=1),
+            per_head_vision_to_text=torch.stack([to_text for _, to_text in self.heads], dim=1),
             by_query=self._triangle(self.by_query),
             layers=tuple(self.choice.names),
+            uncounted=self.uncounted,
             readings=tuple(map(tuple, self.readings)),
             rows=None if rows is None else torch.stack(rows.weights, dim=1),
             columns=None if columns is None else torch.stack(columns.weights, dim=1),
@@ -291,17 +321,19 @@ class FlowRecorder:
         self._ends_in, self._ends_in_uniform = self._ends_in.to(query.device), self._ends_in_uniform.to(query.device)
 
     def _check_padding(self, call: AttentionCall, block: Block) -> None:
-        """1 - 1_L is 1_V only if no token in neither set, such as padding, is attended to."""
+        """1 - 1_L is 1_V only if no sink and no token in neither set, such as padding, is attended to."""
+        if call.sink is not None and self._two_sets is not False:
+            self._two_sets = True
         if self._two_sets or any(call.mask is mask for mask in self._checked_masks):
             return
         self._checked_masks.append(call.mask)
         attended = (call.reading.keys_of(self.sets.tokens[:, block.queries]) & ~self.sets.tokens[:, block.keys]).any()
         if not (block.is_first and block.is_last):
             attended = attended or self._padded  # the other attentions of the layer are not known yet
-        if attended and self._two_sets is False:
+        if (attended or call.sink is not None) and self._two_sets is False:
             raise ValueError(
-                f"{call.name} attends to padding, which the layers before it mask: pass the positions that the model "
-                "treats as real as `tokens`"
+                f"{call.name} attends to padding or to a sink, and layers before it do not: pass the positions that "
+                "the model treats as real as `tokens`"
             )
         self._two_sets = attended
 
@@ -348,77 +380,3 @@ class FlowRecorder:
     def _without_empty_rows(self, columns: Tensor, rows: slice) -> Tensor:
         """A padding query may have no key; some kernels return nan, and 0 * nan would spread it."""
         return columns.masked_fill(~self.sets.tokens[:, rows, None] & columns.isnan(), 0.0) if self._padded else columns
-
-
-# ------------------------------------------------------------------------------------------ picked rows and columns
-
-
-class PickedColumns:
-    """Picked columns of attention: one-hot values, fresh at each layer and rolled out."""
-
-    def __init__(self, picked: Tensor, tokens: int) -> None:
-        self._onehot = one_hot(picked, tokens).transpose(1, 2)  # example token picked
-        self._rolled = self._onehot.float()
-        self.weights: list[Tensor] = []
-        self.from_input: list[Tensor] = []
-
-    def carried(self, like: Tensor, block: Block) -> Tensor:
-        """(example, key, 2 * picked): fresh ones, then rolled ones."""
-        self._onehot, self._rolled = self._onehot.to(like), self._rolled.to(like)
-        return torch.cat([self._onehot[:, block.keys], self._rolled[:, block.keys]], dim=-1)
-
-    def add(self, carried: Tensor, block: Block) -> None:
-        """carried : Tensor, shape (example, query, head, 2 * picked)."""
-        fresh, rolled = carried.to(self._rolled).chunk(2, dim=-1)
-        if block.is_first:
-            self._after = self._rolled.clone()
-            self._fresh = fresh.new_zeros(len(fresh), self._rolled.shape[1], *fresh.shape[2:])
-        self._fresh[:, block.queries] += fresh  # example token head picked
-        self._after[:, block.queries] = (self._after[:, block.queries] + rolled.mean(dim=2)) / 2
-        if block.is_last:
-            self.weights.append(self._fresh.permute(0, 2, 3, 1))
-            self.from_input.append(self._after.transpose(1, 2))
-            self._rolled = self._after
-
-
-class PickedRows:
-    """Picked rows of attention, from queries and keys; these are kept for the roll-out, linear in tokens."""
-
-    def __init__(self, picked: Tensor, tokens: int) -> None:
-        self.picked, self.tokens = picked, tokens
-        self.weights: list[Tensor] = []  # per layer: (example, head, picked, token)
-        self._layers: list[list[tuple[AttentionCall, Block]]] = []
-
-    def add(self, call: AttentionCall, block: Block) -> None:
-        """The picked rows that lie in this attention."""
-        self.picked = self.picked.to(call.query.device)
-        if block.is_first:
-            (examples, picked), heads = self.picked.shape, call.query.shape[1]
-            self.weights.append(call.query.new_zeros(examples, heads, picked, self.tokens, dtype=torch.float32))
-            self._layers.append([])
-        begin, end, _ = block.queries.indices(self.tokens)
-        inside = (self.picked >= begin) & (self.picked < end)
-        weights = call.weights((self.picked - begin).clamp(0, end - begin - 1))
-        self.weights[-1][..., block.keys] += weights.to(self.weights[-1]) * inside[:, None, :, None]
-        self._layers[-1].append((call, block))
-
-    def from_input(self) -> Tensor:
-        """Rows of A^{1,j}, from the last factor to the first; (example, layer, picked, token)."""
-        examples, picked = self.picked.shape
-        onehot = one_hot(self.picked, self.tokens).to(self.weights[0])
-        rolled = onehot.new_empty(examples, 0, self.tokens)  # example (stop picked) token
-        for layer in reversed(self._layers):
-            rolled = torch.cat([onehot.to(rolled), rolled], dim=1)
-            rolled = self._times_layer(rolled.to(layer[0][0].query.device), layer)
-        return rolled.unflatten(1, (len(self._layers), picked))
-
-    def _times_layer(self, rows: Tensor, layer: list[tuple[AttentionCall, Block]]) -> Tensor:
-        """rows (example, row, token) times A of a layer, whose attentions each halve the state before them."""
-        product = torch.zeros_like(rows)
-        share = torch.ones(rows.shape[2], device=rows.device)  # of each query, not yet distributed
-        for call, block in reversed(layer):
-            share[block.queries] /= 2
-            weighed = rows[:, :, block.queries] * share[block.queries]
-            for some, weights in call.mean_weights():
-                product[:, :, block.keys] += weighed[:, :, some] @ weights.to(rows)
-        return product + rows * share

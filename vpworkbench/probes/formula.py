@@ -127,15 +127,15 @@ def crossing_by_query(ends_in: Tensor, sets: Modalities) -> Tensor:
     return crossed.masked_fill(~(sets.language | sets.vision)[beside], 0) / total[:, None]
 
 
-def crossing_by_head(ends_in: Tensor, sets: Modalities) -> Tensor:
-    """Flow of each head, (example, head), from `ends_in` (example, token, head, set).
+def crossing_by_head(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:
+    """Text to vision and vision to text of each head, (example, head) both, from `ends_in` (example, token, head, set).
 
     Inter over the heads' mean of inter + intra, so that the mean over heads is the flow of the layer also where some
     attention ends in neither set.
     """
     from_language, from_vision = _sums(ends_in, sets)
     total = (from_language + from_vision).sum(dim=-1).mean(dim=1, keepdim=True)
-    return (from_language[..., 1] + from_vision[..., 0]) / total
+    return from_language[..., 1] / total, from_vision[..., 0] / total
 
 
 def _sums(ends_in: Tensor, sets: Modalities) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model, unchanged
-from vpworkbench.probes.formula import Modalities, both_modalities
+from vpworkbench.probes.formula import Modalities
 from vpworkbench.probes.layers import LayerChoice, LayerNames, streams_of
+from vpworkbench.probes.layouts import modalities_of
 from vpworkbench.probes.readouts import ReadOut, read
 from vpworkbench.stats import Interval, bootstrap_interval
 
@@ -136,7 +137,7 @@ def knock_out(
     """
     for name, known in ((way, WAYS), (spans, SPANS), (replace, INSTEAD)):
         _refuse_unknown(name, known)
-    sets = both_modalities(vision, tokens, language)
+    sets = modalities_of(model, inputs, vision, tokens, language)
     survey = _survey(model, inputs, sets, layers)
     chosen, heads = _spans(spans, len(survey.kinds)), _heads(heads, survey.heads)
     blocked = survey.blocked(way, sets)
@@ -179,7 +180,7 @@ def attention_blocked(
     if streams_of(model):
         raise ValueError(f"{type(model).__name__} has two streams of states: only knock_out can block its cross layers")
     _refuse_unknown(way, WAYS)
-    sets = both_modalities(vision, tokens, language)
+    sets = modalities_of(model, inputs, vision, tokens, language)
     survey = _survey(model, inputs, sets, layers)
     [(first, last)] = _spans([span], len(survey.kinds))
     pairs, modules = survey.blocked(way, sets), dict(model.named_modules())

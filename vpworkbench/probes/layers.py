@@ -15,14 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import (
-    AttentionCall,
-    Reading,
-    intercept_attention,
-    refuse_randomness,
-    run_model,
-    unchanged,
-)
+from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model, unchanged
+from vpworkbench.probes.model_parts import refuse_randomness
+from vpworkbench.probes.reading import Reading
 
 LayerNames = str | Sequence[str] | Callable[[str], bool]
 """Names or prefixes of modules, or a predicate on names."""
@@ -97,6 +92,7 @@ class LayerChoice:
         if self.streams and re.search(self.streams.inside, call.name):
             return self._block_of_streams(call)
         if not self.streams and call.lengths == (self.examples, self.tokens, self.tokens):
+            self._refuse_second_pass(call.name)
             self.names.append(call.name)
             return Block(slice(None), slice(None), is_first=True, is_last=True)
         self._others.append((call.name, call.lengths))
@@ -120,6 +116,28 @@ class LayerChoice:
             )
         return Block(parts[from_stream], parts[to_stream], is_first, is_last)
 
+    def _refuse_second_pass(self, name: str) -> None:
+        """Layers that share a module follow each other; a stack that starts again is another pass."""
+        if name in self.names and name != self.names[-1]:
+            raise ValueError(
+                f"{name} runs again after {self.names[-1]}: the encoder has several passes in one forward, and their "
+                "layers are no one stack. Probe it with the inputs of one pass (one image), e.g. the model inside, "
+                f"{name.split('.')[0]!r}"
+            )
+
+    def uncounted(self, model: nn.Module) -> tuple[str, ...]:
+        """Blocks of the chosen stack without softmax attention over the sequence: what they mix is in no number.
+
+        Linear attention, state space layers and convolutions; of blocks that only transform each token too, since their
+        code does not say which they are.
+        """
+        lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+        found = []
+        for name in {_list_of(layer, lists) for layer in self.names} - {""}:
+            blocks = [f"{name}.{number}" for number in range(len(lists[name]))]
+            found += [block for block in blocks if not any(layer.startswith(f"{block}.") for layer in self.names)]
+        return tuple(found)
+
     def raise_unless_one_stack(self) -> None:
         """After the pass: refuse chosen layers that are not one stack of layers on one sequence."""
         if self.streams and self._attentions:
@@ -132,7 +150,14 @@ class LayerChoice:
                 f"{len(stacks)} stacks of attention layers run on {self.tokens} tokens: {', '.join(stacks)}; name "
                 f"those in which the modalities meet, e.g. layers={stacks[-1].split('.*')[0]!r}"
             )
+        blocks = {re.split(r"\.\d+\.", name)[0] for name in self.names}
         for name, (examples, queries, keys) in self._others:
+            if (examples, queries) == (self.examples, self.tokens) and re.split(r"\.\d+\.", name)[0] in blocks:
+                raise ValueError(
+                    f"{name} attends from the {self.tokens} tokens of `vision` to {keys} others, only keys of a cross "
+                    "attention: there is no joint sequence with them to probe. If they are the image, its flow is not "
+                    "defined here"
+                )
             if _stack(name) in stacks:
                 raise ValueError(
                     f"{name} attends from {queries} to {keys} tokens in {examples} examples, but `vision` has "
@@ -170,6 +195,11 @@ def reaching(readout_tokens: Tensor, layers: Sequence[Readings]) -> Tensor:
             before[:, block.keys] |= reading.keys_of(after[:, block.queries]).to(before.device)
         reached.append(before)
     return torch.stack(reached[::-1], dim=1)
+
+
+def _list_of(layer: str, lists: Mapping[str, nn.ModuleList]) -> str:
+    """Name of the innermost list of blocks that a layer is in; empty if it is in none."""
+    return max((name for name in lists if layer.startswith(f"{name}.")), key=len, default="")
 
 
 def _stack(name: str) -> str:
@@ -302,7 +332,7 @@ def run_stack(
             for block in blocks:
                 block.register_forward_hook(partial(remember, name), with_kwargs=True)
         run_model(model, inputs)
-    owners = {max((name for name in seen if layer.startswith(name + ".")), key=len, default="") for layer in attended}
+    owners = {_list_of(layer, seen) for layer in attended}
     if len(owners) != 1 or not owners <= set(seen):
         raise ValueError(
             f"{type(model).__name__} has {len(owners)} stacks of layers that match ({', '.join(sorted(owners))}); "

@@ -1,12 +1,13 @@
 """Which tokens of a model are visual, which are real, and where on the image each visual token is.
 
-One function for each way of laying out images in the sequence; `LAYOUTS` lists the model families of each. Boxes are
-x0, y0, x1, y1 as shares of the image that the model receives, after its processor.
+Image tokens among the words are found by their ids, and their places by `vpworkbench.probes.places`. `LAYOUTS` lists
+the models that lay out the sequence in another way. Boxes are x0, y0, x1, y1 as shares of the image that the model
+receives, after its processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from vpworkbench.boxes import grid_boxes
 from vpworkbench.probes.attention import run_model, unchanged
+from vpworkbench.probes.formula import Modalities, both_modalities
+from vpworkbench.probes.model_parts import config_of
+from vpworkbench.probes.places import Asked, Tiles, find_places, runs, tile_boxes
 
 Inputs = Mapping[str, Any]
-Tiles = Sequence[tuple[int, int]] | None
 
 
 class ModalityMasks(NamedTuple):
@@ -27,34 +30,58 @@ class ModalityMasks(NamedTuple):
 
     vision: Tensor  # bool (example, token): visual tokens
     tokens: Tensor  # bool (example, token): real (non-padding) tokens
-    boxes: (
-        Tensor  # (example, token, 4): nan where a token has no place on an image (words, learned queries, separators)
-    )
+    boxes: Tensor  # (example, token, 4): nan where a token has no place on an image (words, queries, separators)
     image: Tensor  # int64 (example, token): which of the inputs' images, counted over the batch; -1 elsewhere
+    other: Tensor  # bool (example, token): tokens of a third modality (audio), in neither of the two
+    note: str = ""  # why visual tokens have no place
+
+    @property
+    def placed(self) -> Tensor:
+        """Visual tokens that have a place on their image, bool (example, token)."""
+        return self.vision & ~self.boxes.isnan().any(dim=-1)
+
+    @property
+    def language(self) -> Tensor:
+        """Real tokens that are neither visual nor of a third modality, bool (example, token)."""
+        return self.tokens & ~self.vision & ~self.other
 
 
-def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None) -> ModalityMasks:
-    """Masks and boxes for the inputs of a family in `LAYOUTS`.
+def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None, grid: Any = None) -> ModalityMasks:
+    """Masks and boxes for a model in `LAYOUTS`, or any other whose configuration names the id of its image tokens.
 
-    Any other model whose configuration names the id of its image tokens gets masks without boxes.
+    Where no boxes are found, `note` says why.
 
     Parameters
     ----------
     inputs : mapping
         Keyword arguments of the model's forward, as its processor makes them.
     tiles : sequence of (rows, columns), optional
-        For each image, the tiles that the processor cut it into; needed only for InternVL, whose inputs do not show it.
+        For each image, the tiles that the processor cut it into; needed where the inputs do not show it (InternVL).
+    grid : (rows, columns) or sequence of them, optional
+        The grid of visual tokens, of all images or of each, where nothing shows it.
     """
-    config = getattr(model, "config", None)
+    config = config_of(model)
     kind = getattr(getattr(model, "settings", None), "architecture", "") or getattr(config, "model_type", "")
-    if kind in LAYOUTS:
-        return LAYOUTS[kind](model, inputs, tiles)
-    if _image_ids(config):
-        return _without_boxes(model, inputs)
-    raise ValueError(
-        f"the layout of {type(model).__name__} (model_type {kind!r}) is not known here; known are "
-        f"{', '.join(sorted(LAYOUTS))}. Build `vision` and `tokens`, bool (example, token), yourself"
-    )
+    if kind in LAYOUTS and grid is None:
+        return LAYOUTS[kind](model, inputs)
+    positions = inputs.get("image_embeds_position_mask")
+    if positions is None and not any(_named_ids(config, name) for name in ("image", "video")):
+        raise ValueError(
+            f"the layout of {type(model).__name__} (model_type {kind!r}) is not known here: its configuration names no "
+            "image_token_id, and it is none of "
+            f"{', '.join(sorted(LAYOUTS))}. Build `vision` and `tokens`, bool (example, token), yourself"
+        )
+    return _among_words(model, inputs, tiles, grid)
+
+
+def modalities_of(
+    model: nn.Module, inputs: Inputs, vision: Tensor, tokens: Tensor, language: Tensor | None
+) -> Modalities:
+    """As `both_modalities`; by default language is every real token that is not visual, nor of a third modality."""
+    ids, heard = inputs.get("input_ids"), _named_ids(config_of(model), "audio")
+    if language is None and heard and torch.is_tensor(ids) and ids.shape == tokens.shape:
+        language = tokens & ~(vision | _at(ids, heard)).to(tokens.device)
+    return both_modalities(vision, tokens, language)
 
 
 REGIONS_SIDE = 32
@@ -85,30 +112,45 @@ def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 # ------------------------------------------------------------------------------- images as tokens among the words
 
+_ID_NAMES = ("{}_token_id", "{}_token_index", "{}_patch_id")
 
-def _laid_out(inputs: Inputs, *kinds: tuple[Tensor, Sequence[Tensor]]) -> ModalityMasks:
-    """Give the boxes of images, in their order, to the visual tokens, in theirs.
 
-    Each of `kinds` has the tokens of one kind of images, bool (example, token), and the boxes of each image.
-    """
-    shape, device = kinds[0][0].shape, kinds[0][0].device
-    boxes = torch.full((*shape, 4), torch.nan, device=device)
-    image = torch.full(shape, -1, dtype=torch.long, device=device)
+def _named_ids(config: Any, kind: str) -> list[int]:
+    """Ids of the tokens of one kind, as the configuration or a part of it names them."""
+    parts = (config, *(getattr(config, name, None) for name in ("vision_config", "text_config", "audio_config")))
+    for part in parts:
+        found = [getattr(part, name.format(kind), None) for name in _ID_NAMES]
+        if numbers := [number for number in dict.fromkeys(found) if isinstance(number, int)]:
+            return numbers
+    return []
+
+
+def _at(ids: Tensor, numbers: list[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(numbers, device=ids.device))
+
+
+def _among_words(model: nn.Module, inputs: Inputs, tiles: Tiles, grid: Any) -> ModalityMasks:
+    """Images and videos are tokens among the words, marked by their ids or by a mask that is an input."""
+    config, real = config_of(model), _real(inputs)
+    masks = {kind: _at(_ids(inputs), _named_ids(config, kind)) for kind in ("image", "video")}
+    if inputs.get("image_embeds_position_mask") is not None:
+        masks["image"] = inputs["image_embeds_position_mask"].bool()
+    found = {kind: find_places(Asked(model, config, inputs, kind, mask), grid, tiles) for kind, mask in masks.items()}
+    vision = masks["image"] | masks["video"]
+    boxes = torch.full((*vision.shape, 4), torch.nan, device=vision.device)
+    image = torch.full(vision.shape, -1, dtype=torch.long, device=vision.device)
     count = 0
-    for vision, images in kinds:
-        lengths = torch.tensor([len(one) for one in images], dtype=torch.long)
-        made, places = int(lengths.sum()), int(vision.sum())
-        if made != places:
-            raise ValueError(
-                f"input_ids hold {places} visual tokens, but {len(images)} images of this size make {made}: take ids "
-                "and images from one call of the processor"
-            )
-        if images:
-            boxes[vision] = torch.cat(list(images)).to(boxes)
-            image[vision] = (count + torch.arange(len(images)).repeat_interleave(lengths)).to(image)
-        count += len(images)
-    vision = image >= 0
-    return ModalityMasks(vision, _real(inputs), boxes, image)
+    for kind, mask in masks.items():
+        lengths = torch.tensor([len(one) for one in found[kind].images], dtype=torch.long)
+        if len(lengths):
+            boxes[mask] = torch.cat(found[kind].images).to(boxes)
+        else:  # the runs of tokens separate the images
+            lengths = torch.tensor([end - begin for row in mask for begin, end in runs(row)], dtype=torch.long)
+        image[mask] = (count + torch.arange(len(lengths)).repeat_interleave(lengths)).to(image)
+        count += len(lengths)
+    note = "; ".join(part.note for part in found.values() if part.note)
+    other = _at(_ids(inputs), _named_ids(config, "audio")) & ~vision
+    return ModalityMasks(vision, real, boxes, image, other, note)
 
 
 def _real(inputs: Inputs) -> Tensor:
@@ -127,127 +169,33 @@ def _ids(inputs: Inputs) -> Tensor:
     return inputs["input_ids"]
 
 
-def _image_ids(config: Any) -> list[int]:
-    named = (getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id"))
-    return [number for number in dict.fromkeys(named) if number is not None]
-
-
-def _placeholder(model: nn.Module, inputs: Inputs) -> Tensor:
-    """bool (example, token): True at the id of an image token."""
-    return _ids(inputs) == _image_ids(model.config)[0]
-
-
-def _alike(boxes_of: Callable[..., Tensor], model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """Every image has the boxes `boxes_of(model, inputs)`."""
-    images = [boxes_of(model, inputs)] * len(inputs["pixel_values"])
-    return _laid_out(inputs, (_placeholder(model, inputs), images))
-
-
-def _patches(model: nn.Module, inputs: Inputs) -> tuple[int, int]:
-    """Rows and columns of patches of the vision tower."""
-    size = model.config.vision_config.patch_size
-    rows, columns = size if isinstance(size, Sequence) else (size, size)
-    height, width = inputs["pixel_values"].shape[-2:]
-    return height // rows, width // columns
-
-
-def _patch_grid(model: nn.Module, inputs: Inputs) -> Tensor:
-    """LLaVA, PaliGemma: patches, row by row; perhaps after the tower's class token."""
-    boxes = grid_boxes(*_patches(model, inputs))
-    full = getattr(model.config, "vision_feature_select_strategy", "") == "full"
-    return torch.cat([grid_boxes(1, 1), boxes]) if full else boxes
-
-
-def _pooled_grid(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Gemma 3: the grid is pooled to a fixed number of tokens."""
-    side = round(model.config.mm_tokens_per_image**0.5)
-    return grid_boxes(side, side)
-
-
-def _code_grid(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Chameleon: the code book halves each side once at every level but the first."""
-    levels = len(model.config.vq_config.channel_multiplier) - 1
-    return grid_boxes(*(side // 2**levels for side in inputs["pixel_values"].shape[-2:]))
-
-
-def _merged_grids(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """Qwen-VL: frames x rows x columns of patches, merged 2 x 2; images and videos have ids of their own."""
-    merge = model.config.vision_config.spatial_merge_size
-    kinds = []
-    for kind in ("image", "video"):
-        grids = inputs.get(f"{kind}_grid_thw")
-        frames = [
-            grid_boxes(rows // merge, columns // merge)
-            for times, rows, columns in ([] if grids is None else grids.tolist())
-            for _ in range(times)
-        ]
-        kinds.append((_ids(inputs) == getattr(model.config, f"{kind}_token_id"), frames))
-    return _laid_out(inputs, *kinds)
-
-
-def _tile_boxes(rows: int, columns: int, grid: tuple[int, int], *, whole: bool) -> Tensor:
-    """Boxes of an image cut into tiles with a grid each, row by row; then those of the whole image, if it follows."""
-    tiles = [grid_boxes(*grid, tuple(tile.tolist())) for tile in grid_boxes(rows, columns)]
-    return torch.cat([*tiles, grid_boxes(*grid)] if whole else tiles)
-
-
-def _runs(row: Tensor) -> list[tuple[int, int]]:
-    """Begin and end of each run of True; row : BoolTensor, shape (token,)."""
-    edges = torch.nn.functional.pad(row.int(), (1, 1)).diff().nonzero().flatten().tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _written_tiles(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _written_tiles(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """Idefics3, SmolVLM: each tile is a run of image tokens after one that names its row and column, `<row_1_col_2>`.
 
     A line break follows each row of tiles, so a longer gap between two runs ends a row. The last run of an image is the
     whole image, and follows the same token everywhere.
     """
-    ids, vision = _ids(inputs), _placeholder(model, inputs)
-    grid = tuple(side // model.config.scale_factor for side in _patches(model, inputs))
-    images: list[Tensor] = []
-    for row, places in zip(ids, vision, strict=True):
-        runs = _runs(places)
+    masks = _among_words(model, inputs, None, None)  # each tile as an image of its own
+    places: list[Tensor] = []
+    for row, image, boxes in zip(_ids(inputs), masks.image, masks.boxes, strict=True):
+        every = runs(image >= 0)
         cut: list[tuple[int, int]] = []  # the runs of the tiles of this image
-        for begin, end in runs:
-            if row[begin - 1] != row[runs[-1][0] - 1]:
+        for begin, end in every:
+            if row[begin - 1] != row[every[-1][0] - 1]:
                 cut.append((begin, end))
                 continue
             rows = sum(after[0] - before[1] > 2 for before, after in pairwise([*cut, (begin, end)]))
             columns, rest = divmod(len(cut), max(rows, 1))
             if rest:
                 raise ValueError(f"input_ids hold an image of {len(cut)} tiles in {rows} rows, not a grid of tiles")
-            images.append(_tile_boxes(rows, columns, grid, whole=True))
+            one = boxes[begin:end]
+            grid = len(one[:, 1].unique()), len(one[:, 0].unique())
+            places.append(tile_boxes(rows, columns, grid, whole=True) if cut else one)
             cut = []
-    return _laid_out(inputs, (vision, images))
-
-
-def _tiles_in_a_row(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
-    """InternVL: all tiles of an image in one run, then the thumbnail; only its processor knows the rows and columns."""
-    rows, columns = (round(side * model.config.downsample_ratio) for side in _patches(model, inputs))
-    vision = _placeholder(model, inputs)
-    counts = [(end - begin) // (rows * columns) for row in vision for begin, end in _runs(row)]
-    if tiles is None and any(count > 1 for count in counts):
-        raise ValueError(
-            f"images of {counts} tiles: pass tiles=[(rows, columns), ...] for the {len(counts)} images, as the "
-            "processor cut them (see its get_optimal_tiled_canvas)"
-        )
-    cuts = tiles or [(1, 1)] * len(counts)
-    if len(cuts) != len(counts):
-        raise ValueError(f"tiles has {len(cuts)} entries for {len(counts)} images")
-    images = []
-    for (down, across), count in zip(cuts, counts, strict=True):
-        if count not in (down * across, down * across + 1):
-            raise ValueError(f"tiles: {down} x {across} is not the {count} tiles of an image")
-        images.append(_tile_boxes(down, across, (rows, columns), whole=count > down * across))
-    return _laid_out(inputs, (vision, images))
-
-
-def _without_boxes(model: nn.Module, inputs: Inputs) -> ModalityMasks:
-    """Any other model that marks its image tokens by an id."""
-    vision = torch.isin(_ids(inputs), torch.tensor(_image_ids(model.config), device=_ids(inputs).device))
-    boxes = torch.full((*vision.shape, 4), torch.nan, device=vision.device)
-    return ModalityMasks(vision, _real(inputs), boxes, torch.where(vision, 0, -1))
+    masks.boxes[masks.vision] = torch.cat(places).to(masks.boxes)
+    lengths = torch.tensor([len(one) for one in places])
+    masks.image[masks.vision] = torch.arange(len(places)).repeat_interleave(lengths).to(masks.image)
+    return masks
 
 
 # ----------------------------------------------------------------------------------------- words, then the image
@@ -281,10 +229,11 @@ def _side_by_side(
         tokens=joined(words, real, True),
         boxes=joined(nowhere, boxes.to(nowhere), torch.nan),
         image=joined(torch.full_like(ids, -1), torch.where(real, image, -1), -1),
+        other=torch.zeros(examples, extra + words.shape[1] + count, dtype=torch.bool, device=ids.device),
     )
 
 
-def _ours(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _ours(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """This package's own: words, then the grid of visual tokens, or regions with their boxes."""
     words, visual = inputs["words"], model.settings.visual
     given = {"input_ids": words, "attention_mask": inputs["word_tokens"]}
@@ -294,7 +243,7 @@ def _ours(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     return _side_by_side(given, seen.boxes, real=seen.tokens)
 
 
-def _regions(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _regions(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """Words, then regions: LXMERT receives their boxes (`visual_pos`), VisualBERT does not."""
     boxes = inputs.get("visual_pos")
     if boxes is None:
@@ -308,14 +257,14 @@ def _with_class_token(inputs: Inputs, patch: int) -> Tensor:
     return torch.cat([grid_boxes(1, 1), grid_boxes(height // patch, width // patch)]).expand(examples, -1, -1)
 
 
-def _flava(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _flava(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """FLAVA's multimodal encoder: a class token of its own, the image with its class token, the words."""
     boxes = _with_class_token(inputs, model.config.image_config.patch_size)
     own = int(model.config.multimodal_config.use_cls_token)
     return _side_by_side(inputs, boxes, image_first=True, extra=own)
 
 
-def _bridgetower(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _bridgetower(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """BridgeTower: two streams, the words and the image with its class token."""
     return _side_by_side(inputs, _with_class_token(inputs, model.config.vision_config.patch_size))
 
@@ -362,7 +311,7 @@ def patches_recorded(model: nn.Module) -> Iterator[ShuffledPatches]:
             del module.visual_embed
 
 
-def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
+def _vilt(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """ViLT: words, a class token, patches in the order that a forward draws from this random state."""
     with patches_recorded(model) as shuffled, unchanged(model), torch.no_grad():
         run_model(model, inputs)
@@ -371,25 +320,14 @@ def _vilt(model: nn.Module, inputs: Inputs, tiles: Tiles) -> ModalityMasks:
     return _side_by_side(inputs, shuffled.placed, real=shuffled.real)
 
 
-Layout = Callable[[nn.Module, Inputs, Tiles], ModalityMasks]
-
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Callable[[nn.Module, Inputs], ModalityMasks]] = {
     "vpworkbench": _ours,
-    "llava": partial(_alike, _patch_grid),
-    "vipllava": partial(_alike, _patch_grid),
-    "paligemma": partial(_alike, _patch_grid),
-    "gemma3": partial(_alike, _pooled_grid),
-    "chameleon": partial(_alike, _code_grid),
-    "qwen2_vl": _merged_grids,
-    "qwen2_5_vl": _merged_grids,
-    "qwen3_vl": _merged_grids,
     "idefics3": _written_tiles,
     "smolvlm": _written_tiles,
-    "internvl": _tiles_in_a_row,
     "vilt": _vilt,
     "visual_bert": _regions,
     "lxmert": _regions,
     "flava": _flava,
     "bridgetower": _bridgetower,
 }
-"""`model_type` of a configuration -> the layout of that family."""
+"""`model_type` of a configuration -> the layout of a model that no rule of `places` covers."""

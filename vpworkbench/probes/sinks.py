@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
-from vpworkbench.probes.formula import Modalities, both_modalities
+from vpworkbench.probes.formula import Modalities
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, streams_of
+from vpworkbench.probes.layouts import modalities_of
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def find_sinks(
     """
     if not times > 1:
         raise ValueError(f"times={times}: uniform attention gives every token 1 time its share; a sink receives more")
-    sets = both_modalities(vision, tokens, language)
+    sets = modalities_of(model, inputs, vision, tokens, language)
     counter = SinkCounter(sets, LayerChoice(*vision.shape, layers, streams_of(model)), times)
     with intercept_attention(model, counter):
         run_model(model, inputs)

@@ -1,0 +1,211 @@
+"""Every image-text class of the installed transformers: flow against its own eager attention, boxes against its pixels.
+
+The rows of docs/models.md are these results. A dozen classes of different kinds in the fast set, all in the slow one.
+`python tests/probes/test_any_model.py` prints the table.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from probes.any_model import CLASSES, build
+
+from vpworkbench.probes import InterModalityFlow, ModalityMasks, check, inter_modality_flow, modality_masks
+from vpworkbench.probes.attention import AttentionCall, intercept_attention
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+FAST = "llava_next fuyu mllama minicpmv4_6 minimax_m3_vl hy_v4_vl qwen3_5 idefics2 glm5_next lfm2_vl".split()
+LARGE = {"inkling_mm_model", "fast_vlm", "florence2", "gemma3n"}
+"""Their towers have fixed sizes of 100 million weights and more."""
+BY_CONVOLUTIONS = {"chameleon", "emu3"}
+"""Group norms of their towers let every token see every pixel."""
+REASONS = {
+    "only keys of a cross attention": "the image is only in the keys of a cross attention",
+    "is not known here": "its configuration names no id of image tokens",
+    "no attention layer|built sequences of other lengths": "attention outside transformers' interface",
+    "runs again": "several passes in one forward",
+    "caps its scores": "soft-capped scores",
+    "never lets one modality": "its mask keeps the modalities apart",
+    "learned queries": "learned queries have no place",
+    "pass tiles": "with `tiles=[(rows, columns), ...]`",
+    "pass grid": "with `grid=(rows, columns)`",
+}
+
+
+class Result(NamedTuple):
+    """A row of the table in docs/models.md."""
+
+    kind: str
+    flow: str
+    boxes: str
+
+    def __str__(self) -> str:
+        return f"| `{self.kind}` | {self.flow} | {self.boxes} |"
+
+
+def reason(text: object) -> str:
+    return next((words for pattern, words in REASONS.items() if re.search(pattern, str(text))), str(text)[:80])
+
+
+def result(kind: str) -> Result:
+    """Build a class, probe it and compare; an AssertionError where the probe is wrong without saying so."""
+    try:
+        model, inputs = build(kind)
+    except Exception as error:  # noqa: BLE001
+        return Result(kind, f"not measured: {type(error).__name__} in the tiny model", "")
+    try:
+        masks = modality_masks(model, inputs)
+    except ValueError as error:
+        return Result(kind, reason(error), "")
+    if not masks.vision.any():
+        return Result(kind, "not measured: no image in the inputs of the tiny model", "")
+    try:
+        flow = inter_modality_flow(model, inputs, masks.vision, masks.tokens)
+    except ValueError as error:
+        return Result(kind, reason(error), "")
+    check(model, inputs, masks.vision, masks.tokens, examples=2)  # raises where outputs differ
+    assert largest_difference(flow, eager_maps(model, inputs, flow.layers), masks) <= 1e-5
+    if not masks.placed.any():
+        return Result(kind, "exact" + _hybrid(flow), reason(masks.note))
+    assert kind in BY_CONVOLUTIONS or boxes_are_right(model, inputs, masks, flow.layers)
+    return Result(kind, "exact" + _hybrid(flow), "yes")
+
+
+def _hybrid(flow: InterModalityFlow) -> str:
+    layers = len(flow.layers) + len(flow.uncounted)
+    return f" in {len(flow.layers)} of {layers} layers, the others are linear" if flow.uncounted else ""
+
+
+def eager_maps(model: nn.Module, inputs: dict, layers: tuple[str, ...]) -> list[Tensor]:
+    """Softmax weights that the layers give back in eager mode, (example, head, query, key)."""
+    maps: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: maps.__setitem__(name, output[1])
+        )
+        for name in layers
+    ]
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(**inputs)
+    model.set_attn_implementation(before)
+    for hook in hooks:
+        hook.remove()
+    return [maps[name] for name in layers]
+
+
+def largest_difference(flow: InterModalityFlow, maps: list[Tensor], masks: ModalityMasks) -> float:
+    """Eq. 2-6 as printed, in float64, against `flow`: all spans, both examples, one of them padded on the left."""
+    length, worst = masks.vision.shape[1], 0.0
+    for first, last in combinations_with_replacement(range(len(maps)), 2):
+        product = torch.eye(length, dtype=torch.float64).expand(2, -1, -1)
+        for weights in maps[first : last + 1]:
+            product = (torch.eye(length, dtype=torch.float64) + weights.double().mean(dim=1)) / 2 @ product
+        for example, matrix in enumerate(product):
+            seen, read = masks.vision[example] & masks.tokens[example], masks.language[example]
+            across = matrix[seen][:, read].sum() + matrix[read][:, seen].sum()
+            share = across / (across + matrix[seen][:, seen].sum() + matrix[read][:, read].sum())
+            worst = max(worst, float(abs(flow.flow[example, first, last] - share)))
+    return worst
+
+
+def boxes_are_right(model: nn.Module, inputs: dict, masks: ModalityMasks, layers: tuple[str, ...]) -> bool:
+    """Other pixels in a part of an image change the tokens whose boxes lie there, and hardly any others.
+
+    Tokens of the vision tower attend to themselves only meanwhile, so that what a token holds is from its own place.
+    """
+    plain = entering(model, inputs, layers)
+    for image, part, changed in changed_pixels(inputs):
+        placed = masks.placed & (masks.image == image)
+        change = (entering(model, changed, layers) - plain).abs().sum(dim=-1)[placed]
+        corners = masks.boxes[placed]
+        centre = (corners[:, :2] + corners[:, 2:]) / 2
+        inside = (centre > torch.tensor(part[:2])).all(dim=-1) & (centre < torch.tensor(part[2:])).all(dim=-1)
+        # A tiny tower may end in a scale of zero: then no pixel changes anything.
+        seen = change.any() and inside.any() and not inside.all()
+        if seen and not change[inside].mean() > 3 * change[~inside].mean():
+            return False
+    return True
+
+
+TOP, LEFT = (0.0, 0.0, 1.0, 0.5), (0.0, 0.0, 0.5, 1.0)
+
+
+def changed_pixels(inputs: dict) -> Iterator[tuple[int, tuple[float, ...], dict]]:
+    """An image, a part of it (x0 y0 x1 y1), and the inputs with other pixels there."""
+    pixels = inputs["pixel_values"]
+
+    def with_others(*where) -> dict:
+        other = pixels.clone()
+        other[where] = 1 - other[where]
+        return inputs | {"pixel_values": other}
+
+    everything = slice(None)
+    if len({"image_grid_thw", "image_grid_hw"} & set(inputs)):  # patches of 16 and 24, the top rows first
+        count = len(pixels) // 40
+        yield 1, TOP, with_others(slice(16 * count, 28 * count))
+    elif "target_sizes" in inputs:  # 8 x 4 patches side by side after 32 others
+        yield 1, TOP, with_others(..., slice(32 * 8, 48 * 8))
+    elif pixels.ndim == 3:  # patches of each image, perhaps padded
+        real = int(inputs["pixel_attention_mask"][1].sum()) if "pixel_attention_mask" in inputs else pixels.shape[1]
+        yield 1, TOP, with_others(1, slice(0, real // 2))
+    elif pixels.ndim == 4 or pixels.shape[1] == 1:
+        half = slice(0, pixels.shape[-1] // 2)
+        yield 0, TOP, with_others(0, ..., half, everything)
+        yield 0, LEFT, with_others(0, ..., half)
+
+
+def entering(model: nn.Module, inputs: dict, layers: tuple[str, ...]) -> Tensor:
+    """The states that enter the decoder's first block, while all other layers attend to themselves only."""
+    found: list[Tensor] = []
+    first = re.sub(r"\.\d+\..*", ".0", layers[0])
+
+    def keep(module, args, kwargs):
+        found.append(args[0] if args else kwargs["hidden_states"])
+
+    def handler(call: AttentionCall) -> Tensor:
+        if call.name in layers or call.lengths[1] != call.lengths[2]:
+            return call.output()
+        heads = call.query.shape[1] // call.value.shape[1]
+        return call.value.repeat_interleave(heads, dim=1).transpose(1, 2).contiguous()
+
+    with intercept_attention(model, handler):
+        hook = model.get_submodule(first).register_forward_pre_hook(keep, with_kwargs=True)
+        model(**inputs)
+        hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_a_class_is_probed_exactly_or_refused_with_the_documented_reason(kind):
+    assert str(result(kind)) in DOCS.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in CLASSES if kind not in {*FAST, *LARGE}])
+def test_every_other_class_too(kind):
+    assert str(result(kind)) in DOCS.read_text()
+
+
+def test_the_table_has_every_class():
+    rows = re.findall(r"^\| `([^`]+)` \|", DOCS.read_text(), flags=re.M)
+    assert sorted(rows) == sorted({*CLASSES, "model_type"} - LARGE)
+
+
+if __name__ == "__main__":
+    for kind in sys.argv[1:] or sorted(set(CLASSES) - LARGE):
+        try:
+            print(result(kind), flush=True)
+        except Exception as error:  # noqa: BLE001
+            print(f"| `{kind}` | WRONG: {type(error).__name__} {str(error)[:200]!r} | |", flush=True)

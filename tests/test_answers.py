@@ -1,0 +1,162 @@
+"""Answers: maps equal those of generate with its cache, and without the image nothing is read from it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from probes.tiny_models import Family, gemma3, llava, llava_with_processor, paligemma, qwen
+
+from vpworkbench.answers import Answer, probe_answer, read_answer, teacher_forced
+from vpworkbench.probes import modality_masks
+
+QUESTION = "what is on the left"
+ANSWER = [11, 12, 13, 14]
+
+
+class Numbers:
+    """A tokenizer whose words are the ids."""
+
+    def decode(self, ids: list[int]) -> str:
+        return f" {ids[0]}"
+
+
+def one_prompt(family: Family, example: int) -> dict[str, torch.Tensor]:
+    """The inputs of one example; the second one is padded on the left."""
+    inputs = {name: value[example : example + 1] for name, value in family.inputs.items() if name != "pixel_values"}
+    # transformers' own eager attention is nan beside padding in float64
+    family.model.to(torch.float32 if example else torch.float64)
+    pixels = family.inputs["pixel_values"].to(family.model.dtype)
+    if "image_grid_thw" in inputs:
+        counts = family.inputs["image_grid_thw"].prod(dim=1).tolist()
+        return inputs | {"pixel_values": pixels.split(counts)[example]}
+    return inputs | {"pixel_values": pixels[example : example + 1]}
+
+
+@pytest.fixture(params=["llava", "qwen2_5_vl", "gemma3", "paligemma"])
+def family(request) -> Family:
+    torch.manual_seed(0)
+    makers = {"llava": llava, "gemma3": gemma3, "paligemma": paligemma, "qwen2_5_vl": lambda: qwen("qwen2_5_vl")}
+    built = makers[request.param]()
+    built.model.eval()
+    for parameter in built.model.parameters():
+        if not parameter.any() and parameter.ndim == 2:  # Gemma 3's projection of the image starts at zero
+            parameter.data.normal_()
+    return built
+
+
+@pytest.mark.parametrize("example", [0, 1])
+def test_maps_are_those_of_generate_with_a_cache(family, example):
+    """Greedy steps in eager mode: each step's last row of attention, and its log probability."""
+    model, inputs = family.model, one_prompt(family, example)
+    model.set_attn_implementation("eager")
+    made = model.generate(
+        **inputs,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        output_attentions=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    length = inputs["input_ids"].shape[1]
+    ids = made.sequences[0, length:].tolist()
+    answer = read_answer(model, inputs, ids, Numbers())
+    assert answer.words == tuple(f" {number}" for number in ids) and len(answer.prompt) == length + 4
+    for word, (maps, logits) in enumerate(zip(made.attentions, made.logits, strict=True)):
+        for layer, weights in enumerate(maps):
+            keys = weights.shape[-1]  # a sliding window keeps the last ones
+            seen = answer.attention[word, layer, :, : length + word]
+            torch.testing.assert_close(
+                seen[:, -keys:].double(), weights[0, :, -1].double(), rtol=0, atol=[1e-5, 1e-4][example]
+            )
+            assert (seen[:, :-keys] == 0).all() and (answer.attention[word, layer, :, length + word :] == 0).all()
+        log_probs = logits[0].double().log_softmax(dim=-1)
+        assert abs(answer.log_probs[word] - log_probs[ids[word]]) <= 1e-4
+
+
+def test_maps_and_roll_outs_equal_the_plain_eager_forward(family):
+    model, inputs = family.model, one_prompt(family, 0)
+    answer = read_answer(model, inputs, ANSWER, Numbers())
+    model.set_attn_implementation("eager")
+    forced = teacher_forced(model, inputs, ANSWER)
+    with torch.no_grad():
+        maps = model(**forced, output_attentions=True).attentions
+    length = forced["input_ids"].shape[1]
+    rows = slice(length - len(ANSWER) - 1, length - 1)
+    product = torch.eye(length, dtype=torch.float64)
+    vision = modality_masks(model, forced).vision[0]
+    for layer, weights in enumerate(maps):
+        torch.testing.assert_close(
+            answer.attention[:, layer], weights[0, :, rows].transpose(0, 1).float(), rtol=0, atol=1e-5
+        )
+        product = (torch.eye(length) + weights[0].double().mean(dim=0)) / 2 @ product
+        torch.testing.assert_close(answer.rolled[:, layer].double(), product[rows], rtol=0, atol=1e-5)
+        share = weights[0, :, rows][..., vision].sum(dim=-1).mean(dim=0)
+        torch.testing.assert_close(answer.image_share[:, layer], share.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        answer.map(1, layer=0, head=2), maps[0][0, 2, rows][1, vision].float(), rtol=0, atol=1e-5
+    )
+    assert answer.map(0, rolled=True).shape == answer.map(0).shape == (int(vision.sum()),)
+    assert answer.boxes.shape == (int(vision.sum()), 4)
+
+
+def test_with_the_image_blocked_everywhere_another_image_changes_nothing(family):
+    inputs = one_prompt(family, 0)
+    other = inputs | {"pixel_values": inputs["pixel_values"].flip(0, -1)}
+    one, another = (read_answer(family.model, given, ANSWER, Numbers(), spans=[(1, 1)]) for given in (inputs, other))
+    assert one.blocked[0].equal(another.blocked[0])
+    assert not one.log_probs.equal(another.log_probs) and not one.blocked[1].equal(another.blocked[1])
+    assert one.from_image.equal(one.log_probs - one.blocked[0]) and one.spans == ((0, 2), (1, 1))
+
+
+def test_uniform_attention_gives_the_null():
+    """All keys alike: every share of the image is its null, and a word sees only what precedes it."""
+    torch.manual_seed(0)
+    family = llava()
+    family.model.eval()
+    for layer in family.model.model.language_model.layers:
+        layer.self_attn.k_proj.weight.data.zero_()
+    answer = read_answer(family.model, one_prompt(family, 1), ANSWER, Numbers())
+    torch.testing.assert_close(answer.image_share, answer.null, rtol=0, atol=1e-6)
+    torch.testing.assert_close(answer.null[0, 0], torch.tensor(9 / 13))
+
+
+# --- with a processor ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_processor() -> tuple[torch.nn.Module, hf.LlavaProcessor]:
+    return llava_with_processor(QUESTION)
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+
+
+def test_a_given_answer_of_a_hub_model(with_processor):
+    answer = probe_answer(*with_processor, picture(0), QUESTION, answer="a red ball")
+    assert isinstance(answer, Answer) and [word.strip() for word in answer.words] == ["a", "red", "ball"]
+    assert answer.masks.vision.sum() == 9 and answer.masks.placed.sum() == 9
+    attended = answer.most_attended(1, 3)
+    assert len(attended) == 3 and all("<image>" not in token for token, _ in attended)
+    assert [share for _, share in attended] == sorted((share for _, share in attended), reverse=True)
+    another = probe_answer(*with_processor, picture(1), QUESTION, answer="a red ball")
+    assert another.blocked.equal(answer.blocked) and another.prior.equal(answer.prior)
+    assert not another.log_probs.equal(answer.log_probs)
+
+
+def test_a_generated_answer_and_several_images(with_processor):
+    model, processor = with_processor
+    answer = probe_answer(model, processor, [picture(0), picture(1)], QUESTION, max_new_tokens=3)
+    assert 1 <= len(answer.words) <= 3 and answer.masks.vision.sum() == 18
+    assert answer.masks.image[answer.masks.vision].tolist() == [0] * 9 + [1] * 9
+    assert answer.text == "".join(answer.words).strip()
+
+
+def test_refusals(with_processor, family):
+    with pytest.raises(ValueError, match="the answer is empty"):
+        probe_answer(*with_processor, picture(0), QUESTION, answer="")
+    with pytest.raises(ValueError, match="inputs hold 2 prompts"):
+        read_answer(family.model, family.inputs, ANSWER, Numbers())
