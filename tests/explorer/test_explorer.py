@@ -181,6 +181,28 @@ def test_picks_that_are_not_there(view: Explorer, wrong: dict) -> None:
     assert view.code == before
 
 
+@pytest.mark.parametrize("rule", ["similar", "block", "object"])
+def test_the_mask_hides_what_another_rule_ranks_first(view: Explorer, scenes: list[Picture], rule: str) -> None:
+    """The best of each rule, by plain numbers; captions, table and the numbers beside it name the rule."""
+    objects = objects_of_pictures(scenes[:1], 6)[0]
+    pick = int((objects > 0).nonzero()[0])
+    view.pick(pick, k=5, select=rule)
+    hidden = np.flatnonzero(arrays(view.masks.panels[0])[2])
+    features = view.masks._visual[0].features[0].double()
+    place = np.stack([np.arange(36) // 6, np.arange(36) % 6], axis=1)
+    scores = {
+        "similar": torch.cosine_similarity(features, features[pick : pick + 1]).numpy(),
+        "block": -np.linalg.norm(place - place[pick], axis=1).round(4),
+    }
+    scores["object"] = scores["block"] + 100 * (objects == objects[pick]).numpy()
+    others = np.delete(scores[rule], hidden)
+    assert len(hidden) == 5 and pick in hidden and scores[rule][hidden].min() >= others.max()
+    assert view.masks.panels[0].captions[2] == f"{rule} mask"
+    assert view.masks.errors[0].captions[0] == f"error under the {rule} mask"
+    assert view.masks.numbers.rows[0][1] == rule and f"{rule}_mask" in view.tables()["masks"]
+    assert f"select={rule!r}" in view.masks.code()
+
+
 def test_the_object_under_the_pick_is_outlined(view: Explorer, scenes: list[Picture]) -> None:
     objects = objects_of_pictures(scenes[:1], 6)[0]
     for pick in (int(objects.argmax()), int((objects == 0).nonzero()[0])):
@@ -698,7 +720,8 @@ def test_models_that_cut_the_image_otherwise(
     with closing(explore(wide_model(scenes, 6), scenes[:2], beside=wide_model(scenes, 8))) as view:
         assert view.masks.status.text == (
             "model (2) cuts the image into other tokens; only the first model is shown here.\n"
-            "No mask by attention for model: only the Swin parser has a parsing attention; random masks are drawn."
+            "No mask by attention for model: only the Swin parser and ViTs have a parsing attention; random masks are "
+            "drawn."
         )
 
 

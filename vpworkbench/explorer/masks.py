@@ -19,16 +19,27 @@ from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, Delayed, StatusText, View, image_traits, row
 from vpworkbench.explorer.readings import Reading, check_index
 from vpworkbench.explorer.widgets import Panels, Table
-from vpworkbench.losses import visual_mask
+from vpworkbench.losses import scores_of_pick, visual_mask
+from vpworkbench.model.visual import VisualTokens
+from vpworkbench.probes.masks import mask_scores
 
-Select = Literal["row", "column", "symmetric"]
+Select = Literal["row", "column", "symmetric", "similar", "block", "object"]
+RANKS = {
+    "row": "attention: what the pick attends to",
+    "column": "attention: what attends to the pick",
+    "symmetric": "attention: both",
+    "similar": "the nearest by features",
+    "block": "the nearest by position",
+    "object": "the true object, then the nearest",
+}
+"""What the mask beside the random one hides with the pick, and what a button says of it."""
+LOOKS = {"similar": "likeness to the token", "block": "nearness to the token", "object": "its object, then nearness"}
 KINDS = ["plain", "shade", "mask", "mask"]
 CAPTIONS = ["the image", "attention of the token", "attention mask", "random mask"]
-ERRORS = ["error under the attention mask", "error under the random mask"]
 
 
 class MasksView(View):
-    """The image with its tokens; one pick, its row of the parsing attention, the resulting mask, and a random mask.
+    """The image with its tokens; one pick, how a rule ranks the others for it, the resulting mask, and a random mask.
 
     Only models of this package are shown, and only the random mask of one without a parsing attention.
     """
@@ -44,9 +55,8 @@ class MasksView(View):
         self.fit = ipywidgets.Button(
             description="k = its object", tooltip="a mask as large as the picked object", layout={"width": "115px"}
         )
-        tooltips = ["what the pick attends to", "what attends to the pick", "both"]
         self.select = ipywidgets.ToggleButtons(
-            options=["row", "column", "symmetric"], tooltips=tooltips, style={"button_width": "95px"}
+            options=list(RANKS), tooltips=list(RANKS.values()), style={"button_width": "95px"}
         )
         self.head = ipywidgets.Dropdown(options=_head_options(0), layout={"width": "125px"})
         self.again = ipywidgets.Button(
@@ -76,7 +86,7 @@ class MasksView(View):
         pairs = zip(self.readings, self._visual, strict=True)
         if names := names + [reading.subject.name for reading, visual in pairs if visual.parsing is None]:
             drawn = "; random masks are drawn." if self.readings else "."
-            reason = "only the Swin parser has a parsing attention"
+            reason = "only the Swin parser and ViTs have a parsing attention"
             lines.append(f"No mask by attention for {', '.join(names)}: {reason}{drawn}")
         self.status.set(*(lines or ["Click a token, or use the arrow keys and Enter."]))
         if not self.readings:
@@ -123,7 +133,8 @@ class MasksView(View):
         """`masks`: one row for each model and visual token."""
         parts = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
-            names = ["attention", "attention_mask", "random_mask", "attention_error", "random_error"]
+            rule = self._rule
+            names = [rule, f"{rule}_mask", "random_mask", f"{rule}_error", "random_error"]
             columns = dict(zip(names, [*values[1:], *self._errors_of(number)], strict=True))
             parts.append(pd.DataFrame({"model": reading.subject.name, "token": range(values.shape[1])} | columns))
         return {"masks": pd.concat(parts, ignore_index=True)} if parts else {}
@@ -145,7 +156,7 @@ class MasksView(View):
     def draw_panel(self, axes: Axes, reading: Reading, panel: int) -> None:
         """Draw one panel of a reading as a still picture."""
         values = self.values[self.readings.index(reading)]
-        still.panel(axes, reading, KINDS[panel], values[panel], CAPTIONS[panel], self.pick)
+        still.panel(axes, reading, KINDS[panel], values[panel], self._captions[panel], self.pick)
 
     def close(self) -> None:
         super().close()
@@ -176,8 +187,7 @@ class MasksView(View):
             for panel in [*self.panels, *self.errors]:
                 panel.close()
             self.panels = [_panels([KINDS[n] for n in shown], [CAPTIONS[n] for n in shown]) for shown in self._shown]
-            captions = [ERRORS[-len(shown) // 2 :] for shown in self._shown]
-            self.errors = [_panels(["shade"] * len(masks), masks) for masks in captions]
+            self.errors = [_panels(["shade"] * (len(shown) // 2), self._errors(shown)) for shown in self._shown]
             for panel in [*self.panels, *self.errors]:
                 panel.observe(self._token_picked, "picked")
         controls = row(self.k, self.fit, self.again), row(self.select, self.head)
@@ -198,11 +208,14 @@ class MasksView(View):
         """Send the page its slice; the errors of reconstruction follow a moment later."""
         if self._is_quiet or not self.readings:
             return
-        self.values = [self._values_of(visual.parsing) for visual in self._visual]
+        self.values = [self._values_of(visual) for visual in self._visual]
         for reading, panel, values, shown in zip(self.readings, self.panels, self.values, self._shown, strict=True):
             hidden = [int(mask.sum()) for mask in values[2:]]
-            alt = f"Token {self.pick} is picked; {hidden[0]} tokens are hidden by attention and {hidden[1]} at random."
+            alt = (
+                f"Token {self.pick} is picked; {hidden[0]} tokens are hidden by {self._rule} and {hidden[1]} at random."
+            )
             traits = {"label": f"{reading.subject.name}: masks", "alt": alt} | (image_traits(reading) if images else {})
+            traits["captions"] = [self._captions[number] for number in shown]
             traits["outlined"] = self._on_object.nonzero()[:, 0].tolist()
             panel.update(values=values[list(shown)], picked=self.pick, **traits)
         self.fit.disabled = self._object_size < 2
@@ -210,19 +223,38 @@ class MasksView(View):
         self.changed()
         self._delayed(lambda: self._reconstruct(images=images))
 
-    def _values_of(self, parsing: Tensor | None) -> NDArray[np.float32]:
-        """(panel, token): zeros, attention of the pick, mask by attention, random mask."""
+    @property
+    def _rule(self) -> str:
+        """The `mask.mode` of the chosen button."""
+        return self.select.value if self.select.value in LOOKS else "attention"
+
+    @property
+    def _captions(self) -> list[str]:
+        if self._rule == "attention":
+            return CAPTIONS
+        return [CAPTIONS[0], LOOKS[self._rule], f"{self._rule} mask", CAPTIONS[3]]
+
+    def _errors(self, shown: Sequence[int]) -> list[str]:
+        """Captions of the errors under the masks that are shown."""
+        return [f"error under the {self._captions[number]}" for number in shown if KINDS[number] == "mask"]
+
+    def _values_of(self, visual: VisualTokens) -> NDArray[np.float32]:
+        """(panel, token): zeros, scores of the tokens for the pick, mask by them, random mask."""
         tokens = len(self.readings[0].boxes)
         noise = torch.rand(1, tokens, generator=torch.Generator().manual_seed(self._draw))
         noise[0, self.pick] = 2
         values = torch.zeros(4, tokens)
-        if parsing is not None:
-            heads = parsing[0].float().cpu()
+        if visual.parsing is not None:
+            heads = visual.parsing[0].float().cpu()
             weights = heads.mean(dim=0) if self.head.value < 0 else heads[self.head.value]
-            given, received = weights[self.pick], weights[:, self.pick]
-            select = self.select.value
-            values[1] = {"row": given, "column": received, "symmetric": given + received}[select]
-            values[2] = visual_mask(noise, self.k.value, parsing=weights[None], select=select)[0]
+            boxes = torch.from_numpy(self.readings[0].boxes)[None]
+            features, objects = visual.features.float().cpu(), self._objects[None]
+            scores = mask_scores(self._rule, features, weights[None], boxes, objects).float()
+            select = self.select.value if self._rule == "attention" else "row"
+            values[1] = scores_of_pick(scores, torch.tensor([self.pick]), select)[0]
+            if self._rule != "attention":
+                values[1] -= values[1].min()  # shades begin at 0
+            values[2] = visual_mask(noise, self.k.value, parsing=scores, select=select)[0]
         values[3] = visual_mask(noise, self.k.value)[0]
         return values.numpy()
 
@@ -232,6 +264,7 @@ class MasksView(View):
             traits = image_traits(reading) if images or not panel.image else {}
             traits["label"] = f"{reading.subject.name}: error of hidden tokens"
             traits["alt"] = "Bright where the features of a hidden token are guessed badly."
+            traits["captions"] = self._errors(self._shown[self.readings.index(reading)])
             panel.update(values=np.nan_to_num(found)[-len(panel.kinds) :], picked=self.pick, **traits)
         self._show_numbers(errors)
 
@@ -267,7 +300,7 @@ class MasksView(View):
         has_objects = bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
-            for place, name in enumerate(("attention", "random")):
+            for place, name in enumerate((self._rule, "random")):
                 mask = torch.from_numpy(values[2 + place]).bool()
                 if not mask.any():
                     continue  # no parsing attention
