@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from probes.any_model import build
 from probes.tiny_models import (
@@ -156,6 +157,24 @@ def test_wrapped_models_give_the_same_numbers(family):
     for module in list(family.model.modules()):
         add_hook_to_module(module, AlignDevicesHook("cpu"))
     assert probed(family.model, family.inputs).flow.nan_to_num().equal(expected)
+
+
+def test_weights_that_are_offloaded_and_layers_that_checkpoint(family):
+    expected = probed(family.model, family.inputs).flow.nan_to_num()
+    family.model.gradient_checkpointing_enable()
+    assert probed(family.model.train(), family.inputs).flow.nan_to_num().equal(expected)
+    cpu_offload(family.model.eval(), execution_device=torch.device("cpu"))
+    assert next(family.model.parameters()).device.type == "meta"
+    assert probed(family.model, family.inputs).flow.nan_to_num().equal(expected)
+
+
+def test_a_model_in_bfloat16(family):
+    expected = probed(family.model, family.inputs)
+    masks = modality_masks(family.model, family.inputs)
+    inputs = family.inputs | {"pixel_values": family.inputs["pixel_values"].bfloat16()}
+    half = family.model.bfloat16()
+    torch.testing.assert_close(probed(half, inputs).null, expected.null, equal_nan=True)
+    assert check(half, inputs, masks.vision, masks.tokens, examples=2).flow <= 0.02
 
 
 def test_hooks_of_accelerate_survive_where_forward_is_replaced():
