@@ -21,7 +21,6 @@ from vpworkbench.settings import (
     pretrain_settings,
     visual_init_settings,
 )
-from vpworkbench.settings.training import fast_bfloat16
 from vpworkbench.tasks.settings import finetune_settings
 
 
@@ -69,7 +68,7 @@ def test_wrong_values_name_the_setting(parameters, message):
 def test_lengths_small_by_default_and_the_presets_at_0():
     assert (pretrain_settings().train.steps, finetune_settings().train.steps) == (40, 20)
     assert visual_init_settings().scenes.images == 320
-    assert pretrain_settings(steps=0) == PRESETS["tiny"].with_overrides({"train.bf16": fast_bfloat16()})
+    assert pretrain_settings(steps=0) == PRESETS["tiny"]
     long = pretrain_settings(epochs=2).train
     assert (long.steps, long.epochs) == (0, 2)
     assert finetune_settings(steps=0).train.steps == 1_000
@@ -78,8 +77,9 @@ def test_lengths_small_by_default_and_the_presets_at_0():
 
 def test_tiny_freezes_a_visual_side_that_starts_trained():
     assert pretrain_settings().visual.frozen and pretrain_settings(visual="grid").visual.frozen
-    from_scratch, codes = pretrain_settings(init_visual=""), {"visual.dictionary": 64}
-    assert not from_scratch.visual.frozen and not pretrain_settings(visual="grid", overrides=codes).visual.frozen
+    assert not pretrain_settings(init_visual="").visual.frozen
+    assert not pretrain_settings(visual="grid", overrides={"visual.dictionary": 64}).visual.frozen
+    assert not pretrain_settings(overrides={"mask.where": "pixels"}).visual.frozen
     assert not pretrain_settings(overrides={"visual.frozen": False}).visual.frozen
     assert not visual_init_settings().visual.frozen
 

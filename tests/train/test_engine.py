@@ -234,7 +234,7 @@ def test_schedule_warms_up_and_decays_at_25_and_35_of_40():
 
 
 def test_linear_schedule_falls_as_that_of_transformers():
-    optim = OptimSettings(warmup=20, schedule="linear")
+    optim = OptimSettings(warmup=20, decay_at="linear")
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_linear_schedule_with_warmup(optimiser, 20, 100)
     for step in range(100):

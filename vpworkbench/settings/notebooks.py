@@ -117,7 +117,7 @@ def pretrain_settings(
         with a visual dictionary, else `random`.
     init_visual : str
         `auto`: the start of the family, else of the preset. A name of timm also sets `visual.backbone` or `visual.vit`.
-        `tiny` freezes what starts trained, unless it has a dictionary, which learns with the model.
+        `tiny` freezes what starts trained, unless it has a dictionary or sees masked pixels.
     steps, epochs
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
@@ -136,7 +136,7 @@ def pretrain_settings(
         "visual.family": visual,
         "mask.mode": masking or _default_masking(kind, overrides),
         "init_visual": start,
-        "visual.frozen": base.visual.frozen and bool(start) and not overrides.get("visual.dictionary"),
+        "visual.frozen": base.visual.frozen and bool(start) and not _learns(overrides),
         "init_text": init_text,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
@@ -207,6 +207,11 @@ def _sizes(base: VisualSettings, values: dict[str, Any], tokens: int) -> dict[st
     except (AttributeError, LookupError, TypeError):
         return {}
     return {f"visual.{name}": value for name, value in sizes.items()}
+
+
+def _learns(overrides: dict[str, Any]) -> bool:
+    """Whether the visual side must be trained: for a dictionary of codes, or to see masked pixels."""
+    return bool(overrides.get("visual.dictionary")) or overrides.get("mask.where") == "pixels"
 
 
 def _default_masking(kind: Family, overrides: dict[str, Any]) -> str:

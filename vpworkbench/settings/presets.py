@@ -36,7 +36,7 @@ PRESETS: dict[str, PretrainSettings] = {
         visual=VisualSettings(frozen=True),
         fusion=FusionSettings(dropout=0.0),
         # The paper's rate of the fusion suits a pre-trained BERT; a small fusion from scratch takes twenty times more.
-        optim=OptimSettings(lr_fusion=1e-3, warmup=100, schedule="linear"),
+        optim=OptimSettings(lr_fusion=1e-3, warmup=100, decay_at="linear"),
         train=TrainSettings(steps=1_500),
     ),
     "small": PretrainSettings(

@@ -73,10 +73,9 @@ class OptimSettings(Settings):
     lr_fusion: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: int = Field(500, ge=0, description="optimiser steps of linear warm-up")
-    schedule: Literal["steps", "linear"] = Field(
-        "steps", description="after the warm-up; steps: lr x `decay` at each of `decay_at`; linear: to 0 at the end"
+    decay_at: tuple[float, ...] | Literal["linear"] = Field(
+        (25 / 40, 35 / 40), description="shares of the run after which lr x decay; or 'linear': down to 0 at the end"
     )
-    decay_at: tuple[float, ...] = Field((25 / 40, 35 / 40), description="shares of the run after which lr x decay")
     decay: float = Field(0.1, gt=0, le=1)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
 

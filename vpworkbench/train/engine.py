@@ -226,7 +226,7 @@ def pick_device(name: str) -> torch.device:
 def learning_rate_factor(step: int, total: int, optim: OptimSettings) -> float:
     """Linear warm-up; then times `decay` at the shares `decay_at` of the run (paper Sec. 4.1), or linear to 0."""
     warm = min(1.0, (step + 1) / optim.warmup) if optim.warmup else 1.0
-    if optim.schedule == "linear":
+    if optim.decay_at == "linear":
         return min(warm, (total - step) / max(1, total - optim.warmup))
     return warm * optim.decay ** sum(step >= share * total for share in optim.decay_at)
 
