@@ -86,7 +86,8 @@ def test_stored_without_outputs_and_with_explained_parameters(path):
     for line in tagged[0].source.splitlines():
         assert "  # " in line, f"{line}: a comment tells users what it is"
     for cell in code:
-        assert len(cell.source.splitlines()) <= 15 and "def " not in cell.source and "import *" not in cell.source
+        most = 16 if cell is tagged[0] else 15
+        assert len(cell.source.splitlines()) <= most and "def " not in cell.source and "import *" not in cell.source
         assert max(map(len, cell.source.splitlines()), default=0) <= 110
     help_names = set(papermill.inspect_notebook(str(path)))
     assert help_names == set(notebook_parameters(path))

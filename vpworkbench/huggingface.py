@@ -148,7 +148,7 @@ class Processed:
     def _with_regions(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor]:
         """The arguments of the forward, and the boxes of the regions, (image, region, 4), nan at padding."""
         packed = self.regions.stack(pictures)
-        packed = packed[:, : int(packed[..., -1].sum(dim=1).max())]  # no more padding than the batch needs
+        packed = packed[:, : int((packed[..., -1] > 0).sum(dim=1).max())]  # no more padding than the batch needs
         features, boxes, real = packed.split((self.regions.width, 4, 1), dim=2)
         names, dtype = REGION_MODELS[self.model.config.model_type], self.model.dtype
         arguments = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +16,15 @@ from tasks.test_task import few
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.nlvr1 import Item
 from vpworkbench.data.records import Example
+from vpworkbench.model.attentive import EveImage, Mac
 from vpworkbench.runs import open_run
-from vpworkbench.studies.baselines import baselines, maxent_on_structure, runs_by_start, start_intervals
+from vpworkbench.studies.baselines import (
+    attentive_labels,
+    baselines,
+    maxent_on_structure,
+    runs_by_start,
+    start_intervals,
+)
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 from vpworkbench.train.finetune import PreparedTask, prepare_task
@@ -25,7 +33,7 @@ from vpworkbench.train.finetune import PreparedTask, prepare_task
 def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():
     settings = few(task="nlvr2")
     found = baselines(prepare_task(settings), settings)["val"]
-    assert set(found) == {"most frequent", "text only", "image only", "text x pooled features"}
+    assert set(found) == {"most frequent", "text only", "image only", "text x pooled features", "MAC"}
     means = {name: result.scores.mean() for name, result in found.items()}
     assert means["most frequent"] == pytest.approx(0.5)
     assert means["text only"] == pytest.approx(0.5)  # each statement is true of one pair, false of one
@@ -69,6 +77,16 @@ def test_a_product_answers_what_neither_words_nor_image_can_alone(coloured, mode
     assert torch.equal(torch.get_rng_state(), before)
     again = baselines(prepared, settings)["val"]["text x pooled features"]
     assert again.scores.mean() == found["text x pooled features"]
+
+
+@pytest.mark.parametrize("network, epochs", [(partial(Mac, width=64), 60), (EveImage, 10)])
+def test_attentive_networks_answer_what_neither_words_nor_image_can_alone(coloured, model, network, epochs):
+    asked = [replace(example, answers=(), label=example.answers[0]) for example in coloured]
+    labels = [example.label for example in asked]
+    before = torch.get_rng_state()
+    found = attentive_labels(network, model, asked[:160], labels[:160], asked[160:], seed=0, epochs=epochs)
+    assert np.mean(np.array(found) == labels[160:]) > 0.8
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def counted(number: int, drawn: int) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
     assert len(equal) == 1
     masks = [trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILY_ARMS]
     assert masks == ["random"] * 4 + ["code"] and trained["families-grid-code-0"].visual.dictionary == 2048
+
+
+def test_any_list_of_arms_is_compared(runs_folder):
+    """Names of known arms, and arms of one's own; their runs are found by the same names."""
+    own = {"label": "wide, no MFR", "masking": "none", "overrides": {"fusion.width": 384}}
+    settings = FamilyRunsSettings(arms=["vl-bert", "regions-random", own], seeds=1)
+    calls = [shlex.split(call) for call in family_runs.calls(settings)]
+    trained = {call[4]: dict(zip(call[6::3], call[7::3], strict=True)) for call in calls if call[2] == "01_pretrain"}
+    assert list(trained) == ["families-vl-bert-0", "families-regions-random-0", "families-wide-no-MFR-0"]
+    assert trained["families-vl-bert-0"]["system"] == "vl-bert" and "masking" not in trained["families-vl-bert-0"]
+    assert json.loads(trained["families-wide-no-MFR-0"]["overrides"]) == own["overrides"]
+    with pytest.raises(SettingsError, match="arms: no arm 'vlbert'; did you mean 'vl-bert'"):
+        family_runs.arms_of(FamilyRunsSettings(arms=["vlbert"]))
+    with pytest.raises(SettingsError, match="there are no finished runs of unified-vlp yet"):
+        family_runs.compared(FamilyRunsSettings(arms=["unified-vlp"]))
+    found = family_runs.compared(FamilyRunsSettings(arms=["regions-random"]))  # of those that ship
+    assert list(found.names()) == ["regions-random"] and len(found.learnt()) == len(found.runs)
 
 
 def test_visual_sides_are_taught_by_equal_work():

@@ -113,7 +113,7 @@ def test_both_are_trained_once_and_kept(scenes, tmp_path):
     settings = finetune_settings(task="retrieval", steps=2, overrides={"train.images": 8, "workers": 0})
     pictures, pairs = scenes[60:70], batches(build_dual(settings), scenes[:30], images=8)
     found = dual_scores(pairs, pictures, settings, folder=tmp_path)
-    assert set(found) == {"frozen dual projection", "trained dual encoder"}
+    assert set(found) == {"frozen dual projection", "trained dual encoder", "SCAN"}
     assert all(scores.shape == (10, len(texts_of(pictures))) for scores in found.values())
     assert not np.array_equal(*found.values())
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}

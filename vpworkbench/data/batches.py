@@ -177,7 +177,7 @@ class GroupBatches(Dataset):
         tokenizer, share = self.words.tokenizer, self.settings.word_share
         options = {"share": share, "mask_id": tokenizer.mask_token_id, "vocabulary": len(tokenizer)}
         # Unmatched texts are masked too: a [MASK] in the matched ones only would give the ITM label away.
-        masked = mask_words(words, self.words.maskable(words), rng, **options)
+        masked = mask_words(words, self.words.maskable(words, ends=self.settings.mask_end), rng, **options)
         start, stop = (len(groups) * part // count for part in (index, index + 1))
         mirrored = rng.random(len(groups))[start:stop] < 0.5 if self.settings.flip else None
         shown = [picture for picture, _ in groups[start:stop]]

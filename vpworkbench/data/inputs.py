@@ -179,12 +179,12 @@ def visual_input(visual: VisualSettings) -> VisualInput:
         return Pixels(visual.image_px)
     place = Path(visual.region_files).expanduser()
     changed = (place.stat().st_mtime_ns, place.stat().st_size) if place.exists() else None
-    return _opened(visual.region_files, visual.regions, visual.region_width, changed)
+    return _opened(visual.region_files, visual.regions, visual.region_width, visual.classes, changed)
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(source: str, most: int, width: int, changed: tuple[int, int] | None) -> RegionFiles:
-    return RegionFiles(source, most=most, width=width)
+def _opened(source: str, most: int, width: int, classes: int, changed: tuple[int, int] | None) -> RegionFiles:
+    return RegionFiles(source, most=most, width=width, classes=classes)
 
 
 def prepare(

@@ -1,6 +1,7 @@
 """Features and boxes of regions that a detector has found: BUTD's tsv, or one npz for each image.
 
-An npz holds `features` (region, channel), `boxes` (region, 4) in pixels as x0 y0 x1 y1, and `size` (width, height).
+An npz holds `features` (region, channel), `boxes` (region, 4) in pixels as x0 y0 x1 y1, and `size` (width, height); if
+a detector named what it found, also `classes` (region,), counted from 0.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Regions(NamedTuple):
 
     features: np.ndarray
     boxes: np.ndarray
+    classes: np.ndarray | None = None  # int64 (region,)
 
 
 class RegionFiles:
@@ -56,10 +58,12 @@ class RegionFiles:
         Regions of an image: the first ones in its file.
     width : int
         Channels of a feature. Only `read` needs neither `most` nor `width`.
+    classes : int
+        Number of classes, which all files must carry then; 0: they are not read.
     """
 
-    def __init__(self, source: str | Path, *, most: int = 0, width: int = 0) -> None:
-        self.source, self.most, self.width = Path(source).expanduser(), most, width
+    def __init__(self, source: str | Path, *, most: int = 0, width: int = 0, classes: int = 0) -> None:
+        self.source, self.most, self.width, self.classes = Path(source).expanduser(), most, width, classes
         if not str(source) or not self.source.exists():
             raise DataError(
                 f"visual.region_files {str(source)!r}: no such folder or tsv; give BUTD's tsv or a folder with one npz "
@@ -70,26 +74,35 @@ class RegionFiles:
         self._same_scenes: set[Path] = set()  # folders and zips of images that were compared before
 
     def stack(self, images: Sequence[Any], mirrored: None = None) -> Tensor:
-        """float32 (image, region, width + 5): features, relative box, 1. Rows of 0 are padding."""
+        """float32 (image, region, width + 5): features, relative box, 1 + class. Rows of 0 are padding."""
         packed = torch.zeros(len(images), self.most, self.width + 5)
         for row, one in zip(packed, images, strict=True):
             image = one.image if isinstance(one, Picture) else one
             if not isinstance(image, ImageFile):
                 raise DataError("regions are found by the name of an image file; give its path, not its pixels")
-            features, boxes = (torch.from_numpy(part) for part in self.regions(image))
-            row[: len(features)] = torch.cat([features, boxes, torch.ones(len(features), 1)], dim=1)
+            features, boxes, classes = self.regions(image)
+            kinds = np.ones(len(boxes)) if classes is None else 1 + classes
+            row[: len(boxes)] = torch.from_numpy(np.column_stack([features, boxes, kinds.astype(np.float32)]))
         return packed
 
     def regions(self, image: ImageFile) -> Regions:
         """The first `most` regions of an image; `DataError` if they have another width, and as in `read`."""
-        features, boxes = self.read(image)
+        features, boxes, classes = self.read(image)
         if features.shape[1] != self.width:
             raise DataError(
                 f"{self.source}: image {image.name}: features of {features.shape[1]} channels where the model takes "
                 f"{self.width}; set visual.region_width for a model of ours; for another make regions with "
                 f"`vpw regions --width {self.width}`"
             )
-        return Regions(features[: self.most], boxes[: self.most])
+        if not self.classes:
+            return Regions(features[: self.most], boxes[: self.most])
+        if classes is None or classes.max() >= self.classes:
+            found = "no classes" if classes is None else f"class {classes.max()}"
+            raise DataError(
+                f"{self.source}: image {image.name}: {found}, and visual.classes is {self.classes}: npz files need an "
+                "array `classes` with a number below it for each region; `vpw regions` writes them into a new folder"
+            )
+        return Regions(features[: self.most], boxes[: self.most], classes[: self.most])
 
     def read(self, image: ImageFile) -> Regions:
         """All regions of an image; `DataError` if there are none, or if they are broken or of other scenes."""
@@ -161,7 +174,9 @@ class RegionFiles:
         self._same_scenes.add(image.folder)
 
 
-def checked_regions(features: np.ndarray, boxes: np.ndarray, size: np.ndarray, *, source: str) -> Regions:
+def checked_regions(
+    features: np.ndarray, boxes: np.ndarray, size: np.ndarray, classes: np.ndarray | None = None, *, source: str
+) -> Regions:
     """Regions with relative boxes; a `DataError` begins with `source`, which names the file and the image.
 
     Parameters
@@ -170,6 +185,7 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: np.ndarray, *
         Boxes in pixels.
     size : float array, (2,)
         Width and height of the image in pixels.
+    classes : float array or None, (region,)
     """
 
     def fault(message: str) -> DataError:
@@ -193,13 +209,17 @@ def checked_regions(features: np.ndarray, boxes: np.ndarray, size: np.ndarray, *
         if wrong.any():
             place = int(wrong.argmax())
             raise fault(f"box {place} {np.round(boxes[place], 1).tolist()} {message}")
-    return Regions(features, (boxes.clip(0, limits) / limits).astype(np.float32))
+    if classes is not None:
+        if classes.shape != (len(features),) or not (np.isfinite(classes).all() and (classes >= 0).all()):
+            raise fault(f"classes {classes.shape}, not one number from 0 for each of {len(features)} regions")
+        classes = classes.astype(np.int64)
+    return Regions(features, (boxes.clip(0, limits) / limits).astype(np.float32), classes)
 
 
 def write_regions(
     file: Path, features: np.ndarray, boxes: np.ndarray, size: Sequence[float], **more: np.ndarray
 ) -> None:
-    """Write the npz of one image; boxes in pixels. What a detector knows `more` is kept, but not read here."""
+    """Write the npz of one image; boxes in pixels. What a detector knows `more` is kept; `classes` may be read."""
     file.parent.mkdir(parents=True, exist_ok=True)
     given = {"features": features.astype(np.float32), "boxes": np.asarray(boxes, np.float32), "size": np.asarray(size)}
     with draft(file, durable=False) as written, open(written, "wb") as out:
@@ -210,7 +230,8 @@ def read_npz(file: Path) -> Regions:
     """The regions of one image."""
     try:
         with np.load(file, allow_pickle=False) as content:
-            parts = [np.asarray(content[name], np.float64) for name in ("features", "boxes", "size")]
+            names = ["features", "boxes", "size", *(("classes",) if "classes" in content else ())]
+            parts = [np.asarray(content[name], np.float64) for name in names]
     except UNREADABLE as error:
         raise DataError(
             f"{file}: not a complete npz of numbers: features, boxes and size ({error}); extract this image again"

@@ -35,6 +35,7 @@ _OBJECTIVES = {
     "vla": "alignment (VLA), cosine distance",
     "mfr": "masked features (MFR), squared",
     "mvm": "masked codes (MVM), nats",
+    "mrc": "masked classes (MRC), nats",
 }
 _WATCHED = {
     "training_score": "score on training examples",

@@ -68,6 +68,7 @@ class Fusion(nn.Module):
             self.position = nn.Parameter(torch.empty(grid**2, settings.width).normal_(std=0.02))
         else:
             self.register_buffer("position", sine_position(grid, settings.width), persistent=False)
+        self.whole_image = nn.Linear(settings.width, settings.width) if settings.whole_image else None
         self.vision_type = nn.Parameter(torch.zeros(settings.width)) if settings.visual_type else None
 
     @property
@@ -90,7 +91,12 @@ class Fusion(nn.Module):
         return self.bert.embeddings.dropout(self.vision_norm(embedded))
 
     def forward(
-        self, words: Tensor, word_tokens: Tensor, vision: Tensor | None = None, vision_tokens: Tensor | None = None
+        self,
+        words: Tensor,
+        word_tokens: Tensor,
+        vision: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
+        causal: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The embedding of the joint sequence and the output of each layer, (example, word + vision, d).
 
@@ -102,9 +108,12 @@ class Fusion(nn.Module):
             From `embed_vision`; None for text only.
         vision_tokens : bool Tensor or None, (example, vision)
             False at padding; None if there is none.
+        causal : bool Tensor or None, (example,)
+            Examples with `seq2seq_mask`.
         """
         hidden, tokens = self._embedded(words, word_tokens, vision, vision_tokens)
-        states, mask = [hidden], self._mask(hidden, tokens)
+        mask = self._mask(hidden, tokens) if causal is None else seq2seq_mask(tokens, words.shape[1], causal)
+        states = [hidden]
         for layer in self.bert.encoder.layer:
             states.append(layer(states[-1], mask))
         return tuple(states)
@@ -137,11 +146,18 @@ class Fusion(nn.Module):
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, vision_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The embedded sequence, (example, word + vision, d), and where it is real, bool (example, word + vision)."""
-        hidden, tokens = self.bert.embeddings(input_ids=words), word_tokens
-        if vision is not None:
-            if vision_tokens is None:
-                vision_tokens = tokens.new_ones(vision.shape[:2])
-            hidden, tokens = torch.cat([hidden, vision], dim=1), torch.cat([tokens, vision_tokens], dim=1)
+        embed, tokens = self.bert.embeddings, word_tokens
+        if vision is None:
+            return embed(input_ids=words), tokens
+        if vision_tokens is None:
+            vision_tokens = tokens.new_ones(vision.shape[:2])
+        if self.whole_image is None:
+            hidden = embed(input_ids=words)
+        else:  # where tokens are hidden, the mean holds their mask vector: nothing leaks
+            shares = vision_tokens[..., None] / vision_tokens.sum(dim=1)[:, None, None]
+            image = self.whole_image((vision * shares).sum(dim=1, keepdim=True))
+            hidden = embed(inputs_embeds=embed.word_embeddings(words) + image)
+        hidden, tokens = torch.cat([hidden, vision], dim=1), torch.cat([tokens, vision_tokens], dim=1)
         return hidden, tokens
 
     def _mask(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:
@@ -160,6 +176,30 @@ FUSIONS = {"joint": "vpworkbench.model.fusion:Fusion", "two-stream": "vpworkbenc
 def build_fusion(settings: FusionSettings, **shape: Any) -> Fusion:
     """The fusion with random weights; `shape` as `Fusion` takes it."""
     return resolve_name(FUSIONS[settings.kind])(settings, **shape)
+
+
+def seq2seq_mask(tokens: Tensor, words: int, causal: Tensor) -> Tensor:
+    """Who may attend to whom where an image is turned into words (UniLM, Unified VLP).
+
+    [CLS] and the visual tokens see each other; each other word sees them, itself and the words before it.
+
+    Parameters
+    ----------
+    tokens : bool Tensor, (example, word + vision)
+        False at padding.
+    words : int
+        Word positions; the visual tokens follow them.
+    causal : bool Tensor, (example,)
+        False: the example has no such mask.
+
+    Returns
+    -------
+    bool Tensor, (example, 1, query, key)
+    """
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    written = (place > 0) & (place < words)
+    sees = ~written | (written[:, None] & (place <= place[:, None]))
+    return ((sees | ~causal[:, None, None]) & tokens[:, None])[:, None]
 
 
 def sine_position(grid: int, width: int) -> Tensor:

@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class VisualParsingModel(nn.Module):
-    """Visual side, fusion Transformer and heads for MLM, ITM and MFR; with a visual dictionary also for MVM.
+    """Visual side, fusion Transformer and heads for MLM, ITM and MFR; with codes or classes also for MVM and MRC.
 
     The tokenizer is saved with the model; its size is the vocabulary.
     """
@@ -75,7 +75,7 @@ class VisualParsingModel(nn.Module):
         self.mlm_bias = nn.Parameter(torch.zeros(len(tokenizer)))
         self.itm = nn.Linear(width, 2)
         self.mfr = nn.Linear(width, self.visual.width)
-        self.mvm = nn.Linear(width, settings.visual.dictionary) if settings.visual.dictionary else None
+        self.mvm = nn.Linear(width, settings.visual.codes) if settings.visual.codes else None  # and MRC
         self.freeze_visual(settings.visual.frozen)
 
     @property
@@ -130,6 +130,7 @@ class VisualParsingModel(nn.Module):
         *,
         image_index: Tensor | None = None,
         masked: Tensor | None = None,
+        causal: Tensor | None = None,
     ) -> Joint:
         """Pair the visual tokens of each image with each of its texts; one pass for each pair.
 
@@ -141,9 +142,12 @@ class VisualParsingModel(nn.Module):
             Image of each text; None if text i belongs to image i.
         masked : bool Tensor or None, (text, vision)
             Visual tokens to hide.
+        causal : bool Tensor or None, (text,)
+            Texts whose words see no later words, as `seq2seq_mask` says.
         """
         paired = visual.for_texts(image_index)
-        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens)
+        options = {} if causal is None else {"causal": causal}
+        hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens, **options)
         return Joint(hidden, words.shape[1], visual)
 
     def word_logits(self, states: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class VisualTokens(NamedTuple):
     parsing: Tensor | None = None  # (image, head, vision, vision): attention of the parser's last block, rows sum to 1
     tokens: Tensor | None = None  # bool (image, vision): False at padding; None if there is no padding
     boxes: Tensor | None = None  # (image, vision, 4): x0 y0 x1 y1 of regions, as shares of the image
-    codes: Tensor | None = None  # int64 (image, vision): the code of the visual dictionary that replaced each token
+    codes: Tensor | None = None  # int64 (image, vision): the code that replaced each token, or the class of each region
     positions: Tensor | None = None  # int64 (image, vision): places on the grid, if some of its tokens were left out
 
     def for_texts(self, image_index: Tensor | None) -> VisualTokens:
@@ -151,11 +151,13 @@ class RegionFeatures(nn.Module):
         self.settings, self.width = settings, settings.region_width
 
     def forward(self, images: Tensor) -> VisualTokens:
-        """Packed regions (image, region, channel + 5): features, box, 1 if real -> tokens (image, region, channel)."""
+        """Packed regions (image, region, channel + 5): features, box, 1 + class -> tokens (image, region, channel)."""
         if images.dim() != 3 or images.shape[2] != self.width + 5:
             raise ValueError(
                 f"regions have shape {tuple(images.shape)}; this model takes (image, region, {self.width} + 5) as "
                 "data.regions.RegionFiles stacks them"
             )
-        features, boxes, real = images.split((self.width, 4, 1), dim=2)
-        return VisualTokens(features, tokens=real[..., 0] > 0, boxes=boxes)
+        features, boxes, kind = images.split((self.width, 4, 1), dim=2)
+        kind = kind[..., 0]
+        codes = (kind.long() - 1).clamp(min=0) if self.settings.classes else None
+        return VisualTokens(features, tokens=kind > 0, boxes=boxes, codes=codes)

@@ -49,9 +49,10 @@ class Words:
             row[: len(ids)] = ids
         return words
 
-    def maskable(self, words: np.ndarray) -> np.ndarray:
-        """bool (text, word): True at words, False at special tokens and padding."""
-        return ~np.isin(words, list(self._special - {self.tokenizer.unk_token_id}))
+    def maskable(self, words: np.ndarray, *, ends: bool = False) -> np.ndarray:
+        """bool (text, word): True at words, and with `ends` at [SEP]; False at other special tokens and padding."""
+        kept = {self.tokenizer.unk_token_id, *((self.tokenizer.sep_token_id,) if ends else ())}
+        return ~np.isin(words, list(self._special - kept))
 
     def tensors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`words` int64 (text, word), and `word_tokens` bool (text, word), False at padding."""

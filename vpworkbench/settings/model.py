@@ -38,6 +38,7 @@ class VisualSettings(Settings):
     position: Literal["sine", "learned"] = Field("sine", description="of grid tokens: the paper's, or a table (ViLT)")
     regions: int = Field(36, ge=1, le=1024, description="regions: at most N per image, the first N in its file")
     region_width: int = Field(2048, ge=1, description="regions: channels of a feature (BUTD: 2048)")
+    classes: int = Field(0, ge=0, le=65_536, description="regions: classes in the files, for `loss.mrc`; 0: not read")
     region_files: LocalPath = Field("", description="regions: a folder with an npz for each image, or a BUTD tsv")
 
     @field_validator("family")
@@ -63,6 +64,10 @@ class VisualSettings(Settings):
         if self.dictionary and not self.kind.dictionary:
             able = ", ".join(repr(name) for name, kind in FAMILIES.items() if kind.dictionary)
             raise ValueError(f"dictionary {self.dictionary}: visual family {self.family!r} has none (only {able})")
+        if self.classes and self.kind.pixels:
+            raise ValueError(
+                f"classes {self.classes}: visual family {self.family!r} reads pixels; region files have them"
+            )
         if self.frozen and (self.dictionary or not self.kind.pixels):
             what = "a dictionary, which learns by moving averages" if self.dictionary else "no weights"
             raise ValueError(f"frozen: this visual side has {what}; leave frozen false")
@@ -81,6 +86,11 @@ class VisualSettings(Settings):
     def vit_patch_px(self) -> int:
         """Side of a patch of `vit`."""
         return int(re.search(r"patch(\d+)", self.vit)[1])
+
+    @property
+    def codes(self) -> int:
+        """Kinds of visual tokens that a hidden one can be classified into: codes or classes; 0 if there are none."""
+        return self.dictionary or self.classes
 
     @property
     def grid(self) -> int:
@@ -128,6 +138,7 @@ class FusionSettings(Settings):
     feed_forward: int = Field(768, ge=8)
     dropout: float = Field(0.1, ge=0, lt=1)
     positions: int = Field(512, ge=8, description="rows of the table of word positions, as in BERT")
+    whole_image: bool = Field(False, description="add the projected mean of the visual tokens to each word (VL-BERT)")
     visual_type: bool = Field(False, description="add a learned vector to visual tokens [peer: SOHO]")
 
     @model_validator(mode="after")

@@ -10,14 +10,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings, nearest
 from vpworkbench.settings.families import FAMILIES, Family
 from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
+from vpworkbench.settings.systems import SYSTEMS
 from vpworkbench.settings.training import (
     DataSettings,
     PretrainSettings,
@@ -79,8 +80,28 @@ class RunsSettings(Settings):
     gallery: bool = Field(True, description="include the committed examples")
 
 
+class Arm(Settings):
+    """One row of a comparison; all but the label are parameters of `01_pretrain`."""
+
+    label: str = Field(pattern=r"^\w")
+    visual: str = Field("swin", description="a visual family")
+    masking: str = Field("", description="as in `01_pretrain`")
+    system: str = Field("", description="as in `01_pretrain`")
+    start: str = Field("", description="run PREFIX-START of 09_visual_init; '' shipped weights, or given features")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="any other setting")
+
+    @field_validator("visual")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in FAMILIES:
+            raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
+        return name
+
+
 class FamilyRunsSettings(Settings):
     """Parameters of `08_families`: which runs are compared, and the length of those in the list of calls."""
+
+    arms: tuple[str | Arm, ...] = Field((), description="names of arms, or `Arm`s; empty: those of the notebook")
 
     prefix: str = Field("families", pattern=r"^\w[\w.-]*$", description="the names of the runs begin with it")
     runs: LocalPath = Field("", description="the folder of the runs; '' the run folders of this workbench")
@@ -96,6 +117,7 @@ def pretrain_settings(
     visual_tokens: int = 0,
     regions: str = "",
     masking: str = "",
+    system: str = "",
     init_visual: str = "auto",
     init_text: str = "",
     steps: int = 40,
@@ -113,8 +135,10 @@ def pretrain_settings(
     regions : str
         A folder that `vpw regions` wrote, which also sets the width of features, or any value of `visual.region_files`.
     masking : str
-        A value of `mask.mode`; empty: `attention` for families with a parsing attention and with `mask.source`, `code`
-        with a visual dictionary, else `random`.
+        A value of `mask.mode`; empty: that of the system, else `attention` for families with a parsing attention and
+        with `mask.source`, `code` with a visual dictionary, else `random`.
+    system : str
+        A key of `SYSTEMS`, whose fusion and objectives are taken; `overrides` come after them.
     init_visual : str
         `auto`: the start of the family, else of the preset. A name of timm also sets `visual.backbone` or `visual.vit`.
         `tiny` freezes what starts trained, unless it has a dictionary or sees masked pixels.
@@ -122,7 +146,12 @@ def pretrain_settings(
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
     """
-    base, overrides = named_preset(preset), overrides or {}
+    if system not in SYSTEMS:
+        raise SettingsError(f"system: no system {system!r}{nearest(system, SYSTEMS)} (known: {', '.join(SYSTEMS)[2:]})")
+    of_system = dict(SYSTEMS[system])
+    mode = of_system.pop("mask.mode", "")
+    masking = masking or mode
+    base, overrides = named_preset(preset), of_system | (overrides or {})
     if visual_tokens and (both := {"visual.image_px", "visual.window", "visual.regions"} & overrides.keys()):
         raise SettingsError(f"visual_tokens {visual_tokens} also decides {min(both)}; give one of them")
     kind = FAMILIES.get(visual, FAMILIES["swin"])  # an unknown name is reported with all other faults
@@ -142,7 +171,8 @@ def pretrain_settings(
         "train.checkpoint_every": checkpoint_every,
         "train.bf16": fast_bfloat16(),
     }
-    values |= _region_values(regions) | train_length(steps, epochs) | _network_named(kind, init_visual)
+    values |= _region_values(regions, named=bool(overrides.get("loss.mrc")))
+    values |= train_length(steps, epochs) | _network_named(kind, init_visual)
     overrides = overrides | _sizes(base.visual, values | overrides, visual_tokens)
     settings = base.with_overrides(values | overrides)
     needed = scenes_needed(settings.data.scenes, settings.train) if "scenes" in settings.data.sets else {}
@@ -229,14 +259,19 @@ def _network_named(kind: Family, start: str) -> dict[str, str]:
     return {f"visual.{kind.timm}": start} if is_model(start) else {}
 
 
-def _region_values(folder: str) -> dict[str, Any]:
-    """Overrides for region files; the `config.json` that `vpw regions` wrote there states their width."""
+def _region_values(folder: str, *, named: bool) -> dict[str, Any]:
+    """Overrides for region files: their width and, if they are to be `named`, the number of their classes.
+
+    `config.json` and `summary.json`, which `vpw regions` wrote there, state them.
+    """
     if not folder:
         return {}
-    config = Path(folder).expanduser() / "config.json"
+    config, summary = (Path(folder).expanduser() / name for name in ("config.json", "summary.json"))
     try:
         content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
         width = {"visual.region_width": content["settings"]["width"]} if "settings" in content else {}
+        if named and width and summary.exists():
+            width["visual.classes"] = json.loads(summary.read_text(encoding="utf-8")).get("classes", 0)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(f"regions: {config} cannot be read ({error}); make the regions again") from None
     return {"visual.region_files": folder} | width

@@ -25,6 +25,7 @@ class DataSettings(Settings):
     matched_per_image: int = Field(2, ge=1)
     unmatched_per_image: int = Field(2, ge=0)
     word_share: float = Field(0.15, gt=0, lt=1, description="share of words masked for MLM")
+    mask_end: bool = Field(False, description="hide [SEP] like a word: a model that writes learns where to end")
     flip: bool = Field(False, description="mirror training images at random; wrong where texts say left or right")
     workers: int = Field(1, ge=0, le=64, description="processes that prepare batches; 0: the main one does")
     cache: bool = Field(False, description="decode and resize every image once, into one memory-mapped file")
@@ -51,6 +52,11 @@ class MaskSettings(Settings):
         "row", description="tokens that the pick attends to (row), that attend to the pick (column), or both"
     )
 
+    @property
+    def hides_k(self) -> bool:
+        """True if k tokens are hidden, not all tokens of one code."""
+        return self.mode not in ("none", "code")
+
     def tokens_of(self, visual: VisualSettings) -> int:
         """k for a visual side with m tokens."""
         return self.budget if self.budget is not None else max(2, round(0.15 * visual.trained_tokens))
@@ -62,6 +68,8 @@ class LossSettings(Settings):
     itm: float = Field(1.0, ge=0, description="lambda1")
     mfr: float = Field(0.01, ge=0, description="lambda2")
     vla: float = Field(0.1, ge=0, description="weight of the OT alignment inside ITM; 0: no alignment")
+    mrc: float = Field(0.0, ge=0, description="weight of classifying hidden visual tokens (MRC): regions, or codes")
+    seq2seq: float = Field(0.0, ge=0, le=1, description="share of pairs whose words see no later words (Unified VLP)")
     mvm: float = Field(1.0, ge=0, description="weight of masked visual modelling (mask.mode 'code')")
     mfr_reduction: Literal["mean", "sum"] = Field("mean", description="over channels; Eq. 9 prints the sum")
 
@@ -158,6 +166,10 @@ class PretrainSettings(Settings):
             raise ValueError(f"mask.budget {mask.budget} is larger than the {visual.trained_tokens} visual tokens")
         if mask.mode == "code" and not visual.dictionary:
             raise ValueError("mask.mode 'code' masks the tokens of one code: set visual.dictionary (2048 in SOHO)")
+        if self.loss.mrc and not (visual.codes and mask.hides_k):
+            raise ValueError("loss.mrc classifies k hidden tokens: set visual.classes or dictionary, masking 'random'")
+        if self.loss.seq2seq and (self.loss.itm or self.fusion.kind != "joint"):
+            raise ValueError("loss.seq2seq hides the words from [CLS] in one sequence: fusion.kind 'joint', loss.itm 0")
         if mask.mode == "attention" and not (visual.kind.parsing or mask.source):
             raise ValueError(
                 f"mask.mode 'attention' needs a parsing attention; {family} has none: use masking='random' "

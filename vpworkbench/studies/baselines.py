@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from vpworkbench.data import nlvr1
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example
+from vpworkbench.model.attentive import EveImage, Mac
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.runs import read_json, runs_root
 from vpworkbench.settings import FinetuneSettings
 from vpworkbench.stats import Interval, student_interval
 from vpworkbench.tasks import TASKS
+from vpworkbench.tasks.classification import each_image_once
 from vpworkbench.tasks.retrieval import Retrieval, RetrievalResult, chance, retrieval_result
 from vpworkbench.tasks.task import Progress, TaskResult, right_answer, texts_of
 from vpworkbench.train.dual import dual_scores
@@ -39,6 +42,12 @@ WORD = r"(?u)\b\w+\b"
 REGRESSION = {"tol": 1e-2, "max_iter": 500}  # a smaller tolerance costs half a minute and generalises no better
 NUMBERS = {word: number for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"), 1)}
 NUMBERS |= {str(number): number for number in range(1, 8)}
+ATTENTIVE: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "nlvr2": {"MAC": Mac},  # 4 cells; `partial(Mac, steps=12)` has as many as its paper
+    "nlvr1": {"MAC": Mac},
+    "snli-ve": {"EVE-Image": EveImage},
+}
+"""Task -> networks that attend to visual tokens, trained from scratch on the tokens of the checkpoint."""
 
 
 def baselines(
@@ -52,7 +61,8 @@ def baselines(
     """The results of simple models, which are trained once, on at most `most` examples, and scored on every split.
 
     They are the most frequent label, text only, image only, and text times pooled features; for NLVR v1 MaxEnt on the
-    drawn structure too. For retrieval: chance, and two dual encoders, which `folder` keeps.
+    drawn structure too, and those of `ATTENTIVE`. For retrieval: chance, two dual encoders and SCAN, which `folder`
+    keeps.
 
     Returns
     -------
@@ -110,6 +120,9 @@ def _classify(
     }
     if all(example.boxes for example in [*training, *examples]):
         predictions["MaxEnt on structure"] = list(maxent_on_structure(training, labels, examples))
+    for name, network in ATTENTIVE.get(prepared.model.task.name, {}).items():
+        given = training, labels, examples
+        predictions[name] = attentive_labels(network, prepared.model.base, *given, seed=settings.seed)
     return predictions
 
 
@@ -146,20 +159,63 @@ def text_times_features(
     known, target = np.unique(labels, return_inverse=True)
     words = torch.from_numpy(counter.fit_transform(texts).toarray())
     vision = torch.from_numpy(scaler.fit_transform(features)).float()
+    build = partial(ProductFusion, words.shape[1], vision.shape[1], len(known))
+    model = _trained(build, (words, vision), torch.from_numpy(target), seed=seed, epochs=30)
+    with torch.no_grad():
+        given = torch.from_numpy(counter.transform(new_texts).toarray())
+        logits = model(given, torch.from_numpy(scaler.transform(new_features)).float())
+    return [str(label) for label in known[logits.argmax(dim=1).numpy()]]
+
+
+def _trained(
+    build: Callable[[], nn.Module], inputs: Sequence[Tensor], target: Tensor, *, seed: int, epochs: int
+) -> nn.Module:
+    """A classifier of `inputs`, each (example, ...), trained on the CPU and in evaluation mode; target (example,)."""
     with torch.random.fork_rng(devices=[]):  # a baseline must not change what is trained after it
         torch.manual_seed(seed)
-        model = ProductFusion(words.shape[1], vision.shape[1], len(known))
+        model = build()
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-        for _ in range(30):
-            for rows in torch.randperm(len(words)).split(64):
-                loss = nn.functional.cross_entropy(model(words[rows], vision[rows]), torch.from_numpy(target)[rows])
+        for _ in range(epochs):
+            for rows in torch.randperm(len(target)).split(64):
+                given = (part[rows].float() if part.is_floating_point() else part[rows] for part in inputs)
+                loss = nn.functional.cross_entropy(model(*given), target[rows])
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-    with torch.no_grad():
-        given = torch.from_numpy(counter.transform(new_texts).toarray())
-        logits = model.eval()(given, torch.from_numpy(scaler.transform(new_features)).float())
-    return [str(label) for label in known[logits.argmax(dim=1).numpy()]]
+    return model.eval()
+
+
+@torch.no_grad()
+def _token_inputs(base: VisualParsingModel, examples: Sequence[Example]) -> tuple[Tensor, ...]:
+    """Inputs of `ATTENTIVE`: float16 visual tokens (example, side, vision, c), word ids, and which of both are real."""
+    vision, inputs = [], visual_input(base.settings.visual)
+    for start in range(0, len(examples), 64):
+        images, index = each_image_once([example.images for example in examples[start : start + 64]], inputs)
+        visual = base.eval().visual(images.to(base.device))
+        vision.append([part[index.to(base.device)].cpu() for part in (visual.features.half(), visual.not_padding())])
+    return *map(torch.cat, zip(*vision, strict=True)), *base.words.tensors(texts_of(examples))
+
+
+def attentive_labels(
+    network: Callable[..., nn.Module],
+    base: VisualParsingModel,
+    training: Sequence[Example],
+    labels: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    seed: int,
+    epochs: int = 10,
+) -> list[str]:
+    """The label of each of `examples` by a network of `ATTENTIVE`, trained on the others."""
+    known, target = np.unique(labels, return_inverse=True)
+    build = partial(network, base.visual.width, len(base.words.tokenizer), len(known))
+    model = _trained(build, _token_inputs(base, training), torch.from_numpy(target), seed=seed, epochs=epochs)
+    found: list[str] = []
+    for start in range(0, len(examples), 64):
+        vision, *others = _token_inputs(base, examples[start : start + 64])
+        with torch.no_grad():
+            found += map(str, known[model(vision.float(), *others).argmax(dim=1).numpy()])
+    return found
 
 
 def maxent_on_structure(training: Sequence[Example], labels: Sequence[str], examples: Sequence[Example]) -> np.ndarray:

@@ -7,8 +7,9 @@ the same scenes before (`weights.shipped_visual`). Only the way from an image to
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,45 +22,57 @@ from vpworkbench.model.budget import Budget
 from vpworkbench.probing import Probed
 from vpworkbench.runs import read_json, runs_root, shipped_run
 from vpworkbench.settings import FamilyRunsSettings
+from vpworkbench.settings.base import nearest
 from vpworkbench.settings.families import FAMILIES
+from vpworkbench.settings.notebooks import Arm
+from vpworkbench.settings.systems import SYSTEMS
 from vpworkbench.stats import Interval, flatten, over_seeds, seeds_and_samples_interval
 
 PROBED = 128
 """Held-out pictures probed in each run."""
 LEARNT = ("itm_accuracy", "mlm_with_image", "mlm_other_image")  # in the summary of 01_pretrain
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row of the comparison; all but the label are parameters of `01_pretrain`."""
-
-    label: str
-    visual: str
-    masking: str
-    start: str = ""  # run PREFIX-START of 09_visual_init; empty: shipped weights, or given features
-    overrides: dict[str, Any] = field(default_factory=dict)
-
-
 DEEPER = {"visual.backbone": "resnet18"}  # twice the blocks of tiny's resnet10t, of the same kind: R101 beside R50
 PASSES = 8
 """Epochs over the scenes for the CNN that makes region features; the shipped Swin had as many."""
 DEEPER_PASSES = 2
 """As many epochs as the small CNN, so twice its FLOPs: after one epoch the deeper CNN recognises 44% of the shapes."""
+
+
+def _arm(label: str, visual: str, masking: str = "", **options: Any) -> Arm:
+    return Arm(label=label, visual=visual, masking=masking, **options)
+
+
 ARMS = {
-    "swin-random": Arm("Swin, random MFR", "swin", "random"),
-    "grid-random": Arm("grid CNN", "grid", "random"),
-    "patch-random": Arm("patches", "patch", "random"),
-    "regions-random": Arm("regions", "regions", "random"),
-    "grid-code": Arm("grid CNN, codes (SOHO)", "grid", "code", overrides={"visual.dictionary": 2048}),
-    "grid-none": Arm("small CNN (instead of R50)", "grid", "none"),
-    "deep-none": Arm("deeper CNN (instead of R101)", "grid", "none", "deep", DEEPER),
-    "swin-none": Arm("Swin, no MFR", "swin", "none"),
-    "swin-attention": Arm("Swin, attention MFR", "swin", "attention"),
+    "swin-random": _arm("Swin, random MFR", "swin", "random"),
+    "grid-random": _arm("grid CNN", "grid", "random"),
+    "patch-random": _arm("patches", "patch", "random"),
+    "regions-random": _arm("regions", "regions", "random"),
+    "grid-code": _arm("grid CNN, codes (SOHO)", "grid", "code", overrides={"visual.dictionary": 2048}),
+    "grid-none": _arm("small CNN (instead of R50)", "grid", "none"),
+    "deep-none": _arm("deeper CNN (instead of R101)", "grid", "none", start="deep", overrides=DEEPER),
+    "swin-none": _arm("Swin, no MFR", "swin", "none"),
+    "swin-attention": _arm("Swin, attention MFR", "swin", "attention"),
 }
+"""The arms of this notebook."""
+OTHER_ARMS = {name: _arm(name, "regions", system=name) for name in SYSTEMS if name}
+"""Further arms that `arms` may name: the systems that have a preset, with regions as in their papers."""
 FAMILY_ARMS = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
 """The four families with equal objectives (random masks, as only Swin could mask by attention). Last, the grid as in
 SOHO: with a dictionary, and MVM instead of MFR."""
 TABLE_5 = ("grid-none", "deep-none", "swin-none", "swin-random", "swin-attention")
+
+
+def arms_of(settings: FamilyRunsSettings) -> dict[str, Arm]:
+    """The arms of a comparison by name: those that `arms` lists, else `ARMS`."""
+    known, chosen = ARMS | OTHER_ARMS, {}
+    for one in settings.arms:
+        if isinstance(one, Arm):
+            chosen[re.sub(r"[^\w.]+", "-", one.label)] = one  # in the names of its runs
+        elif one in known:
+            chosen[one] = known[one]
+        else:
+            raise SettingsError(f"arms: no arm {one!r}{nearest(one, known)} (known: {', '.join(known)})")
+    return chosen or ARMS
 
 
 class FamilyRun(NamedTuple):
@@ -102,17 +115,20 @@ class Compared:
     """Runs side by side; a dict has one entry for each arm with runs, by the label with its number of tokens."""
 
     runs: tuple[FamilyRun, ...]
+    arms: Mapping[str, Arm] = field(default_factory=lambda: ARMS)
+    families: Sequence[str] = FAMILY_ARMS  # the arms that are shown where none are named
 
     def runs_of(self, arm: str) -> list[FamilyRun]:
         """One run for each seed."""
         return [run for run in self.runs if run.arm == arm]
 
-    def names(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, str]:
-        """Each arm that has runs -> its label with its number of tokens."""
+    def names(self, arms: Sequence[str] = ()) -> dict[str, str]:
+        """Each arm that has runs -> its label with its number of tokens; by default of the `families`."""
         tokens = {run.arm: run.tokens[0] for run in reversed(self.runs)}
-        return {arm: f"{ARMS[arm].label} ({tokens[arm]:.3g} tokens)" for arm in arms if arm in tokens}
+        shown = [arm for arm in arms or self.families if arm in tokens]
+        return {arm: f"{self.arms[arm].label} ({tokens[arm]:.3g} tokens)" for arm in shown}
 
-    def over(self, arms: Sequence[str] = FAMILY_ARMS) -> str:
+    def over(self, arms: Sequence[str] = ()) -> str:
         """Numbers of seeds and images that the intervals of these arms are over."""
         images = f"{len(self.runs[0].probed.examples)} images"
         counts = sorted({len(self.runs_of(arm)) for arm in self.names(arms)})
@@ -131,14 +147,14 @@ class Compared:
 
     def costs(self) -> pd.DataFrame:
         """One row for each arm: its mean number of visual tokens, and `FamilyRun.costs`."""
-        first = {ARMS[arm].label: self.runs_of(arm)[0] for arm in self.names(tuple(ARMS))}
+        first = {self.arms[arm].label: self.runs_of(arm)[0] for arm in self.names(tuple(self.arms))}
         rows = {label: {"tokens": run.tokens[0], **run.costs} for label, run in first.items()}
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def learnt(self) -> pd.DataFrame:
         """One row for each run: `FamilyRun.learnt`, flow from the input to the last layer with its null, and VQA."""
         rows = {
-            (ARMS[run.arm].label, run.seed): run.learnt
+            (self.arms[run.arm].label, run.seed): run.learnt
             | {"flow": run.flow.mean(), "null": run.null.mean(), "vqa": float(run.score.mean)}
             for run in self.runs
         }
@@ -146,21 +162,21 @@ class Compared:
 
     def curves(self, quantity: str) -> dict[str, Interval]:
         """A property of `Probed` by layer for each family, such as `from_input` (Fig. 3) or `nmi` (Fig. 5)."""
-        return self._by_name(lambda runs: over_seeds([getattr(run.probed, quantity) for run in runs]), FAMILY_ARMS)
+        return self._by_name(lambda runs: over_seeds([getattr(run.probed, quantity) for run in runs]), ())
 
     def nulls(self, quantity: str) -> dict[str, np.ndarray]:
         """Means of `null_from_input` or `null_within_layer`, (layer,)."""
         return {name: curve.mean for name, curve in self.curves(quantity).items()}
 
-    def last_nulls(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, float]:
+    def last_nulls(self, arms: Sequence[str] = ()) -> dict[str, float]:
         """Flow from the input to the last layer under uniform attention."""
         return self._by_name(lambda runs: float(np.mean([run.null.mean() for run in runs])), arms)
 
-    def scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, tuple[Interval, Interval]]:
+    def scores(self, arms: Sequence[str] = ()) -> dict[str, tuple[Interval, Interval]]:
         """Flow from the input to the last layer, and the VQA score."""
         return self._by_name(lambda runs: (over_seeds([run.flow for run in runs]), _score(runs)), arms)
 
-    def single_scores(self, arms: Sequence[str] = FAMILY_ARMS) -> dict[str, list[tuple[float, float]]]:
+    def single_scores(self, arms: Sequence[str] = ()) -> dict[str, list[tuple[float, float]]]:
         """The same for each seed."""
         return self._by_name(lambda runs: [(run.flow.mean(), float(run.score.mean)) for run in runs], arms)
 
@@ -169,7 +185,7 @@ class Compared:
         rows, nulls, scores = {}, self.last_nulls(TABLE_5), self.scores(TABLE_5)
         for arm, name in self.names(TABLE_5).items():
             runs, (flow, score) = self.runs_of(arm), scores[name]
-            rows[ARMS[arm].label] = {
+            rows[self.arms[arm].label] = {
                 "visual parameters": runs[0].costs["visual_parameters"],
                 "visual multiply-adds": runs[0].costs["visual_multiply_adds"],
                 "tokens": runs[0].tokens[0],
@@ -204,9 +220,10 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
     ]
     length = {"steps": settings.length, "checkpoint_every": 200}
     for seed in range(settings.seeds):
-        for key, arm in ARMS.items():
+        for key, arm in arms_of(settings).items():
             name = f"{prefix}-{key}-{seed}"
-            trained = {"visual": arm.visual, "masking": arm.masking, "seed": seed, **length, "overrides": arm.overrides}
+            trained = {"visual": arm.visual, "masking": arm.masking, "system": arm.system, "seed": seed, **length}
+            trained["overrides"] = arm.overrides
             if arm.start:
                 start = deep.with_name(f"{prefix}-{arm.start}")
                 trained["init_visual"] = str(start / "checkpoint" / "visual.safetensors")
@@ -221,7 +238,7 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
 def _call(notebook: str, name: str, **parameters: Any) -> list[str]:
     words = ["vpw", "run", notebook, "--name", name]
     for key, value in parameters.items():
-        if value != {}:
+        if value not in ({}, ""):
             words += ["-p", key, json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
 
@@ -235,35 +252,38 @@ def compared(settings: FamilyRunsSettings) -> Compared:
     A `SettingsError` says why runs cannot be compared: other pictures, other numbers of steps, no family among them.
     """
     root, prefix = Path(settings.runs).expanduser() if settings.runs else runs_root(), settings.prefix
-    runs = found_runs(prefix, root)
+    arms, families = arms_of(settings), tuple(arms_of(settings)) if settings.arms else FAMILY_ARMS
+    runs = found_runs(prefix, root, arms)
     if settings.runs and not runs:
         raise SettingsError(
             f"runs: {root} holds no finished runs called {prefix}-ARM-SEED in 01_pretrain, 02_probe and 04_finetune; "
             "leave it empty for the runs of this workbench"
         )
-    runs = runs or found_runs("families", shipped_run().with_name("08_families-tiny") / "runs")
+    runs = runs or found_runs("families", shipped_run().with_name("08_families-tiny") / "runs", arms)
+    if not runs:
+        raise SettingsError(f"prefix {prefix!r}: there are no finished runs of {', '.join(arms)} yet; see `calls`")
     if len({run.probed.examples for run in runs}) > 1:
         raise SettingsError(f"prefix {prefix!r}: its runs of 02_probe read different pictures; see `calls`")
     if len(steps := {run.steps for run in runs}) > 1:
         raise SettingsError(f"prefix {prefix!r}: its runs have different steps, {sorted(steps)}; see `calls`")
-    if not {run.arm for run in runs} & set(FAMILY_ARMS):
-        wanted = f"{prefix}-{FAMILY_ARMS[0]}-0"
+    if not {run.arm for run in runs} & set(families):
+        wanted = f"{prefix}-{families[0]}-0"
         raise SettingsError(f"prefix {prefix!r}: it has runs of Table 5 only, none of a family such as {wanted}")
-    return Compared(tuple(runs))
+    return Compared(tuple(runs), arms, families)
 
 
-def found_runs(prefix: str, root: Path) -> list[FamilyRun]:
+def found_runs(prefix: str, root: Path, arms: Mapping[str, Arm] = ARMS) -> list[FamilyRun]:
     """Arms and seeds that are pre-trained, probed and fine-tuned, from their summaries: no model is opened.
 
     `root` holds the folders of the notebooks.
     """
     runs = []
-    for arm in ARMS:
+    for arm in arms:
         for folder in sorted((root / "02_probe").glob(f"{prefix}-{arm}-*")):
             seed = folder.name.removeprefix(f"{prefix}-{arm}-")
             places = [root / notebook / folder.name for notebook in ("01_pretrain", "02_probe", "04_finetune")]
             if seed.isdigit() and all((place / "summary.json").exists() for place in places):
-                runs.append(_found_run(arm, int(seed), *places, _recognised(root, prefix, ARMS[arm])))
+                runs.append(_found_run(arm, int(seed), *places, _recognised(root, prefix, arms[arm])))
     return runs
 
 

@@ -1,7 +1,8 @@
 """Dual encoders, the baseline of retrieval: an image and a text become one vector each, compared by their cosine.
 
 The frozen one projects the features of the start linearly, under a contrastive loss. The trained one fine-tunes all
-weights with the hardest negative of its batch (VSE++, Faghri et al. 2018; a row of the paper's Table 4).
+weights with the hardest negative of its batch (VSE++, Faghri et al. 2018; a row of the paper's Table 4). SCAN, another
+row, is no dual encoder: it compares every word with every visual token of the frozen start, under the same loss.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import BertModel
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import TensorBatch
+from vpworkbench.model.attentive import Scan
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import start_visual
 from vpworkbench.model.words import Words, bert_folder
@@ -47,7 +49,7 @@ def dual_scores(
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[str, np.ndarray]:
-    """Cosine of every image with every caption, float32 (image, caption), by the frozen and the trained dual encoder.
+    """Similarity of every image with every caption, float32 (image, caption), by both dual encoders and by SCAN.
 
     `batches` are the training pairs. `folder` keeps what is trained: another call continues there, or only scores.
     """
@@ -58,7 +60,10 @@ def dual_scores(
     options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
     fit(dual, OneLoss(max_of_hinges), DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
     trained = dual.projection.scores(dual.features(pictures, progress=progress))
-    return {"frozen dual projection": frozen, "trained dual encoder": trained}
+    start = build_dual(settings)
+    scan = TokenMatcher(start.visual, start.words)
+    fit(scan, OneLoss(max_of_hinges), DualBatches(batches), _run(folder / "scan"), **options, what="SCAN")
+    return {"frozen dual projection": frozen, "trained dual encoder": trained, "SCAN": scan.scores(pictures)}
 
 
 def near_captions(
@@ -196,6 +201,34 @@ class DualEncoder(nn.Module):
             words = self.words.tensors(captions[start : start + 128])
             texts.append(self.pooled_texts(*(part.to(device) for part in words)).cpu())
         return Features(torch.cat(images), torch.cat(texts))
+
+
+class TokenMatcher(nn.Module):
+    """SCAN on the tokens of a frozen visual side of any family."""
+
+    def __init__(self, visual: nn.Module, words: Words) -> None:
+        super().__init__()
+        self.visual, self.words = visual.requires_grad_(False), words
+        self.scan = Scan(visual.width, len(words.tokenizer))
+
+    def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
+        """Similarities, (image, text); images as in `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
+        with torch.no_grad():
+            visual = self.visual.eval()(images)
+        return self.scan(visual.features, visual.not_padding(), words, word_tokens)
+
+    @torch.no_grad()
+    def scores(self, pictures: Sequence[Picture]) -> np.ndarray:
+        """Similarities of all pictures and all their captions, float32 (image, caption)."""
+        self.eval()
+        device, inputs = self.scan.image.weight.device, visual_input(self.visual.settings)
+        words, word_tokens = (part.to(device) for part in self.words.tensors(texts_of(pictures)))
+        rows = []
+        for start in range(0, len(pictures), 16):
+            images = inputs.stack(pictures[start : start + 16]).to(device)
+            parts = zip(words.split(128), word_tokens.split(128), strict=True)
+            rows.append(torch.cat([self(images, *part) for part in parts], dim=1).float().cpu())
+        return torch.cat(rows).numpy()
 
 
 def symmetric_contrastive(cosine: Tensor, scale: Tensor, negative: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def group_batches(
 
 
 class Pretraining(Objective):
-    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); or MVM for MFR, as in SOHO.
+    """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); MVM for MFR as in SOHO; MRC.
 
     `probe` gives held-out numbers of a model, such as `evaluate.held_out_probe`.
     """
@@ -57,13 +57,14 @@ class Pretraining(Objective):
         self.settings, self._probe = settings, probe
         loss = settings.loss
         vla = loss.itm * loss.vla
-        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": vla, "mfr": loss.mfr, "mvm": loss.mvm}
+        of_images = {"mfr": loss.mfr, "mvm": loss.mvm, "mrc": loss.mrc}
+        self.weights: Mapping[str, float] = {"mlm": 1.0, "itm": loss.itm, "vla": vla} | of_images
         self.budget = settings.mask.tokens_of(settings.visual)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Hidden words of matched pairs; pairs; matched pairs."""
         pairs, matched = len(batch.matched), int(batch.matched.sum())
-        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs, "mfr": matched, "mvm": matched}
+        return {"mlm": len(batch.scored[0]), "itm": pairs, "vla": pairs} | dict.fromkeys(("mfr", "mvm", "mrc"), matched)
 
     def losses(self, model: VisualParsingModel, batch: Batch) -> dict[str, Tensor]:
         """Sum of each loss over a batch; an image is encoded once for all its texts.
@@ -81,18 +82,20 @@ class Pretraining(Objective):
                 visual = visual.subset(self.sampled(batch))
         masked = self.masked(visual, batch)
         shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)])) if in_pixels else visual
-        joint = model.fuse(shown, batch.words, batch.word_tokens, image_index=batch.image_index, masked=masked)
-        sums = {
-            "mlm": masked_language_modeling(model.word_logits(joint.text[batch.scored]), batch.labels[batch.scored]),
-            "itm": image_text_matching(model.itm(joint.cls), batch.matched),
-        }
+        options = {"image_index": batch.image_index, "masked": masked, "causal": self.causal(batch)}
+        joint = model.fuse(shown, batch.words, batch.word_tokens, **options)
+        hidden_words = model.word_logits(joint.text[batch.scored])
+        sums = {"mlm": masked_language_modeling(hidden_words, batch.labels[batch.scored])}
+        if self.weights["itm"]:
+            sums["itm"] = image_text_matching(model.itm(joint.cls), batch.matched)
         if self.weights["vla"]:
             sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
-        if mask.mode == "code":
+        classified = "mvm" if mask.mode == "code" else "mrc"
+        if masked is not None and self.weights[classified]:
             rows = batch.matched_rows
             codes = visual.codes[batch.image_index[rows]]
-            sums["mvm"] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
-        elif masked is not None:
+            sums[classified] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
+        if mask.hides_k and self.weights["mfr"]:
             sums["mfr"] = self._regression(model, joint, visual, masked, batch)
         return sums
 
@@ -108,6 +111,14 @@ class Pretraining(Objective):
         if visual.tokens is not None:  # an image of few regions hides fewer than k; the rest gets no error
             predicted = torch.where(masked[rows, hidden].flatten()[:, None], predicted, target.to(predicted))
         return masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
+
+    def causal(self, batch: Batch) -> Tensor | None:
+        """Texts whose words see no later words, bool (text,): the share `loss.seq2seq`; None if there are none.
+
+        Unified VLP draws whole batches. Here the later digits of a pair's noise decide, so that batches can be split.
+        """
+        share = self.settings.loss.seq2seq
+        return (batch.noise[:, 0] * 997) % 1 < share if share else None
 
     def sampled(self, batch: Batch) -> Tensor:
         """Positions of the tokens that are kept in training (`visual.sampled`), in order; int64 (image, sampled).

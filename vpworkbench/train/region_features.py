@@ -62,7 +62,12 @@ def make_regions(folder: Path, settings: RegionSettings) -> dict[str, float]:
             with draft(target, durable=False) as file:
                 shutil.copyfile(_npz(folder, original), file)
     regions = sum(len(true_boxes(picture)) for picture in pictures)
-    summary = {"images": len(pictures), "regions": regions / len(pictures)} | accuracy
+    counts = {
+        "images": len(pictures),
+        "regions": regions / len(pictures),
+        "classes": math.prod(map(len, KINDS.values())),
+    }
+    summary = counts | accuracy
     run.write_summary(**summary, seed=settings.seed, wall_s=run.wall_s)
     return summary
 
@@ -79,11 +84,14 @@ def write_features(folder: Path, model: RegionNetwork, pictures: Sequence[Pictur
             continue
         boxes = [true_boxes(picture) for picture in part]
         pixels = np.concatenate([crops(*one, crop_px) for one in zip(part, boxes, strict=True)])
-        features = model(channels_first(pixels).to(device)).cpu().split([len(own) for own in boxes])
-        for picture, file, own_boxes, own_features in zip(part, files, boxes, features, strict=True):
+        features = model(channels_first(pixels).to(device))
+        named, counts = model.named(features), [len(own) for own in boxes]
+        found = zip(part, files, boxes, features.cpu().split(counts), named.split(counts), strict=True)
+        for picture, file, own_boxes, own_features, own_classes in found:
             if not file.exists():
                 height, width = picture.image.pixels().shape[:2]
-                write_regions(file, own_features.numpy(), np.array(own_boxes), (width, height))
+                size = width, height
+                write_regions(file, own_features.numpy(), np.array(own_boxes), size, classes=own_classes.numpy())
 
 
 def _npz(folder: Path, image: str) -> Path:
@@ -146,6 +154,13 @@ class RegionNetwork(LabelNetwork):
             layers += [convolution, nn.GroupNorm(math.gcd(8, wide), wide), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.add_heads(settings.width, {kind: len(names) for kind, names in KINDS.items()})
+
+    def named(self, features: Tensor) -> Tensor:
+        """The class of each region, as a detector names it: the most probable label of each kind, as one number."""
+        number = torch.zeros(len(features), dtype=torch.long)
+        for head in self.heads.values():
+            number = number * head.out_features + head(features).argmax(dim=1).cpu()
+        return number
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (region, 3, height, width) -> features (region, width)."""
