@@ -94,8 +94,8 @@ def test_blocked_everywhere_the_other_modality_changes_no_bit(name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_blocked_everywhere_the_other_modality_changes_no_bit_of_our_families(name, scenes):
-    visual = {} if OURS[name].pixels else {"regions": 6, "region_width": 12, "region_files": "."}
-    model = narrow_model(scenes, family=name, **visual)
+    sizes = {"regions": {"regions": 6, "region_width": 12, "region_files": "."}, "vit": {"vit": "vit_tiny_patch16_224"}}
+    model = narrow_model(scenes, family=name, **sizes.get(name, {}))
     generator = torch.Generator().manual_seed(0)
     if OURS[name].pixels:
         side = model.settings.visual.image_px
