@@ -22,6 +22,14 @@ def picture(path: Path, colour: tuple[int, int, int] = (1, 2, 3)) -> Path:
     return path
 
 
+def resized(source: Path, target: Path) -> Path:
+    """The same photograph in other bytes, as collections keep it in other sizes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(source) as image:
+        image.resize((9, 6)).save(target, format="jpeg", quality=90)
+    return target
+
+
 def zipped(archive: Path, *paths: Path, under: str = "") -> Path:
     """Move files into a new zip."""
     archive.parent.mkdir(parents=True, exist_ok=True)

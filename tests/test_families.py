@@ -505,6 +505,48 @@ def test_field_names_and_blank_lines_are_no_images(tmp_path):
         RegionFiles(tmp_path / "empty", most=3, width=WIDTH).check_width()
 
 
+def halves(values: object) -> str:
+    return base64.b64encode(np.asarray(values, "<f2").tobytes()).decode()
+
+
+def test_a_tsv_of_lxmert_has_ten_columns(tmp_path):
+    """Its height comes before its width; names of COCO and of NLVR2 identify images."""
+    boxes, features = [[0, 0, 50, 25], [10, 10, 100, 50]], np.arange(2 * WIDTH)
+    cells = ["train-1-0-img0", "50", "100", "QUFB", "QUFB", "QUFB", "QUFB", "2", coded(boxes), coded(features)]
+    (tmp_path / "obj36.tsv").write_text("\t".join(cells) + "\n")
+    found = RegionFiles(tmp_path / "obj36.tsv", most=3, width=WIDTH).regions(ImageFile(Path("x"), "train-1-0-img0.png"))
+    np.testing.assert_allclose(found.boxes, [[0, 0, 0.5, 0.5], [0.1, 0.2, 1, 1]])
+    (tmp_path / "nine.tsv").write_text("\t".join(cells[:9]) + "\n")
+    with pytest.raises(DataError, match="nine.tsv: image train-1-0-img0: 9 cells in its line, not 6 or 10"):
+        RegionFiles(tmp_path / "nine.tsv", most=3, width=WIDTH).regions(ImageFile(Path("x"), "train-1-0-img0.png"))
+
+
+def test_a_tsv_in_parts_is_one(tmp_path):
+    for number in (0, 1):
+        tsv(tmp_path / f"trainval.tsv.{number}", image_id=str(number + 1), features=coded(np.full(2 * WIDTH, number)))
+    files = RegionFiles(tmp_path, most=3, width=WIDTH)
+    files.check_width()
+    assert [files.regions(ImageFile(Path("images"), f"{k}.jpg")).features[0, 0] for k in (1, 2)] == [0, 1]
+    tsv(tmp_path / "more.tsv", image_id="1")
+    with pytest.raises(DataError, match="trainval.tsv.0: line 1: image 1 for the second time"):
+        RegionFiles(tmp_path, most=3, width=WIDTH)
+
+
+def test_float16_and_the_text_of_python_bytes_are_read(tmp_path):
+    boxes = [[0, 0, 50, 25], [10, 10, 100, 50]]
+    expected = RegionFiles(tsv(tmp_path / "a.tsv"), most=3, width=WIDTH).regions(PHOTO)
+    for change in (
+        {"features": halves(np.arange(2 * WIDTH))},
+        {"features": halves(np.arange(2 * WIDTH)), "boxes": halves(boxes)},
+        {"features": f"b'{coded(np.arange(2 * WIDTH))}'", "boxes": f"b'{coded(boxes)}'"},
+    ):
+        found = RegionFiles(tsv(tmp_path / "b.tsv", **change), most=3, width=WIDTH).regions(PHOTO)
+        np.testing.assert_array_equal(found.features, expected.features)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+    wide = {"features": halves(np.ones(2 * 2048))}  # as published; nothing says the width
+    assert RegionFiles(tsv(tmp_path / "c.tsv", **wide)).read(PHOTO).features.shape == (2, 2048)
+
+
 def test_an_image_twice_in_a_tsv_is_refused(tmp_path):
     file = tsv(tmp_path / "a.tsv")
     file.write_text(2 * file.read_text())

@@ -11,6 +11,10 @@ class DataError(ValueError):
     """Data that cannot be used."""
 
 
+class ImageMissing(DataError):
+    """An image that is missing or cannot be read; the rest of its record may be sound."""
+
+
 class RegionsMissing(DataError):
     """An image without region features; the rest of its record may be sound."""
 

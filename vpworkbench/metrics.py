@@ -32,6 +32,10 @@ _COMMA_IN_NUMBER = re.compile(r"(\d)(,)(\d)")
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 
 
+FEWEST_ANSWERS = 4
+"""With fewer answers to a question, the official score could not reach 1."""
+
+
 def normalised_answer(answer: str) -> str:
     """An answer as VQA's official evaluation compares it.
 
@@ -54,7 +58,8 @@ def _tidy(answer: str) -> str:
 def vqa_score(answer: str, given: Sequence[str]) -> float:
     """Mean over people of min(1, others who gave this answer / 3): the official score of one question.
 
-    Answers are normalised, the prediction too, unless all people wrote the same: then it must be written so.
+    Answers are normalised, the prediction too, unless all people wrote the same: then it must be written so. Of one to
+    three answers (fewer than `FEWEST_ANSWERS`) one must be given exactly: without one person none would be left.
 
     Parameters
     ----------
@@ -64,7 +69,7 @@ def vqa_score(answer: str, given: Sequence[str]) -> float:
         People's answers, ten in VQA v2.
     """
     theirs = [_tidy(text) for text in given]
-    if len(set(theirs)) == 1:
+    if len(set(theirs)) == 1 and len(given) >= FEWEST_ANSWERS:
         return _leave_one_out(theirs, _tidy(answer))
     return _leave_one_out([normalised_answer(text) for text in given], normalised_answer(answer))
 
@@ -82,6 +87,8 @@ def most_given(given: Sequence[str]) -> str:
 
 
 def _leave_one_out(given: Sequence[str], answer: str) -> float:
+    if len(given) < FEWEST_ANSWERS:
+        return float(answer in given)
     agreeing = [text == answer for text in given]
     return float(np.mean([min(1.0, (sum(agreeing) - own) / 3) for own in agreeing]))
 

@@ -87,7 +87,7 @@ def test_what_is_no_detector_is_refused(tmp_path, weights, monkeypatch):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="other.safetensors: not the weights of " + NAME):
         open_detector(NAME, str(tmp_path / "other.safetensors"))
-    with pytest.raises(DataError, match="holds none of"):
+    with pytest.raises(DataError, match="holds no annotation file"):
         photographs(str(tmp_path))
 
     def no_network(name: str, **options: object) -> None:

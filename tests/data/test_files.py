@@ -11,9 +11,9 @@ from miniatures import NLVR2 as RECORD
 from miniatures import coco, karpathy, nlvr2, picture, snli_ve, table, visual_genome, vqa, written, zipped
 
 from vpworkbench.data.captioned import read_pictures
-from vpworkbench.data.files import annotation_files, split_named
+from vpworkbench.data.files import split_named
 from vpworkbench.data.images import ImageFile, ImageIndex, image_index, origins
-from vpworkbench.data.readers import open_annotations
+from vpworkbench.data.readers import files_below, open_annotations
 from vpworkbench.data.task_readers import FORMATS, NLVR2
 from vpworkbench.errors import DataError
 
@@ -75,7 +75,7 @@ def test_hidden_files_are_no_annotations(tmp_path):
     for name in ("._dataset_mine.json", ".ipynb_checkpoints/a.csv", "__MACOSX/dataset_mine.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\0\5\26\7")
-    assert [file.name for file in annotation_files(tmp_path)] == ["dataset_mine.json"]
+    assert files_below(tmp_path, FORMATS) == ({"karpathy": [tmp_path / "dataset_mine.json"]}, [])
     assert len(read_pictures(tmp_path)) == 3
 
 
@@ -121,7 +121,7 @@ def test_files_that_are_no_json(tmp_path, content, message):
 
 def test_a_folder_in_place_of_a_file(tmp_path):
     (tmp_path / "dataset_x.json").mkdir()
-    with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(DataError, match="holds no annotation file"):
         read_pictures(tmp_path)
 
 
@@ -291,7 +291,11 @@ def test_a_folder_without_rights(tmp_path):
         ("train2014/COCO_train2014_000000000009.jpg", {}, {"coco:9"}),
         ("val2017/000000000139.jpg", {}, {"coco:139"}),
         ("photos/000000000139.jpg", {}, set()),
-        ("a.jpg", {"coco": 0}, {"coco:0"}),
+        ("a.jpg", {"coco": 0}, set()),
+        ("a.jpg", {"coco": -1, "flickr": -1}, set()),
+        ("a.jpg", {"flickr": "0"}, set()),
+        ("1.jpg", {"name": "flickr30k-images/1000268201.jpg"}, {"flickr:1000268201"}),
+        ("Flicker8k_Dataset/1000268201_693b08cb0e.jpg", {}, {"flickr:1000268201"}),
         ("a.jpg", {"flickr": "1000268201_693b08cb0e.jpg"}, {"flickr:1000268201"}),
         ("a.jpg", {"flickr": 7}, {"flickr:7"}),
         ("a.jpg", {"flickr": "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg"}, {"flickr:8119368305"}),

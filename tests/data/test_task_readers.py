@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from miniatures import PAIRS, QUESTIONS, RELATIONS, SNLI_VE, lines, nlvr2, picture, snli_ve, table, vqa, written
 
-from vpworkbench.data.task_readers import NLVR1_TASK, NLVR2, answers_beside, read_easy_vqa, read_snli_ve, read_vqa
+from vpworkbench.data.questions import answers_beside
+from vpworkbench.data.task_readers import NLVR1_TASK, NLVR2, read_snli_ve, read_vqa
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import vqa_score
 
@@ -46,7 +47,7 @@ def test_vqa_files_that_are_not_there_or_not_these(tmp_path):
     annotations = answers_beside(questions)
     with pytest.raises(DataError, match="gone.json: no such file or folder"):
         read_vqa(tmp_path / "gone.json")
-    with pytest.raises(DataError, match=r"unknown format \(.*annotations.* known here: VQA v2 questions; CSV"):
+    with pytest.raises(DataError, match=r"unknown format \(.*annotations.* known here: VQA v2 questions; GQA"):
         read_vqa(annotations)
     annotations.write_bytes(questions.read_bytes())
     with pytest.raises(DataError, match="annotations.json: unknown format .* known here: VQA v2 annotations"):
@@ -115,7 +116,7 @@ def rows_of(read, file, **options):
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_own_tables_for_each_task(tmp_path, kind):
     asked = rows_of(read_vqa, table(tmp_path, rows=QUESTIONS, kind=kind))
-    assert {example.answers for example in asked} == {("red",) * 10, ("2",) * 10} and asked[0].label is None
+    assert {example.answers for example in asked} == {("red",), ("2",)} and asked[0].label is None
     pairs = rows_of(NLVR2.read, table(tmp_path, rows=PAIRS, kind=kind))
     assert {(pair.id, pair.label, len(pair.images)) for pair in pairs} == {("a", "True", 2), ("b", "False", 2)}
     relations = rows_of(read_snli_ve, table(tmp_path, rows=RELATIONS, kind=kind))
@@ -168,9 +169,8 @@ def test_nlvr_v1_as_single_images(real_data):
 
 @pytest.mark.skipif(importlib.util.find_spec("easy_vqa") is None, reason="easy-vqa is not installed")
 def test_easy_vqa():
-    splits = read_easy_vqa()
+    splits = read_vqa("easy-vqa")
     examples = splits["test"]
     assert len(examples) == 9673 and len({example.answers[0] for example in examples}) == 13
     assert examples[0].images[0].pixels().shape == (64, 64, 3)
     assert {example.images[0].name[-5] for example in splits["val"]} == {"0"}
-    assert read_vqa("easy-vqa") == splits

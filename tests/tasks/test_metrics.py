@@ -53,6 +53,17 @@ def test_where_all_agree_it_must_be_written_so():
     assert vqa_score("a dog\n", ["a dog "] * 10) == 1
 
 
+@pytest.mark.parametrize("given", [["A dog."], ["a dog", "cat"], ["cat", "dog", "dog"]])
+def test_one_to_three_answers_are_matched_exactly(given):
+    """The official score leaves one person out: of one answer nothing would be left."""
+    assert vqa_score("dog", given) == 1 and vqa_score("The dog", given) == 1 and vqa_score("horse", given) == 0
+    assert set(answer_targets(given).values()) == {1.0} and "dog" in answer_targets(given)
+
+
+def test_four_answers_are_scored_officially():
+    assert vqa_score("dog", ["dog"] * 4) == 1 and vqa_score("dog", ["dog", "a", "b", "c"]) == pytest.approx(0.25)
+
+
 def test_targets_are_the_scores_of_the_answers():
     targets = answer_targets(["yes"] * 8 + ["Yes."] + ["no"])
     assert targets == {"yes": 1.0, "no": pytest.approx(0.3)}

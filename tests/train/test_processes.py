@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from vpworkbench.settings import pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients, fit
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain
-from vpworkbench.train.processes import join
+from vpworkbench.train.processes import _first_error, join
 
 REPOSITORY = Path(__file__).parents[2]
 # accelerate needs --multi_gpu, as it starts one process on CPUs without MPI; ours stay on CPUs all the same
@@ -196,3 +197,11 @@ def test_two_processes_share_the_tokens_of_a_frozen_visual_side(scratch, tmp_pat
     for name in ("mlm", "itm", "vla", "mfr"):
         assert together.metrics()[name].to_numpy() == pytest.approx(alone.metrics()[name].to_numpy(), rel=1e-3), name
     assert list(together.folder.glob("images-*")) == []
+
+
+def test_the_first_error_of_several_processes_is_the_one_that_is_reported(capfd):
+    """Torchrun writes its own pages after it, and another process that the first one left alone."""
+    said = [b"step:  0%|   | 0/8\rstep: 12%|# | 1/8, 3s/step]err", b"or: a.jpg: cannot be decoded\n[rank0]: Runtime"]
+    said += [b"Error: Connection reset\n", b"error: another one\n", b""]
+    assert _first_error(SimpleNamespace(read=lambda size: said.pop(0))) == "a.jpg: cannot be decoded"
+    assert "Connection reset" in capfd.readouterr().err

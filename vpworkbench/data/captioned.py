@@ -1,46 +1,42 @@
-"""Readers of captioned sets as published: Karpathy's JSON, COCO captions, Visual Genome, NLVR v1, a custom table.
+"""Readers of captioned sets as published: Karpathy's splits, COCO, Visual Genome, NLVR v1, Flickr, a custom table.
 
 A set is named by its folder or its annotation file. Images are beside it, in folders or zips that are read in place.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, Field, StrictInt
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
-from vpworkbench.data.files import SPLITS, faults_at, files_of_set, json_list, read_text, remark
+from vpworkbench.data.files import SPLITS, faults_at, json_list, read_text, remark, split_word
 from vpworkbench.data.images import ImageFile, Places, origins
 from vpworkbench.data.instances import InstanceMasks, instances_beside
 from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.readers import (
+    TRUE_FALSE,
     Annotations,
     Format,
+    Groups,
+    Id,
+    Name,
     Text,
+    Truth,
     convert,
     each_record,
     numbered,
     one_line,
-    open_annotations,
+    open_set,
 )
 from vpworkbench.data.records import Picture
-from vpworkbench.data.tables import TABLE_FILES, TRUE_FALSE, Row, known_label, read_rows
+from vpworkbench.data.tables import Row, known_label, read_rows, split_rows
 from vpworkbench.errors import DataError
 from vpworkbench.scenes.scene import Scene
-
-NLVR1_FILES = ("train.json", "dev.json", "test.json", "train/train.json", "dev/dev.json", "test/test.json")
-FILES = (
-    ("dataset_*.json",),  # Karpathy
-    ("captions_*.json", "annotations/captions_*.json"),  # COCO
-    ("region_descriptions.json", "annotations/region_descriptions.json"),  # Visual Genome
-    NLVR1_FILES,
-    TABLE_FILES,
-)
-"""The files of a captioned set in its folder: the first line that is there, see `files_of_set`."""
 
 
 def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
@@ -49,13 +45,12 @@ def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
     Parameters
     ----------
     path
-        An annotation file, whose format is recognised by its content, or a folder, see `FILES`.
+        An annotation file, or the folder of a set, see `CAPTIONED`.
     images
-        Folders and zips of images; empty: those beside the annotation file.
+        Folders and zips of images; empty: those beside the annotation file, or in the folder.
     """
     hint = ". 04_finetune reads the files of downstream tasks"
-    opened = (open_annotations(file, CAPTIONED, images, hint=hint) for file in files_of_set(path, FILES))
-    return [picture for annotations in opened for picture in annotations.read()]
+    return [picture for file in open_set(path, CAPTIONED, images, hint=hint) for picture in file.read()]
 
 
 class _Sentence(BaseModel):
@@ -67,7 +62,7 @@ class _KarpathyImage(BaseModel):
     split: str = Field(pattern=f"^({'|'.join(SPLITS)})$")
     sentences: list[_Sentence] = Field(min_length=1)
     filepath: str = ""
-    cocoid: StrictInt | None = None
+    cocoid: Id | None = None
     things: list[dict[str, Any]] | None = None  # of a generated scene
     image_px: int = 0
 
@@ -78,7 +73,7 @@ class _KarpathyImage(BaseModel):
             captions = list(dict.fromkeys(captions))
         with_folder = [f"{self.filepath}/{self.filename}"] if self.filepath else []
         image = annotations.images.find(*with_folder, self.filename)
-        names_are_flickr_ids = str(annotations.first.get("dataset", "")).startswith("flickr")
+        flickr = str(annotations.first.get("dataset", "")).startswith("flickr")  # their names begin with its ids
         scene = {"things": self.things, "image_px": self.image_px}
         yield Picture(
             id=self.filename,
@@ -86,26 +81,29 @@ class _KarpathyImage(BaseModel):
             split=split,
             captions=tuple(captions),
             scene=None if self.things is None else Scene.from_json(scene),
-            origins=origins(image, coco=self.cocoid, flickr=self.filename if names_are_flickr_ids else None),
+            origins=origins(image, name=self.filename, coco=self.cocoid, flickr=self.filename if flickr else None),
         )
 
 
 class _CocoImage(BaseModel):
-    id: StrictInt
+    id: Id
     file_name: str = Field(min_length=1)
     flickr_url: str | None = None
 
 
 class _CocoCaption(BaseModel):
-    id: StrictInt
-    image_id: StrictInt
+    id: Id
+    image_id: Id
     caption: str
 
 
 def _coco(annotations: Annotations) -> list[Picture]:
     subset = annotations.file.stem.removeprefix("captions_")
     outlines = instances_beside(annotations.file)
-    images = {str(raw.get("id")) for raw in annotations.first["images"] if isinstance(raw, dict)}
+    listed = annotations.first.get("images")
+    if not isinstance(listed, list):
+        raise DataError(f"{annotations.file}: captions without a list of images; take the file as published")
+    images = {str(raw.get("id")) for raw in listed if isinstance(raw, dict)}
     captions: dict[int, dict[str, None]] = defaultdict(dict)  # by image, each text once
 
     def picture(record: _CocoImage) -> Iterator[tuple[int, Picture]]:
@@ -120,9 +118,8 @@ def _coco(annotations: Annotations) -> list[Picture]:
             raise DataError(f"image_id {record.image_id} is none of the images; correct it or drop the caption")
         yield record.image_id, one_line(record.caption)
 
-    pictures = list(convert(annotations.file, annotations.items, _CocoImage, "id", picture))
-    captioned = numbered("annotations", annotations.first["annotations"])
-    for image_id, text in convert(annotations.file, captioned, _CocoCaption, "id", caption):
+    pictures = list(convert(annotations.file, numbered("images", listed), _CocoImage, "id", picture))
+    for image_id, text in convert(annotations.file, annotations.items, _CocoCaption, "id", caption):
         captions[image_id][text] = None
     return _with_captions(
         annotations.file, (replace(one, captions=tuple(filter(None, captions[number]))) for number, one in pictures)
@@ -143,14 +140,20 @@ class _Region(BaseModel):
 
 
 class _RegionImage(BaseModel):
-    id: StrictInt = Field(validation_alias=AliasChoices("id", "image_id"))
+    id: Id = Field(validation_alias=AliasChoices("id", "image_id"))
     regions: list[_Region]
 
 
+Placeholder = Annotated[
+    None, BeforeValidator(lambda value: None if str(value) in ("", "-1", "null", "None") else value)
+]
+"""How sets write that an id is not known; 0 is one too, see `origins`."""
+
+
 class _ImageData(BaseModel):
-    image_id: StrictInt
-    coco_id: StrictInt | None = None
-    flickr_id: StrictInt | None = None
+    image_id: Id
+    coco_id: Id | Placeholder = None
+    flickr_id: Id | Placeholder = None
 
 
 def _visual_genome(annotations: Annotations) -> list[Picture]:
@@ -188,15 +191,15 @@ NLVR1_VAL_DIRECTORY = "5"
 
 class _Nlvr1Record(BaseModel):
     sentence: Text
-    label: Literal["true", "false"]
+    label: Truth
     identifier: str
-    directory: str
+    directory: Name
     structured_rep: tuple[Box, Box, Box]
 
     def records(self, annotations: Annotations) -> Iterator[Picture]:
         """A picture for each of the six permutations of the boxes in training; elsewhere the first one only."""
-        name = annotations.file.stem
-        split = SPLITS.get(name, "train")
+        name = split_word(annotations.file) or annotations.file.stem
+        split = annotations.split
         if split == "val" and self.directory != NLVR1_VAL_DIRECTORY:
             split = "train"
         statement = (one_line(self.sentence),)
@@ -205,71 +208,111 @@ class _Nlvr1Record(BaseModel):
                 id=f"{self.identifier}-{order}",
                 image=annotations.images.find(f"{self.directory}/{name}-{self.identifier}-{order}.png"),
                 split=split,
-                captions=statement if self.label == "true" else (),
-                foils=statement if self.label == "false" else (),
+                captions=statement if self.label == "True" else (),
+                foils=statement if self.label == "False" else (),
                 boxes=self.structured_rep,
             )
 
 
 def pictures_of(rows: Iterable[Row]) -> Iterator[Picture]:
     """The rows of one image are one picture; a text without a label, or with `true`, is true of its image."""
-    groups: dict[tuple[ImageFile, str], dict[str, tuple[bool, Row]]] = defaultdict(dict)  # each text once
+    groups: dict[tuple[ImageFile, str], list[tuple[bool, Row]]] = defaultdict(list)
+    said: dict[tuple[ImageFile, str, str], tuple[bool, Row]] = {}
     for row in rows:
         with faults_at(row.where):
             is_true = known_label(row.label or "true", TRUE_FALSE) == "True"
             if len(row.images) > 1:
                 raise DataError("has image2; a captioned set has one image in each row")
-            was_true, first = groups[row.images[0], row.split].setdefault(row.text, (is_true, row))
+            key = row.images[0], row.split
+            was_true, first = said.setdefault((*key, row.text), (is_true, row))
             if was_true != is_true:
                 raise DataError(f"this text has the opposite label in {first.where}; correct one of them")
+            if first is row or row.split != "train":  # in the other splits each caption is a query, see Karpathy's
+                groups[key].append((is_true, row))
     named: set[str] = set()
     for (image, split), texts in groups.items():
-        _, first = next(iter(texts.values()))
+        _, first = texts[0]
         yield Picture(
             id=first.image if first.image not in named else f"{first.image} ({split})",  # has rows in several splits
             image=image,
             split=split,
-            captions=tuple(text for text, (is_true, _) in texts.items() if is_true),
-            foils=tuple(text for text, (is_true, _) in texts.items() if not is_true),
-            origins=origins(image),
+            captions=tuple(row.text for is_true, row in texts if is_true),
+            foils=tuple(row.text for is_true, row in texts if not is_true),
+            origins=origins(image, name=first.image),
         )
         named.add(first.image)
+
+
+_SPLIT_LIST = re.compile(r"(?:^|[._])(train|dev|val|test)(?:Images)?\.txt$")
+
+
+def _tokens(annotations: Annotations) -> Iterator[Picture]:
+    """Flickr's captions with a number for each; lists of image names beside the file, if there are any, split them."""
+    listed: dict[str, str] = {}  # name without suffix -> split
+    for file in sorted(annotations.file.parent.glob("*.txt")):
+        if found := _SPLIT_LIST.search(file.name):
+            names = read_text(file).split()
+            listed |= {name.removesuffix(".jpg"): SPLITS[found[1]] for name in names}
+    rows, unlisted = [], set()
+    for place, raw in annotations.items:
+        name, where = raw["image"], f"{annotations.file}: {place}"
+        split = listed.get(name.removesuffix(".jpg"), "")
+        if listed and not split:
+            unlisted.add(name)
+        elif text := one_line(raw["text"]):
+            with faults_at(where):
+                rows.append(Row(where, where, name, (annotations.images.find(name),), text, "", split))
+    if unlisted:
+        remark(f"{annotations.file}: {len(unlisted)} images are in no list of a split and left out")
+    for picture in pictures_of(split_rows(rows, annotations.file)):
+        yield replace(picture, origins=origins(picture.image, flickr=picture.id))
 
 
 KARPATHY = Format(
     "karpathy",
     "Karpathy's JSON (dataset_*.json)",
-    layout="images",
+    layouts=("images",),
     read=each_record(_KarpathyImage, "filename"),
-    recognises=lambda keys: "annotations" not in keys,
+    recognises=lambda keys: not keys.isdisjoint({"sentences", "sentids"}),
 )
 COCO = Format(
     "coco",
     "COCO captions (captions_*.json)",
-    layout="images",
+    layouts=("annotations",),
     read=_coco,
-    recognises=lambda keys: "annotations" in keys and "categories" not in keys,  # no boxes
+    recognises=lambda keys: "caption" in keys,
 )
 VISUAL_GENOME = Format(
     "vg",
     "Visual Genome (region_descriptions.json)",
-    layout="list",
+    layouts=("list",),
     read=_visual_genome,
     recognises=lambda keys: "regions" in keys,
 )
 NLVR1 = Format(
     "nlvr1",
     "NLVR v1 JSON lines",
-    layout="lines",
+    layouts=("lines",),
     read=each_record(_Nlvr1Record, "identifier"),
     recognises=lambda keys: "structured_rep" in keys,
+)
+TOKENS = Format(
+    "tokens", "Flickr8k's and Flickr30k's captions (*.token)", layouts=("tokens",), read=_tokens, aside=r"lemma"
+)
+KARPATHY_LIST = Format(
+    "karpathy-list",
+    "Karpathy's split as lists of image and caption (BLIP, ALBEF)",
+    layouts=("list", "lines"),
+    read=lambda table: pictures_of(read_rows(table)),
+    recognises=lambda keys: {"image", "caption"} <= keys and "text" not in keys,
 )
 TABLE = Format(
     "table",
     "CSV (with a header) or JSON lines with image and text",
-    layout="lines",
+    layouts=("lines", "list"),
     read=lambda table: pictures_of(read_rows(table)),
-    recognises=lambda keys: "image" in keys or "text" in keys,
+    recognises=lambda keys: "text" in keys or ("image" in keys and keys.isdisjoint({"caption", "question"})),
 )
 
-CAPTIONED: tuple[Format[Picture], ...] = (KARPATHY, COCO, VISUAL_GENOME, NLVR1, TABLE)
+CAPTIONED: Groups = ((KARPATHY, KARPATHY_LIST, COCO, TOKENS), (VISUAL_GENOME,), (NLVR1,), (TABLE,))
+"""In a folder, Karpathy's split replaces COCO's and Flickr's own; Visual Genome and NLVR v1 are read beside it."""

@@ -7,8 +7,7 @@ because published sets have them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, combinations
 from pathlib import Path
@@ -19,21 +18,22 @@ from tqdm.auto import tqdm
 
 from vpworkbench.data.captioned import pictures_of
 from vpworkbench.data.files import collected_findings, faults_at
-from vpworkbench.data.images import ImageFile, Places
-from vpworkbench.data.readers import Annotations, unique
+from vpworkbench.data.images import ImageFile, Places, unreadable
+from vpworkbench.data.questions import EASY_VQA, answer_vocabulary, read_easy_vqa
+from vpworkbench.data.readers import unique
 from vpworkbench.data.records import Picture, Record
 from vpworkbench.data.splits import image_contents, photographs
 from vpworkbench.data.tables import read_rows
 from vpworkbench.data.task_readers import (
     ANY_TABLE,
-    EASY_VQA,
+    CAPTIONS,
     TASK_FILES,
     VQA,
-    answer_vocabulary,
+    Opened,
     examples_of,
+    in_splits,
     likely_task,
     open_all,
-    read_easy_vqa,
 )
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import normalised_answer
@@ -125,9 +125,9 @@ def diagnose(
     files = list(dict.fromkeys(image for record in every for image in record.images))
     if regions:
         found.errors += _region_faults(files, regions)
-    unreadable = _unreadable(files, decode=images)
-    found.errors += unreadable.values()
-    photograph = photographs(every, image_contents(image for image in files if image not in unreadable))
+    broken = unreadable(files, decode=images)
+    found.errors += broken.values()
+    photograph = photographs(every, image_contents(image for image in files if image not in broken))
     for kind, records in kinds.items():
         splits = {split: part for split in SPLIT_NAMES if (part := [one for one in records if one.split == split])}
         table = found.tables[kind] = {split: _counts(part) for split, part in splits.items()}
@@ -135,48 +135,43 @@ def diagnose(
         if any(getattr(record, "answers", ()) for record in records):
             warnings += _unanswerable(splits, table, answer_count)
         found.warnings += [f"{kind}: {warning}" for warning in warnings]
-    found.warnings += _overlaps(kinds, photograph)
+    found.warnings += [*_overlaps(kinds, photograph), *_lacking(kinds)]
     return found
 
 
 def _read(path: str | Path, places: Places, task: str, found: Diagnosis) -> dict[str, list[Record]]:
-    """The records of every file, by the name of their format."""
-    if str(path) == EASY_VQA:
-        return {VQA.name: list(chain.from_iterable(read_easy_vqa().values()))}
+    """The records of every file that a run would read, by the name of their format."""
     kinds: dict[str, list[Record]] = defaultdict(list)
     with collected_findings() as findings:
-        for opened in tqdm(open_all(path, places, found.unread), "reading records", unit=" files", delay=2):
-            with faults_at():
-                kind, records = _records_of(opened, task)
-                kinds[kind] += records
+        if str(path) == EASY_VQA:
+            kinds[VQA.name] += read_easy_vqa()
+        else:
+            for opened in tqdm(open_all(path, places, found.unread), "reading records", unit=" files", delay=2):
+                with faults_at():
+                    for kind, records in _records_of(opened, task, found.unread):
+                        kinds[kind] += records
+        for kind, records in kinds.items():
+            if records and not isinstance(records[0], Picture):
+                kinds[kind] = list(chain.from_iterable(in_splits(records, path).values()))
     found.errors += dict.fromkeys(findings.faults)  # a damaged zip may be beside several files
     found.warnings += findings.remarks
     return {kind: records for kind, records in kinds.items() if records}
 
 
-def _records_of(opened: Annotations, task: str) -> tuple[str, Sequence[Record]]:
+def _records_of(opened: Opened, task: str, unread: list[str]) -> Iterator[tuple[str, Sequence[Record]]]:
     """The records of a file, and what they are; a table is read for `task`, or for the one that its labels suggest."""
-    if opened.format is not ANY_TABLE:
-        return opened.format.name, opened.read()
-    rows = read_rows(opened)
+    annotations = opened.annotations
+    if annotations.format is not ANY_TABLE:
+        yield annotations.format.name, annotations.read()
+        return
+    rows = read_rows(annotations)
     files = TASK_FILES[task] if task else likely_task(rows)
-    records = examples_of(rows, files) if files else pictures_of(rows)
-    return f"table ({files.name if files else 'captions'})", unique(records, opened.file)
-
-
-def _unreadable(files: Sequence[ImageFile], *, decode: bool) -> dict[ImageFile, str]:
-    """The images that cannot be read, each with its fault."""
-
-    def fault(image: ImageFile) -> str:
-        try:
-            image.pixels() if decode else image.glimpse()
-        except DataError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor() as pool:
-        faults = tqdm(pool.map(fault, files), "opening images", len(files), unit=" images", delay=2)
-        return {image: message for image, message in zip(files, faults, strict=True) if message}
+    use = files.name if files else CAPTIONS
+    if use in opened.uses:
+        records = examples_of(rows, files) if files else pictures_of(rows)
+        yield f"table ({use})", unique(records, annotations.file)
+    else:
+        unread.append(f"{annotations.file}: a table for {use}, which the other files are read for")
 
 
 def _region_faults(images: Sequence[ImageFile], place: str) -> list[str]:
@@ -258,6 +253,16 @@ def _repetitions(records: Sequence[Record], photograph: Mapping[ImageFile, Hasha
     if repeated := said.total() - len(said):
         warnings.append(f"{repeated} texts are said of the same image again")
     return warnings
+
+
+def _lacking(kinds: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Sets that do not train: a run needs another one beside them."""
+    trained: dict[str, bool] = defaultdict(bool)
+    for kind, records in kinds.items():
+        use = CAPTIONS if isinstance(records[0], Picture) else kind
+        trained[use] |= any(record.split == "train" for record in records)
+    lacking = [use for use, has_some in trained.items() if not has_some]
+    return [f"{use}: no training records; a run needs some, of this set or another" for use in lacking]
 
 
 def _overlaps(kinds: Mapping[str, Sequence[Record]], photograph: Mapping[ImageFile, Hashable]) -> list[str]:

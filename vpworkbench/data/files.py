@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vpworkbench.errors import DataError
+from vpworkbench.errors import DataError, ImageMissing
+from vpworkbench.system import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,56 @@ def collected_findings() -> Iterator[Findings]:
         _FINDINGS.reset(token)
 
 
-def report_fault(message: str) -> None:
-    """Report a broken record: as a `DataError`, unless findings are being collected."""
+class Skipped(NamedTuple):
+    """A record that is left out, because its image is missing or cannot be read."""
+
+    record: str  # its file and its place
+    reason: str
+
+
+_SKIPPED: ContextVar[tuple[list[Skipped], float] | None] = ContextVar("skipped", default=None)
+
+
+@contextmanager
+def skipping_missing(missing: str, most: float) -> Iterator[list[Skipped]]:
+    """Within the block, if `missing` is "skip", records without a readable image are left out, and the list names them.
+
+    A reader stops where it loses more than the share `most` of a file. Inside another such block, the outer one counts.
+    """
+    outer = _SKIPPED.get()
+    if outer or missing != "skip":
+        yield outer[0] if outer else []
+        return
+    skipped: list[Skipped] = []
+    token = _SKIPPED.set((skipped, most))
+    try:
+        yield skipped
+    finally:
+        _SKIPPED.reset(token)
+
+
+def write_skipped(skipped: Sequence[Skipped], folder: Path) -> None:
+    """All records that were left out, in `skipped.csv` of a run's folder; nothing if there are none."""
+    if skipped:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([Skipped._fields, *skipped])
+        write_atomically(folder / "skipped.csv", text.getvalue())
+
+
+def skipped_now() -> tuple[list[Skipped], float] | None:
+    """What `skipping_missing` has left out so far, and the largest share; None outside of it."""
+    return _SKIPPED.get()
+
+
+def report_fault(message: str, error: DataError | None = None) -> None:
+    """Report a broken record: as a `DataError`, unless findings are being collected, or the record is to be skipped.
+
+    `message` names the file and the record, and if `error` is given, its message follows.
+    """
+    if isinstance(error, ImageMissing) and (skipping := _SKIPPED.get()):
+        skipping[0].append(Skipped(message, str(error)))
+        return
+    message = f"{message}: {error}" if error and message else message or str(error)
     if (findings := _FINDINGS.get()) is None:
         raise DataError(message) from None
     findings.faults.append(message)
@@ -58,7 +107,7 @@ def faults_at(where: str = "") -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        report_fault(f"{where}: {error}" if where else str(error))
+        report_fault(where, error)
 
 
 def remark(message: str) -> None:
@@ -91,48 +140,35 @@ def names_below(folder: Path | str, prefix: str = "", above: frozenset[str] = fr
             yield prefix + entry.name
 
 
-def annotation_files(path: Path) -> list[Path]:
-    """The files below a folder that may hold annotations, without hidden ones; or the file itself."""
-    if not path.is_dir():
-        return [path]
-    found = [path / name for name in names_below(path) if name.endswith((".json", ".jsonl", ".csv"))]
-    return sorted(file for file in found if file.name != "image_data.json")  # read with Visual Genome's regions
-
-
-def files_of_set(path: str | Path, alternatives: Sequence[Sequence[str]]) -> list[Path]:
-    """The annotation files of one set: `path` itself, or in a folder those of the first alternative that has any.
-
-    An alternative is some patterns of names, whose files belong together.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; `data` takes 'scenes', or the folder or file of a set")
-    if path.is_file():
-        return [path]
-    for names in alternatives:
-        if found := [file for name in names for file in sorted(path.glob(name)) if file.name[0] != "."]:
-            return found
-    searched = ", ".join(dict.fromkeys(name for names in alternatives for name in names))
-    raise DataError(f"{path}: holds none of {searched}; name the annotation file itself")
-
-
 SPLITS = {
     "train": "train",
     "restval": "train",  # Karpathy's; it trains, as in the paper's Table 6
     "val": "val",
     "validation": "val",
+    "valid": "val",
     "dev": "val",
     "test": "test",
     "test1": "test",
+    "testdev": "test",  # GQA's
+    "challenge": "test",
+    "submission": "test",
     "hidden": "test",  # NLVR v1's
 }
 """The name of a split in a release -> ours."""
 
 
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])")
+
+
+def split_word(file: Path) -> str:
+    """The split in a file's name as the release writes it: `val` in `captions_val2014.json`, `dev` in `dev.json`."""
+    found = _SPLIT_WORD.search(file.stem.lower())
+    return found[1] if found else ""
+
+
 def split_named(file: Path, otherwise: str = "") -> str:
     """The split that a file's name states, such as `captions_val2014.json`, `snli_ve_dev.jsonl`, `test1.json`."""
-    found = re.search(r"(?<![a-z])(train|validation|val|dev|test)(?![a-z])", file.stem.lower())
-    return SPLITS[found[1]] if found else otherwise
+    return SPLITS.get(split_word(file), otherwise)
 
 
 def read_text(file: Path) -> str:
@@ -149,7 +185,7 @@ def read_text(file: Path) -> str:
 
 
 _DECODER = json.JSONDecoder()
-_GAP = re.compile(r"[\s,]*")
+_GAP, _AFTER_KEY = re.compile(r"[\s,]*"), re.compile(r"\s*:\s*")
 
 
 def decode_json(text: str, where: str, start: int = 0) -> tuple[Any, int]:
@@ -158,6 +194,42 @@ def decode_json(text: str, where: str, start: int = 0) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError) as error:  # a ValueError also for a number of too many digits
         raise DataError(f"{where}: not JSON ({error}); is the file complete?") from None
+
+
+def json_members(text: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Where a JSON object may hold records, with the first of them: lists by their key, `values`, and `lines`.
+
+    `lines` has the object itself, which may be the first of JSON lines. Only what is asked for is parsed.
+    """
+    position, whole = _GAP.match(text, text.index("{") + 1).end(), {}
+    while text[position : position + 1] != "}":
+        key, position = decode_json(text, where, position)
+        colon = _AFTER_KEY.match(text, position)
+        if not colon or not isinstance(key, str):
+            raise DataError(f"{where}: not JSON (no key and colon at char {position}); is the file complete?")
+        position = colon.end()
+        start = _GAP.match(text, position + 1).end()
+        if text[position : position + 1] == "[" and text[start : start + 1] != "]":
+            yield key, decode_json(text, where, start)[0]
+        whole[key], position = decode_json(text, where, position)
+        if isinstance(whole[key], dict):
+            yield "values", whole[key]
+        position = _GAP.match(text, position).end()
+    yield "lines", whole
+
+
+_TOKEN = re.compile(r"(\S+?\.\w+)#\d+\t(.*)")
+
+
+def token_lines(file: Path, text: str) -> Iterator[Item]:
+    """Lines of Flickr8k and Flickr30k, an image, a number and a caption; none if the first line has another form."""
+    for number, line in enumerate(text.lstrip().split("\n"), start=1):
+        if found := _TOKEN.fullmatch(line.rstrip("\r")):
+            yield f"line {number}", {"image": found[1], "text": found[2]}
+        elif number == 1:
+            return
+        elif line.strip():
+            report_fault(f"{file}: line {number}: not an image, #, a number, a tab and a caption; correct the line")
 
 
 def json_lines(file: Path, text: str) -> Iterator[Item]:

@@ -1,32 +1,53 @@
-"""How annotation files are read: which format a file has, and the one loop that turns its records into ours.
+"""How annotation files are read: which format a file has, which files make a set, and the loop over their records.
 
-A format is a value, see `Format`; `captioned` and `task_readers` list all of them.
+A format is a value, see `Format`; `captioned`, `task_readers` and `questions` list them. The reader of a run and the
+doctor find files in one way, `files_below` and `preferred`: what one of them reads, the other reads too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, StrictInt, StringConstraints, ValidationError
 
 from vpworkbench.data.files import (
     Item,
+    Skipped,
     csv_rows,
     decode_json,
+    faults_at,
     json_lines,
     json_list,
+    json_members,
+    names_below,
     read_text,
+    remark,
     report_fault,
+    skipped_now,
     split_named,
+    token_lines,
 )
-from vpworkbench.data.images import ImageIndex, Places, image_index
+from vpworkbench.data.images import ImageIndex, Places, image_index, images_below, unreadable
 from vpworkbench.errors import DataError
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """A text in a record; a blank one is refused."""
+Id = Annotated[StrictInt, BeforeValidator(lambda value: int(value) if re.fullmatch(r"\d+", str(value)) else value)]
+"""A whole number, also as digits in quotes."""
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+"""A text, also written as a whole number."""
+TRUE_FALSE = {"true": "True", "false": "False", "1": "True", "0": "False"}
+Truth = Annotated[
+    Literal["True", "False"], BeforeValidator(lambda value: TRUE_FALSE.get(str(value).strip().lower(), value))
+]
+"""True or false: a boolean of JSON, 0 or 1, or the word in any case."""
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
@@ -45,21 +66,25 @@ class Format(Generic[R]):
     ----------
     name, title : str
         Short, for tables; and long, for messages.
-    layout : str
-        Where the records are. `lines`: JSON lines, or a CSV with a header. `list`: a JSON list. Any other word is the
-        key of a list in a JSON object.
+    layouts : tuple of str
+        Where the records can be. `lines`: JSON lines, or a CSV with a header. `list`: a JSON list. `values`: a JSON
+        object of records by their ids. `tokens`: lines `name.jpg#0`, a tab, a caption. Any other word is the key of a
+        list in a JSON object.
     read : callable
         The records of an opened file; see `each_record`.
     recognises : callable
-        Whether a file of this layout has the format, by the outermost keys of its object or of its first record: a
-        fault inside a record must not make the format unknown.
+        Whether the keys of the first record (of a CSV, its header) are those of this format.
+    aside : str
+        Names, as a pattern: in a folder these files are not read where others of their split are. They are subsets,
+        or the same records in another form.
     """
 
     name: str
     title: str
-    layout: str
+    layouts: tuple[str, ...]
     read: Callable[[Annotations], Iterable[R]]
-    recognises: Callable[[Mapping[str, Any]], bool] = lambda keys: True
+    recognises: Callable[[Set[str]], bool] = lambda keys: True
+    aside: str = r"(?!)"
     has_images: bool = True
 
 
@@ -87,34 +112,187 @@ class Annotations(Generic[R]):
         return split_named(self.file, "train")
 
     def read(self) -> list[R]:
-        """All records; `DataError` if an id occurs twice, or if there is none."""
-        return unique(self.format.read(self), self.file)
+        """All records; `DataError` if an id occurs twice, or if there is none.
+
+        Inside `skipping_missing`, those without a readable image are left out and counted.
+        """
+        if (skipping := skipped_now()) is None:
+            return unique(self.format.read(self), self.file)
+        skipped, most = skipping
+        before, records = len(skipped), list(self.format.read(self))
+        broken = unreadable(list(dict.fromkeys(image for record in records for image in record.images)))
+        kept = []
+        for record in records:
+            if fault := next((broken[image] for image in record.images if image in broken), ""):
+                skipped.append(Skipped(f"{self.file}: {record.id}", fault))
+            else:
+                kept.append(record)
+        if lost := skipped[before:]:
+            of = f"{len(lost)} of {len(lost) + len(kept)} records"
+            if len(lost) > most * (len(lost) + len(kept)):
+                raise DataError(
+                    f"{self.file}: {of} have no readable image, more than the share missing_most = {most:g}: "
+                    f"{lost[0].reason}"
+                )
+            names = [one.record.removeprefix(f"{self.file}: ") for one in lost[:5]] + ["..."] * (len(lost) > 5)
+            remark(f"{self.file}: {of} are left out, their images are missing or unreadable: {', '.join(names)}")
+        return unique(kept, self.file)
 
 
 def open_annotations(
-    file: str | Path, formats: Iterable[Format[R]], images: Places = (), *, hint: str = ""
+    file: str | Path,
+    formats: Iterable[Format[R]],
+    images: Places = (),
+    *,
+    hint: str = "",
+    wider: Callable[[], ImageIndex] | None = None,
 ) -> Annotations[R]:
-    """Recognise the format of a file by its content; `hint` adds to the message if it has none of `formats`."""
+    """Open a file of one of `formats`, recognised by its content; else an `UnknownFormatError`, which `hint` ends."""
     file, formats = Path(file).expanduser(), list(formats)
     text = read_text(file)
-    if file.suffix.lower() == ".csv":
-        rows = csv_rows(file, text)
-        (_, first), contents = next(rows), {"lines": rows}
-    elif text.lstrip()[0] == "[":
-        (_, first), contents = next(json_list(file, text), ("", None)), {"list": json_list(file, text)}
+    form, layout, first = _recognised(file, text, formats, hint)
+    if layout == "lines":
+        items = csv_rows(file, text) if _is_csv(file) else json_lines(file, text)
+    elif layout in ("list", "tokens"):
+        items = (json_list if layout == "list" else token_lines)(file, text)
     else:
         first, end = decode_json(text, str(file), len(text) - len(text.lstrip()))
-        contents = {"lines": json_lines(file, text)}
-        if isinstance(first, dict) and not text[end:].strip():
-            contents |= {key: numbered(key, value) for key, value in first.items() if isinstance(value, list)}
-    if isinstance(first, dict):
+        if text[end:].strip():
+            raise DataError(f"{file}: more text after the end of its object; is it one JSON file?")
+        if layout == "values":  # records by their ids
+            items = (
+                (f'"{key}"', {"question_id": key} | one if type(one) is dict else one) for key, one in first.items()
+            )
+        elif isinstance(first[layout], list):
+            items = numbered(layout, first[layout])
+        else:
+            raise DataError(f"{file}: the key {layout} twice; drop one")
+    if _is_csv(file):
+        next(items)  # the header
+    index = image_index(file, images, wider) if form.has_images else ImageIndex(())
+    return Annotations(file, form, items, first, index)
+
+
+def format_of(file: Path, formats: Sequence[Format]) -> Format:
+    """The format of a file; an `UnknownFormatError` if it has none of `formats`."""
+    return _recognised(file, read_text(file), formats)[0]
+
+
+def _is_csv(file: Path) -> bool:
+    return file.suffix.lower() == ".csv"
+
+
+def _recognised(
+    file: Path, text: str, formats: Sequence[Format], hint: str = ""
+) -> tuple[Format, str, Mapping[str, Any]]:
+    """The format of a file, where in it the records are, and the first of them."""
+    start = len(text) - len(text.lstrip())
+    places: Iterable[tuple[str, Any]]
+    if _is_csv(file):
+        places = [("lines", next(csv_rows(file, text))[1])]
+    elif text[start] == "[":
+        places = [("list", record) for _, record in islice(json_list(file, text), 1)]
+    elif text[start] == "{":
+        places = json_members(text, str(file))
+    elif next(token_lines(file, text), None):
+        places = [("tokens", {})]
+    else:
+        places = [("lines", decode_json(text, str(file), start)[0])]
+    first: Any = {}
+    for layout, first in places:
         for form in formats:
-            if form.layout in contents and form.recognises(first):
-                index = image_index(file, images) if form.has_images else ImageIndex(())
-                return Annotations(file, form, contents[form.layout], first, index)
-    keys = f" (its keys are {', '.join(first)})" if isinstance(first, dict) and first else ""
+            if isinstance(first, dict) and layout in form.layouts and form.recognises(first.keys()):
+                return form, layout, first
+    keys = f" (its keys are {', '.join(list(first)[:12])})" if isinstance(first, dict) and first else ""
     titles = "; ".join(form.title for form in formats)
     raise UnknownFormatError(f"{file}: unknown format{keys}; known here: {titles}{hint}")
+
+
+# ------------------------------------------------------------------------------------------- the files of a set
+
+_SUFFIXES = (".json", ".jsonl", ".csv", ".token", ".token.txt")
+_OF_OTHER_THINGS = re.compile(
+    r"(instances|person_keypoints|stuff|panoptic|image_info)_.*|.*scene_?graphs?\.json|"
+    r"(image_data|objects|attributes|relationships|region_graphs|question_to_region\w*|\w+_(aliases|synsets))\.json",
+    re.IGNORECASE,
+)
+"""Files of COCO, Visual Genome and GQA without texts; they are too large to be opened for a look."""
+
+
+Groups = tuple[tuple[Format, ...], ...]
+"""Formats that a set can have. Those of one group tell the same in different forms; the last group is custom tables."""
+
+
+class Found(NamedTuple):
+    """The annotation files below a folder: by the name of their format, and the others, each with the reason."""
+
+    files: dict[str, list[Path]]
+    unread: list[str]
+
+
+def files_below(folder: Path, formats: Sequence[Format]) -> Found:
+    """Look at every file below a folder; one that cannot be parsed is a fault."""
+    found = Found(defaultdict(list), [])
+    for name in names_below(folder):
+        file = folder / name
+        if not name.endswith(_SUFFIXES) or file.name == "image_data.json":  # read with Visual Genome's regions
+            continue
+        if _OF_OTHER_THINGS.fullmatch(file.name):
+            found.unread.append(f"{file}: by its name without texts")
+            continue
+        if not file.stat().st_size:  # few scenes can have no statement
+            found.unread.append(f"{file}: the file is empty")
+            continue
+        with faults_at():
+            try:
+                found.files[format_of(file, formats).name].append(file)
+            except UnknownFormatError as error:
+                found.unread.append(str(error).partition("; known here")[0])
+    return found
+
+
+def preferred(found: Found, groups: Groups, folder: Path) -> dict[Path, Format]:
+    """The files of the set in a folder, and their formats; without those put aside, see `Format`.
+
+    Each group contributes those of its first format that any file has, the last group only if the others have none.
+    """
+    chosen: dict[Path, Format] = {}
+    for group in groups[:-1] + (() if any(found.files.get(one.name) for one in chain(*groups[:-1])) else groups[-1:]):
+        form = next((one for one in group if found.files.get(one.name)), None)
+        files = found.files[form.name] if form else []
+        first = [file for file in files if not re.search(form.aside, file.relative_to(folder).as_posix())]
+        splits = {split_named(file) for file in first}
+        chosen |= {file: form for file in files if file in first or split_named(file) not in splits}
+    return chosen
+
+
+def open_set(path: str | Path, groups: Groups, images: Places = (), *, hint: str = "") -> Iterator[Annotations]:
+    """Open the annotation files of a set, by its folder, see `preferred`, or by one file.
+
+    Images are in the places given, else beside each file, else anywhere below the folder.
+    """
+    path, formats = Path(path).expanduser(), list(chain(*groups))
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; `data` takes 'scenes', or the folder or file of a set")
+    if path.is_file():
+        yield open_annotations(path, formats, images, hint=hint)
+        return
+    found = files_below(path, formats)
+    chosen = preferred(found, groups, path)
+    if not chosen:
+        known, unread = "; ".join(one.title for one in formats), found.unread
+        others = f" (not read: {'; '.join(unread[:3])}{'; ...' * (len(unread) > 3)})" if unread else ""
+        raise DataError(f"{path}: holds no annotation file of a known format{others}; known here: {known}{hint}")
+    if more := [file for files in found.files.values() for file in files if file not in chosen]:
+        names = ", ".join(str(file.relative_to(path)) for file in more[:3]) + (", ..." if more[3:] else "")
+        read = ", ".join(dict.fromkeys(form.title for form in chosen.values()))
+        remark(f"{path}: read as {read}; {len(more)} other annotation files are not read: {names}")
+    wider = functools.cache(lambda: images_below(path))
+    for file, form in chosen.items():
+        yield open_annotations(file, [form], images, wider=wider)
+
+
+# ------------------------------------------------------------------------------------------- the records of a file
 
 
 def numbered(key: str, values: Iterable[Any]) -> Iterator[Item]:
@@ -148,7 +326,7 @@ def convert(
             known.add(key)
             yield from use(record)
         except DataError as error:
-            report_fault(f"{where}: {error}")
+            report_fault(where, error)
 
 
 def checked(schema: type[M], raw: Any) -> M:
@@ -161,7 +339,7 @@ def checked(schema: type[M], raw: Any) -> M:
         raise DataError(f"{field and f'{field}: '}{fault['msg']}; correct the record") from None
 
 
-def unique(records: Iterable[R], file: Path) -> list[R]:
+def unique(records: Iterable[R], file: str | Path) -> list[R]:
     """The records; `DataError` if an id occurs twice, or if there is none."""
     found: dict[str, R] = {}
     for record in records:

@@ -107,7 +107,7 @@ class Example:
     answer : str
         The answer that the release chose among these; empty if it chose none.
     kind : str
-        VQA's answer type.
+        VQA's answer type; of NLVR2 the subset, `balanced` or `unbalanced`.
     boxes, origins
         See `Picture`; without origins for two images.
     """

@@ -1,4 +1,4 @@
-"""Features and boxes of regions that a detector has found: BUTD's tsv, or one npz for each image.
+"""Features and boxes of regions that a detector has found: a tsv of BUTD or LXMERT, or one npz for each image.
 
 An npz holds `features` (region, channel), `boxes` (region, 4) in pixels as x0 y0 x1 y1, and `size` (width, height); if
 a detector named what it found, also `classes` (region,), counted from 0.
@@ -26,6 +26,12 @@ from vpworkbench.errors import DataError, RegionsMissing
 from vpworkbench.system import draft
 
 TSV_FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
+LXMERT_FIELDS = ("image_id", "image_h", "image_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf")
+LAYOUTS = {len(fields): fields for fields in (TSV_FIELDS, (*LXMERT_FIELDS, "num_boxes", "boxes", "features"))}
+"""Columns of a tsv, by their number: BUTD's six and LXMERT's ten."""
+_PART = re.compile(r"\.tsv(\.\d+)?$")
+USUAL_WIDTH = 2048
+"""Channels of BUTD's features: they tell float16 from float32 where no model says its width."""
 ROUNDING_PX = 1.0
 """Detectors round: a box may leave its image by this much, and is cut at the border."""
 
@@ -53,7 +59,8 @@ class RegionFiles:
     Parameters
     ----------
     source : str or Path
-        A folder of `<name of the image>.npz`, or a tsv whose `image_id` is that name (in COCO, its number).
+        A folder of `<name of the image>.npz`, or a tsv whose `image_id` is that name (in COCO, its number), or a folder
+        of its parts, `*.tsv` or `*.tsv.0` and so on. Features can be float32 or float16.
     most : int
         Regions of an image: the first ones in its file.
     width : int
@@ -69,7 +76,8 @@ class RegionFiles:
                 f"visual.region_files {str(source)!r}: no such folder or tsv; give BUTD's tsv or a folder with one npz "
                 "for each image (docs/families.md); `vpw regions` makes them"
             )
-        self._lines = {} if self.source.is_dir() else _line_starts(self.source)
+        parts = [file for file in self.source.iterdir() if _PART.search(file.name)] if self.source.is_dir() else []
+        self._lines = _line_starts([self.source] if self.source.is_file() else sorted(parts))
         self._scenes = _scene_settings(self.source / SCENES)
         self._same_scenes: set[Path] = set()  # folders and zips of images that were compared before
 
@@ -112,7 +120,7 @@ class RegionFiles:
                 f"{image}: no features of this image in {self.source}; extract them or drop its record"
             )
         self._check_scenes(image)
-        return read_npz(place) if isinstance(place, Path) else self._read_line(place, _tsv_name(image.name))
+        return read_npz(place) if isinstance(place, Path) else self._read_line(*place, _tsv_name(image.name))
 
     def check(self, images: Sequence[ImageFile]) -> None:
         """`DataError` if an image has no regions or shares another's, or if the first one's width is wrong."""
@@ -124,7 +132,7 @@ class RegionFiles:
                 f"{self.source}: no features of {len(missing)} of {len(places)} images ({names}); extract them or drop "
                 f"their records{example}"
             )
-        first: dict[Path | int | None, ImageFile] = {}
+        first: dict[Path | tuple[Path, int] | None, ImageFile] = {}
         for image, place in places.items():
             other, is_of_coco = first.setdefault(place, image), COCO_NAME.fullmatch(Path(image.name).stem)
             if other.name != image.name and not is_of_coco and other.glimpse() != image.glimpse():
@@ -139,26 +147,29 @@ class RegionFiles:
     def check_width(self) -> None:
         """`DataError` if the first image has features of another width, or if there is none."""
         names = [f"{name}.jpg" for name in self._lines]
-        if self.source.is_dir():
+        if self.source.is_dir() and not self._lines:
             names = (file.relative_to(self.source).as_posix() for file in self.source.rglob("[!.]*.npz"))
         if (first := next(iter(names), None)) is None:
             raise DataError(f"{self.source}: holds no regions; give BUTD's tsv or a folder with one npz for each image")
         self.regions(ImageFile(self.source, first))
 
-    def _place(self, image: ImageFile) -> Path | int | None:
-        """The npz of an image, or the position of its line in the tsv."""
-        if not self.source.is_dir():
+    def _place(self, image: ImageFile) -> Path | tuple[Path, int] | None:
+        """The npz of an image, or its tsv and the position of its line there."""
+        if self._lines:
             return self._lines.get(_tsv_name(image.name))
         name = Path(image.name).with_suffix(".npz")
         return next((file for file in (self.source / name, self.source / name.name) if file.exists()), None)
 
-    def _read_line(self, position: int, name: str) -> Regions:
-        with self.source.open("rb") as file:
-            file.seek(position)
-            cells = _text(file.readline()).rstrip("\r\n").split("\t")
-        if len(cells) != len(TSV_FIELDS) or _tsv_name(cells[0]) != name:
-            raise DataError(f"{self.source}: image {name}: its line is broken, or the file was changed; start again")
-        return read_tsv_row(dict(zip(TSV_FIELDS, cells, strict=True)), self.source)
+    def _read_line(self, file: Path, position: int, name: str) -> Regions:
+        with file.open("rb") as lines:
+            lines.seek(position)
+            cells = _text(lines.readline()).rstrip("\r\n").split("\t")
+        if _tsv_name(cells[0]) != name:
+            raise DataError(f"{file}: image {name}: its line is broken, or the file was changed; start again")
+        if len(cells) not in LAYOUTS:
+            known = " or ".join(map(str, LAYOUTS))
+            raise DataError(f"{file}: image {name}: {len(cells)} cells in its line, not {known}; fetch the file again")
+        return read_tsv_row(dict(zip(LAYOUTS[len(cells)], cells, strict=True)), file, self.width)
 
     def _check_scenes(self, image: ImageFile) -> None:
         """`DataError` if image and regions are of different scenes, whose images have the same names."""
@@ -239,13 +250,16 @@ def read_npz(file: Path) -> Regions:
     return checked_regions(*parts, source=str(file))
 
 
-def read_tsv_row(row: dict[str, str], file: Path) -> Regions:
-    """The regions in one line of BUTD's tsv; features and boxes are base64 of float32."""
+def read_tsv_row(row: dict[str, str], file: Path, width: int = 0) -> Regions:
+    """The regions in one line of a tsv; features and boxes are base64 of float32, or of float16.
+
+    `width` is that of a feature, if it is known: half as many bytes are float16.
+    """
     source = f"{file}: image {row['image_id']}"
     try:
         count, size = int(row["num_boxes"]), np.array([float(row["image_w"]), float(row["image_h"])])
-        coded = (base64.b64decode(row[name], validate=True) for name in ("boxes", "features"))
-        boxes, features = (np.frombuffer(numbers, "<f4") for numbers in coded)
+        boxes = _numbers(row["boxes"], 4 * count)
+        features = _numbers(row["features"], (width or USUAL_WIDTH) * count)
     except ValueError as error:
         raise DataError(f"{source}: no numbers, or no base64 of float32 ({error}); fetch the file again") from None
     if count < 1 or boxes.size != 4 * count or features.size % count:
@@ -256,24 +270,32 @@ def read_tsv_row(row: dict[str, str], file: Path) -> Regions:
     return checked_regions(features.reshape(count, -1), boxes.reshape(count, 4), size, source=source)
 
 
+def _numbers(cell: str, count: int) -> np.ndarray:
+    """The numbers in a cell; Python 3 wrote some files as `b'...'`."""
+    data = base64.b64decode(re.sub(r"^b'(.*)'$", r"\1", cell), validate=True)
+    return np.frombuffer(data, "<f2" if count and len(data) == 2 * count else "<f4")
+
+
 def _text(line: bytes) -> str:
     return line.decode(errors="replace").removeprefix("\ufeff")
 
 
-def _line_starts(file: Path) -> dict[str, int]:
-    """The position of each image's line in a tsv, in bytes; the line of field names and blank ones are left out."""
-    starts, position = {}, 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            start, position = position, position + len(line)
-            name = _tsv_name(_text(line).split("\t", 1)[0])
-            if not line.strip() or name == TSV_FIELDS[0]:
-                continue
-            if name in starts:
-                raise DataError(f"{file}: line {number}: image {name} for the second time; drop one of its lines")
-            starts[name] = start
-    if not starts:
-        raise DataError(f"{file}: holds no regions; a tsv has a line of {', '.join(TSV_FIELDS)} for each image")
+def _line_starts(files: Sequence[Path]) -> dict[str, tuple[Path, int]]:
+    """The file and the position, in bytes, of each image's line; lines of field names and blank ones are left out."""
+    starts: dict[str, tuple[Path, int]] = {}
+    for file in files:
+        position = 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                start, position = position, position + len(line)
+                name = _tsv_name(_text(line).split("\t", 1)[0])
+                if not line.strip() or name in ("image_id", "img_id"):
+                    continue
+                if name in starts:
+                    raise DataError(f"{file}: line {number}: image {name} for the second time; drop one of its lines")
+                starts[name] = file, start
+    if files and not starts:
+        raise DataError(f"{files[0]}: holds no regions; a tsv has a line of {', '.join(TSV_FIELDS)} for each image")
     return starts
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from vpworkbench.errors import SettingsError
 
@@ -94,7 +94,18 @@ PathOrName = Annotated[
     str, BeforeValidator(lambda value: absolute_path(value) if re.search(r"[/\\]", str(value)) else value)
 ]
 """A path, or the name of something shipped, installed or cached: `scenes` is a set even beside a folder `scenes`."""
-PathsOrNames = Annotated[
-    tuple[PathOrName, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
-]
+_LISTED = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+PathsOrNames = Annotated[tuple[PathOrName, ...], _LISTED]
 """Several of them; a single one may be given without a list."""
+
+
+def _named(value: str) -> str:
+    if not value.strip():
+        raise ValueError(f"{value!r} names nothing; give 'scenes', or the folder or file of a set")
+    return value
+
+
+SetName = Annotated[PathOrName, AfterValidator(_named)]
+"""A set. It must have a name: an empty path would be the current folder."""
+SetNames = Annotated[tuple[SetName, ...], _LISTED]
+"""Several sets; a single one may be given without a list."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings, nearest
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, SetName, SetNames, Settings, nearest
 from vpworkbench.settings.families import FAMILIES, Family
 from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
@@ -38,7 +38,7 @@ class ProbeSettings(Settings):
     """Parameters of `00_tour`, `02_probe` and `07_knock_out`: which model is probed, on how many held-out pictures."""
 
     checkpoint: PathOrName = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
-    data: Annotated[PathsOrNames, BeforeValidator(lambda given: given or ())] = Field(
+    data: Annotated[SetNames, BeforeValidator(lambda given: given or ())] = Field(
         (), description="captioned sets; '' those that the model was trained on, scenes for third-party models"
     )
     regions: LocalPath = Field("", description=REGIONS)
@@ -64,7 +64,7 @@ class ExploreSettings(Settings):
 
     checkpoint: PathOrName = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     beside: PathOrName = Field("", description="a second model, shown below the first; '' none")
-    data: PathOrName = Field("scenes", description="a captioned set; its held-out pictures are shown")
+    data: SetName = Field("scenes", description="a captioned set; its held-out pictures are shown")
     regions: LocalPath = Field("", description=REGIONS)
     picture: int = Field(0, ge=0, description="the picture to begin with")
     sentence: str = Field("", description="the sentence to begin with; '' the picture's first caption")

@@ -6,19 +6,24 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, Settings
+from vpworkbench.settings.base import LocalPath, PathOrName, SetName, SetNames, Settings
 from vpworkbench.settings.model import FusionSettings, VisualSettings
 from vpworkbench.settings.scenes import SceneSettings
 
 TRAINING_SCENES = SceneSettings(images=12_000, val=500, test=500)
 
 
+MISSING = "an image that is missing or unreadable: stop, or skip its records and list them in skipped.csv"
+
+
 class DataSettings(Settings):
     """Which images and texts are used, and how they form a batch of groups (paper Sec. 4.1)."""
 
-    sets: PathsOrNames = Field(("scenes",), min_length=1, description="'scenes', or folders and annotation files")
-    images: PathsOrNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
-    exclude: PathsOrNames = Field((), description="sets and tasks whose val and test images are not trained on")
+    sets: SetNames = Field(("scenes",), min_length=1, description="'scenes', or folders and annotation files")
+    images: SetNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    exclude: SetNames = Field((), description="sets and tasks whose val and test images are not trained on")
+    missing: Literal["stop", "skip"] = Field("stop", description=MISSING)
+    missing_most: float = Field(0.05, ge=0, lt=1, description="the largest share of a file's records to skip")
     scenes: SceneSettings = TRAINING_SCENES
     text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
     grouped: bool = Field(True, description="several texts per image; false: one, and the image is replaced at p 0.5")
@@ -213,7 +218,7 @@ class VisualInitSettings(Settings):
 class RegionSettings(Settings):
     """Features of true boxes: of which set, and how the small CNN that makes them is trained on scene labels."""
 
-    source: PathOrName = Field("scenes", description="'scenes', a folder of generated scenes, or of NLVR v1")
+    source: SetName = Field("scenes", description="'scenes', a folder of generated scenes, or of NLVR v1")
     seed: int = Field(0, ge=0, lt=2**31)
     scenes: SceneSettings = TRAINING_SCENES
     crop_px: int = Field(32, ge=8, le=256, description="side that each box is resized to")
@@ -240,8 +245,10 @@ class FinetuneSettings(Settings):
 
     task: str = Field(description="a key of `tasks.TASKS`")
     preset: str = "tiny"
-    data: PathOrName = Field("scenes", description="'scenes', 'easy-vqa', the task's files; retrieval: a captioned set")
-    images: PathsOrNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    data: SetName = Field("scenes", description="'scenes', 'easy-vqa', the task's files; retrieval: a captioned set")
+    images: SetNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
+    missing: Literal["stop", "skip"] = Field("stop", description=MISSING)
+    missing_most: float = Field(0.05, ge=0, lt=1, description="the largest share of a file's records to skip")
     scenes: SceneSettings = TRAINING_SCENES
     checkpoint: PathOrName = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
@@ -252,6 +259,7 @@ class FinetuneSettings(Settings):
     )
     regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")
     frozen: bool = Field(False, description="the visual side is not trained: its tokens are computed once for a set")
+    subsets: bool = Field(False, description="NLVR2: score the balanced and unbalanced subsets of val and test too")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = RetrievalSettings()
     seed: int = Field(0, ge=0, lt=2**31)

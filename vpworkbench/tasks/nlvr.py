@@ -12,7 +12,7 @@ from vpworkbench.data import task_readers
 from vpworkbench.data.records import Example
 from vpworkbench.metrics import NLVR2_IDENTIFIER, consistency
 from vpworkbench.settings import OptimSettings, TrainSettings
-from vpworkbench.tasks.classification import fixed_labels
+from vpworkbench.tasks.classification import accuracies, fixed_labels
 from vpworkbench.tasks.task import TINY, Task
 
 PAPER = {
@@ -21,21 +21,28 @@ PAPER = {
 }
 
 
-def consistency_of_statements(examples: Sequence[Example], predicted: Mapping[str, str]) -> dict[str, float]:
-    """Consistency over released identifiers, which say which examples share a statement; custom tables have none."""
+def statements_and_subsets(examples: Sequence[Example], predicted: Mapping[str, str]) -> dict[str, float]:
+    """Consistency over released identifiers, which say which examples share a statement; custom tables have none.
+
+    Also the accuracy on each of the release's subsets, if they were asked for (see `read_nlvr2`).
+    """
     released = (one for one in examples if one.label and re.search(NLVR2_IDENTIFIER, one.id))
     labels = {example.id: example.label for example in released}
-    return {"consistency": consistency(predicted, labels)} if labels else {}
+    scores = {"consistency": consistency(predicted, labels)} if labels else {}
+    for kind in sorted({example.kind for example in examples} - {""}):
+        some = [example for example in examples if example.kind == kind and example.label]
+        scores |= {f"accuracy_{kind}": float(accuracies(some, predicted).mean())} if some else {}
+    return scores
 
 
 NLVR2 = Task(
     name="nlvr2",
-    read=lambda path, settings: task_readers.NLVR2.read(path, settings.images),
+    read=lambda path, settings: task_readers.read_nlvr2(path, images=settings.images, subsets=settings.subsets),
     images=2,
     labels=fixed_labels("False", "True"),
-    more_scores=consistency_of_statements,
+    more_scores=statements_and_subsets,
     schedules={"tiny": TINY, "paper": PAPER},
-    own_settings=("pairing",),
+    own_settings=("pairing", "subsets"),
 )
 
 NLVR1 = Task(

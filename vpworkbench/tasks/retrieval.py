@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from vpworkbench.data.batches import PairBatch
 from vpworkbench.data.inputs import Progress, VisualInput, visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.data.splits import load_splits
+from vpworkbench.data.splits import check_sizes, load_splits
 from vpworkbench.data.steps import Sampler
 from vpworkbench.errors import DataError
 from vpworkbench.losses import Objective
@@ -52,6 +52,7 @@ class Retrieval(Task):
     def load(self, settings: FinetuneSettings) -> tuple[dict[str, list[Picture]], frozenset[str]]:
         """All captioned training images, and the first `search_images` of validation and test."""
         splits = load_splits(DataSettings(sets=(settings.data,), images=settings.images, scenes=settings.scenes))
+        check_sizes({"train": splits["train"]}, settings.data, least=settings.train.images)
         most = settings.retrieval.search_images or None
         captioned = {split: [one for one in pictures if one.captions] for split, pictures in splits.items()}
         for split in ("val", "test"):

@@ -22,7 +22,7 @@ from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Progress, visual_input
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.data.scene_cache import cached_scenes
-from vpworkbench.data.splits import without_leaks
+from vpworkbench.data.splits import with_validation, without_leaks
 from vpworkbench.data.steps import Sampler
 from vpworkbench.data.task_readers import ANY_TABLE, Splits, TaskFiles
 from vpworkbench.errors import DataError
@@ -40,7 +40,7 @@ from vpworkbench.tasks.classification import (
 )
 
 EVALUATED_AT_ONCE = 32
-TABLES = TaskFiles(ANY_TABLE, names=(), truth=lambda label: {"label": label})
+TABLES = TaskFiles("table", (ANY_TABLE,), truth=lambda label: {"label": label})
 """Custom tables, with any labels."""
 
 TINY: Mapping[str, Settings] = {
@@ -81,14 +81,16 @@ class Task:
         """The examples of `settings.data` by split, and ids of test examples whose image is in another split too.
 
         Training leaves out examples whose image is in validation or test. Retrieval has captioned pictures.
-        A `DataError` if training or validation has no examples.
+        Without validation, a tenth of the training images validates. A `DataError` if training has no examples.
         """
-        splits = self.read(
-            str(cached_scenes(settings.scenes)) if settings.data == "scenes" else settings.data, settings
-        )
+        place = str(cached_scenes(settings.scenes)) if settings.data == "scenes" else settings.data
+        splits = self.read(place, settings)
+        if not splits["val"]:
+            both = with_validation(splits["train"], settings.data)
+            splits |= {split: [one for one in both if one.split == split] for split in ("train", "val")}
         for split in ("train", "val"):
             if not splits[split]:
-                raise DataError(f"{settings.data}: no examples of {self.name} in {split}; it needs some")
+                raise DataError(f"{settings.data}: no examples of {self.name} in {split}; it needs one at least")
         held_out = [*splits["val"], *splits["test"]]
         kept, marks = without_leaks(splits["train"], held_out, "training examples are about images of val or test")
         if not kept:

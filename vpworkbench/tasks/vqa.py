@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vpworkbench.data.questions import answer_vocabulary, read_answer_list
 from vpworkbench.data.records import Example
-from vpworkbench.data.task_readers import answer_vocabulary, read_answer_list, read_vqa
+from vpworkbench.data.task_readers import read_vqa
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import answer_targets, vqa_score
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from vpworkbench.data.files import Skipped, skipping_missing, write_skipped
 from vpworkbench.data.inputs import use_regions, visual_input
 from vpworkbench.data.records import Example, Picture
 from vpworkbench.runs import Run
@@ -31,6 +32,7 @@ class PreparedTask:
     splits: dict[str, list[Example]] | dict[str, list[Picture]]
     model: TaskModel
     shared: frozenset[str] = frozenset()  # ids of test examples whose image is also in training or validation
+    skipped: list[Skipped] = field(default_factory=list)  # records without a readable image
 
     def preview(self, split: str = "val", count: int = 4) -> list[str]:
         """The first records, each with its right answer."""
@@ -56,7 +58,8 @@ class PreparedTask:
 def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     """Read the records, load the start and add the head; every fault of the data or the start is reported here."""
     task = TASKS[settings.task]
-    splits, shared = task.load(settings)
+    with skipping_missing(settings.missing, settings.missing_most) as skipped:
+        splits, shared = task.load(settings)
     base, pretraining = load_run(settings.checkpoint)
     if not settings.pretrained:
         base, _ = build_model(pretraining.model_copy(update={"seed": settings.seed}), base.tokenizer)
@@ -71,12 +74,13 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
     labels = task.labels([*splits["train"], *splits["val"]], settings)
-    return PreparedTask(splits, TaskModel(base, task, labels, pairing=settings.pairing), shared)
+    return PreparedTask(splits, TaskModel(base, task, labels, pairing=settings.pairing), shared, skipped)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
     """Train to the end, or continue from the run's last checkpoint; returns the optimiser steps of the whole run."""
     train, model = settings.train, prepared.model
+    write_skipped(prepared.skipped, run.folder)
     launch(train.processes, run.folder)
     batches = model.task.batches(prepared.splits["train"], model, settings)
     if isinstance(batches, RetrievalBatches) and settings.retrieval.hard:

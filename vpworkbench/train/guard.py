@@ -108,9 +108,10 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if not str(error).startswith("Caught DataError in DataLoader worker"):
+        caught = re.match(r"Caught (\w+) in DataLoader worker", str(error))  # a DataError, or a kind of it
+        if not caught:
             raise
-        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        raise DataError(str(error).rpartition(f"{caught[1]}: ")[2].strip()) from None
     except RuntimeError as error:
         killed = re.search(r"DataLoader worker \(pid.*", str(error))
         if not killed:

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from transformers import BertTokenizerFast
 
+from vpworkbench.data.files import Skipped, skipping_missing, write_skipped
 from vpworkbench.data.inputs import pixel_cache, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_cache import cache_root
-from vpworkbench.data.splits import load_splits
-from vpworkbench.errors import DataError
+from vpworkbench.data.splits import check_sizes, load_splits
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import KeyReport, start_text, start_visual
@@ -38,22 +38,23 @@ class PreparedRun:
     splits: dict[str, list[Picture]]
     model: VisualParsingModel
     reports: list[KeyReport]
+    skipped: list[Skipped]  # records without a readable image
 
 
 def prepare(settings: PretrainSettings) -> PreparedRun:
     """Read the data, build the tokenizer and the model; whatever is wrong with the settings or files shows here."""
     build_visual(settings.visual)  # an unknown backbone is reported before scenes are drawn
     inputs = visual_input(settings.visual)  # and so is a missing folder
-    splits = load_splits(settings.data)
+    with skipping_missing(settings.data.missing, settings.data.missing_most) as skipped:
+        splits = load_splits(settings.data)
+    check_sizes(splits, ", ".join(settings.data.sets))
     inputs.check([picture.image for part in splits.values() for picture in part])
     mask_guide(settings, splits["train"])  # and so is a source of masks that cannot rank
     texts = [text for picture in splits["train"] for text in picture.captions + picture.foils]
     tokenizer = build_tokenizer(texts, settings.init_text)
     model, reports = build_model(settings, tokenizer)
     model.words.check(texts, source=", ".join(settings.data.sets))
-    if not splits["val"]:
-        raise DataError(f"{', '.join(settings.data.sets)}: no `val` images; the held-out evaluation needs some")
-    return PreparedRun(splits, model, reports)
+    return PreparedRun(splits, model, reports, skipped)
 
 
 def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int:
@@ -62,6 +63,7 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     With several `train.processes` it starts them, waits, and loads the weights that they trained.
     """
     train, training, model = settings.train, prepared.splits["train"], prepared.model
+    write_skipped(prepared.skipped, run.folder)
     launch(train.processes, run.folder)
     images, inputs = [picture.image for picture in training], visual_input(settings.visual)
     if settings.visual.frozen:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, distributed, nn
@@ -94,18 +96,34 @@ def launch(count: int, folder: Path) -> None:
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {count} -m vpworkbench.cli train"
     command = [sys.executable, *torchrun.split(), folder.parent.name, "--name", folder.name]
     received: list[signal.Signals] = []
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=_end_with_parent, stderr=subprocess.PIPE, bufsize=0
+    )
 
     def pass_on(number: signal.Signals) -> None:
         received.append(number)
         process.send_signal(number)
 
     with on_signal(pass_on):
+        first = _first_error(process.stderr)
         code = process.wait()
     if received:
         raise KeyboardInterrupt(received[0], "training stopped; the same call resumes it")
     if code:
-        raise RunError(f"training in {count} processes ended with code {code}; see their messages above")
+        raise RunError(f"training in {count} processes ended with code {code}: {first or 'see their messages above'}")
+
+
+def _first_error(messages: IO[bytes]) -> str:
+    """Pass all messages of the processes on, and return the first error that one of them ended with.
+
+    Torchrun prints pages of its own after it.
+    """
+    seen, first = b"", None
+    while chunk := messages.read(1 << 16):
+        os.write(2, chunk)
+        seen = (seen + chunk)[-(1 << 17) :] if first is None else b""
+        first = first or re.search(rb"(?<![\w ])error: (.*)[\r\n]", seen)  # a progress bar may stand before it
+    return first[1].decode(errors="replace") if first else ""
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,283 @@
+"""Questions about images, in every published form: VQA v1 and v2, OK-VQA, VQA-CP, GQA, Visual Genome, VizWiz, lists."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
+
+from vpworkbench.data.files import json_list, read_text, report_fault
+from vpworkbench.data.images import OF_ANNOTATIONS, OF_QUESTIONS, ImageIndex, origins
+from vpworkbench.data.readers import (
+    Annotations,
+    Format,
+    Id,
+    Name,
+    Text,
+    convert,
+    each_record,
+    one_line,
+    open_annotations,
+)
+from vpworkbench.data.records import Example
+from vpworkbench.errors import DataError
+from vpworkbench.metrics import FEWEST_ANSWERS, most_given, normalised_answer
+
+EASY_VQA = "easy-vqa"
+
+
+class _Answer(BaseModel):
+    answer: Name
+
+
+def _as_answers(given: Any) -> Any:
+    """Converted sets also write an answer as a text, and one answer without its list."""
+    given = [given] if isinstance(given, str | int) else given
+    return [{"answer": one} if isinstance(one, str | int) else one for one in given] if type(given) is list else given
+
+
+Answers = Annotated[list[_Answer], BeforeValidator(_as_answers)]
+
+
+class _Question(BaseModel):
+    question_id: Id
+    image_id: Id
+    question: Text
+    coco_split: str = ""  # VQA-CP's, whose splits are not COCO's
+
+
+class _Answered(BaseModel):
+    question_id: Id
+    image_id: Id
+    answers: Answers = Field(min_length=1)
+    multiple_choice_answer: Name = ""
+    answer_type: str = ""
+
+
+_WITHHELD = _Answered.model_construct(answers=[])
+
+
+def _vqa(annotations: Annotations) -> Iterator[Example]:
+    """Questions, with the answers of the file that belongs to them; only a test set may lack it."""
+    file, split = annotations.file, annotations.split
+    answers_file = answers_beside(file)
+    is_answered = answers_file.exists()
+    if not is_answered and split != "test":
+        raise DataError(f"{file}: questions of {split} without annotations; put {answers_file.name} beside it")
+    answered = _answers(answers_file) if is_answered else {}
+    data_type, subset = (str(annotations.first.get(key, "")) for key in ("data_type", "data_subtype"))
+    asked: set[int] = set()
+
+    def example(record: _Question) -> Iterator[Example]:
+        asked.add(record.question_id)
+        answer = answered.get(record.question_id, _WITHHELD)
+        if is_answered and answer is _WITHHELD:
+            raise DataError(f"no annotation of it in {answers_file}; take both files from one release")
+        if is_answered and answer.image_id != record.image_id:
+            raise DataError(f"image_id {record.image_id}, but {answer.image_id} in {answers_file}; correct one of them")
+        of_coco = data_type == "mscoco" or bool(record.coco_split)
+        names = _image_names(record.image_id, "mscoco" if of_coco else data_type, record.coco_split or subset)
+        image = annotations.images.find(*names)
+        yield Example(
+            id=str(record.question_id),
+            images=(image,),
+            text=one_line(record.question),
+            split=split,
+            answers=tuple(one.answer for one in answer.answers),
+            answer=answer.multiple_choice_answer,
+            kind=answer.answer_type,
+            origins=origins(image, coco=record.image_id if of_coco else None),
+        )
+
+    yield from convert(file, annotations.items, _Question, "question_id", example)
+    for question_id in answered.keys() - asked:
+        report_fault(f"{answers_file}: question_id {question_id} is none of the questions of {file}; drop it")
+
+
+def _answers(file: Path) -> dict[int, _Answered]:
+    """The annotations by the id of their question."""
+    items = open_annotations(file, (VQA_ANSWERS,)).items
+    records = convert(file, items, _Answered, "question_id", lambda record: [record])
+    return {record.question_id: record for record in records}
+
+
+def _image_names(image_id: int, data_type: str, subset: str) -> list[str]:
+    """The names that an image may have, by the header of the questions."""
+    if data_type == "scenes":
+        return [f"{('train', 'val', 'test')[image_id // 10_000_000 % 3]}-{image_id % 10_000_000:06d}.png"]
+    subset = subset.replace("-dev", "")  # test-dev2015 asks about images of test2015
+    coco = [f"COCO_{subset}_{image_id:012d}.jpg", f"{image_id:012d}.jpg"]
+    # Plain numbers are Visual Genome's names too: COCO's questions must not find those.
+    return coco if data_type == "mscoco" else [*coco, f"{image_id}.jpg", f"{image_id}.png"]
+
+
+def answers_beside(questions: Path) -> Path:
+    """Where the annotations of a file of questions are, by the names of the release.
+
+    They are beside it, or, as VQA's site has them in `Questions` and `Annotations`, in a folder of annotations beside
+    the folder of questions.
+    """
+    name = questions.name.replace("OpenEnded_", "").replace("MultipleChoice_", "").replace("questions", "annotations")
+    name = name if name != questions.name else f"{questions.stem}_annotations.json"
+    folder = questions.absolute().parent
+    beside = folder.parent.iterdir() if OF_QUESTIONS.search(folder.name) else ()
+    folders = [questions.parent, *sorted(one for one in beside if OF_ANNOTATIONS.search(one.name))]
+    return next((one / name for one in folders if (one / name).exists()), questions.with_name(name))
+
+
+class _ListedQuestion(BaseModel):
+    """A question with its answers and the name of its image: VizWiz has no other id; BLIP's lists have one."""
+
+    image: str
+    question: Text
+    question_id: Name = ""
+    answers: Answers = Field([], validation_alias=AliasChoices("answers", "answer"))
+    answer_type: str = ""
+
+    @property
+    def id(self) -> str:
+        return self.question_id or self.image
+
+    def records(self, annotations: Annotations) -> Iterator[Example]:
+        image = annotations.images.find(self.image)
+        answers = _given(tuple(one.answer for one in self.answers), annotations)
+        text, known = one_line(self.question), origins(image, name=self.image)
+        split, kind = annotations.split, self.answer_type
+        yield Example(self.id, (image,), text, split, answers=answers, kind=kind, origins=known)
+
+
+class _GqaQuestion(BaseModel):
+    question_id: Name  # the key of the record
+    image: Name = Field(validation_alias="imageId")
+    question: Text
+    answer: Name = ""
+
+    def records(self, annotations: Annotations) -> Iterator[Example]:
+        image = annotations.images.find(f"{self.image}.jpg")
+        answers = _given((self.answer,) if self.answer else (), annotations)
+        yield Example(self.question_id, (image,), one_line(self.question), annotations.split, answers=answers)
+
+
+class _RegionQuestion(BaseModel):
+    id: Id = Field(validation_alias="qa_id")
+    question: Text
+    answer: Name
+
+
+class _QuestionsOfImage(BaseModel):
+    """Visual Genome's questions; all of them train."""
+
+    id: Id = Field(validation_alias=AliasChoices("id", "image_id"))
+    qas: list[_RegionQuestion]
+
+    def records(self, annotations: Annotations) -> Iterator[Example]:
+        image = annotations.images.find(*(f"{folder}{self.id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", "")))
+        for one in self.qas:
+            yield Example(str(one.id), (image,), one_line(one.question), "train", answers=(one.answer,))
+
+
+def _given(answers: tuple[str, ...], annotations: Annotations) -> tuple[str, ...]:
+    if not answers and annotations.split != "test":
+        raise DataError("no answer; only test may lack it")
+    return answers
+
+
+VQA_QUESTIONS = Format(
+    "vqa",
+    "VQA v2 questions",
+    layouts=("questions", "list"),
+    read=_vqa,
+    recognises=lambda keys: "question_id" in keys and keys.isdisjoint({"answers", "image", "answer", "label"}),
+    aside=r"test-dev|MultipleChoice_",  # test2015 contains test-dev; the other task has the same questions
+)
+VQA_ANSWERS = Format(
+    "vqa-answers",
+    "VQA v2 annotations",
+    layouts=("annotations", "list"),
+    read=lambda annotations: (),  # they are read with their questions
+    recognises=lambda keys: {"question_id", "answers"} <= keys and keys.isdisjoint({"question", "image"}),
+    has_images=False,
+)
+GQA = Format(
+    "gqa",
+    "GQA questions",
+    layouts=("values",),
+    read=each_record(_GqaQuestion, "question_id"),
+    recognises=lambda keys: {"imageId", "question"} <= keys,
+    aside=r"_all_questions",  # the balanced ones, which they contain, are what the field trains on
+)
+LISTED = Format(
+    "vqa-list",
+    "questions with the names of their images (VizWiz, BLIP)",
+    layouts=("list", "lines"),
+    read=each_record(_ListedQuestion, "id"),
+    recognises=lambda keys: {"image", "question"} <= keys and "text" not in keys,
+)
+VG_QUESTIONS = Format(
+    "vg-qa",
+    "Visual Genome's question_answers.json",
+    layouts=("list",),
+    read=each_record(_QuestionsOfImage, "id"),
+    recognises=lambda keys: "qas" in keys,
+)
+QUESTIONS: tuple[Format[Example], ...] = (VQA_QUESTIONS, GQA, LISTED, VG_QUESTIONS)
+"""In a folder, the first of them that is there is the set."""
+
+
+def scoring_rule(questions: Sequence[Example]) -> str:
+    """How these questions are scored, as far as that is not the official rule; empty if it is."""
+    few = sum(0 < len(one.answers) < FEWEST_ANSWERS for one in questions)
+    if not few:
+        return ""
+    return (
+        f"{few} of {len(questions)} questions have one to three answers: their targets and scores are exact matches of "
+        "any of them, because the official VQA score leaves one person out"
+    )
+
+
+def answer_vocabulary(questions: Iterable[Example], least: int) -> tuple[str, ...]:
+    """The normalised answers, sorted, that are the answer to at least `least` of these questions.
+
+    The answer to a question is its `multiple_choice_answer`, else the most frequent one. With 9, and the questions of
+    VQA v2 for training and validation, that is the published rule, which gives 3,129 answers.
+    """
+    counts = Counter(
+        normalised_answer(one.answer) if one.answer else most_given(one.answers) for one in questions if one.answers
+    )
+    return tuple(sorted(answer for answer, count in counts.items() if count >= least))
+
+
+def read_answer_list(file: str | Path) -> tuple[str, ...]:
+    """Answers to choose among, normalised, in their order: a JSON list, or a text file with one in each line."""
+    file = Path(file).expanduser()
+    text = read_text(file)
+    is_json = text.lstrip()[0] == "["
+    answers = [answer for _, answer in json_list(file, text)] if is_json else list(filter(str.strip, text.splitlines()))
+    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise DataError(f"{file}: no list of answers; write a JSON list of texts, or one answer in each line")
+    return tuple(dict.fromkeys(map(normalised_answer, answers)))
+
+
+def read_easy_vqa() -> list[Example]:
+    """easy-VQA, from its installed package: 64 x 64 drawings, 13 answers, one answer for each question.
+
+    A tenth of the training images, by their number, validates: the package has no such split.
+    """
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise DataError(f"{EASY_VQA}: the package is not installed; pip install easy-vqa")
+    examples = []
+    for part in ("train", "test"):
+        folder = Path(spec.origin).parent / "data" / part
+        images = ImageIndex([folder / "images"])
+        questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+        for number, (question, answer, image) in enumerate(questions):
+            split = "val" if part == "train" and int(image) % 10 == 0 else part
+            file = images.find(f"{image}.png")
+            examples.append(Example(f"{part}-{number}", (file,), question, split, answers=(answer,)))
+    return examples
