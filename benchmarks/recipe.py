@@ -77,9 +77,14 @@ def test_results(name: str, config: dict[str, Any]) -> dict[str, float]:
     return {key: getattr(held_out, key).mean for key in COLUMNS if key in held_out._fields}
 
 
+def saved() -> pd.DataFrame:
+    """What `collect` found, from runs.csv."""
+    return pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=[""])
+
+
 def tables(runs: pd.DataFrame) -> str:
-    """For each sweep its runs on validation scenes, and its finalists on test scenes, in Markdown."""
-    parts = []
+    """For each sweep its runs on validation scenes, and finalists with three seeds on test scenes, in Markdown."""
+    runs, parts = runs.reindex(columns=runs.columns.union(COLUMNS)), []
     for sweep, own in runs.groupby("sweep", sort=False):
         names = [name for name in COLUMNS if own[name].notna().any()]
         lines = [[words(row["run"]), *(f"{row[name]:.3f}" for name in names)] for _, row in own.iterrows()]
@@ -87,8 +92,10 @@ def tables(runs: pd.DataFrame) -> str:
         final = own[own["run"].str.contains("seed=")]
         names = [name for name in names if f"test_{name}" in final and final[f"test_{name}"].notna().any()]
         groups = final.groupby(final["run"].str.replace(r",?seed=\d+", "", regex=True), sort=False)
+        groups = [(name, group) for name, group in groups if len(group) >= 3]
         lines = [[words(name), *(over(group[f"test_{key}"]) for key in names)] for name, group in groups]
-        parts.append(markdown([f"{sweep}, test", *(COLUMNS[name] for name in names)], lines))
+        if lines:
+            parts.append(markdown([f"{sweep}, test", *(COLUMNS[name] for name in names)], lines))
     return "\n\n".join(parts)
 
 
@@ -113,11 +120,9 @@ def main(
     gather: Annotated[bool, typer.Option("--collect", help="read the runs of the sweeps, and write runs.csv")] = False,
 ) -> None:
     """Print the tables."""
-    path = FOLDER / "runs.csv"
     if gather:
-        FOLDER.mkdir(exist_ok=True)
-        collect().to_csv(path, index=False, float_format="%.5g")
-    print(tables(pd.read_csv(path, keep_default_na=False, na_values=[""])))
+        collect().to_csv(FOLDER / "runs.csv", index=False, float_format="%.5g")
+    print(tables(saved()))
 
 
 if __name__ == "__main__":

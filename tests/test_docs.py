@@ -16,6 +16,7 @@ import typer
 from pydantic import BaseModel
 
 import vpworkbench as vpw
+from benchmarks import recipe
 from vpworkbench.cli import app
 from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings
@@ -298,6 +299,24 @@ def test_what_visual_sides_were_taught_is_what_their_runs_say():
         summary = json.loads((REPOSITORY / folder / "summary.json").read_text(encoding="utf-8"))
         measured = [f"{summary[f'{name}_accuracy']:.1%}" for name in ("colour", "shape")]
         assert measured == [f"{colours}%", f"{shapes}%"], folder
+
+
+def test_tables_of_the_recipe_are_those_of_its_runs():
+    assert recipe.tables(recipe.saved()) in (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_pretraining_is_what_its_run_says():
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*\]\(\.\./(.+)/01_pretrain\.ipynb\)\) \| (0\.9.+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 1
+    for folder, printed in rows:
+        summary = json.loads((REPOSITORY / folder / "summary.json").read_text(encoding="utf-8"))
+        cells = []
+        for name in ("itm_accuracy", "mlm_with_image", "mlm_other_image", "mlm_ratio"):
+            digits = 1 if name == "mlm_ratio" else 3
+            mean, low, high = (f"{summary[name + bound]:.{digits}f}" for bound in ("", "_low", "_high"))
+            cells.append(f"{mean} [{low}, {high}]")
+        assert printed == " | ".join(cells), folder
 
 
 def test_scores_of_tasks_are_those_of_their_runs():
