@@ -38,15 +38,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory):
     return root
 
 
-@pytest.fixture(scope="session", autouse=True)
-def same_precision():
-    """Losses are compared in float32 on every machine; notebooks and commands run as users run them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for place in ("vpworkbench.settings.notebooks", "vpworkbench.tasks.settings"):
-            patch.setattr(f"{place}.fast_bfloat16", lambda: False)
-        yield
-
-
 class SmallMask(Settings):
     budget: int = Field(7, ge=1)
 

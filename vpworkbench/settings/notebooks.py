@@ -19,13 +19,7 @@ from vpworkbench.settings.model import VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.systems import SYSTEMS
-from vpworkbench.settings.training import (
-    DataSettings,
-    PretrainSettings,
-    TrainSettings,
-    VisualInitSettings,
-    fast_bfloat16,
-)
+from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
 
 REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
 
@@ -169,7 +163,6 @@ def pretrain_settings(
         "init_text": init_text,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
-        "train.bf16": fast_bfloat16(),
     }
     values |= _region_values(regions, named=bool(overrides.get("loss.mrc")))
     values |= train_length(steps, epochs) | _network_named(kind, init_visual)

@@ -127,13 +127,6 @@ class TrainSettings(Settings):
         return self
 
 
-def fast_bfloat16() -> bool:
-    """Whether training runs on a CPU with units for bfloat16 (AMX); without them float32 is many times faster."""
-    import torch
-
-    return not torch.cuda.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
-
-
 class PretrainSettings(Settings):
     """Everything that decides a pre-training run."""
 

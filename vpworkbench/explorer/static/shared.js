@@ -398,7 +398,7 @@ function snapshot(root, name, alt) {
   }
 }
 
-/** Small matrices blown up, so that every viewer shows square cells. */
+/** Small matrices blown up: viewers show square cells. */
 function enlarged(canvas) {
   const factor = canvas.classList.contains("vpw-cells") ? Math.max(1, Math.ceil(400 / canvas.width)) : 1;
   if (factor === 1) return canvas;
