@@ -193,7 +193,7 @@ def prompt(processor: Any, text: str, images: int, *, to_answer: bool = False) -
 
 
 def prompt_inputs(processor: Any, images: Sequence[Any], text: str, device: torch.device) -> dict[str, Any]:
-    """The arguments of a model's forward for one prompt; without `images` for the text alone."""
+    """The arguments of a model's forward for one prompt; without `images`: text only."""
     given = {"images": list(images)} if images else {}
     made = processor(text=[prompt(processor, text, len(images), to_answer=True)], return_tensors="pt", **given)
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in made.items()}

@@ -102,7 +102,7 @@ def open_detector(name: str, weights: str = "") -> nn.Module:
     SettingsError
         If torchvision has no such detector of regions.
     CheckpointError
-        If the weights are not to be had, or belong to another network.
+        If the weights are not available, or belong to another network.
     """
     from torchvision import models  # takes a second: only where regions are detected
 

@@ -113,7 +113,7 @@ def attention_on_image(image: np.ndarray, weights: ArrayLike, grid: int, *, titl
 
 
 def alignment(image: np.ndarray, plan: ArrayLike, words: Sequence[str], grid: int) -> go.Figure:
-    """Where each word goes on the image, by a plan of transport, (word, vision); words without mass are left out."""
+    """Where a plan of transport sends each word on the image, (word, vision); words without mass are left out."""
     plan = np.asarray(plan, dtype=float)
     moved = [number for number, mass in enumerate(plan.sum(axis=1)) if mass > 0]
     figure = _beside_the_image(image, [words[number] for number in moved], grid)

@@ -22,8 +22,8 @@ class Caption(NamedTuple):
 def write_captions(model: VisualParsingModel, images: Tensor, *, beams: int = 1) -> list[Caption]:
     """A caption of each image, greedy or by beam search; `images` as `VisualParsingModel.encode` takes them.
 
-    The next word is what the model predicts for a [MASK] behind the words so far, under `seq2seq_mask`; [SEP] ends a
-    caption, and so does the longest text of the model. Of the finished beams the one of the best score is returned.
+    The next word is what the model predicts for a [MASK] after the words so far, under `seq2seq_mask`; [SEP] ends a
+    caption, and so does the longest text of the model. The finished beam with the best score is returned.
     """
     if beams < 1:
         raise ValueError(f"beams={beams}: give at least 1, which is greedy")

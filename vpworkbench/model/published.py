@@ -190,7 +190,7 @@ _FROM_HUGGING_FACE = {  # beginning or part of a name -> the same in timm
 def from_hugging_face(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """Weights of transformers' Swin, ResNet or ViTs, for which timm has no filter, under timm's names.
 
-    Of a model with a text tower (CLIP, SigLIP) only the image tower is taken.
+    If a model has a text tower too (CLIP, SigLIP), only the image tower is taken.
     """
     images = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
     renamed: dict[str, Tensor] = {}

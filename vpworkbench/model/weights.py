@@ -85,7 +85,7 @@ def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | 
 
 
 def imagenet_name(settings: VisualSettings) -> str:
-    """What `imagenet` stands for, a name of timm; `SettingsError` if timm has no such network."""
+    """The name of timm that `imagenet` means; `SettingsError` if timm has no such network."""
     name = settings.kind.imagenet(settings) if settings.kind.imagenet else ""
     if not name:
         raise SettingsError(

@@ -121,7 +121,7 @@ def bert_tokenizer(folder: Path) -> BertTokenizerFast:
 def bert_folder(source: str) -> Path:
     """The folder of a BERT: a path, `bert` or OWNER/NAME on the hub, `minilm` for the installed package.
 
-    `CheckpointError` for anything else, and for a name that is neither in the local cache nor to be had.
+    `CheckpointError` for anything else, and for a name that is neither in the local cache nor on the hub.
     """
     if source == "minilm":
         try:

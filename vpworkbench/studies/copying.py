@@ -1,7 +1,7 @@
 """What MFR lets a model copy: how well a hidden visual token is guessed from its visible neighbours alone.
 
 The paper masks by attention so that a hidden token cannot be copied from tokens like it beside it. Here no fusion is
-trained: a ridge regression, fitted on other images, guesses the features of hidden tokens behind each kind of mask.
+trained: a ridge regression, fitted on other images, guesses the features of the tokens that each kind of mask hides.
 """
 
 from __future__ import annotations

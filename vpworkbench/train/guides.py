@@ -159,7 +159,7 @@ def open_source(mask: MaskSettings, visual: VisualSettings) -> nn.Module:
 
 
 def source_settings(name: str, visual: VisualSettings) -> VisualSettings:
-    """Family and size of the network behind a name; its tokens and those of `visual` tile the image alike."""
+    """Family and size of the network with a name; its tokens and those of `visual` tile the image alike."""
     cnn = CNNS.get(name, name)
     if is_model(cnn) and not is_model_in_modules(cnn.split(".")[0], ["vision_transformer", "deit"]):
         network, step = {"family": "grid", "backbone": cnn, "stride": 32}, 32
