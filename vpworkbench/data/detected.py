@@ -123,7 +123,7 @@ def open_detector(name: str, weights: str = "") -> nn.Module:
         return models.get_model(name, weights=published).eval()
     except OSError as error:
         raise CheckpointError(
-            f"detector {name!r}: its weights are not in the cache, and not to be had ({first_line(error)}); fetch "
+            f"detector {name!r}: its weights are not in the cache, and not available ({first_line(error)}); fetch "
             f"{published.url}, and give the file as --weights"
         ) from None
 

@@ -26,7 +26,7 @@ def hub_folder(name: str, setting: str) -> Path:
             raise OSError("it has no config.json")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{setting} {name!r}: not in the local cache, and not to be had from the hub ({first_line(error)}); fetch "
+            f"{setting} {name!r}: not in the local cache, and not available from the hub ({first_line(error)}); fetch "
             f"its json, txt and safetensors files from {HUB}{name} into a folder, and give the folder as {setting}"
         ) from None
     return folder
