@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,9 @@ from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.losses import visual_mask
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes.masks import mask_on_object, objects_first
-from vpworkbench.runs import open_run
+from vpworkbench.runs import open_run, shipped_run
 from vpworkbench.settings import MaskSettings, VisualSettings, pretrain_settings
+from vpworkbench.subjects import load_run
 from vpworkbench.train.guides import mask_guide, open_source, source_settings
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain
@@ -175,6 +177,15 @@ def test_pre_training_by_a_source_from_kept_scores(scenes, source_folder):
     torch.testing.assert_close(guide.stack(some, flips), mask_guide(settings, some).stack(some, flips))
     assert pretrain(run, prepared, settings) == 2 and np.isfinite(run.metrics()["mfr"]).all()
     assert not list(run.folder.glob("images-*"))
+
+
+def test_a_source_may_be_a_run_by_name_or_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path))
+    shutil.copytree(shipped_run(), tmp_path / "01_pretrain" / "masker")
+    shipped = load_run()[0].visual.state_dict()
+    for name in ("masker", str(tmp_path / "01_pretrain" / "masker")):
+        found = open_source(MaskSettings(source=name), VisualSettings()).state_dict()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in shipped.items())
 
 
 def test_a_source_sees_images_that_both_grids_tile():

@@ -16,7 +16,7 @@ from vpworkbench.runs import repositories
 from vpworkbench.settings import Settings, fault_lines, nearest
 
 CHECKS = {
-    "00_tour": "vpworkbench.settings:ProbeSettings",
+    "00_tour": "vpworkbench.settings:TourSettings",
     "09_visual_init": "vpworkbench.settings:visual_init_settings",
     "01_pretrain": "vpworkbench.settings:pretrain_settings",
     "02_probe": "vpworkbench.settings:ProbeSettings",

@@ -12,6 +12,7 @@ from vpworkbench.settings.notebooks import (
     FamilyRunsSettings,
     ProbeSettings,
     RunsSettings,
+    TourSettings,
     pretrain_settings,
     visual_init_settings,
 )

