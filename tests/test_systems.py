@@ -49,7 +49,7 @@ def settings_of(system: str, regions: Path, **overrides: object):
     return pretrain_settings(system=system, **options, overrides=few | overrides)
 
 
-@pytest.mark.parametrize("system", [name for name in SYSTEMS if name])
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_each_trains_by_its_own_objectives_and_is_probed_and_explored(system, named_regions, scenes):
     settings = settings_of(system, named_regions)
     run = open_run("01_pretrain", settings)

@@ -7,6 +7,7 @@ built.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,8 @@ def unpack(packed: Tensor, width: int) -> VisualTokens:
 
 def build_visual(settings: VisualSettings) -> nn.Module:
     """The visual side with random weights; nothing is downloaded."""
-    return settings.kind.build(settings)
+    network = settings.kind.network
+    return (resolve_name(network) if isinstance(network, str) else network)(settings)
 
 
 class PixelFamily(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import attrgetter
 from typing import Annotated, Any, Self, TypeVar
 
@@ -69,6 +69,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error message that suggests the most similar valid name; empty if none is similar."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def known(name: str, names: Collection[str], what: str) -> str:
+    """The name, if it is one of `names`; else a `SettingsError` that begins with `what`."""
+    if name not in names:
+        raise SettingsError(f"{what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
+    return name
 
 
 def setting_paths(kind: type[BaseModel]) -> list[str]:

@@ -7,61 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pkgutil import resolve_name
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Family:
-    """One way from an image to visual tokens.
+    """One way from an image to visual tokens."""
 
-    Attributes
-    ----------
-    network : class or str
-        Takes the `VisualSettings` and returns a module that maps a batch of images to `VisualTokens`, with attributes
-        `settings` and `width` (channels of a token). `module:class` is imported when a model is built, not before.
-    step : callable or None
-        Pixels from one token to the next, by the settings. None for tokens without a grid: there are at most
-        `visual.regions` of them, each with a box that the fusion embeds and the explorer draws (0 0 1 1: anywhere).
-    pixels : bool
-        True if it reads images, False if it reads the features in `visual.region_files`.
-    parsing : bool
-        True if its tokens come with a parsing attention, which attention masks need.
-    dictionary : bool
-        True if codes of a visual dictionary (`visual.dictionary`) can replace its tokens.
-    timm : str
-        The setting that names its network in timm, if there is one: a start by such a name (`init_visual`) sets it too.
-    imagenet : callable or None
-        The name in timm of the network that the settings build, for `init_visual` `imagenet`.
-    start : str or None
-        `init_visual` where none is given; None: the preset's.
-    tokens : int
-        Visual tokens where no number is given; 0: those of the preset's image.
-    """
-
+    # Takes the `VisualSettings` and returns a module that maps a batch of images to `VisualTokens`, with attributes
+    # `settings` and `width` (channels of a token). `module:class` is imported when a model is built, not before.
     network: Callable[[Any], Any] | str
+    # Pixels from one token to the next, by the settings. None for tokens without a grid: there are at most
+    # `visual.regions` of them, each with a box that the fusion embeds and the explorer draws (0 0 1 1: anywhere).
     step: Callable[[Any], int] | None
-    pixels: bool = True
-    parsing: bool = False
-    dictionary: bool = False
-    timm: str = ""
-    imagenet: Callable[[Any], str] | None = None
-    start: str | None = None
-    tokens: int = 0
+    pixels: bool = True  # it reads images, and not the features in `visual.region_files`
+    parsing: bool = False  # its tokens come with a parsing attention, which attention masks need
+    dictionary: bool = False  # codes of a visual dictionary (`visual.dictionary`) can replace its tokens
+    timm: str = ""  # the setting that names its network in timm, if any: `init_visual` by such a name sets it too
+    imagenet: Callable[[Any], str] | None = None  # the name in timm of what the settings build, for that `init_visual`
+    start: str | None = None  # `init_visual` where none is given; None: the preset's
+    tokens: int = 0  # visual tokens where no number is given; 0: those of the preset's image
 
     @property
     def on_grid(self) -> bool:
         """True if its tokens are the squares of an image."""
         return self.step is not None
-
-    def build(self, settings: Any) -> Any:
-        """The network with random weights; nothing is downloaded."""
-        network = resolve_name(self.network) if isinstance(self.network, str) else self.network
-        return network(settings)
-
-
-def _swin_step(visual: Any) -> int:
-    return visual.patch_px * 2 ** (len(visual.depths) - 1)
 
 
 _SWINS = {  # width and depths -> the name in timm; window and image may be others
@@ -74,7 +44,7 @@ _SWINS = {  # width and depths -> the name in timm; window and image may be othe
 FAMILIES: dict[str, Family] = {
     "swin": Family(
         "vpworkbench.model.swin:SwinParser",
-        step=_swin_step,
+        step=lambda visual: visual.patch_px * 2 ** (len(visual.depths) - 1),
         parsing=True,
         imagenet=lambda visual: _SWINS.get((visual.width, visual.depths), ""),
     ),

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import LocalPath, Settings, nearest
+from vpworkbench.settings.base import LocalPath, Settings, known
 from vpworkbench.settings.families import FAMILIES, Family
 
 SMALLEST_PX, LARGEST_PX = 8, 4096
+FamilyName = Annotated[str, AfterValidator(lambda name: known(name, FAMILIES, "no visual family"))]
 
 
 class VisualSettings(Settings):
     """The visual side: how an image becomes visual tokens (paper Sec. 3.1, Table 5)."""
 
-    family: str = Field("swin", description="swin, vit; grid (SOHO, Pixel-BERT), patch (ViLT), regions: `FAMILIES`")
+    family: FamilyName = Field("swin", description="swin, vit; grid (SOHO, Pixel-BERT), patch (ViLT), regions")
     image_px: int = Field(96, ge=SMALLEST_PX, le=LARGEST_PX, description="side of the square input")
     patch_px: int = Field(8, ge=1, description="swin: side of a patch of the first stage")
     width: int = Field(96, ge=8, description="swin: channels of the first stage; each later stage doubles them")
@@ -40,13 +41,6 @@ class VisualSettings(Settings):
     region_width: int = Field(2048, ge=1, description="regions: channels of a feature (BUTD: 2048)")
     classes: int = Field(0, ge=0, le=65_536, description="regions: classes in the files, for `loss.mrc`; 0: not read")
     region_files: LocalPath = Field("", description="regions: a folder with an npz for each image, or a BUTD tsv")
-
-    @field_validator("family")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in FAMILIES:
-            raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
-        return name
 
     @field_validator("vit")
     @classmethod

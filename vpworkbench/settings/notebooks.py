@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, SetName, SetNames, Settings, nearest
+from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, SetName, SetNames, Settings, known
 from vpworkbench.settings.families import FAMILIES, Family
-from vpworkbench.settings.model import VisualSettings
+from vpworkbench.settings.model import FamilyName, VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.systems import SYSTEMS
@@ -84,18 +84,11 @@ class Arm(Settings):
     """One row of a comparison; all but the label are parameters of `01_pretrain`."""
 
     label: str = Field(pattern=r"^\w")
-    visual: str = Field("swin", description="a visual family")
+    visual: FamilyName = Field("swin", description="a visual family")
     masking: str = Field("", description="as in `01_pretrain`")
     system: str = Field("", description="as in `01_pretrain`")
     start: str = Field("", description="run PREFIX-START of 09_visual_init; '' shipped weights, or given features")
     overrides: dict[str, Any] = Field(default_factory=dict, description="any other setting")
-
-    @field_validator("visual")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in FAMILIES:
-            raise ValueError(f"no visual family {name!r}{nearest(name, FAMILIES)} (known: {', '.join(FAMILIES)})")
-        return name
 
 
 class FamilyRunsSettings(Settings):
@@ -146,11 +139,8 @@ def pretrain_settings(
         Epochs decide if given, else steps; both 0: the preset's length. A short run generates fewer scenes, unless
         `overrides` sets their numbers.
     """
-    if system not in SYSTEMS:
-        raise SettingsError(f"system: no system {system!r}{nearest(system, SYSTEMS)} (known: {', '.join(SYSTEMS)[2:]})")
-    of_system = dict(SYSTEMS[system])
+    of_system = dict(SYSTEMS[known(system, SYSTEMS, "system: no system")]) if system else {}
     mode = of_system.pop("mask.mode", "")
-    masking = masking or mode
     base, overrides = named_preset(preset), of_system | (overrides or {})
     if visual_tokens and (both := {"visual.image_px", "visual.window", "visual.regions"} & overrides.keys()):
         raise SettingsError(f"visual_tokens {visual_tokens} also decides {min(both)}; give one of them")
@@ -163,7 +153,7 @@ def pretrain_settings(
     values = {
         "data.sets": data,
         "visual.family": visual,
-        "mask.mode": masking or _default_masking(kind, overrides),
+        "mask.mode": masking or mode or _default_masking(kind, overrides),
         "init_visual": start,
         "visual.frozen": base.visual.frozen and bool(start) and not _learns(overrides),
         "init_text": init_text,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vpworkbench.errors import SettingsError
-from vpworkbench.settings.base import nearest
+from vpworkbench.settings.base import known
 from vpworkbench.settings.model import FusionSettings, VisualSettings
 from vpworkbench.settings.training import (
     TRAINING_SCENES,
@@ -66,6 +65,4 @@ PRESETS: dict[str, PretrainSettings] = {
 
 def preset(name: str) -> PretrainSettings:
     """The named preset; an unknown name is a `SettingsError` that lists the known ones."""
-    if name not in PRESETS:
-        raise SettingsError(f"preset: no preset {name!r}{nearest(name, PRESETS)} (known: {', '.join(PRESETS)})")
-    return PRESETS[name]
+    return PRESETS[known(name, PRESETS, "preset: no preset")]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from vpworkbench.settings.base import Settings
 
 Difficulty = Literal["easy", "medium", "hard"]
 
 
-class SceneSettings(BaseModel):
+class SceneSettings(Settings):
     """How many scenes, and of which kind; equal settings give equal files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: int = Field(4000, ge=1, description="training images")
     val: int = Field(400, ge=0, description="validation images")
@@ -23,10 +23,8 @@ class SceneSettings(BaseModel):
     generator: Literal[1] = Field(1, description="version of the generator")
 
 
-class PairSettings(BaseModel):
+class PairSettings(Settings):
     """How many minimal pairs of scenes, and of which kind; equal settings give equal files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: int = Field(240, ge=1, description="pairs; each property is as frequent as the others")
     image_px: int = Field(96, ge=32, le=1024, description="side of the square images")

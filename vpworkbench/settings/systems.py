@@ -13,7 +13,6 @@ _MATCHED_ONLY = {"loss.itm": 0.0, "data.matched_per_image": 4, "data.unmatched_p
 _WRITES = {"loss.seq2seq": 0.75, "data.mask_end": True}
 
 SYSTEMS: Mapping[str, Mapping[str, Any]] = {
-    "": {},
     "vilbert": {"fusion.kind": "two-stream", **_CLASSES_FOR_FEATURES},  # Lu et al. 2019
     "vl-bert": {"fusion.whole_image": True, **_CLASSES_FOR_FEATURES, **_MATCHED_ONLY},  # Su et al. 2020
     "unicoder-vl": _CLASSES_FOR_FEATURES,  # Li et al. 2020

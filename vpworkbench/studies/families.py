@@ -22,7 +22,7 @@ from vpworkbench.model.budget import Budget
 from vpworkbench.probing import Probed
 from vpworkbench.runs import read_json, runs_root, shipped_run
 from vpworkbench.settings import FamilyRunsSettings
-from vpworkbench.settings.base import nearest
+from vpworkbench.settings.base import known
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.notebooks import Arm
 from vpworkbench.settings.systems import SYSTEMS
@@ -54,7 +54,7 @@ ARMS = {
     "swin-attention": _arm("Swin, attention MFR", "swin", "attention"),
 }
 """The arms of this notebook."""
-OTHER_ARMS = {name: _arm(name, "regions", system=name) for name in SYSTEMS if name}
+OTHER_ARMS = {name: _arm(name, "regions", system=name) for name in SYSTEMS}
 """Further arms that `arms` may name: the systems that have a preset, with regions as in their papers."""
 FAMILY_ARMS = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
 """The four families with equal objectives (random masks, as only Swin could mask by attention). Last, the grid as in
@@ -64,14 +64,12 @@ TABLE_5 = ("grid-none", "deep-none", "swin-none", "swin-random", "swin-attention
 
 def arms_of(settings: FamilyRunsSettings) -> dict[str, Arm]:
     """The arms of a comparison by name: those that `arms` lists, else `ARMS`."""
-    known, chosen = ARMS | OTHER_ARMS, {}
+    named, chosen = ARMS | OTHER_ARMS, {}
     for one in settings.arms:
         if isinstance(one, Arm):
             chosen[re.sub(r"[^\w.]+", "-", one.label)] = one  # in the names of its runs
-        elif one in known:
-            chosen[one] = known[one]
         else:
-            raise SettingsError(f"arms: no arm {one!r}{nearest(one, known)} (known: {', '.join(known)})")
+            chosen[one] = named[known(one, named, "arms: no arm")]
     return chosen or ARMS
 
 

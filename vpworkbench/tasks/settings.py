@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from vpworkbench.errors import SettingsError
-from vpworkbench.settings import FinetuneSettings, checked, nearest
+from vpworkbench.settings import FinetuneSettings, checked
+from vpworkbench.settings.base import known
 from vpworkbench.settings.notebooks import scenes_needed, train_length
 from vpworkbench.tasks import TASKS
 
@@ -26,8 +26,8 @@ def finetune_settings(
     overrides: dict[str, Any] | None = None,
 ) -> FinetuneSettings:
     """Settings of a run from the parameters of `04_finetune`; for steps and epochs see `pretrain_settings`."""
-    _known("task", task, TASKS)
-    _known("preset", preset, TASKS[task].schedules)
+    known(task, TASKS, "task: no task")
+    known(preset, TASKS[task].schedules, "preset: no preset")
     overrides = overrides or {}
     for key in overrides:
         owners = [one.name for one in TASKS.values() if key.partition(".")[0] in one.own_settings]
@@ -46,8 +46,3 @@ def finetune_settings(
     settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
     needed = scenes_needed(settings.scenes, settings.train) if settings.data == "scenes" else {}
     return settings.with_overrides({f"scenes.{split}": count for split, count in needed.items()} | overrides)
-
-
-def _known(what: str, name: str, names: Collection[str]) -> None:
-    if name not in names:
-        raise SettingsError(f"{what}: no {what} {name!r}{nearest(name, names)} (known: {', '.join(names)})")
