@@ -33,28 +33,16 @@ _CONFIG = b"vpworkbench"  # key of the config in a file's schema
 class Probed:
     """Probes of a set of examples, as float64 arrays.
 
-    Attributes
-    ----------
-    flow, null : array, (example, layer, layer)
-        F_inter^{i,j} (paper Eq. 5) and its value under uniform attention; nan where j < i.
-    text_to_vision, vision_to_text : array, (example, layer, layer)
-        The two directions, which add up to `flow`.
-    nmi : array, (example, layer + 1)
-        Fig. 5; the first column is the embedding; nan where it is undefined. LXMERT attends twice in each layer, so its
-        spans count half layers.
-    examples : tuple of str
-        Position and name of each picture.
-    config : dict
-        What decided the numbers: model, count of images, special tokens, seed.
+    LXMERT attends twice in each layer, so its spans count half layers.
     """
 
-    flow: np.ndarray
-    null: np.ndarray
-    text_to_vision: np.ndarray
+    flow: np.ndarray  # F_inter^{i,j} (paper Eq. 5), (example, layer, layer); nan where j < i
+    null: np.ndarray  # the same under uniform attention
+    text_to_vision: np.ndarray  # this and the next are the two directions, which add up to `flow`
     vision_to_text: np.ndarray
-    nmi: np.ndarray
-    examples: tuple[str, ...]
-    config: Mapping[str, Any] | None = None
+    nmi: np.ndarray  # Fig. 5, (example, layer + 1), the embedding first; nan where it is undefined
+    examples: tuple[str, ...]  # position and name of each picture
+    config: Mapping[str, Any] | None = None  # what decided the numbers: model, count of images, special tokens, seed
 
     @property
     def from_input(self) -> np.ndarray:

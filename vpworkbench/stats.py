@@ -73,7 +73,7 @@ def paired_interval(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Inter
     return bootstrap_interval(np.asarray(first) - np.asarray(second), seed)
 
 
-def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int = 0) -> Interval:
+def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> Interval:
     """Percentile bootstrap of any statistic of `count` samples, such as a ratio of sums.
 
     Parameters
@@ -81,7 +81,7 @@ def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: in
     statistic : callable
         From rows of sample numbers, (..., sample), to the statistic of each row, (...).
     """
-    resampled = statistic(np.random.default_rng(seed).integers(0, count, (RESAMPLES, count)))
+    resampled = statistic(np.random.default_rng(0).integers(0, count, (RESAMPLES, count)))
     low, high = np.quantile(resampled, (0.025, 0.975))
     return Interval(float(statistic(np.arange(count))), float(low), float(high), count)
 

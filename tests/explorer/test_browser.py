@@ -31,7 +31,7 @@ from explorer.browser import (  # fixtures are found by name in the module
 from PIL import Image
 
 from vpworkbench.data.records import Picture
-from vpworkbench.studies.examples import parsing_attention
+from vpworkbench.studies.examples import encoded
 from vpworkbench.subjects import load_run
 
 pytestmark = pytest.mark.browser
@@ -309,7 +309,7 @@ def test_what_hides_with_the_pick_is_chosen(explorer: Any, select: str, scenes: 
     assert "mod-active" in toggle.get_attribute("class")
     model, _ = load_run()
     held_out = next(picture for picture in scenes if picture.split == "val")
-    one = parsing_attention(model, [held_out])[0].numpy()
+    one = next(encoded(model.visual, [held_out]))[2][0].numpy()
     pick = 6 * 3 + 2
     ranked = {"row": one[pick], "column": one[:, pick], "symmetric": one[pick] + one[:, pick]}[select]
     ranked[pick] = np.inf

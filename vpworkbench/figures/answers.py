@@ -26,27 +26,15 @@ body:has(#right:checked) .wrong, body:has(#wrong:checked) .right { display: none
 
 
 class Reviewed(NamedTuple):
-    """One answer of a model, and where the model attended.
+    """One answer of a model, and where the model attended."""
 
-    Attributes
-    ----------
-    text : str
-        The question, statement or caption.
-    wanted : str
-        The right answer; empty if the release withholds it.
-    score : float
-        Official score in [0, 1]; nan if the answer is withheld.
-    images : tuple of uint8 array, (height, width, 3)
-    attention : tuple of array, (row, column)
-        For each image, the share of [CLS]'s attention on each visual token, rolled out from the input to the last
-        layer (paper Eq. 4).
-    """
-
-    text: str
-    wanted: str
+    text: str  # the question, statement or caption
+    wanted: str  # the right answer; empty if the release withholds it
     predicted: str
-    score: float
-    images: tuple[np.ndarray, ...]
+    score: float  # official score in [0, 1]; nan if the answer is withheld
+    images: tuple[np.ndarray, ...]  # uint8, (height, width, 3)
+    # For each image, the share of [CLS]'s attention on each visual token, rolled out from the input to the last layer
+    # (paper Eq. 4); (row, column).
     attention: tuple[np.ndarray, ...]
 
     @property

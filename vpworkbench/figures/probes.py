@@ -10,21 +10,8 @@ import plotly.graph_objects as go
 from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
-from vpworkbench.figures.style import (
-    COLOURS,
-    DIVERGING,
-    GREY,
-    LANGUAGE,
-    PALETTE,
-    VISION,
-    WIDTH,
-    error_bars,
-    escaped,
-    fill,
-    finish,
-    percent,
-    translucent,
-)
+from vpworkbench.figures import style
+from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, translucent
 from vpworkbench.stats import Interval, bootstrap_interval
 
 Samples = ArrayLike | Mapping[str, ArrayLike | Interval]
@@ -97,7 +84,7 @@ def triangle(values: np.ndarray, groups: Sequence[str] = (), *, share: bool = Tr
     numbers = np.char.mod("%.1f", 100 * drawn) if share else np.char.mod("%.2f", drawn)
     numbers = np.where(np.isnan(drawn), "", numbers)
     text = {"text": numbers, "texttemplate": "%{text}" if len(layers) <= 16 else None}
-    colours = {"colorscale": COLOURS} if share else {"colorscale": DIVERGING, "zmid": 0}
+    colours = {"colorscale": style.COLOURS} if share else {"colorscale": style.DIVERGING, "zmid": 0}
     look = {"hoverongaps": False, "xgap": 1, "ygap": 1, "colorbar": {"tickformat": ".0%" if share else None}}
     number = "%{z:.1%}" if share else "%{z:.2f}"
     place = "%{y}, layer %{x}" if groups else "from the input of layer %{y} to the output of layer %{x}"
@@ -125,7 +112,7 @@ def layer_curves(
     _add_curves(figure, found, {}, legend=True, first=first, row=1, col=1)
     if level is not None:
         note = {"annotation_text": escaped(level[0]), "annotation_position": "bottom right"}
-        figure.add_hline(level[1], line={"color": GREY, "dash": "dash", "width": 1.5}, **note)
+        figure.add_hline(level[1], line={"color": style.GREY, "dash": "dash", "width": 1.5}, **note)
     figure.update_xaxes(title_text="layer (0: input of layer 1)" if first == 0 else "layer")
     figure.update_yaxes(title_text=escaped(axis))
     alt = f"{title}, {axis} by layer; {_ends(found, 'mean')}."
@@ -176,8 +163,8 @@ def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.
     means = bootstrap_interval(up).mean, bootstrap_interval(down).mean
     figure = go.Figure()
     look = {"x": layers, "hovertemplate": "layer %{x}: %{y:.1%}"}
-    figure.add_bar(**look, y=means[0], name="text to vision", marker=fill(LANGUAGE))
-    figure.add_bar(**look, y=means[1], name="vision to text", marker=fill(VISION), error_y=error_bars(both))
+    figure.add_bar(**look, y=means[0], name="text to vision", marker=fill(style.LANGUAGE))
+    figure.add_bar(**look, y=means[1], name="vision to text", marker=fill(style.VISION), error_y=error_bars(both))
     figure.update_layout(barmode="stack", bargap=0.35)
     figure.update_xaxes(title_text="layer", **_layer_ticks(len(layers)))
     figure.update_yaxes(title_text="share of attention across modalities", tickformat=".0%")
@@ -207,7 +194,7 @@ def nmi(values: Samples, *, over: str = "") -> go.Figure:
     figure.update_yaxes(title_text="NMI (0: mixed, 1: apart)", range=[-0.02, 1.02])
     title = f"Modalities as clusters, mean and 95% band over {escaped(over) or _examples(models)}"
     alt = f"NMI of two clusters and the two modalities by layer; {_ends(models, 'mean')}."
-    return finish(figure, title=title, alt=alt, width=WIDTH if over else 640)
+    return finish(figure, title=title, alt=alt, width=style.WIDTH if over else 640)
 
 
 def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, layer: int) -> go.Figure:
@@ -226,7 +213,7 @@ def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, lay
     figure = go.Figure()
     drawn = tokens & np.isfinite(points).all(axis=1)
     language, visual = np.flatnonzero(drawn & ~vision), np.flatnonzero(drawn & vision)
-    looks = ("language", LANGUAGE, "circle", language), ("vision", VISION, "square", visual)
+    looks = ("language", style.LANGUAGE, "circle", language), ("vision", style.VISION, "square", visual)
     for name, colour, symbol, index in looks:
         marker = {"color": colour, "symbol": symbol, "size": 8, "opacity": 0.9}
         hover = {"customdata": index, "hovertemplate": f"{name} token %{{customdata}}<extra></extra>"}
@@ -271,7 +258,7 @@ def score_against_flow(
         points.append(f"{name} {percent(reached.mean)} at {percent(flow.mean)}, null {percent(nulls[name])}")
     if floor is not None:
         note = {"annotation_text": "text only", "annotation_position": "bottom right"}
-        figure.add_hline(floor, line={"color": GREY, "dash": "dash", "width": 1.5}, **note)
+        figure.add_hline(floor, line={"color": style.GREY, "dash": "dash", "width": 1.5}, **note)
         points.append(f"text only {percent(floor)}")
     axis = "share of attention across modalities, input to last layer (open: uniform attention)"
     figure.update_xaxes(title_text=axis, tickformat=".1~%")
@@ -360,7 +347,7 @@ def _add_curves(
                 look = _line(kind, colour) | {"name": f"{label}, {kind}", "opacity": 0.8, "showlegend": False}
                 figure.add_scatter(x=layers, y=lines[name], hovertemplate="layer %{x}: %{y:.3f}", **look, **place)
     for kind in beside if legend else ():  # one grey entry for the lines of all models
-        figure.add_scatter(x=[None], y=[None], name=kind, **_line(kind, GREY), **place)
+        figure.add_scatter(x=[None], y=[None], name=kind, **_line(kind, style.GREY), **place)
     longest = max(len(interval.mean) for interval in models.values())
     figure.update_xaxes(**_layer_ticks(longest, first), **place)
 
@@ -371,7 +358,7 @@ def _line(kind: str, colour: str) -> dict[str, object]:
 
 def _look(index: int) -> tuple[str, str]:
     """Colour and symbol of a model."""
-    return PALETTE[index % len(PALETTE)], _SYMBOLS[index % len(_SYMBOLS)]
+    return style.PALETTE[index % len(style.PALETTE)], _SYMBOLS[index % len(_SYMBOLS)]
 
 
 def _band(layers: np.ndarray, interval: Interval, colour: str, label: str) -> go.Scatter:

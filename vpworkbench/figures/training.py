@@ -12,21 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from vpworkbench.figures.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PALETTE,
-    VERMILLION,
-    WIDTH,
-    error_bars,
-    escaped,
-    fill,
-    finish,
-    percent,
-    wrapped,
-)
+from vpworkbench.figures import style
+from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, wrapped
 from vpworkbench.stats import Interval
 
 _OBJECTIVES = {
@@ -73,7 +60,7 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
     figure = make_subplots(rows, columns, subplot_titles=titles, **gaps)
     for index, name in enumerate(names):
         place = {"row": index // columns + 1, "col": index % columns + 1}
-        colour, label = GREEN if name in _WATCHED else BLUE, escaped(str(name))
+        colour, label = style.GREEN if name in _WATCHED else style.BLUE, escaped(str(name))
         smooth = len(metrics) >= _SMOOTH_FROM and name != "lr_share"
         drawn = numeric[name].dropna()  # probes are not in every line
         look = {"line": {"color": colour, "width": 1.5}, "mode": _mode(drawn), "opacity": 0.35 if smooth else 1}
@@ -96,8 +83,8 @@ def run_curves(curves: Mapping[str, pd.DataFrame], quantity: str) -> go.Figure:
     """One logged quantity of several runs in one panel; `curves` are those of `results.curves`."""
     figure = go.Figure()
     for number, (name, metrics) in enumerate(curves.items()):
-        dash = DASHES[number // len(PALETTE) % len(DASHES)]
-        line = {"color": PALETTE[number % len(PALETTE)], "dash": dash, "width": 1.5}
+        dash = DASHES[number // len(style.PALETTE) % len(DASHES)]
+        line = {"color": style.PALETTE[number % len(style.PALETTE)], "dash": dash, "width": 1.5}
         x, y = metrics["step"], metrics[quantity]
         figure.add_scatter(x=x, y=y, name=escaped(name), line=line, mode=_mode(metrics))
     title = _title(quantity)
@@ -135,11 +122,11 @@ def held_out(result: Any) -> go.Figure:
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.12)
     itm = {"its image": result.itm_accuracy, "another image": result.itm_other_image}
     mlm = {"its image": result.mlm_with_image, "another image": result.mlm_other_image}
-    _add_bars(figure, itm, [BLUE, ORANGE], letters=20, row=1, col=1)
-    _add_bars(figure, mlm, [BLUE, ORANGE], letters=20, row=1, col=2)
+    _add_bars(figure, itm, [style.BLUE, style.ORANGE], letters=20, row=1, col=1)
+    _add_bars(figure, mlm, [style.BLUE, style.ORANGE], letters=20, row=1, col=2)
     figure.update_yaxes(title_text="correct decisions", col=1)
     figure.update_yaxes(title_text="correct words", col=2)
-    line = {"color": GREY, "dash": "dash", "width": 1.5}
+    line = {"color": style.GREY, "dash": "dash", "width": 1.5}
     note = {"annotation_text": "chance", "annotation_position": "top right"}
     figure.add_hline(0.5, line=line, row=1, col=1, **note)
     ratio = result.mlm_ratio
@@ -165,13 +152,13 @@ def accuracy_bars(
 
     `chance` has the chance levels of some names; they are marked on the bars.
     """
-    width = int(np.clip(140 * len(values) + 120, 380, WIDTH))
+    width = int(np.clip(140 * len(values) + 120, 380, style.WIDTH))
     figure = go.Figure()
-    means = _add_bars(figure, values, [BLUE] * len(values), letters=int((width - 120) / len(values) / 7))
+    means = _add_bars(figure, values, [style.BLUE] * len(values), letters=int((width - 120) / len(values) / 7))
     if chance:
         names = list(values)
         x, y = [names.index(name) for name in chance], list(chance.values())
-        mark = {"symbol": "line-ew", "size": 46, "line": {"color": VERMILLION, "width": 2.5}}
+        mark = {"symbol": "line-ew", "size": 46, "line": {"color": style.VERMILLION, "width": 2.5}}
         look = {"mode": "markers", "marker": mark, "hovertemplate": "chance %{y:.1%}<extra></extra>"}
         figure.add_scatter(x=x, y=y, name="chance", showlegend=True, **look)
     figure.update_yaxes(title_text=escaped(axis))
@@ -199,7 +186,7 @@ def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "
 def grouped_bars(groups: Mapping[str, Mapping[str, Interval]], *, title: str, axis: str) -> go.Figure:
     """The same shares in [0, 1] of several models, or of one at several times, side by side: group -> name -> share."""
     figure, told = go.Figure(), []
-    for colour, (group, found) in zip(cycle(PALETTE), groups.items()):
+    for colour, (group, found) in zip(cycle(style.PALETTE), groups.items()):
         bars = _stacked(list(found.values()))
         look = {"name": escaped(group), "marker": fill(colour), "error_y": error_bars(bars)}
         bounds = [f"[{100 * one.low:.1f}, {100 * one.high:.1f}]" for one in found.values()]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vpworkbench.boxes import grid_boxes
-from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.objects import noise_on_objects, objects_of_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.losses import Select, visual_mask
 from vpworkbench.probes.masks import mask_scores
 from vpworkbench.stats import Interval, bootstrap_interval, paired_interval
+from vpworkbench.studies.examples import encoded
 
 DIRECTIONS = 64
 """Principal directions of the features that the regression sees of each token."""
@@ -45,16 +45,15 @@ class Copied(NamedTuple):
 
     errors: dict[str, np.ndarray]
 
-    def intervals(self, seed: int = 0) -> dict[str, Interval]:
+    def intervals(self) -> dict[str, Interval]:
         """Mean error of each kind with its bootstrap interval over images."""
-        return {kind: bootstrap_interval(errors, seed) for kind, errors in self.errors.items()}
+        return {kind: bootstrap_interval(errors) for kind, errors in self.errors.items()}
 
-    def difference(self, first: str, second: str, seed: int = 0) -> Interval:
+    def difference(self, first: str, second: str) -> Interval:
         """Mean difference between two kinds on the same images and picks."""
-        return paired_interval(self.errors[first], self.errors[second], seed)
+        return paired_interval(self.errors[first], self.errors[second])
 
 
-@torch.no_grad()
 def copied(visual: nn.Module, pictures: Sequence[Picture], *, budget: int, seed: int = 0) -> Copied:
     """Guess hidden tokens of pictures behind every kind of mask that they allow, around the same picks.
 
@@ -65,15 +64,11 @@ def copied(visual: nn.Module, pictures: Sequence[Picture], *, budget: int, seed:
     budget : int
         k, hidden tokens of each image, the pick included.
     """
-    settings, device = visual.settings, next(visual.parameters()).device
-    features, parsing = [], []
-    for start in range(0, len(pictures), 32):
-        seen = visual(Pixels(settings.image_px).stack(pictures[start : start + 32]).to(device))
-        features.append(seen.features.float().cpu())
-        parsing += [] if seen.parsing is None else [seen.parsing.float().mean(dim=1).cpu()]
+    settings = visual.settings
+    _, features, parsing = zip(*encoded(visual, pictures), strict=True)
     objects = objects_of_pictures(pictures, settings.grid)
     noise, boxes = noise_on_objects(objects, seed=seed), grid_boxes(settings.grid, settings.grid)
-    tokens, attention, masks = torch.cat(features), torch.cat(parsing) if parsing else None, {}
+    tokens, attention, masks = torch.cat(features), torch.cat(parsing) if settings.kind.parsing else None, {}
     for kind, (mode, select) in MODES.items():
         if (mode == "attention" and attention is None) or (mode == "object" and not objects.any()):
             continue

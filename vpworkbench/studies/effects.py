@@ -31,38 +31,18 @@ DRAWS = 3  # of random pairs, in single layers
 
 @dataclass(frozen=True)
 class Effects:
-    """One read-out (`questions.READ_OUTS`) with and without some attention; float64 on the CPU.
+    """One read-out (`questions.READ_OUTS`) with and without some attention; float64 on the CPU."""
 
-    Attributes
-    ----------
-    blocked : KnockOut
-        Words cannot read the image, in every span of at most 12 layers.
-    alone : KnockOut
-        The same in single layers, with draws of as many random pairs.
-    mean : KnockOut
-        Blocked keys give their mean value, in single layers.
-    reverse : KnockOut or None
-        The image cannot read the words, in single layers; None in a causal decoder whose image comes first.
-    flow, null, live : Tensor, shape (example, layer, layer)
-        Inter-Modality Flow, its value under uniform attention, and the part that can reach the read-out.
-    lens : Tensor, shape (example, state)
-        The read-out of every layer's state, the input first.
-    other : Tensor, shape (example,)
-        `word` with another picture; for `match`, whose examples have both pictures, no entries.
-    per_text : int
-        Examples in a row that share a text: they count as one sample.
-    """
-
-    blocked: KnockOut
-    alone: KnockOut
-    mean: KnockOut
-    reverse: KnockOut | None
-    flow: Tensor
-    null: Tensor
-    live: Tensor
-    lens: Tensor
-    other: Tensor
-    per_text: int
+    blocked: KnockOut  # words cannot read the image, in every span of at most 12 layers
+    alone: KnockOut  # the same in single layers, with draws of as many random pairs
+    mean: KnockOut  # blocked keys give their mean value, in single layers
+    reverse: KnockOut | None  # the image cannot read the words, layer by layer; None if the image comes first (causal)
+    flow: Tensor  # Inter-Modality Flow, (example, layer, layer)
+    null: Tensor  # the same under uniform attention
+    live: Tensor  # the part of `flow` that can reach the read-out
+    lens: Tensor  # the read-out of every layer's state, the input first; (example, state)
+    other: Tensor  # `word` with another picture, (example,); empty for `match`, whose examples have both pictures
+    per_text: int  # examples in a row that share a text: they count as one sample
 
     @property
     def layers(self) -> int:
@@ -131,14 +111,14 @@ def match_effect(subject: Subject, pictures: Sequence[Picture], layers: int) -> 
     return bootstrap_interval(torch.cat(lost).view(-1, PER_TEXT["match"]).mean(dim=1).numpy())
 
 
-def patched_pairs(subject: Subject, *, pairs: int = 24, seed: int = 0) -> Patched | None:
-    """Minimal pairs patched for ITM; None if the model has no such head, or cannot read the pairs."""
+def patched_pairs(subject: Subject) -> Patched | None:
+    """24 minimal pairs patched for ITM; None if the model has no such head, or cannot read the pairs."""
     if "match" not in known(subject) or subject.reads_regions:
         return None
     ids = subject.base.words.ids
     alike = [
         pair
-        for pair in load_pairs(PairSettings(pairs=pairs, seed=seed))
+        for pair in load_pairs(PairSettings(pairs=24))
         if len({len(ids(text)) for text in pair.texts}) == 1  # another vocabulary may split one of the words
     ]
     if not alike:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vpworkbench.boxes import grid_boxes
 from vpworkbench.data.inputs import Pixels, prepare
@@ -20,17 +20,9 @@ from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import match_probability
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import start_visual
+from vpworkbench.probes import masks as mask_probes
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.layouts import REGIONS_SIDE, modality_masks, painted
-from vpworkbench.probes.masks import (
-    BudgetShares,
-    ObjectShares,
-    nearest_by_colour,
-    nearest_by_features,
-    nearest_by_position,
-    shares_at_budget,
-    shares_on_objects,
-)
 from vpworkbench.settings import PretrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 
@@ -68,10 +60,10 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
     picked = boxes[int(noise[0].argmax())]
     column, row = ((picked[:2] + picked[2:]) / 2 * side).long().clamp(max=side - 1).tolist()  # its middle
 
-    def drawn(values: torch.Tensor) -> torch.Tensor:
+    def drawn(values: Tensor) -> Tensor:
         return painted(values, boxes.expand(*values.shape, 4), side).flatten(-2)
 
-    def masked(ranked: torch.Tensor | None) -> np.ndarray:
+    def masked(ranked: Tensor | None) -> np.ndarray:
         budget = settings.mask.tokens_of(settings.visual)
         tokens = None if visual.kind.on_grid else real
         hidden = visual_mask(noise, budget, parsing=ranked, select=settings.mask.select, vision_tokens=tokens)
@@ -90,13 +82,17 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
 
 
 @torch.no_grad()
-def parsing_attention(model: VisualParsingModel, pictures: Sequence[Picture]) -> torch.Tensor:
-    """Parsing attention averaged over heads; (image, vision, vision) on the CPU."""
-    images = prepare(model, pictures, [""] * len(pictures)).forward["images"]
-    parsing = model.visual(images).parsing
-    if parsing is None:
-        raise ValueError(f"visual family {model.settings.visual.family!r} has no parsing attention")
-    return parsing.mean(dim=1).cpu()
+def encoded(visual: nn.Module, pictures: Sequence[Picture]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Pictures by a visual side that reads pixels, 32 at a time, on the CPU.
+
+    uint8 images (image, 3, height, width), features (image, vision, channel) and parsing attention averaged over heads,
+    (image, vision, vision), where the family has one.
+    """
+    for start in range(0, len(pictures), 32):
+        images = Pixels(visual.settings.image_px).stack(pictures[start : start + 32])
+        found = visual(images.to(next(visual.parameters()).device))
+        parsing = None if found.parsing is None else found.parsing.float().mean(dim=1).cpu()
+        yield images, found.features.float().cpu(), parsing
 
 
 def starting_visual(settings: PretrainSettings) -> nn.Module:
@@ -106,31 +102,25 @@ def starting_visual(settings: PretrainSettings) -> nn.Module:
     return visual.eval()
 
 
-@torch.no_grad()
-def mask_shares(visual: nn.Module, pictures: Sequence[Picture], *, share: float | None = None) -> ObjectShares:
+def mask_shares(visual: nn.Module, pictures: Sequence[Picture]) -> mask_probes.ObjectShares:
     """Share of masks as large as an object that lie on it, on pictures whose objects are known.
 
     The rules are `rows` and `columns` of the parsing attention, averaged over heads, where the family has one; nearest
-    by `features`, `colour` and `position`; and `random`. A token is on an object that covers this share of its pixels,
-    by default as in `objects_of_pictures`.
+    by `features`, `colour` and `position`; and `random`. `objects_of_pictures` says when a token is on an object.
     """
     settings, parts = visual.settings, defaultdict(list)
     if not settings.kind.on_grid:
         raise ValueError(f"visual family {settings.family!r} has no grid: its regions are objects already")
-    device = next(visual.parameters()).device
-    for start in range(0, len(pictures), 32):
-        images = Pixels(settings.image_px).stack(pictures[start : start + 32])
-        found = visual(images.to(device))
-        if found.parsing is not None:
-            parsing = found.parsing.mean(dim=1).cpu()
+    for images, features, parsing in encoded(visual, pictures):
+        if parsing is not None:
             parts["rows"].append(parsing)
             parts["columns"].append(parsing.transpose(1, 2))
-        parts["features"].append(nearest_by_features(found.features.cpu()))
-        parts["colour"].append(nearest_by_colour(images, settings.grid))
+        parts["features"].append(mask_probes.nearest_by_features(features))
+        parts["colour"].append(mask_probes.nearest_by_colour(images, settings.grid))
     rules = {rule: torch.cat(scores) for rule, scores in parts.items()}
-    position = nearest_by_position(grid_boxes(settings.grid, settings.grid))
+    position = mask_probes.nearest_by_position(grid_boxes(settings.grid, settings.grid))
     rules["position"] = position.expand(len(pictures), *position.shape)
-    return shares_on_objects(rules, objects_of_pictures(pictures, settings.grid, share=share))
+    return mask_probes.shares_on_objects(rules, objects_of_pictures(pictures, settings.grid))
 
 
 class ParserChange(NamedTuple):
@@ -164,11 +154,9 @@ class ParserChange(NamedTuple):
         return "\n".join(lines)
 
 
-def parser_change(
-    visual: nn.Module, settings: PretrainSettings, pictures: Sequence[Picture], *, images: int = 200
-) -> ParserChange:
-    """What pre-training changed in the masks that a visual side makes, on the first pictures with known objects."""
-    known = [picture for picture in pictures if picture.has_objects][:images]
+def parser_change(visual: nn.Module, settings: PretrainSettings, pictures: Sequence[Picture]) -> ParserChange:
+    """What pre-training changed in the masks that a visual side makes, on the first 200 pictures with known objects."""
+    known = [picture for picture in pictures if picture.has_objects][:200]
     if not known or not settings.visual.kind.on_grid:
         return ParserChange({}, {})
     start = starting_visual(settings).to(next(visual.parameters()).device)
@@ -176,19 +164,17 @@ def parser_change(
 
 
 def budget_shares(
-    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings, *, seed: int = 0
-) -> BudgetShares:
+    model: VisualParsingModel, pictures: Sequence[Picture], settings: PretrainSettings
+) -> mask_probes.BudgetShares:
     """Share of the masks of pre-training on the picked object, beside the largest that their fixed budget allows.
 
     For families with a parsing attention; see `mask_shares` for a share that does not depend on the sizes of objects.
     """
     objects = objects_of_pictures(pictures, model.settings.visual.grid)
-    noise = noise_on_objects(objects, seed=seed)
-    parsing = torch.cat(
-        [parsing_attention(model, pictures[start : start + 32]) for start in range(0, len(pictures), 32)]
-    )
+    noise = noise_on_objects(objects, seed=0)
+    parsing = torch.cat([parsing for _, _, parsing in encoded(model.visual, pictures)])
     masked = visual_mask(noise, settings.mask.tokens_of(settings.visual), parsing=parsing, select=settings.mask.select)
-    return shares_at_budget(masked, noise.argmax(dim=1), objects, seed=seed)
+    return mask_probes.shares_at_budget(masked, noise.argmax(dim=1), objects)
 
 
 @torch.no_grad()

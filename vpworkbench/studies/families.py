@@ -74,18 +74,7 @@ def arms_of(settings: FamilyRunsSettings) -> dict[str, Arm]:
 
 
 class FamilyRun(NamedTuple):
-    """One arm with one seed.
-
-    Attributes
-    ----------
-    costs : dict
-        `budget.Budget`, and how well the visual side recognised colours and shapes of held-out scenes when it started:
-        at tokens of objects, or in the boxes of regions.
-    learnt : dict
-        Held-out accuracies after pre-training: ITM (`itm_accuracy`, chance 0.5), masked colour and shape words with
-        their image (`mlm_with_image`) and with another one (`mlm_other_image`). `text_only` is the VQA score of
-        logistic regression on the questions.
-    """
+    """One arm with one seed."""
 
     arm: str
     seed: int
@@ -94,7 +83,12 @@ class FamilyRun(NamedTuple):
     score: Interval  # VQA on the scenes, over questions
     steps: tuple[int, int]  # of pre-training and of fine-tuning
     tokens: tuple[float, float]  # mean numbers of visual tokens and of words
+    # `budget.Budget`, and how well the visual side recognised colours and shapes of held-out scenes when it started: at
+    # tokens of objects, or in the boxes of regions.
     costs: dict[str, Any]
+    # Held-out accuracies after pre-training: ITM (`itm_accuracy`, chance 0.5), masked colour and shape words with their
+    # image (`mlm_with_image`) and with another one (`mlm_other_image`). `text_only` is the VQA score of logistic
+    # regression on the questions.
     learnt: dict[str, float]
 
     @property

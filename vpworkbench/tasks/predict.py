@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -23,7 +22,7 @@ from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
 
 
-def load_task_model(folder: str | Path, *, device: torch.device | str = "cpu") -> TaskModel:
+def load_task_model(folder: str | Path) -> TaskModel:
     """A model that `TaskModel.save_pretrained` wrote, in evaluation mode; a `CheckpointError` if it is not whole."""
     folder = Path(folder)
     try:
@@ -36,7 +35,7 @@ def load_task_model(folder: str | Path, *, device: torch.device | str = "cpu") -
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: no whole fine-tuned model ({error}); give a run of 04_finetune") from None
-    return model.to(device).eval()
+    return model.eval()
 
 
 def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str | Path] = ()) -> pd.DataFrame:

@@ -7,22 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from vpworkbench import losses
 from vpworkbench.boxes import grid_boxes
 from vpworkbench.data.batches import Batch, GroupBatches, Guide
 from vpworkbench.data.inputs import VisualInput, visual_input
 from vpworkbench.data.records import Picture
-from vpworkbench.losses import (
-    Objective,
-    code_mask,
-    hide_pixels,
-    image_text_matching,
-    masked_feature_regression,
-    masked_language_modeling,
-    masked_visual_modeling,
-    token_alignment,
-    transport_distance,
-    visual_mask,
-)
 from vpworkbench.model.model import Joint, VisualParsingModel
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes.masks import mask_scores
@@ -45,7 +34,7 @@ def group_batches(
     return GroupBatches(pictures, model.words, data, vision=visual.tokens, **options)
 
 
-class Pretraining(Objective):
+class Pretraining(losses.Objective):
     """MLM + lambda1 (ITM + 0.1 VLA) + lambda2 MFR, all from one forward (paper Eq. 10); MVM for MFR as in SOHO; MRC.
 
     `probe` gives held-out numbers of a model, such as `evaluate.held_out_probe`.
@@ -81,20 +70,20 @@ class Pretraining(Objective):
             if self.settings.visual.sampled and model.training:
                 visual = visual.subset(self.sampled(batch))
         masked = self.masked(visual, batch)
-        shown = model.visual(hide_pixels(batch.images, masked[_first_texts(batch)])) if in_pixels else visual
+        shown = model.visual(losses.hide_pixels(batch.images, masked[_first_texts(batch)])) if in_pixels else visual
         options = {"image_index": batch.image_index, "masked": masked, "causal": self.causal(batch)}
         joint = model.fuse(shown, batch.words, batch.word_tokens, **options)
         hidden_words = model.word_logits(joint.text[batch.scored])
-        sums = {"mlm": masked_language_modeling(hidden_words, batch.labels[batch.scored])}
+        sums = {"mlm": losses.masked_language_modeling(hidden_words, batch.labels[batch.scored])}
         if self.weights["itm"]:
-            sums["itm"] = image_text_matching(model.itm(joint.cls), batch.matched)
+            sums["itm"] = losses.image_text_matching(model.itm(joint.cls), batch.matched)
         if self.weights["vla"]:
-            sums["vla"] = token_alignment(word_distance(model, joint, batch), batch.matched)
+            sums["vla"] = losses.token_alignment(word_distance(model, joint, batch), batch.matched)
         classified = "mvm" if mask.mode == "code" else "mrc"
         if masked is not None and self.weights[classified]:
             rows = batch.matched_rows
             codes = visual.codes[batch.image_index[rows]]
-            sums[classified] = masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
+            sums[classified] = losses.masked_visual_modeling(model.mvm(joint.vision[rows]), codes, masked[rows])
         if mask.hides_k and self.weights["mfr"]:
             sums["mfr"] = self._regression(model, joint, visual, masked, batch)
         return sums
@@ -110,7 +99,7 @@ class Pretraining(Objective):
         predicted = model.mfr(joint.vision[rows, hidden].flatten(0, 1))
         if visual.tokens is not None:  # an image of few regions hides fewer than k; the rest gets no error
             predicted = torch.where(masked[rows, hidden].flatten()[:, None], predicted, target.to(predicted))
-        return masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
+        return losses.masked_feature_regression(predicted, target, reduction=self.settings.loss.mfr_reduction)
 
     def causal(self, batch: Batch) -> Tensor | None:
         """Texts whose words see no later words, bool (text,): the share `loss.seq2seq`; None if there are none.
@@ -139,7 +128,7 @@ class Pretraining(Objective):
         index = batch.image_index
         noise = batch.noise if visual.positions is None else batch.noise.gather(1, visual.positions[index])
         if mask.mode == "code":
-            masked = code_mask(noise, visual.codes[index])
+            masked = losses.code_mask(noise, visual.codes[index])
         else:
             tokens = None if visual.tokens is None else visual.tokens[index]
             if batch.scores.shape[1]:  # those of the pick, chosen where the guide is
@@ -147,7 +136,7 @@ class Pretraining(Objective):
             else:
                 scores, select = self._scores(visual), mask.select
                 scores = None if scores is None else scores[index]
-            masked = visual_mask(noise, self.budget, parsing=scores, select=select, vision_tokens=tokens)
+            masked = losses.visual_mask(noise, self.budget, parsing=scores, select=select, vision_tokens=tokens)
         if mask.where == "pixels":
             masked = masked[torch.searchsorted(index, index)]  # that of the first text
         return masked
@@ -190,7 +179,7 @@ def word_distance(model: VisualParsingModel, joint: Joint, batch: Batch) -> Tens
     words = batch.word_tokens & (batch.words != tokenizer.cls_token_id) & (batch.words != tokenizer.sep_token_id)
     vision_tokens = joint.visual.not_padding()[batch.image_index]
     with torch.autocast(batch.words.device.type, enabled=False):  # 50 iterations in bfloat16 would drift
-        return transport_distance(joint.text, joint.vision, words, vision_tokens)
+        return losses.transport_distance(joint.text, joint.vision, words, vision_tokens)
 
 
 def effective_rank(features: Tensor) -> float:
