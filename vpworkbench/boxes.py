@@ -27,18 +27,10 @@ def shared_area(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def features_in(boxes: Tensor, features: Tensor, given: Tensor) -> Tensor:
-    """Features of the tokens `given`, averaged over the area of each of `boxes`.
+    """Features of the tokens `given`, averaged over the area of each of `boxes`: (..., token, channel).
 
-    Parameters
-    ----------
-    boxes : Tensor, (..., token, 4)
-        Where features are wanted. Zero where a box shares no area with those given, as padding does.
-    features : Tensor, (..., other, channel)
-    given : Tensor, (..., other, 4)
-
-    Returns
-    -------
-    Tensor, (..., token, channel)
+    `boxes` are (..., token, 4), `features` (..., other, channel), `given` (..., other, 4). The result is zero where a
+    box shares no area with those given, as padding does.
     """
     area = shared_area(boxes, given).to(features)
     return area / area.sum(dim=-1, keepdim=True).clamp(min=1e-12) @ features
@@ -48,18 +40,9 @@ def attention_in(boxes: Tensor, attention: Tensor, given: Tensor) -> Tensor:
     """Attention between the tokens `given`, brought over to `boxes`: rows averaged by area, columns summed.
 
     A box gets the share of a column that is its share of the token's area. On grids all shares find a place. Other
-    boxes leave some out, so each row is divided by its sum.
+    boxes leave some out, so each row is divided by its sum; it is zero where a box has no area.
 
-    Parameters
-    ----------
-    boxes : Tensor, (..., token, 4)
-    attention : Tensor, (..., other, other)
-    given : Tensor, (..., other, 4)
-
-    Returns
-    -------
-    Tensor, (..., token, token)
-        Rows sum to 1, or are zero where a box has no area.
+    `boxes` are (..., token, 4), `attention` (..., other, other), `given` (..., other, 4); returns (..., token, token).
     """
     area = shared_area(boxes, given).to(attention)
     columns = area / (given[..., 2:] - given[..., :2]).prod(dim=-1).to(attention)[..., None, :]

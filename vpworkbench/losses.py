@@ -111,11 +111,7 @@ def code_mask(noise: Tensor, codes: Tensor) -> Tensor:
 def hide_pixels(images: Tensor, masked: Tensor) -> Tensor:
     """Paint the squares of hidden visual tokens mid-grey, so that their neighbours cannot encode them.
 
-    Parameters
-    ----------
-    images : uint8 Tensor, (image, 3, height, width)
-    masked : bool Tensor, (image, vision)
-        Tokens of a square grid, row by row.
+    `images` are uint8 (image, 3, height, width), `masked` is bool (image, vision), tokens of a square grid, row by row.
     """
     side = round(masked.shape[1] ** 0.5)
     squares = masked.view(-1, 1, side, side)
@@ -172,17 +168,10 @@ def transport_plan(cost: Tensor, word_tokens: Tensor, vision_tokens: Tensor) -> 
 
 
 def transport_distance(text: Tensor, vision: Tensor, word_tokens: Tensor, vision_tokens: Tensor) -> Tensor:
-    """OT distance between the words and the visual tokens of each pair; the gradient goes through the cost only.
+    """OT distance in [0, 2] between the words and the visual tokens of each pair, (text,).
 
-    Parameters
-    ----------
-    text, vision : Tensor, (text, word, d), (text, vision, d)
-    word_tokens, vision_tokens : bool Tensor, (text, word), (text, vision)
-        False at [CLS], [SEP] and padding.
-
-    Returns
-    -------
-    Tensor, (text,), in [0, 2]
+    The gradient goes through the cost only. `text` is (text, word, d), `vision` (text, vision, d); `word_tokens`, bool
+    (text, word), and `vision_tokens`, bool (text, vision), are False at [CLS], [SEP] and padding.
     """
     cost = cosine_cost(text, vision)
     return (transport_plan(cost.detach(), word_tokens, vision_tokens) * cost).sum(dim=(1, 2))
@@ -196,14 +185,10 @@ def token_alignment(distance: Tensor, matched: Tensor) -> Tensor:
 def masked_feature_regression(
     predicted: Tensor, target: Tensor, *, reduction: Literal["mean", "sum"] = "mean"
 ) -> Tensor:
-    """Squared error of the hidden visual tokens (paper Eq. 9), summed over them.
+    """Squared error of the hidden visual tokens of matched pairs (paper Eq. 9), summed over them; both are (hidden, c).
 
-    Parameters
-    ----------
-    predicted, target : Tensor, (hidden, c)
-        At the hidden tokens of matched pairs. No gradient reaches the target: the parser must not chase its own masks.
-    reduction
-        Over channels. Eq. 9 prints the sum, which is c times the mean.
+    No gradient reaches the target: the parser must not chase its own masks. `reduction` is over channels: Eq. 9 prints
+    the sum, which is c times the mean.
     """
     error = (at_least_float32(predicted) - at_least_float32(target.detach())).square()
     return (error.mean(dim=-1) if reduction == "mean" else error.sum(dim=-1)).sum()
@@ -212,13 +197,8 @@ def masked_feature_regression(
 def masked_visual_modeling(logits: Tensor, codes: Tensor, masked: Tensor) -> Tensor:
     """Negative log likelihood of the code of the hidden tokens (SOHO Eq. 5): a mean for each pair, summed over pairs.
 
-    Parameters
-    ----------
-    logits : Tensor, (text, vision, code)
-        Of matched pairs.
-    codes : int64 Tensor, (text, vision)
-    masked : bool Tensor, (text, vision)
-        The hidden tokens of each pair, at least one; all have one code.
+    Of matched pairs: `logits` (text, vision, code), `codes` int64 (text, vision), and `masked`, bool (text, vision),
+    True at the hidden tokens, at least one in each pair.
     """
     each = functional.cross_entropy(at_least_float32(logits).transpose(1, 2), codes, reduction="none")
     return ((each * masked).sum(dim=1) / masked.sum(dim=1)).sum()

@@ -58,15 +58,9 @@ def _tidy(answer: str) -> str:
 def vqa_score(answer: str, given: Sequence[str]) -> float:
     """Mean over people of min(1, others who gave this answer / 3): the official score of one question.
 
-    Answers are normalised, the prediction too, unless all people wrote the same: then it must be written so. Of one to
-    three answers (fewer than `FEWEST_ANSWERS`) one must be given exactly: without one person none would be left.
-
-    Parameters
-    ----------
-    answer : str
-        The prediction.
-    given : sequence of str
-        People's answers, ten in VQA v2.
+    `given` are people's answers, ten in VQA v2. They are normalised, the prediction `answer` too, unless all people
+    wrote the same: then it must be written so. Of one to three answers (fewer than `FEWEST_ANSWERS`) one must be given
+    exactly: without one person none would be left.
     """
     theirs = [_tidy(text) for text in given]
     if len(set(theirs)) == 1 and len(given) >= FEWEST_ANSWERS:
@@ -105,10 +99,8 @@ NLVR2_IDENTIFIER = r"^(.+-[0-9]+)-[0-9]+-([0-9]+)$"
 def consistency(predicted: Mapping[str, str], labels: Mapping[str, str]) -> float:
     """NLVR2's: share of statements that are judged rightly for every pair of images they were asked of.
 
-    Parameters
-    ----------
-    predicted, labels : mapping of identifier to label
-        Identifiers as in the release (`NLVR2_IDENTIFIER`): examples of one set and sentence share a statement.
+    Both map identifiers as in the release (`NLVR2_IDENTIFIER`) to labels: examples of one set and sentence share a
+    statement.
     """
     right: dict[tuple[str, ...], list[bool]] = defaultdict(list)
     for identifier, label in labels.items():
@@ -119,15 +111,8 @@ def consistency(predicted: Mapping[str, str], labels: Mapping[str, str]) -> floa
 def recall_at(scores: ArrayLike, relevant: ArrayLike, cutoffs: Sequence[int] = (1, 5, 10)) -> dict[int, np.ndarray]:
     """Whether one of the K best is relevant, by query; its mean is R@K.
 
-    Parameters
-    ----------
-    scores : array, (query, candidate)
-    relevant : bool array, (query, candidate)
-        With at least one True in each row.
-
-    Notes
-    -----
-    A tie counts against the model: a relevant candidate ranks after all others with the same score.
+    `scores` and `relevant`, a bool with at least one True in each row, are (query, candidate). A tie counts against the
+    model: a relevant candidate ranks after all others with the same score.
     """
     scores, relevant = np.asarray(scores, dtype=np.float32), np.asarray(relevant, dtype=bool)
     if np.isnan(scores).any():

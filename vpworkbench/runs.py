@@ -122,14 +122,9 @@ class Run:
 def open_run(notebook: str, settings: Settings, *, name: str = "") -> Run:
     """Create the run folder of these settings with its `config.json`, or open the existing one.
 
-    The settings are everything that decides the result, the seed included. An empty name takes a hash of them.
-
-    Raises
-    ------
-    SettingsError
-        If the name cannot be a folder's, or the folder holds a run with other settings: each is named.
-    RunError
-        If the folder's `config.json` cannot be read.
+    The settings are everything that decides the result, the seed included. An empty name takes a hash of them. A
+    `SettingsError` if the name cannot be a folder's, or the folder holds a run with other settings: each is named. A
+    `RunError` if its `config.json` cannot be read.
     """
     return open_folder(run_folder(notebook, name or digest(settings.model_dump(mode="json"))), notebook, settings)
 

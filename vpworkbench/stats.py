@@ -36,16 +36,10 @@ def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
 def bootstrap_interval(
     values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None, resamples: int = RESAMPLES
 ) -> Interval:
-    """Percentile bootstrap of the mean over samples.
+    """Percentile bootstrap of the mean over samples; `values` are (sample, ...).
 
-    Parameters
-    ----------
-    values : array, shape (sample, ...)
-        nan entries are left out, at each position separately. All positions share the same resamples.
-    seed : int
-        Seed of the resampling.
-    weights : array, shape (sample,), optional
-        Weight of each sample; default: all alike.
+    nan entries are left out, at each position separately. All positions share the same resamples, drawn by `seed`.
+    `weights`, (sample,), default to equal ones.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim == 0 or len(values) == 0:
@@ -76,10 +70,7 @@ def paired_interval(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Inter
 def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> Interval:
     """Percentile bootstrap of any statistic of `count` samples, such as a ratio of sums.
 
-    Parameters
-    ----------
-    statistic : callable
-        From rows of sample numbers, (..., sample), to the statistic of each row, (...).
+    It takes rows of sample numbers, (..., sample), and returns the statistic of each row, (...).
     """
     resampled = statistic(np.random.default_rng(0).integers(0, count, (RESAMPLES, count)))
     low, high = np.quantile(resampled, (0.025, 0.975))
@@ -108,16 +99,10 @@ def student_interval(values: ArrayLike) -> Interval:
 def seeds_and_samples_interval(seeds: np.ndarray, sample_variance: ArrayLike) -> Interval:
     """Mean share over seeds, with an interval that covers other seeds and other samples.
 
-    The variances of the two means add up. The quantile is Student's, with the degrees of freedom of Welch and
-    Satterthwaite: those of the seeds where seeds differ much more than samples, more where they do not. With one seed
-    the interval covers other samples only. Bounds are cut at 0 and 1.
-
-    Parameters
-    ----------
-    seeds : array, shape (seed, ...)
-        Mean of each seed, a share in [0, 1].
-    sample_variance : array, shape (...)
-        Variance of the mean over samples.
+    `seeds` are the means of each seed, shares in [0, 1], (seed, ...); `sample_variance` is that of the mean over
+    samples, (...). The variances of the two means add up. The quantile is Student's, with the degrees of freedom of
+    Welch and Satterthwaite: those of the seeds where seeds differ much more than samples, more where they do not. With
+    one seed the interval covers other samples only. Bounds are cut at 0 and 1.
     """
     variance, freedom = np.asarray(sample_variance), np.inf
     if len(seeds) > 1:
@@ -130,12 +115,9 @@ def seeds_and_samples_interval(seeds: np.ndarray, sample_variance: ArrayLike) ->
 
 
 def over_seeds(parts: Sequence[np.ndarray]) -> Interval:
-    """`seeds_and_samples_interval` of measurements.
+    """`seeds_and_samples_interval` of each seed's measurements of the same samples, shares in [0, 1], (sample, ...).
 
-    Parameters
-    ----------
-    parts : sequence over seeds of array, shape (sample, ...)
-        Shares in [0, 1] of the same samples; nan entries are left out.
+    nan entries are left out.
     """
     seeds = np.stack([np.nanmean(part, axis=0) for part in parts])
     samples = np.nanmean(np.stack(parts), axis=0)

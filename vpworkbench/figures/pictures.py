@@ -79,14 +79,9 @@ def parsing(image: np.ndarray, attention: ArrayLike, picks: Sequence[int], grid:
 
 
 def masks(image: np.ndarray, masks: Mapping[str, ArrayLike], *, pick: int | None = None, grid: int) -> go.Figure:
-    """The image with the tokens that each mask hides greyed out (paper Fig. 2).
+    """The image with the tokens that each mask, bool (vision,), hides greyed out (paper Fig. 2).
 
-    Parameters
-    ----------
-    masks : mapping of str to bool array, shape (vision,)
-        True where a token is hidden.
-    pick : int, optional
-        The token around which the masks were built; it is outlined.
+    `pick` is the token around which the masks were built; it is outlined.
     """
     hidden = {name: np.asarray(mask, dtype=bool) for name, mask in masks.items()}
     captions = [f"{name}: {int(mask.sum())} of {mask.size} tokens hidden" for name, mask in hidden.items()]

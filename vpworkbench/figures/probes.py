@@ -98,14 +98,8 @@ def layer_curves(
 ) -> go.Figure:
     """Any numbers by layer, each with its 95% band: effects of knock-out, or a read-out by the lens.
 
-    Parameters
-    ----------
-    curves
-        As in `flow_curves`.
-    first
-        Number of the first layer; 0 where it is the input of layer 1.
-    level
-        Name and height of a dashed line, such as chance.
+    `curves` are as in `flow_curves`; `first` is 0 where the first is of the input of layer 1; `level` is the name and
+    height of a dashed line, such as chance.
     """
     found = _intervals(curves)
     figure = make_subplots(1, 1)
@@ -124,14 +118,8 @@ def layer_maps(
 ) -> go.Figure:
     """Maps side by side, with a scale each: of spans, as in `flow_triangle`, or of groups of tokens by layer.
 
-    Parameters
-    ----------
-    maps
-        Name -> array (layer, layer), drawn where layer j is not before layer i; with `groups` (group, layer).
-    groups
-        Names of the rows.
-    shares
-        Names of the maps that hold shares, drawn in percent. The others are drawn around 0.
+    `maps` are arrays (layer, layer), drawn where layer j is not before layer i; with `groups`, the names of the rows,
+    (group, layer). The maps named in `shares` are drawn in percent, the others around 0.
     """
     figure = make_subplots(1, len(maps), subplot_titles=[escaped(name) for name in maps], horizontal_spacing=_GAP)
     said = []
@@ -179,13 +167,8 @@ def flow_directions(text_to_vision: ArrayLike, vision_to_text: ArrayLike) -> go.
 def nmi(values: Samples, *, over: str = "") -> go.Figure:
     """How well two clusters match the two modalities in each layer (paper Fig. 5): a smaller NMI is more fused.
 
-    Parameters
-    ----------
-    values : array, shape (example, layer + 1), or mapping of model name to such arrays
-        The input of layer 1 first, which is drawn at 0. Mean over examples with a bootstrap 95% band; nan entries are
-        left out.
-    over : str
-        See `flow_curves`.
+    `values` is (example, layer + 1), or a mapping of model name to such arrays, with the input of layer 1 first, which
+    is drawn at 0. Mean over examples with a bootstrap 95% band, nan entries left out; `over` is as in `flow_curves`.
     """
     models = _intervals(values)
     figure = make_subplots(1, 1)
@@ -200,14 +183,8 @@ def nmi(values: Samples, *, over: str = "") -> go.Figure:
 def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, layer: int) -> go.Figure:
     """Tokens of one example on two principal components, coloured by modality.
 
-    Parameters
-    ----------
-    points : array, shape (token, 2)
-        See `probes.modality_pca`.
-    vision, tokens : bool array, shape (token,)
-        Visual tokens; real positions, which are no padding.
-    layer : int
-        From 0; the title counts from 1.
+    `points` are (token, 2), see `probes.modality_pca`; `vision` and `tokens` are bool (token,), True at visual tokens
+    and at real positions; `layer` counts from 0, in the title from 1.
     """
     points, vision, tokens = np.asarray(points, dtype=float), np.asarray(vision, bool), np.asarray(tokens, bool)
     figure = go.Figure()
@@ -243,10 +220,9 @@ def score_against_flow(
     ----------
     models
         Flow from the input to the last layer, and the score, by name of the model.
-    nulls
-        The same flow under uniform attention: an open mark at the height of the point.
-    seeds
-        (flow, score) of single runs, as small marks.
+    nulls, seeds
+        The same flow under uniform attention, an open mark at the height of the point; (flow, score) of single runs,
+        small marks.
     over, score
         Name what the intervals are over, and the score.
     floor

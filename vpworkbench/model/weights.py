@@ -54,14 +54,10 @@ class KeyReport(NamedTuple):
 def start_visual(visual: nn.Module, source: str, *, preset: str) -> KeyReport | None:
     """Load trained weights into a visual side; its batch norm then keeps the loaded statistics.
 
-    A `CheckpointError` or `SettingsError` if there are no such weights, or they fit half of the network or less.
-
-    Parameters
-    ----------
-    source : str
-        Empty: nothing is loaded, None is returned. `scenes`: the weights that ship for this preset, trained on scene
-        labels (notebook 09_visual_init). `imagenet`: those of timm for the network that the settings build. Otherwise a
-        name, a file or a folder, see `published`.
+    `source` empty: nothing is loaded, None is returned. `scenes`: the weights that ship for this preset, trained on
+    scene labels (notebook 09_visual_init). `imagenet`: those of timm for the network that the settings build. Otherwise
+    a name, a file or a folder, see `published`. A `CheckpointError` or `SettingsError` if there are no such weights, or
+    they fit half of the network or less.
     """
     if not source:
         return None

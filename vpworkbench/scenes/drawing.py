@@ -35,13 +35,10 @@ STEPS = 97  # points on a side of that grid
 
 
 def render(scene: Scene, rng: np.random.Generator | int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a scene; `rng`, or a seed, only decides the ground.
+    """Draw a scene: uint8 image (row, column, 3), and uint8 map of its things (row, column).
 
-    Returns
-    -------
-    image : uint8 array, shape (row, column, 3)
-    object_map : uint8 array, shape (row, column)
-        0 on the ground, i + 1 on the visible pixels of `scene.things[i]`.
+    The map is 0 on the ground, i + 1 on the visible pixels of `scene.things[i]`. `rng`, or a seed, only decides the
+    ground.
     """
     canvas = _ground(np.random.default_rng(rng), scene.image_px)
     object_map = np.zeros(canvas.shape[:2], dtype=np.uint8)

@@ -45,23 +45,15 @@ PART = 16 * GROUP  # images that a process makes at a time
 
 
 def write_scenes(folder: Path, settings: SceneSettings, *, processes: int | None = None) -> Path:
-    """Write a data set of scenes, either complete or not at all.
+    """Write a data set of scenes, either complete or not at all, and return its folder.
 
-    If `folder` holds these very settings already, nothing is done. The files do not depend on the number of processes
-    (default: one for each usable core). A progress bar appears after two seconds.
+    It then holds `images.zip`, `object_maps.zip`, `dataset_scenes.json` (Karpathy), the questions and annotations of
+    VQA v2, `nlvr2/`, `snli_ve_*.jsonl` and `settings.json`. If it holds these very settings already, nothing is done.
+    The files do not depend on the number of processes (default: one for each usable core). A progress bar appears after
+    two seconds.
 
-    Returns
-    -------
-    Path
-        `folder`, with `images.zip`, `object_maps.zip`, `dataset_scenes.json` (Karpathy), the questions and annotations
-        of VQA v2, `nlvr2/`, `snli_ve_*.jsonl` and `settings.json`.
-
-    Raises
-    ------
-    FileExistsError
-        If `folder` holds something else.
-    OSError
-        If the files cannot be written, for example on a full disk; nothing is left behind.
+    A `FileExistsError` if `folder` holds something else; an `OSError` if the files cannot be written, for example on a
+    full disk: nothing is left behind.
     """
     counts = {"train": settings.images, "val": settings.val, "test": settings.test}
     written = [split for split in counts if counts[split]]

@@ -22,10 +22,7 @@ class Settings(BaseModel):
     def with_overrides(self, overrides: dict[str, Any]) -> Self:
         """A copy with some values replaced; keys are dotted paths, e.g. `{"mask.budget": 14}`.
 
-        Raises
-        ------
-        SettingsError
-            For an unknown path (the nearest valid one is named) or a value of the wrong type or range.
+        A `SettingsError` for an unknown path (the nearest valid one is named) or a value of the wrong type or range.
         """
         current = {path: attrgetter(path)(self) for path in setting_paths(type(self))}
         if faults := [f"{path}: no such setting{nearest(path, current)}" for path in overrides if path not in current]:

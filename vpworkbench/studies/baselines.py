@@ -58,16 +58,11 @@ def baselines(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, TaskResult] | dict[str, RetrievalResult]]:
-    """The results of simple models, which are trained once, on at most `most` examples, and scored on every split.
+    """Results of simple models by split (all but training) and name; empty if the answers of the split are withheld.
 
-    They are the most frequent label, text only, image only, and text times pooled features; for NLVR v1 MaxEnt on the
-    drawn structure too, and those of `ATTENTIVE`. For retrieval: chance, two dual encoders and SCAN, which `folder`
-    keeps.
-
-    Returns
-    -------
-    dict
-        For each split except training: name -> result; empty if the answers of the split are withheld.
+    They are trained once, on at most `most` examples: the most frequent label, text only, image only, and text times
+    pooled features; for NLVR v1 MaxEnt on the drawn structure too, and those of `ATTENTIVE`. For retrieval: chance, two
+    dual encoders and SCAN, which `folder` keeps.
     """
     splits = {split: records for split, records in prepared.splits.items() if split != "train"}
     scored = {split: records for split, records in splits.items() if prepared.is_answered(split)}

@@ -57,12 +57,8 @@ class Copied(NamedTuple):
 def copied(visual: nn.Module, pictures: Sequence[Picture], *, budget: int, seed: int = 0) -> Copied:
     """Guess hidden tokens of pictures behind every kind of mask that they allow, around the same picks.
 
-    Parameters
-    ----------
-    visual : nn.Module
-        A visual side on a grid, such as `examples.starting_visual` returns.
-    budget : int
-        k, hidden tokens of each image, the pick included.
+    `visual` is a visual side on a grid, such as `examples.starting_visual` returns; `budget` is k, the hidden tokens of
+    each image, the pick included.
     """
     settings = visual.settings
     _, features, parsing = zip(*encoded(visual, pictures), strict=True)

@@ -133,16 +133,10 @@ class Task:
 
 
 class TaskModel(nn.Module):
-    """A pre-trained model and the head of one task.
+    """A pre-trained model and the head of one task; `labels` are in the order of the logits.
 
-    Parameters
-    ----------
-    base
-        Its pre-training heads are unused, except that retrieval starts from the ITM head (paper Sec. 4.2).
-    labels : sequence of str
-        In the order of the logits.
-    pairing
-        For two images per text: `pair` concatenates both [CLS], `pair-attention` is UNITER's `PairAttention`.
+    The pre-training heads of `base` are unused, except that retrieval starts from the ITM head (paper Sec. 4.2). For
+    two images per text `pairing` `pair` concatenates both [CLS]; `pair-attention` is UNITER's `PairAttention`.
     """
 
     def __init__(

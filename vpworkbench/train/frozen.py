@@ -21,14 +21,10 @@ from vpworkbench.train.checkpoints import is_trained
 def token_inputs(
     model: VisualParsingModel, images: Sequence[ImageFile], run: Run, device: torch.device, *, flip: bool
 ) -> VisualInput:
-    """Packed tokens of image files, kept in the run's folder; other weights or images make another cache.
+    """Packed tokens of image files, with `flip` of mirrored ones too, kept in the run's folder.
 
-    A run that is trained already reads nothing more, so for it nothing is computed.
-
-    Parameters
-    ----------
-    flip : bool
-        Keep the tokens of mirrored images too.
+    Other weights or images make another cache. A run that is trained already reads nothing more, so for it nothing is
+    computed.
     """
     pixels = Pixels(model.settings.visual.image_px)
     if is_trained(run.folder):

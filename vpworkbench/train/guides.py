@@ -43,17 +43,9 @@ def mask_guide(
 ) -> Guide | None:
     """What ranks the tokens of these pictures, as `mask.mode` and `mask.source` say; None: the model itself.
 
-    Parameters
-    ----------
-    run : Run or None
-        Keeps the scores of a source in its folder, so that each image is seen once.
-
-    Raises
-    ------
-    SettingsError, CheckpointError
-        If there is no such source, or it has no attention to give.
-    DataError
-        If the objects of none of the pictures are known.
+    The folder of `run` keeps the scores of a source, so that each image is seen once. A `SettingsError` or
+    `CheckpointError` if there is no such source, or it has no attention to give; a `DataError` if the objects of none
+    of the pictures are known.
     """
     mask, visual = settings.mask, settings.visual
     if mask.mode == "object":
