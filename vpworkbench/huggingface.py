@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import CheckpointError, DataError, first_line
+from vpworkbench.model.model import Inputs
 from vpworkbench.model.published import without_nan
 from vpworkbench.probes import modality_masks
+from vpworkbench.settings.model import SpecialTokens
 
 MOST_REGIONS = 36  # per image: the number that VisualBERT and LXMERT were trained with
 
@@ -38,16 +40,6 @@ REGION_MODELS = {
 }
 """By `model_type`."""
 ENCODERS = ("vilt", *REGION_MODELS)
-
-
-class ForeignInputs(NamedTuple):
-    """A batch as `Subject.prepare` gives it, with the boxes of regions, (example, token, 4), if any."""
-
-    forward: dict[str, Any]
-    vision: Tensor
-    tokens: Tensor
-    language: Tensor
-    boxes: Tensor | None = None
 
 
 def is_pretrained(source: str) -> bool:
@@ -108,7 +100,7 @@ def _open_regions(source: str, config: Any, regions: str) -> RegionFiles:
 
 
 class Processed:
-    """Calls a model's own processor: (pictures, texts) -> `ForeignInputs`, picture i with text i.
+    """Calls a model's own processor: (pictures, texts) -> `Inputs`, picture i with text i.
 
     With `regions`, they replace the pixels, and the processor is a tokenizer.
     """
@@ -117,12 +109,8 @@ class Processed:
         self.model, self.processor, self.regions = model, processor, regions
 
     def __call__(
-        self,
-        pictures: Sequence[Picture],
-        texts: list[str],
-        *,
-        special_tokens: Literal["language", "exclude"] = "language",
-    ) -> ForeignInputs:
+        self, pictures: Sequence[Picture], texts: list[str], *, special_tokens: SpecialTokens = "language"
+    ) -> Inputs:
         if self.regions is None:
             images = [Image.fromarray(picture.image.pixels()) for picture in pictures]
             prompts = [prompt(self.processor, text, 1) for text in texts]
@@ -138,7 +126,7 @@ class Processed:
         if placed is not None:
             boxes = torch.full((*masks.vision.shape, 4), torch.nan)
             boxes[:, -placed.shape[1] :] = placed
-        return ForeignInputs(forward, masks.vision, masks.tokens, language, boxes)
+        return Inputs(forward, masks.vision, masks.tokens, language, boxes)
 
     @property
     def is_chat(self) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from vpworkbench.data.inputs import Progress
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.nmi import modality_nmi
+from vpworkbench.settings.model import SpecialTokens
 from vpworkbench.stats import bootstrap_interval
 from vpworkbench.subjects import Loadable, Subject, load
 from vpworkbench.system import draft
@@ -139,10 +141,10 @@ def probe(
     pictures: Sequence[Picture] | None = None,
     *,
     images: int = 64,
-    special_tokens: Literal["language", "exclude"] = "language",
+    special_tokens: SpecialTokens = "language",
     seed: int = 0,
     folder: Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Probed:
     """Inter-Modality Flow and NMI of pictures, each with the first text that is true of it.
 
@@ -154,8 +156,6 @@ def probe(
         Default: held-out pictures of the set that the model was trained on.
     images : int
         At most this many.
-    special_tokens
-        [CLS] and [SEP] count as language, or belong to neither modality.
     folder : Path or None
         Gets `probes.parquet`, and one part for each batch until that is complete. The same call again continues after
         the last part, or reads the complete file. A folder with probes of another config is refused.

@@ -30,9 +30,6 @@ def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
     return flat
 
 
-# ------------------------------------------------------------------------------------------- bootstrap over samples
-
-
 def bootstrap_interval(
     values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None, resamples: int = RESAMPLES
 ) -> Interval:
@@ -82,9 +79,6 @@ def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
     half = reduce(np.hypot, ((one.high - one.low) / 2 for one in intervals)) / len(intervals)
     mean = np.mean([one.mean for one in intervals])
     return Interval(mean, mean - half, mean + half, min(one.count for one in intervals))
-
-
-# ------------------------------------------------------------------------------------------ Student's t over runs
 
 
 def student_interval(values: ArrayLike) -> Interval:

@@ -16,7 +16,7 @@ from vpworkbench.data.inputs import prepare, use_regions
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.huggingface import is_pretrained, open_pretrained
-from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
 from vpworkbench.tasks.predict import load_task_model
@@ -29,16 +29,11 @@ LARGEST_BATCH = 16
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under study.
-
-    `prepare(pictures, texts, special_tokens="language")` makes a batch, picture i with text i. It holds `forward`, the
-    keyword arguments of the model's forward, and `vision`, `tokens` and `language`: visual, real and language tokens,
-    bool (example, token).
-    """
+    """A model under study; `prepare(pictures, texts, special_tokens="language")` pairs picture i with text i."""
 
     name: str  # in figures and tables
     model: nn.Module  # whose attention is probed
-    prepare: Callable[..., Any]
+    prepare: Callable[..., Inputs]
     batch: int = LARGEST_BATCH  # image-text pairs in one pass
     data: DataSettings = DataSettings()  # the set that it was trained on; scenes if that is unknown
     base: VisualParsingModel | None = None  # `model` if it is one of ours, with heads and perhaps a parsing attention

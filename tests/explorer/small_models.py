@@ -8,8 +8,7 @@ import torch
 import transformers as hf
 
 from vpworkbench.data.records import Picture
-from vpworkbench.huggingface import ForeignInputs
-from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.probes import modality_masks
 from vpworkbench.settings import FusionSettings, ModelSettings, VisualSettings
@@ -29,9 +28,9 @@ ENCODER = dict(
 def opened(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Subject:
     """A model of transformers that is given the same inputs whatever the picture."""
 
-    def prepare(pictures: list[Picture], texts: list[str]) -> ForeignInputs:
+    def prepare(pictures: list[Picture], texts: list[str]) -> Inputs:
         masks = modality_masks(model, inputs)
-        return ForeignInputs(inputs, masks.vision, masks.tokens, masks.tokens & ~masks.vision)
+        return Inputs(inputs, masks.vision, masks.tokens, masks.tokens & ~masks.vision)
 
     return Subject(type(model).__name__, model.eval(), prepare, batch=1)
 

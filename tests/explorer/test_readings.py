@@ -18,8 +18,7 @@ from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
 from vpworkbench.explorer import readings as module
 from vpworkbench.explorer.readings import Reading, read
-from vpworkbench.huggingface import ForeignInputs
-from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.probes import flow_from_attention, inter_modality_flow
 from vpworkbench.subjects import Subject, load
 from vpworkbench.tasks import TASKS
@@ -186,9 +185,9 @@ def test_refusals(model: VisualParsingModel, scenes: list[Picture]) -> None:
     with pytest.raises(ValueError, match="empty sentence"):
         read(load(model), scenes[0], "  ")
 
-    def blind(pictures: list[Picture], texts: list[str]) -> ForeignInputs:
+    def blind(pictures: list[Picture], texts: list[str]) -> Inputs:
         inputs = prepare(model, pictures, texts)
-        return ForeignInputs(inputs.forward, torch.zeros_like(inputs.vision), inputs.tokens, inputs.language)
+        return Inputs(inputs.forward, torch.zeros_like(inputs.vision), inputs.tokens, inputs.language)
 
     with pytest.raises(ValueError, match="no visual token"):
         read(Subject("blind", model, blind), scenes[0], "a red ball")

@@ -39,9 +39,6 @@ DASHES = ("solid", "dot", "dash")
 _SMOOTH_FROM = 40  # lines of metrics
 
 
-# ------------------------------------------------------------------------------------------------- logged curves
-
-
 def losses(metrics: pd.DataFrame) -> go.Figure:
     """One small panel for each logged quantity: objectives in blue, the rest in green.
 
@@ -108,9 +105,6 @@ def _small_multiples(count: int) -> tuple[int, int]:
     """Rows and columns with the fewest empty panels, rather wide than tall."""
     columns = count if count <= 4 else min((4, 3), key=lambda columns: -count % columns)
     return math.ceil(count / columns), columns
-
-
-# ------------------------------------------------------------------------------------------------ held-out scores
 
 
 def held_out(result: Any) -> go.Figure:

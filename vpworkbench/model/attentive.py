@@ -31,9 +31,6 @@ def attend(scores: Tensor, values: Tensor, real: Tensor) -> Tensor:
     return (weights[..., None, :] @ values)[..., 0, :]
 
 
-# ------------------------------------------------------------------------------------------------------------- SCAN
-
-
 def stacked_attention(
     queries: Tensor, contexts: Tensor, query_tokens: Tensor, context_tokens: Tensor, *, sharpness: float
 ) -> Tensor:
@@ -81,9 +78,6 @@ class Scan(nn.Module):
         return (to_image.T + to_text) / 2
 
 
-# -------------------------------------------------------------------------------------------------------------- MAC
-
-
 class Mac(nn.Module):
     """Cells of control, read and write (Hudson and Manning 2018, Sec. 3.2), without its optional gates.
 
@@ -119,9 +113,6 @@ class Mac(nn.Module):
             retrieved = attend(self.read_weight(control[:, None] * related)[..., 0], base, real)
             memory = self.write(torch.cat([retrieved, memory], dim=-1))
         return self.out(torch.cat([question, memory], dim=-1))
-
-
-# -------------------------------------------------------------------------------------------------------- EVE-Image
 
 
 class SelfAttention(nn.Module):

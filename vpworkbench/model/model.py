@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from vpworkbench.model.fusion import build_fusion
 from vpworkbench.model.visual import VisualTokens, build_visual, unpack
 from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
+from vpworkbench.settings.model import SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -52,6 +53,7 @@ class Inputs(NamedTuple):
     vision: Tensor  # the visual tokens
     tokens: Tensor  # all tokens that are not padding
     language: Tensor  # the words; [CLS] and [SEP] only if they count as language
+    boxes: Tensor | None = None  # (text, word + vision, 4), of regions that the forward does not take
 
 
 class VisualParsingModel(nn.Module):
@@ -91,16 +93,9 @@ class VisualParsingModel(nn.Module):
     def device(self) -> torch.device:
         return self.mlm_bias.device
 
-    def forward(
-        self,
-        images: Tensor,
-        words: Tensor,
-        word_tokens: Tensor,
-        image_index: Tensor | None = None,
-        masked: Tensor | None = None,
-    ) -> Joint:
+    def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor, image_index: Tensor | None = None) -> Joint:
         """Encode each image once, and `fuse` its tokens with each of its texts; `images` as `encode` takes them."""
-        return self.fuse(self.encode(images), words, word_tokens, image_index=image_index, masked=masked)
+        return self.fuse(self.encode(images), words, word_tokens, image_index=image_index)
 
     def encode(self, images: Tensor) -> VisualTokens:
         """Visual tokens of uint8 images (image, 3, height, width), of packed regions, or kept by `visual.pack`."""
@@ -154,14 +149,8 @@ class VisualParsingModel(nn.Module):
         """(..., d) -> (..., vocabulary), by the transposed word embedding (paper Eq. 7)."""
         return nn.functional.linear(states, self.fusion.bert.embeddings.word_embeddings.weight, self.mlm_bias)
 
-    def prepare(
-        self, images: Tensor, texts: list[str], *, special_tokens: Literal["language", "exclude"] = "language"
-    ) -> Inputs:
-        """Pair image i with text i; `data.inputs.prepare` does so for files.
-
-        With special tokens as `language` (the default of Eq. 5) [CLS] and [SEP] count as words; with `exclude` they
-        belong to neither modality.
-        """
+    def prepare(self, images: Tensor, texts: list[str], *, special_tokens: SpecialTokens = "language") -> Inputs:
+        """Pair image i with text i; `data.inputs.prepare` does so for files."""
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: give one text for each image")
         words, word_tokens = self.words.tensors(texts)

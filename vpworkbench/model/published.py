@@ -107,9 +107,6 @@ def _of_transformers(folder: Path) -> dict[str, Tensor]:
         return read_weights(Path(scratch))
 
 
-# --------------------------------------------------------------------------------------------------------- to timm
-
-
 def fitted_by_timm(tensors: dict[str, Tensor], network: nn.Module, source: str) -> tuple[dict[str, Tensor], set[str]]:
     """Other names and other sizes -> those of `network`, by the filter in timm's own file; also the names it resized.
 
@@ -203,9 +200,6 @@ def from_hugging_face(tensors: dict[str, Tensor], network: nn.Module) -> dict[st
         positions = renamed["pos_embed"]  # timm adds the first to the class token
         renamed |= {"cls_token": renamed["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
     return renamed
-
-
-# --------------------------------------------------------------------------------------------------------- packages
 
 
 def efficientnet_lite0() -> dict[str, Tensor]:

@@ -71,9 +71,6 @@ def write_pairs(folder: Path, settings: PairSettings, *, processes: int | None =
     return write_set(folder, settings, kind, [(settings, *span) for span in spans(2 * settings.pairs)], processes)
 
 
-# --------------------------------------------------------------------------------------------------------- changes
-
-
 class _Change(NamedTuple):
     before: Scene
     after: Scene
@@ -135,9 +132,6 @@ def _texts(change: _Change, rng: np.random.Generator, detail: float) -> tuple[st
                 ):
                     return texts
     return None
-
-
-# ----------------------------------------------------------------------------------------------------------- files
 
 
 def _make_part(settings: PairSettings, start: int, stop: int) -> Part:

@@ -21,9 +21,6 @@ from vpworkbench.scenes.texts import absent_name, pick, plural_phrase, weighted
 TRUTHS_OF_LABEL = {"entailment": {True}, "neutral": {True, False}, "contradiction": {False}}
 
 
-# ------------------------------------------------------------------------------------------------------ hypotheses
-
-
 def hypotheses(scene: Scene, caption: str, rng: np.random.Generator) -> list[tuple[str, str]]:
     """Six hypotheses with their labels for a scene with a covered thing, and none otherwise.
 

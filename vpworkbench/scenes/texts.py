@@ -63,9 +63,6 @@ def plural_phrase(scene: Scene, rng: np.random.Generator, *, by_colour: bool) ->
     return plural_of(thing.shape if rng.random() < 0.8 else pick(rng, SHAPES))
 
 
-# ------------------------------------------------------------------------------------------------------------ captions
-
-
 def captions(scene: Scene, rng: np.random.Generator) -> list[str]:
     """`PER_IMAGE` different sentences of at most `LONGEST` words that are true of a scene.
 
@@ -171,9 +168,6 @@ _CAPTIONS: dict[Callable[[Scene, np.random.Generator, float], str | None], float
     _between: 0.10,
     _same_colour: 0.07,
 }
-
-
-# ----------------------------------------------------------------------------------------------------------- questions
 
 
 class Question(NamedTuple):

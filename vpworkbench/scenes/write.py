@@ -131,9 +131,6 @@ def _is_written(folder: Path, settings: BaseModel) -> bool:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- parts
-
-
 def _text_files(split: str) -> dict[str, str]:
     """The text files of a split, named as in the published data sets."""
     return {
@@ -239,9 +236,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-# ----------------------------------------------------------------------------------------------------------- files
 
 
 def _write_all(folder: Path, settings: BaseModel, kind: SetKind, tasks: Sequence[tuple], processes: int | None) -> None:

@@ -14,6 +14,8 @@ from vpworkbench.settings.families import FAMILIES, Family
 
 SMALLEST_PX, LARGEST_PX = 8, 4096
 FamilyName = Annotated[str, AfterValidator(lambda name: known(name, FAMILIES, "no visual family"))]
+SpecialTokens = Literal["language", "exclude"]
+"""What [CLS] and [SEP] count as: words (the default of paper Eq. 5), or neither modality."""
 
 
 class VisualSettings(Settings):

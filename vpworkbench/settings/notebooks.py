@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, SetName, SetNames, Settings, known
 from vpworkbench.settings.families import FAMILIES, Family
-from vpworkbench.settings.model import FamilyName, VisualSettings
+from vpworkbench.settings.model import FamilyName, SpecialTokens, VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.systems import SYSTEMS
@@ -37,7 +37,7 @@ class ProbeSettings(Settings):
     )
     regions: LocalPath = Field("", description=REGIONS)
     images: int = Field(64, ge=2, le=100_000)
-    special_tokens: Literal["language", "exclude"] = Field("language", description="what [CLS] and [SEP] count as")
+    special_tokens: SpecialTokens = Field("language", description="what [CLS] and [SEP] count as")
     seed: int = Field(0, ge=0, lt=2**31)
 
 

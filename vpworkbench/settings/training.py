@@ -11,9 +11,8 @@ from vpworkbench.settings.model import FusionSettings, VisualSettings
 from vpworkbench.settings.scenes import SceneSettings
 
 TRAINING_SCENES = SceneSettings(images=12_000, val=500, test=500)
-
-
 MISSING = "an image that is missing or unreadable: stop, or skip its records and list them in skipped.csv"
+Pairing = Literal["pair", "pair-attention"]
 
 
 class DataSettings(Settings):
@@ -247,7 +246,7 @@ class FinetuneSettings(Settings):
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: keep answers given for at least N train+val questions")
     answer_list: LocalPath = Field("", description="VQA: a file of answers, a json list or one per line; '' by count")
-    pairing: Literal["pair", "pair-attention"] = Field(
+    pairing: Pairing = Field(
         "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
     )
     regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")

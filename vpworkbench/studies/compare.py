@@ -6,11 +6,12 @@ regions from files, which a detector wrote (`data.regions`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from vpworkbench.data.inputs import Progress
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out
 from vpworkbench.model.budget import budget_of
@@ -69,7 +70,7 @@ def probe_all(
     *,
     seed: int = 0,
     folder: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Probed]:
     """Probe every model on the same pictures; by name of the model. A stopped call continues from `folder`."""
     options = {"images": len(pictures), "seed": seed, "progress": progress}

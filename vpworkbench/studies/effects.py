@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from vpworkbench.data.inputs import Progress
 from vpworkbench.data.minimal_pairs import load_pairs
 from vpworkbench.data.records import Picture
 from vpworkbench.probes import KnockOut, Patched, inter_modality_flow, knock_out, lens, patch
@@ -77,12 +78,7 @@ class Effects:
 
 
 def measure(
-    subject: Subject,
-    pictures: Sequence[Picture],
-    what: str,
-    *,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    subject: Subject, pictures: Sequence[Picture], what: str, *, seed: int = 0, progress: Progress | None = None
 ) -> Effects:
     """One of the `known` read-outs, each picture with its first caption, batch by batch; `seed` draws random pairs."""
     parts = defaultdict(list)
@@ -186,9 +182,6 @@ def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[st
             f"before the last ({last[1]:.0%})."
         )
     return said
-
-
-# ---------------------------------------------------------------------------------------------------------- a batch
 
 
 def _visual_side_once(subject: Subject) -> AbstractContextManager[None]:

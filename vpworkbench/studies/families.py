@@ -198,9 +198,6 @@ def _score(runs: Sequence[FamilyRun]) -> Interval:
     return seeds_and_samples_interval(np.array([float(run.score.mean) for run in runs]), variance)
 
 
-# ------------------------------------------------------------------------------------------------ the runs to make
-
-
 def calls(settings: FamilyRunsSettings) -> list[str]:
     """The commands that make the runs, in order. Each continues where it was stopped."""
     root, prefix = runs_root(), settings.prefix
@@ -233,9 +230,6 @@ def _call(notebook: str, name: str, **parameters: Any) -> list[str]:
         if value not in ({}, ""):
             words += ["-p", key, json.dumps(value) if isinstance(value, dict) else str(value)]
     return words
-
-
-# ------------------------------------------------------------------------------------------------- the runs found
 
 
 def compared(settings: FamilyRunsSettings) -> Compared:

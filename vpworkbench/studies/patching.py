@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.minimal_pairs import PicturePair
+from vpworkbench.model.model import Inputs
 from vpworkbench.probes import hidden_states, modality_masks, objects_of_boxes
 from vpworkbench.subjects import Subject
 
@@ -57,10 +58,9 @@ def patch_inputs(
     )
 
 
-def _on_things(subject: Subject, inputs: Any, pairs: Sequence[PicturePair], side: int) -> Tensor:
+def _on_things(subject: Subject, inputs: Inputs, pairs: Sequence[PicturePair], side: int) -> Tensor:
     """Tokens on the thing that differs, bool (example, token)."""
-    boxes = getattr(inputs, "boxes", None)
-    boxes = modality_masks(subject.model, inputs.forward).boxes if boxes is None else boxes
+    boxes = modality_masks(subject.model, inputs.forward).boxes if inputs.boxes is None else inputs.boxes
     found = torch.zeros_like(inputs.vision)
     for row, placed, pair in zip(found, boxes.cpu(), pairs, strict=True):
         at = placed.isfinite().all(dim=1)

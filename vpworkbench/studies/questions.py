@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.records import Picture
+from vpworkbench.model.model import Inputs
 from vpworkbench.probes.readouts import NOT_SCORED, ReadOut, masked_word, match_log_odds, next_tokens
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
 from vpworkbench.subjects import Subject
@@ -36,7 +37,7 @@ class Example(NamedTuple):
 class Question(NamedTuple):
     """Some examples as a model takes them."""
 
-    inputs: Any  # see `Subject.prepare`
+    inputs: Inputs
     readout: ReadOut
     places: Tensor  # tokens that the head reads, bool (example, token)
 

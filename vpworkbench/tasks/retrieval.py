@@ -158,9 +158,6 @@ class Matching(Objective):
         return {"matched": each[batch.matched].sum(), "unmatched": each[~batch.matched].sum()}
 
 
-# ------------------------------------------------------------------------------------------------- the score matrix
-
-
 @torch.no_grad()
 def score_matrix(
     model: TaskModel,
@@ -262,9 +259,6 @@ def _identity(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     digest.update(json.dumps([[picture.image.name for picture in pictures], list(captions)]).encode())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- the result
 
 
 class RetrievalResult(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from vpworkbench.errors import DataError
 from vpworkbench.metrics import most_given
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, TrainSettings
+from vpworkbench.settings.training import Pairing
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 from vpworkbench.tasks.classification import (
     Classification,
@@ -140,12 +141,7 @@ class TaskModel(nn.Module):
     """
 
     def __init__(
-        self,
-        base: VisualParsingModel,
-        task: Task,
-        labels: Sequence[str],
-        *,
-        pairing: Literal["pair", "pair-attention"] = "pair",
+        self, base: VisualParsingModel, task: Task, labels: Sequence[str], *, pairing: Pairing = "pair"
     ) -> None:
         super().__init__()
         self.base, self.task, self.labels, self.pairing = base, task, tuple(labels), pairing

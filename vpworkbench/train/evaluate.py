@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vpworkbench.data.batches import IGNORE, Batch, Guide
+from vpworkbench.data.inputs import Progress
 from vpworkbench.data.records import Picture
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.probing import probe
@@ -41,7 +42,7 @@ def evaluate(
     data: DataSettings,
     *,
     images: int = 500,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> HeldOut:
     """Match decisions and hidden words on held-out images, at most `images` of them.
 
