@@ -62,7 +62,7 @@ def test_wrong_jobs_are_reported_all_at_once_and_start_nothing(tmp_path, runs_fo
         ("notebook: 01_pretrain\ngird: {seed: [1]}", "did you mean 'grid'"),
         ("notebook: 01_pretrain\ngrid: {seed: 1}", "grid.seed: Input should be a valid list"),
         ("notebook: 01_pretrain", "no jobs"),
-        ("notebook: 01_pretrain\njobs: [{seed: 1}, {seed: 1}]", "two jobs have this name"),
+        ("notebook: 01_pretrain\njobs: [{seed: 1}, {seed: 1}]", "two jobs of 01_pretrain have this name"),
         ("a: [", "not yaml"),
         ("notebook: 3\ngrid: {seed: [1]}", "^notebook: Input should be a valid string"),
         ("notebook: 01_pretrain\nname: 7\ngrid: {seed: [1]}", "^name: Input should be a valid string"),
@@ -101,6 +101,31 @@ def test_done_is_skipped_failed_is_reported_and_the_rest_goes_on(notebook, runs_
     assert table["state"].tolist() == ["done"] * 3
     lines = [json.loads((folder / "summary.json").read_text())["lines"] for folder in folders]
     assert lines == [1, 2, 1]  # the complete ones were not run again
+
+
+def test_notebooks_follow_a_run_with_its_name_seed_and_model(tmp_path, runs_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reads = 'checkpoint: str = ""\n' + PARAMETERS
+    checks = "assert checkpoint == 't-seed=2'"
+    write_notebook(tmp_path / "trial.ipynb", PARAMETERS, OPEN.format(notebook="trial"), TRAIN, STUMBLE)
+    write_notebook(tmp_path / "reads.ipynb", reads, OPEN.format(notebook="reads"), checks, TRAIN, STUMBLE)
+    then = [{"notebook": "reads.ipynb"}, {"notebook": "reads.ipynb", "suffix": "more", "parameters": {"seed": 5}}]
+    (job,) = jobs = jobs_of("trial.ipynb", name="t", grid={"seed": [2]}, then=then)
+    assert [(one.name, one.parameters) for one in job.then] == [
+        ("t-seed=2", {"checkpoint": "t-seed=2", "seed": 2}),
+        ("t-seed=2-more", {"checkpoint": "t-seed=2", "seed": 5}),
+    ]
+    assert sweep(jobs)["state"].tolist() == ["done"]
+    summaries = runs_folder.glob("reads/*/summary.json")
+    assert sorted(path.parent.name for path in summaries) == ["t-seed=2", "t-seed=2-more"]
+    for follower, message in [
+        ({"notebook": "reads.ipynb"}, "t-seed=2: two jobs of reads have this name"),
+        ({"notebook": "reads.ipynb", "suffix": "x", "parameters": {"sead": 1}}, "t-seed=2-x: .*did you mean 'seed'"),
+        ({"notebook": "trial.ipynb", "suffix": "x"}, "t-seed=2-x: .*checkpoint"),
+        ({"notebook": "reads.ipynb", "sufix": "x"}, "then.1.sufix: no such setting"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            jobs_of("trial.ipynb", name="t", grid={"seed": [2]}, then=[then[0], follower])
 
 
 def test_a_sweep_is_one_call_in_python(notebook, runs_folder):

@@ -33,11 +33,20 @@ logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """One run: its notebook, its name and its parameters."""
+    """One run: its notebook, its name and its parameters; and the runs that read its model afterwards."""
 
     notebook: str
     name: str
     parameters: dict[str, Any]
+    then: tuple[Job, ...] = ()
+
+
+class Follower(Settings):
+    """A notebook that reads the model of a run as its `checkpoint`, and has the run's name and seed."""
+
+    notebook: str
+    suffix: str = Field("", description="at the end of its run's name; two followers of one notebook need it")
+    parameters: dict[str, Any] = {}
 
 
 class Plan(Settings):
@@ -50,6 +59,7 @@ class Plan(Settings):
         None, description="values to try by parameter; a dotted key is a setting, e.g. `mask.budget: [7, 14]`"
     )
     jobs: list[dict[str, Any]] | None = Field(None, description="parameters of single jobs, with keys as in `grid`")
+    then: list[Follower] = Field([], description="what follows each run, in this order")
 
 
 def read_jobs(path: str | Path) -> list[Job]:
@@ -71,22 +81,33 @@ def make_jobs(content: Any) -> list[Job]:
         changes += [dict(zip(plan.grid, values, strict=True)) for values in itertools.product(*plan.grid.values())]
     if not changes:
         raise SettingsError("no jobs: give a grid, or jobs")
-    path = find_notebook(plan.notebook)
-    defaults = notebook_parameters(path)
     jobs, faults = [], []
     for change in changes:
-        job = Job(str(path), _name(plan.name, change), _with_overrides({**plan.parameters, **change}))
-        try:
-            check_parameters(path.stem, defaults, job.parameters)
-            run_folder(path.stem, job.name)
-        except SettingsError as error:
-            faults += [f"{job.name}: {line}" for line in str(error).splitlines()]
-        jobs.append(job)
-    names = [job.name for job in jobs]
-    faults += [f"{name}: two jobs have this name" for name in dict.fromkeys(names) if names.count(name) > 1]
+        job = _job(plan.notebook, _name(plan.name, change), _with_overrides({**plan.parameters, **change}), faults)
+        jobs.append(job._replace(then=tuple(_following(job, follower, faults) for follower in plan.then)))
+    names = [(Path(one.notebook).stem, one.name) for job in jobs for one in (job, *job.then)]
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    faults += [f"{name}: two jobs of {notebook} have this name" for notebook, name in repeated]
     if faults:
         raise SettingsError("\n".join(faults))
     return jobs
+
+
+def _job(notebook: str, name: str, parameters: dict[str, Any], faults: list[str]) -> Job:
+    """A job whose faults are added to the list."""
+    path = find_notebook(notebook)
+    try:
+        check_parameters(path.stem, notebook_parameters(path), parameters)
+        run_folder(path.stem, name)
+    except SettingsError as error:
+        faults += [f"{name}: {line}" for line in str(error).splitlines()]
+    return Job(str(path), name, parameters)
+
+
+def _following(job: Job, follower: Follower, faults: list[str]) -> Job:
+    inherited = {"checkpoint": job.name} | {key: job.parameters[key] for key in ("seed",) if key in job.parameters}
+    name = "-".join(filter(None, (job.name, follower.suffix)))
+    return _job(follower.notebook, name, _with_overrides(inherited | follower.parameters), faults)
 
 
 def _name(prefix: str, change: dict[str, Any]) -> str:
@@ -186,11 +207,12 @@ def _on_cluster(jobs: Sequence[Job], scheduler: str, stopped: list[signal.Signal
 
 
 def _run(job: Job, environment: dict[str, str]) -> tuple[str, str]:
-    """Run one job, on a worker of a cluster or in a thread here; returns its state and error."""
+    """Run one job and what follows it, on a worker of a cluster or in a thread here; returns its state and error."""
     if root := environment.get("VPW_RUNS"):
         os.environ["VPW_RUNS"] = root
     try:
-        run_notebook(job.notebook, name=job.name, parameters=job.parameters, environment=environment)
+        for one in (job, *job.then):
+            run_notebook(one.notebook, name=one.name, parameters=one.parameters, environment=environment)
     except KeyboardInterrupt:
         return "stopped", ""
     except Exception as error:  # any type: it is reported, and the other jobs continue
