@@ -68,7 +68,7 @@ def test_wrong_values_name_the_setting(parameters, message):
 def test_lengths_small_by_default_and_the_presets_at_0():
     assert (pretrain_settings().train.steps, finetune_settings().train.steps) == (40, 20)
     assert visual_init_settings().scenes.images == 320
-    assert pretrain_settings(steps=0) == PRESETS["tiny"]
+    assert pretrain_settings(steps=0, overrides={"train.bf16": False}) == PRESETS["tiny"]
     long = pretrain_settings(epochs=2).train
     assert (long.steps, long.epochs) == (0, 2)
     assert finetune_settings(steps=0).train.steps == 1_000

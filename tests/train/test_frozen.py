@@ -27,6 +27,7 @@ FEW = {
     "data.workers": 0,
     "train.images": 4,
     "train.log_every": 1,
+    "train.bf16": False,
 }
 
 

@@ -37,6 +37,7 @@ def settings(**changes):
         "visual.width": 32,
         "visual.heads": (2, 4),
         "data.workers": 0,
+        "train.bf16": False,  # in the processes that torchrun starts, too
         "train.images": 8,
         "train.accumulate": 4,
         "train.log_every": 2,

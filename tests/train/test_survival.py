@@ -36,6 +36,7 @@ def settings(steps: int = 8, **changes):
         "data.workers": 0,
         "train.images": 4,
         "train.log_every": 3,
+        "train.bf16": False,
         "optim.warmup": 2,
     }
     return pretrain_settings(steps=steps, init_visual="", overrides=few | changes)

@@ -19,7 +19,13 @@ from vpworkbench.settings.model import FamilyName, SpecialTokens, VisualSettings
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.settings.systems import SYSTEMS
-from vpworkbench.settings.training import DataSettings, PretrainSettings, TrainSettings, VisualInitSettings
+from vpworkbench.settings.training import (
+    DataSettings,
+    PretrainSettings,
+    TrainSettings,
+    VisualInitSettings,
+    fast_bfloat16,
+)
 
 REGIONS = "for models that read regions: a folder of npz files or a BUTD tsv; '' the run's own"
 
@@ -159,6 +165,7 @@ def pretrain_settings(
         "init_text": init_text,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
+        "train.bf16": fast_bfloat16(),
     }
     values |= _region_values(regions, named=bool(overrides.get("loss.mrc")))
     values |= train_length(steps, epochs) | _network_named(kind, init_visual)

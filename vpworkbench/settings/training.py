@@ -102,7 +102,7 @@ class TrainSettings(Settings):
     checkpoint_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0: only at the end")
     log_every: int = Field(20, ge=1, description="optimiser steps between lines of metrics.jsonl")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    bf16: bool = Field(False, description="bfloat16 autocast; needs a GPU or CPU that is fast at it")
+    bf16: bool = Field(False, description="bfloat16 autocast; notebooks turn it on where the CPU has AMX")
     processes: int = Field(1, ge=1, exclude=True, description="GPUs (or CPU processes) that share each step")
     keep_last: int = Field(1, ge=1, description="checkpoints to keep, the final weights included")
     keep_best: bool = Field(False, description="keep the weights of the lowest held-out loss too; needs probe_every")
@@ -124,6 +124,13 @@ class TrainSettings(Settings):
         if self.keep_best and not self.probe_every:
             raise ValueError("keep_best compares held-out losses, which need probe_every")
         return self
+
+
+def fast_bfloat16() -> bool:
+    """Whether training runs on a CPU with units for bfloat16 (AMX); without them float32 is many times faster."""
+    import torch
+
+    return not torch.cuda.is_available() and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 class PretrainSettings(Settings):

@@ -8,6 +8,7 @@ from vpworkbench.errors import SettingsError
 from vpworkbench.settings import FinetuneSettings, checked
 from vpworkbench.settings.base import known
 from vpworkbench.settings.notebooks import scenes_needed, train_length
+from vpworkbench.settings.training import fast_bfloat16
 from vpworkbench.tasks import TASKS
 
 
@@ -42,6 +43,7 @@ def finetune_settings(
         "pretrained": pretrained,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
+        "train.bf16": fast_bfloat16(),
     }
     settings = base.with_overrides(values | train_length(steps, epochs) | overrides)
     needed = scenes_needed(settings.scenes, settings.train) if settings.data == "scenes" else {}
