@@ -53,6 +53,13 @@ def vqa_v2(folder: Path) -> None:
         coco_images(folder, subset, ids)
 
 
+def vqa_unpacked(folder: Path) -> None:
+    """Each zip of VQA v2 unpacked to a folder of its name."""
+    for subset, part, ids in (("train2014", "Train", [1, 2]), ("val2014", "Val", [3])):
+        vqa_pair(folder / f"v2_Questions_{part}_mscoco", folder / f"v2_Annotations_{part}_mscoco", subset, ids)
+        coco_images(folder, subset, ids)
+
+
 def ok_vqa(folder: Path) -> None:
     for subset, ids in (("train2014", [1, 2]), ("val2014", [3])):
         vqa_pair(folder, folder, subset, ids)
@@ -178,6 +185,14 @@ def karpathy_lists(folder: Path) -> None:
         written(folder / "annotations" / f"coco_karpathy_{split}.json", records)
 
 
+def albef_lists(folder: Path) -> None:
+    """ALBEF's lists have paths of their authors' machine."""
+    coco_images(folder / "images", "val2014", [1, 2])
+    for split, number in (("train", 1), ("val", 2)):
+        image = f"/export/share/datasets/vision/coco/images/val2014/COCO_val2014_{number:012d}.jpg"
+        written(folder / f"coco_{split}.json", [{"image": image, "caption": f"a dog {number}"}])
+
+
 def token_lines(names: list[str]) -> str:
     return "".join(f"{name}#{k}\tA child  in {name} {k} .\n" for name in names for k in range(2))
 
@@ -256,6 +271,18 @@ def e_snli_ve(folder: Path) -> None:
             csv.writer(file).writerows([header, row])
 
 
+def e_snli_ve_2(folder: Path) -> None:
+    """Do et al.'s tab-separated files: V-SNLI's columns and the explanation; train is in two parts."""
+    header = ["gold_label", "sentence1_tokens", "sentence2_tokens", "image", "sentence1", "sentence2", "pairID"]
+    for number, part in enumerate(("train_1", "train_2", "dev", "test")):
+        picture(folder / "flickr30k_images" / f"{number}.jpg", colour(number))
+        (folder / "data").mkdir(exist_ok=True)
+        with (folder / "data" / f"esnli_ve_{part}.tsv").open("w", newline="") as file:
+            texts = ["a man", "he is asleep", f"{number}.jpg#2", "A man.", 'He, "asleep".', f"{number}.jpg#2r1n"]
+            rows = [[*header, "explanation"], ["neutral", *texts, "We\tcannot see."]]
+            csv.writer(file, delimiter="\t").writerows(rows)
+
+
 def nlvr1_repository(folder: Path) -> None:
     for split, directory in (("train", 0), ("dev", 5), ("test", 1)):
         for order in range(6):
@@ -266,6 +293,7 @@ def nlvr1_repository(folder: Path) -> None:
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Any], str, dict[str, list[str]]]] = {
     "vqa-site": (vqa_site, "vqa", {"train": ["1", "2"], "val": ["3"], "test": ["4", "5"]}),
+    "vqa-unpacked": (vqa_unpacked, "vqa", {"train": ["1", "2"], "val": ["3"], "test": []}),
     "vqa-v2": (vqa_v2, "vqa", {"train": ["1", "2"], "val": ["3"], "test": ["4"]}),
     "ok-vqa": (ok_vqa, "vqa", {"train": ["1", "2"], "val": ["3"], "test": []}),
     "vqa-cp": (vqa_cp, "vqa", {"train": [str(k) for k in range(1, 13)], "val": [], "test": ["20"]}),
@@ -312,6 +340,15 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], str, dict[str, list[str]]]] = {
             "test": ["val2014/COCO_val2014_000000000004.jpg"],
         },
     ),
+    "albef-lists": (
+        albef_lists,
+        "captions",
+        {
+            "train": ["/export/share/datasets/vision/coco/images/val2014/COCO_val2014_000000000001.jpg"],
+            "val": ["/export/share/datasets/vision/coco/images/val2014/COCO_val2014_000000000002.jpg"],
+            "test": [],
+        },
+    ),
     "flickr8k": (
         flickr8k,
         "captions",
@@ -326,6 +363,11 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], str, dict[str, list[str]]]] = {
     "nlvr2-lists": (nlvr2_lists, "nlvr2", {"train": ["train-1-0-0"], "val": ["dev-1-0-0"], "test": ["test1-1-0-0"]}),
     "snli-ve-numbers": (snli_ve_numbers, "snli-ve", {"train": ["0"], "val": ["1"], "test": ["2"]}),
     "e-snli-ve": (e_snli_ve, "snli-ve", {"train": ["0.jpg#2r1c"], "val": ["1.jpg#2r1c"], "test": ["2.jpg#2r1c"]}),
+    "e-snli-ve-2": (
+        e_snli_ve_2,
+        "snli-ve",
+        {"train": ["0.jpg#2r1n", "1.jpg#2r1n"], "val": ["2.jpg#2r1n"], "test": ["3.jpg#2r1n"]},
+    ),
     "nlvr1-repository": (
         nlvr1_repository,
         "captions",

@@ -76,6 +76,14 @@ def test_what_a_table_is_for_is_told_by_its_labels(tmp_path, rows, kind):
     assert list(diagnose(table(tmp_path, rows=rows)).tables) == [kind]
 
 
+def test_tables_for_different_tasks_are_no_set(tmp_path):
+    """A run reads all tables of a folder for one task."""
+    table(tmp_path, rows=QUESTIONS)
+    table(tmp_path / "pairs", rows=PAIRS)
+    (error,) = diagnose(tmp_path).errors
+    assert error.endswith("table (vqa) and table (nlvr2), which a run reads as one; name a file")
+
+
 def test_a_label_among_others_that_is_none_is_an_error(tmp_path):
     rows = [RELATIONS[0], RELATIONS[1], RELATIONS[0] | {"text": "x", "label": "entails"}]
     (error,) = diagnose(table(tmp_path, rows=rows)).errors

@@ -46,6 +46,11 @@ def test_polygons_and_runs(tmp_path):
     assert objects_of_pictures([picture], 2, share=0.7).tolist() == [[1, 0, 1, 0]]
 
 
+def test_ids_may_be_digits_in_quotes(tmp_path):
+    _, picture = written(tmp_path, id="2", image_id="25", category_id="7")
+    assert picture.instances.names() == ["car", "train"] and (picture.object_map()[:, 4:] == 2).all()
+
+
 def test_small_objects_lie_on_large_ones_and_crowds_are_background(tmp_path):
     from pycocotools import mask
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from layouts import LAYOUTS
-from miniatures import coco, karpathy, nlvr1, nlvr2, snli_ve, table, visual_genome, vqa, written, zipped
+from miniatures import coco, karpathy, nlvr1, nlvr2, picture, snli_ve, table, visual_genome, vqa, written, zipped
 
 from vpworkbench.data import doctor
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.doctor import diagnose
 from vpworkbench.data.readers import format_of
 from vpworkbench.data.splits import evaluation_records
-from vpworkbench.data.task_readers import FORMATS, TASK_FILES, read_nlvr2
+from vpworkbench.data.task_readers import FORMATS, TASK_FILES, read_nlvr2, read_snli_ve
 from vpworkbench.errors import DataError
 from vpworkbench.tasks.nlvr import NLVR2
 
@@ -54,7 +54,7 @@ def test_layouts_as_published(tmp_path, name):
 
 # ------------------------------------------------------------------------------- the doctor and the run agree
 
-ANNOTATIONS = (".json", ".jsonl", ".csv", ".token", ".txt")
+ANNOTATIONS = (".json", ".jsonl", ".csv", ".tsv", ".token", ".txt")
 
 
 def annotations_in(folder: Path) -> list[Path]:
@@ -95,9 +95,9 @@ def images_zipped(folder: Path) -> Path:
 
 
 def renamed(folder: Path) -> Path:
-    """Names of one's own, which still state the split; of VQA, also the two parts of a pair."""
+    """Names of one's own, which still state the split; of VQA, also the two parts of a pair; suffixes in capitals."""
     for path in annotations_in(folder):
-        path.rename(path.with_name(f"my_{path.name}"))
+        path.rename(path.with_name(f"my_{path.stem}{path.suffix.upper()}"))
     return folder
 
 
@@ -274,6 +274,29 @@ def test_karpathys_lists_have_every_caption(tmp_path):
     assert splits["train"][0].captions == ("a dog 1 1", "a dog 1 2")
     assert splits["val"][0].captions == ("a dog 3", "a dog 3", "a cat")  # each is a query, as in Karpathy's own file
     assert splits["test"][0].origins == {"coco:4"}
+
+
+def test_a_path_of_another_machine_needs_one_folder_that_agrees(tmp_path):
+    splits = read_for("captions", written_layout("albef-lists", tmp_path / "a"))
+    assert splits["val"][0].image.name == "val2014/COCO_val2014_000000000002.jpg"
+    assert splits["val"][0].origins == {"coco:2"}
+    here, other = picture(tmp_path / "far" / "away" / "1.jpg", (9, 0, 0)), picture(tmp_path / "b" / "photos" / "1.jpg")
+    read = [
+        read_pictures(written(tmp_path / "b" / "train.json", [{"image": path, "caption": "x"}]))[0].image
+        for path in (str(here), "/home/her/photos/1.jpg")
+    ]
+    assert [f"{image}" for image in read] == [str(here), str(other)]
+    with pytest.raises(DataError, match=r"train.json: \[0\]: image /home/her/pictures/1.jpg missing"):
+        read_pictures(written(tmp_path / "b" / "train.json", [{"image": "/home/her/pictures/1.jpg", "caption": "x"}]))
+    alone = written(tmp_path / "c" / "train.json", [{"image": str(here), "caption": "x"}])  # no image beside it
+    assert read_pictures(alone)[0].image.pixels().shape == (4, 6, 3)
+
+
+def test_e_snli_ve_2_takes_the_caption_as_its_premise(tmp_path):
+    path = written_layout("e-snli-ve-2", tmp_path)
+    first = read_for("snli-ve", path)["train"][1]
+    assert (first.text, first.label, first.origins) == ('He, "asleep".', "neutral", {"flickr:1"})
+    assert read_snli_ve(path, premise=True)["test"][0].text == 'A man. He, "asleep".'
 
 
 def test_flickr8k_is_split_by_its_lists(tmp_path, caplog):

@@ -17,6 +17,7 @@ from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import check_sizes, evaluation_records, load_held_out, load_splits, split_pictures
+from vpworkbench.data.task_readers import VQA
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.settings import DataSettings, pretrain_settings
 from vpworkbench.settings.scenes import SceneSettings
@@ -142,7 +143,7 @@ def test_copies_are_joined_by_id(tmp_path):
     )
 
 
-@pytest.mark.parametrize("known", [-1, 0, None, "", "-1", "null"])
+@pytest.mark.parametrize("known", [-1, 0, None, "", "-1", "null", float("nan")])
 def test_a_placeholder_is_no_id(tmp_path, known):
     """Visual Genome writes so where it knows none."""
     visual_genome(tmp_path, data={"coco_id": known, "flickr_id": known})
@@ -280,9 +281,7 @@ def test_missing_images_can_be_skipped(tmp_path, caplog):
     with skipping_missing("skip", 0.05) as skipped:
         splits = load_splits(settings.with_overrides({"missing": "skip"}))
     assert {split: len(some) for split, some in splits.items()} == {"train": 44, "val": 4, "test": 0}
-    assert (
-        "mine.jsonl: 2 of 50 records are left out, their images are missing or unreadable: line 4, 9.jpg" in caplog.text
-    )
+    assert "mine.jsonl: 2 of 50 images are missing or unreadable; left out: line 4, 9.jpg" in caplog.text
     write_skipped(skipped, tmp_path)
     told = (tmp_path / "skipped.csv").read_text().splitlines()
     assert told[0] == "record,reason" and len(told) == 3
@@ -292,10 +291,25 @@ def test_missing_images_can_be_skipped(tmp_path, caplog):
 def test_only_five_are_named_and_too_many_stop_the_run(tmp_path, caplog):
     path = many(tmp_path, lost=range(7))
     settings = DataSettings(sets=str(path), missing="skip")
-    with pytest.raises(DataError, match=r"mine.jsonl: 7 of 50 records have no readable image, .* missing_most = 0.05"):
+    with pytest.raises(DataError, match=r"mine.jsonl: 7 of 50 images are .* unreadable, .* missing_most = 0.05"):
         load_splits(settings)
     assert len(load_splits(settings.with_overrides({"missing_most": 0.2}))["train"]) == 38
-    assert "unreadable: line 1, line 2, line 3, line 4, line 5, ..." in caplog.text
+    assert "left out: line 1, line 2, line 3, line 4, line 5, ..." in caplog.text
+
+
+def test_images_are_counted_however_many_records_they_have(tmp_path):
+    """Five captions each, one record a caption; five questions each, one record an image."""
+    for number in range(1, 20):
+        picture(tmp_path / "images" / f"{number}.jpg", (5 * number, 250 - 5 * number, 70))
+    captions = "".join(f"{number}.jpg#{k}\ttext {number} {k}\n" for number in range(20) for k in range(5))
+    (tmp_path / "results.token").write_text(captions)
+    asked = [{"qa_id": 5 * n + k, "question": f"what {k}?", "answer": "it"} for n in range(20) for k in range(5)]
+    written(tmp_path / "question_answers.json", [{"id": n, "qas": asked[5 * n : 5 * n + 5]} for n in range(20)])
+    for read in (read_pictures, VQA.read):
+        with skipping_missing("skip", 0.05):
+            assert len(read(tmp_path)) in (19, 3)
+        with skipping_missing("skip", 0.049), pytest.raises(DataError, match="1 of 20 images are missing"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("make, task", [(vqa, "vqa"), (snli_ve, "snli-ve")])
@@ -305,7 +319,7 @@ def test_tasks_skip_missing_images_too(tmp_path, make, task):
         image.unlink()
     picture(tmp_path / "another.png")
     settings = finetune_settings(task=task, data=str(path), overrides={"missing": "skip", "missing_most": 0.5})
-    with pytest.raises(DataError, match="2 of 2 records have no readable image"):
+    with pytest.raises(DataError, match="1 of 1 images are missing or unreadable, more"):
         prepare_task(settings)
 
 

@@ -70,6 +70,26 @@ def test_only_a_test_set_may_lack_its_annotations(tmp_path, subset):
     assert len(read_vqa(tested)["test"]) == 2
 
 
+def test_an_answer_of_blanks_is_none(tmp_path):
+    picture(tmp_path / "1.jpg")
+    record = {"image": "1.jpg", "question": "what?"}
+    for name, answer in (("train", " "), ("val", [""]), ("val", [])):
+        with pytest.raises(DataError, match=r"\[0\] \(1.jpg\): no answer; only test may lack it"):
+            read_vqa(written(tmp_path / f"{name}.json", [record | {"answers": answer}]))
+    (test,) = read_vqa(written(tmp_path / "test.json", [record | {"answers": [""]}]))["test"]
+    (some,) = read_vqa(written(tmp_path / "val.json", [record | {"answers": ["", "it"]}]))["val"]
+    assert test.answers == () and some.answers == ("", "it")  # the official score counts each of ten people
+
+
+def test_ids_of_two_files_say_so(tmp_path):
+    for name in ("train_a", "train_b"):
+        table(tmp_path, rows=[row | {"id": 7 + place} for place, row in enumerate(QUESTIONS)]).rename(
+            tmp_path / f"{name}.csv"
+        )
+    with pytest.raises(DataError, match="7: a second record of this id, in two files of this folder; drop one"):
+        read_vqa(tmp_path)
+
+
 def test_nlvr2_of_test_may_lack_labels(tmp_path):
     file = nlvr2(tmp_path, {"label": ...})
     assert [example.label for example in NLVR2.read(file.rename(tmp_path / "test1.json"))["test"]] == ["True", None]

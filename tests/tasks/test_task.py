@@ -69,9 +69,14 @@ def test_trains_and_is_scored_saved_and_loaded(task, tmp_path):
 
 
 def test_predictions_are_written_as_the_release_wants_them(tmp_path):
-    answers = TaskResult(TASKS["vqa"], np.zeros(1), {"262148000": "yes"})
+    of_gqa_and_vizwiz = {"02930152": "no", "VizWiz_test_00000000.jpg": "tea"}
+    answers = TaskResult(TASKS["vqa"], np.zeros(3), {"262148000": "yes"} | of_gqa_and_vizwiz)
     answers.save(tmp_path / "v.json")
-    assert json.loads((tmp_path / "v.json").read_text()) == [{"question_id": 262148000, "answer": "yes"}]
+    assert json.loads((tmp_path / "v.json").read_text()) == [
+        {"question_id": 262148000, "answer": "yes"},
+        {"question_id": "02930152", "answer": "no"},
+        {"image": "VizWiz_test_00000000.jpg", "answer": "tea"},
+    ]
     TaskResult(TASKS["nlvr2"], np.zeros(1), {"dev-1-0-0": "True"}).save(tmp_path / "n.csv")
     with open(tmp_path / "n.csv") as file:
         assert list(csv.reader(file)) == [["dev-1-0-0", "True"]]

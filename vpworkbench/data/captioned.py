@@ -53,6 +53,11 @@ def read_pictures(path: str | Path, *, images: Places = ()) -> list[Picture]:
     return [picture for file in open_set(path, CAPTIONED, images, hint=hint) for picture in file.read()]
 
 
+KnownId = Annotated[Id, BeforeValidator(lambda value: 0 if str(value) in NO_ID else value)]
+"""An id, 0 where it is not known. Only positive ones identify, see `origins`."""
+NO_ID = ("", "-1", "None", "null", "nan")
+
+
 class _Sentence(BaseModel):
     raw: Text
 
@@ -62,7 +67,7 @@ class _KarpathyImage(BaseModel):
     split: str = Field(pattern=f"^({'|'.join(SPLITS)})$")
     sentences: list[_Sentence] = Field(min_length=1)
     filepath: str = ""
-    cocoid: Id | None = None
+    cocoid: KnownId = 0
     things: list[dict[str, Any]] | None = None  # of a generated scene
     image_px: int = 0
 
@@ -144,16 +149,10 @@ class _RegionImage(BaseModel):
     regions: list[_Region]
 
 
-Placeholder = Annotated[
-    None, BeforeValidator(lambda value: None if str(value) in ("", "-1", "null", "None") else value)
-]
-"""How sets write that an id is not known; 0 is one too, see `origins`."""
-
-
 class _ImageData(BaseModel):
     image_id: Id
-    coco_id: Id | Placeholder = None
-    flickr_id: Id | Placeholder = None
+    coco_id: KnownId = 0
+    flickr_id: KnownId = 0
 
 
 def _visual_genome(annotations: Annotations) -> list[Picture]:
@@ -311,7 +310,9 @@ TABLE = Format(
     "CSV (with a header) or JSON lines with image and text",
     layouts=("lines", "list"),
     read=lambda table: pictures_of(read_rows(table)),
-    recognises=lambda keys: "text" in keys or ("image" in keys and keys.isdisjoint({"caption", "question"})),
+    recognises=lambda keys: (
+        "text" in keys or ("image" in keys and keys.isdisjoint({"caption", "question", "gold_label"}))
+    ),
 )
 
 CAPTIONED: Groups = ((KARPATHY, KARPATHY_LIST, COCO, TOKENS), (VISUAL_GENOME,), (NLVR1,), (TABLE,))

@@ -136,6 +136,8 @@ def diagnose(
             warnings += _unanswerable(splits, table, answer_count)
         found.warnings += [f"{kind}: {warning}" for warning in warnings]
     found.warnings += [*_overlaps(kinds, photograph), *_lacking(kinds)]
+    if len(tables := [kind for kind in kinds if kind.startswith("table")]) > 1:
+        found.errors.append(f"{path}: {' and '.join(tables)}, which a run reads as one; name a file")
     return found
 
 

@@ -53,7 +53,8 @@ class Skipped(NamedTuple):
     reason: str
 
 
-_SKIPPED: ContextVar[tuple[list[Skipped], float] | None] = ContextVar("skipped", default=None)
+SKIPPED: ContextVar[tuple[list[Skipped], float] | None] = ContextVar("skipped", default=None)
+"""Within `skipping_missing`: what was left out so far, and the largest share."""
 
 
 @contextmanager
@@ -62,16 +63,16 @@ def skipping_missing(missing: str, most: float) -> Iterator[list[Skipped]]:
 
     A reader stops where it loses more than the share `most` of a file. Inside another such block, the outer one counts.
     """
-    outer = _SKIPPED.get()
+    outer = SKIPPED.get()
     if outer or missing != "skip":
         yield outer[0] if outer else []
         return
     skipped: list[Skipped] = []
-    token = _SKIPPED.set((skipped, most))
+    token = SKIPPED.set((skipped, most))
     try:
         yield skipped
     finally:
-        _SKIPPED.reset(token)
+        SKIPPED.reset(token)
 
 
 def write_skipped(skipped: Sequence[Skipped], folder: Path) -> None:
@@ -82,17 +83,12 @@ def write_skipped(skipped: Sequence[Skipped], folder: Path) -> None:
         write_atomically(folder / "skipped.csv", text.getvalue())
 
 
-def skipped_now() -> tuple[list[Skipped], float] | None:
-    """What `skipping_missing` has left out so far, and the largest share; None outside of it."""
-    return _SKIPPED.get()
-
-
 def report_fault(message: str, error: DataError | None = None) -> None:
     """Report a broken record: as a `DataError`, unless findings are being collected, or the record is to be skipped.
 
     `message` names the file and the record, and if `error` is given, its message follows.
     """
-    if isinstance(error, ImageMissing) and (skipping := _SKIPPED.get()):
+    if isinstance(error, ImageMissing) and (skipping := SKIPPED.get()):
         skipping[0].append(Skipped(message, str(error)))
         return
     message = f"{message}: {error}" if error and message else message or str(error)
@@ -258,7 +254,8 @@ def json_list(file: Path, text: str) -> Iterator[Item]:
 
 def csv_rows(file: Path, text: str) -> Iterator[Item]:
     """The header as a dict without values, then the rows, each as a dict."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # an open quote would swallow all rows after it
+    tab = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=tab, strict=True)  # an open quote is a fault
     try:
         names = reader.fieldnames = [name.strip() for name in reader.fieldnames]
         if len(set(names)) < len(names):

@@ -136,9 +136,7 @@ _FLICKR_NAME = re.compile(r"(?:^|/)(\d+)(?:_[0-9a-f]+)?(?:_[a-z])?(?:\.jpg)?$")
 _FLICKR_PLACE = re.compile(r"(?:^|/)flicke?r[^/]*/(?:[^/]+/)*(\d+(?:_[0-9a-f]+)?\.jpg)$", re.IGNORECASE)
 
 
-def origins(
-    image: ImageFile, *, name: str = "", coco: int | None = None, flickr: int | str | None = None
-) -> frozenset[str]:
+def origins(image: ImageFile, *, name: str = "", coco: int = 0, flickr: int | str | None = None) -> frozenset[str]:
     """A photograph's ids in COCO and at Flickr, where most sets come from, as far as they are known.
 
     Only positive ids identify: sets write -1 or 0 where they know none.
@@ -154,7 +152,7 @@ def origins(
     """
     names = f"{image.folder.name}/{image.name}", name
     photos = [*(place[1] for one in names if (place := _FLICKR_PLACE.search(one))), str(flickr or "")]
-    found = {f"coco:{int(named[1])}" for one in names if (named := _COCO_NAME.search(one))} | {f"coco:{coco or 0}"}
+    found = {f"coco:{int(named[1])}" for one in names if (named := _COCO_NAME.search(one))} | {f"coco:{coco}"}
     found |= {f"flickr:{int(photo[1])}" for one in photos if (photo := _FLICKR_NAME.search(one))}
     return frozenset(one for one in found if int(one.partition(":")[2]) > 0)
 
@@ -189,11 +187,15 @@ class ImageIndex:
     def find(self, *names: str) -> ImageFile:
         """The image of the first of `names` that exists; folders in a name must match the image's own.
 
-        COCO renamed its images from 2014 to 2017, by the same ids: each name finds the other.
+        COCO renamed its images from 2014 to 2017, by the same ids: each name finds the other. An absolute path of
+        another machine finds the image that agrees with the end of it, in one folder at least.
         An `ImageMissing` says that none exists, a `DataError` that several different ones do, or that a name leaves the
         folder.
         """
-        for name in (*names, *chain.from_iterable(map(_other_coco_names, names))):
+        for path in filter(os.path.isabs, names):
+            if os.path.isfile(path):
+                return ImageFile(Path(path).parent, Path(path).name)
+        for name in chain(*map(_ends, names), *map(_other_coco_names, names)):
             matching = self._matching(_key(inner_name(name)))
             if len(matching) > 1 and len({image.digest() for image in matching}) > 1:
                 raise DataError(
@@ -231,14 +233,10 @@ def image_index(file: Path, images: Places = (), wider: Callable[[], ImageIndex]
     such as COCO's `annotations`, VQA's `Questions` or Flickr8k's `Flickr8k_text`, also those beside that folder.
     """
     if given := [images] if isinstance(images, str | Path) else list(images):
-        index = ImageIndex(given)
-    else:
-        folder = file.absolute().parent
-        beside = _places(folder) + (_places(folder.parent) if _OF_TEXTS.search(folder.name) else [])
-        index = ImageIndex([place for place in beside if place != folder], flat=folder, wider=wider)
-    if not index:
-        raise DataError(f"{file}: no images beside it; put their folder or zip there, or name it in `images`")
-    return index
+        return ImageIndex(given)
+    folder = file.absolute().parent
+    beside = _places(folder) + (_places(folder.parent) if OF_TEXTS.search(folder.name) else [])
+    return ImageIndex([place for place in beside if place != folder], flat=folder, wider=wider)
 
 
 def images_below(folder: Path) -> ImageIndex:
@@ -247,9 +245,8 @@ def images_below(folder: Path) -> ImageIndex:
     return ImageIndex([*_places(folder), *zips], flat=folder)
 
 
-OF_ANNOTATIONS, OF_QUESTIONS = (re.compile(rf"(^|_){word}s?$", re.IGNORECASE) for word in ("annotation", "question"))
-"""Names of folders of annotations and of questions: `annotations`, `Questions`, VQA-CP's `cp_v2_questions`."""
-_OF_TEXTS = re.compile(rf"{OF_ANNOTATIONS.pattern}|{OF_QUESTIONS.pattern}|_text$", re.IGNORECASE)
+OF_TEXTS = re.compile(r"(^|_)(annotation|question)s?(_(train|val|test)\w*)?$|_text$", re.IGNORECASE)
+"""Names of folders without images: `annotations`, `v2_Questions_Train_mscoco`, `Flickr8k_text`."""
 _OF_COCO = re.compile(r"(?:COCO_\w+_)?(\d{12}\.jpg)")
 _COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_", "COCO_test2014_", "COCO_test2015_")
 
@@ -258,6 +255,12 @@ def _other_coco_names(name: str) -> list[str]:
     """What else COCO's releases call an image of this name."""
     found = _OF_COCO.fullmatch(name.rsplit("/", 1)[-1])
     return [f"{prefix}{found[1]}" for prefix in _COCO_PREFIXES] if found else []
+
+
+def _ends(name: str) -> list[str]:
+    """A name; of an absolute path its ends, the longest first, each with a folder: those below the image folder."""
+    parts = name.split("/")[1:]
+    return ["/".join(parts[start:]) for start in range(len(parts) - 1)] if os.path.isabs(name) else [name]
 
 
 def inner_name(name: str) -> str:

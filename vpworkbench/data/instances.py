@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import BaseModel, Field
 
 from vpworkbench.data.files import decode_json, read_text
-from vpworkbench.data.readers import checked
+from vpworkbench.data.readers import Id, checked
 from vpworkbench.errors import DataError
 
 
 class _Image(BaseModel):
-    id: StrictInt
+    id: Id
     height: int = Field(ge=1)
     width: int = Field(ge=1)
 
 
 class _Instance(BaseModel):
-    id: StrictInt
-    image_id: StrictInt
+    id: Id
+    image_id: Id
     category_id: int
     segmentation: list[list[float]] | dict[str, Any]
     iscrowd: int = 0
@@ -108,7 +108,7 @@ def _read(file: Path) -> _File:
     try:
         sizes = {image.id: (image.height, image.width) for image in map(_Image.model_validate, content["images"])}
         for raw in content["annotations"]:
-            instances[raw["image_id"]].append(raw)
+            instances[int(raw["image_id"])].append(raw)
         categories = {category["id"]: category["name"] for category in content["categories"]}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file}: not COCO's instances ({error}); fetch the annotations again") from None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from vpworkbench.data.files import json_list, read_text, report_fault
-from vpworkbench.data.images import OF_ANNOTATIONS, OF_QUESTIONS, ImageIndex, origins
+from vpworkbench.data.images import OF_TEXTS, ImageIndex, origins
 from vpworkbench.data.readers import (
     Annotations,
     Format,
@@ -36,9 +38,13 @@ class _Answer(BaseModel):
 
 
 def _as_answers(given: Any) -> Any:
-    """Converted sets also write an answer as a text, and one answer without its list."""
+    """Converted sets also write an answer as a text, and one answer without its list; nothing but blanks is none."""
     given = [given] if isinstance(given, str | int) else given
-    return [{"answer": one} if isinstance(one, str | int) else one for one in given] if type(given) is list else given
+    if type(given) is not list:
+        return given
+    answers = [{"answer": one} if isinstance(one, str | int) else one for one in given]
+    blank = [one for one in answers if isinstance(one, dict) and not str(one.get("answer", "?")).strip()]
+    return [] if blank == answers else answers
 
 
 Answers = Annotated[list[_Answer], BeforeValidator(_as_answers)]
@@ -91,7 +97,7 @@ def _vqa(annotations: Annotations) -> Iterator[Example]:
             answers=tuple(one.answer for one in answer.answers),
             answer=answer.multiple_choice_answer,
             kind=answer.answer_type,
-            origins=origins(image, coco=record.image_id if of_coco else None),
+            origins=origins(image, coco=record.image_id if of_coco else 0),
         )
 
     yield from convert(file, annotations.items, _Question, "question_id", example)
@@ -119,21 +125,20 @@ def _image_names(image_id: int, data_type: str, subset: str) -> list[str]:
 def answers_beside(questions: Path) -> Path:
     """Where the annotations of a file of questions are, by the names of the release.
 
-    They are beside it, or, as VQA's site has them in `Questions` and `Annotations`, in a folder of annotations beside
-    the folder of questions.
+    They are beside it, or in a folder beside its own: VQA's site has `Questions` and `Annotations`, its zips unpack to
+    `v2_Questions_Train_mscoco` and `v2_Annotations_Train_mscoco`.
     """
     name = questions.name.replace("OpenEnded_", "").replace("MultipleChoice_", "").replace("questions", "annotations")
-    name = name if name != questions.name else f"{questions.stem}_annotations.json"
+    beside = questions.with_name(name if name != questions.name else f"{questions.stem}_annotations.json")
     folder = questions.absolute().parent
-    beside = folder.parent.iterdir() if OF_QUESTIONS.search(folder.name) else ()
-    folders = [questions.parent, *sorted(one for one in beside if OF_ANNOTATIONS.search(one.name))]
-    return next((one / name for one in folders if (one / name).exists()), questions.with_name(name))
+    others = folder.parent.glob(f"*/{glob.escape(beside.name)}") if OF_TEXTS.search(folder.name) else ()
+    return beside if beside.exists() else min(others, default=beside)
 
 
 class _ListedQuestion(BaseModel):
-    """A question with its answers and the name of its image: VizWiz has no other id; BLIP's lists have one."""
+    """A question with its answers and its image: VizWiz has no other id; BLIP's lists have one, GQA's key is one."""
 
-    image: str
+    image: Name = Field(validation_alias=AliasChoices("image", "imageId"))
     question: Text
     question_id: Name = ""
     answers: Answers = Field([], validation_alias=AliasChoices("answers", "answer"))
@@ -144,23 +149,12 @@ class _ListedQuestion(BaseModel):
         return self.question_id or self.image
 
     def records(self, annotations: Annotations) -> Iterator[Example]:
-        image = annotations.images.find(self.image)
-        answers = _given(tuple(one.answer for one in self.answers), annotations)
-        text, known = one_line(self.question), origins(image, name=self.image)
-        split, kind = annotations.split, self.answer_type
-        yield Example(self.id, (image,), text, split, answers=answers, kind=kind, origins=known)
-
-
-class _GqaQuestion(BaseModel):
-    question_id: Name  # the key of the record
-    image: Name = Field(validation_alias="imageId")
-    question: Text
-    answer: Name = ""
-
-    def records(self, annotations: Annotations) -> Iterator[Example]:
-        image = annotations.images.find(f"{self.image}.jpg")
-        answers = _given((self.answer,) if self.answer else (), annotations)
-        yield Example(self.question_id, (image,), one_line(self.question), annotations.split, answers=answers)
+        if not self.answers and annotations.split != "test":
+            raise DataError("no answer; only test may lack it")
+        image = annotations.images.find(self.image if Path(self.image).suffix else f"{self.image}.jpg")
+        answers, known = tuple(one.answer for one in self.answers), origins(image, name=self.image)
+        text, split = one_line(self.question), annotations.split
+        yield Example(self.id, (image,), text, split, answers=answers, kind=self.answer_type, origins=known)
 
 
 class _RegionQuestion(BaseModel):
@@ -181,12 +175,6 @@ class _QuestionsOfImage(BaseModel):
             yield Example(str(one.id), (image,), one_line(one.question), "train", answers=(one.answer,))
 
 
-def _given(answers: tuple[str, ...], annotations: Annotations) -> tuple[str, ...]:
-    if not answers and annotations.split != "test":
-        raise DataError("no answer; only test may lack it")
-    return answers
-
-
 VQA_QUESTIONS = Format(
     "vqa",
     "VQA v2 questions",
@@ -203,20 +191,20 @@ VQA_ANSWERS = Format(
     recognises=lambda keys: {"question_id", "answers"} <= keys and keys.isdisjoint({"question", "image"}),
     has_images=False,
 )
-GQA = Format(
-    "gqa",
-    "GQA questions",
-    layouts=("values",),
-    read=each_record(_GqaQuestion, "question_id"),
-    recognises=lambda keys: {"imageId", "question"} <= keys,
-    aside=r"_all_questions",  # the balanced ones, which they contain, are what the field trains on
-)
 LISTED = Format(
     "vqa-list",
     "questions with the names of their images (VizWiz, BLIP)",
     layouts=("list", "lines"),
     read=each_record(_ListedQuestion, "id"),
     recognises=lambda keys: {"image", "question"} <= keys and "text" not in keys,
+)
+GQA = replace(
+    LISTED,
+    name="gqa",
+    title="GQA questions",
+    layouts=("values",),
+    recognises=lambda keys: {"imageId", "question"} <= keys,
+    aside=r"_all_questions",  # the balanced ones, which they contain, are what the field trains on
 )
 VG_QUESTIONS = Format(
     "vg-qa",

@@ -7,6 +7,7 @@ doctor find files in one way, `files_below` and `preferred`: what one of them re
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, BeforeValidator, StrictInt, StringConstraints, ValidationError
 
 from vpworkbench.data.files import (
+    SKIPPED,
     Item,
     Skipped,
     csv_rows,
@@ -30,7 +32,6 @@ from vpworkbench.data.files import (
     read_text,
     remark,
     report_fault,
-    skipped_now,
     split_named,
     token_lines,
 )
@@ -116,7 +117,7 @@ class Annotations(Generic[R]):
 
         Inside `skipping_missing`, those without a readable image are left out and counted.
         """
-        if (skipping := skipped_now()) is None:
+        if (skipping := SKIPPED.get()) is None:
             return unique(self.format.read(self), self.file)
         skipped, most = skipping
         before, records = len(skipped), list(self.format.read(self))
@@ -128,14 +129,13 @@ class Annotations(Generic[R]):
             else:
                 kept.append(record)
         if lost := skipped[before:]:
-            of = f"{len(lost)} of {len(lost) + len(kept)} records"
-            if len(lost) > most * (len(lost) + len(kept)):
-                raise DataError(
-                    f"{self.file}: {of} have no readable image, more than the share missing_most = {most:g}: "
-                    f"{lost[0].reason}"
-                )
+            count = len({one.reason for one in lost})  # of images: a record may be one of its captions, or all of them
+            total = count + len({image for record in kept for image in record.images})
+            what = f"{self.file}: {count} of {total} images are missing or unreadable"
+            if count > most * total:
+                raise DataError(f"{what}, more than the share missing_most = {most:g}: {lost[0].reason}")
             names = [one.record.removeprefix(f"{self.file}: ") for one in lost[:5]] + ["..."] * (len(lost) > 5)
-            remark(f"{self.file}: {of} are left out, their images are missing or unreadable: {', '.join(names)}")
+            remark(f"{what}; left out: {', '.join(names)}")
         return unique(kept, self.file)
 
 
@@ -170,6 +170,8 @@ def open_annotations(
     if _is_csv(file):
         next(items)  # the header
     index = image_index(file, images, wider) if form.has_images else ImageIndex(())
+    if form.has_images and not index and not os.path.isabs(str(first.get("image"))):
+        raise DataError(f"{file}: no images beside it; put their folder or zip there, or name it in `images`")
     return Annotations(file, form, items, first, index)
 
 
@@ -179,7 +181,7 @@ def format_of(file: Path, formats: Sequence[Format]) -> Format:
 
 
 def _is_csv(file: Path) -> bool:
-    return file.suffix.lower() == ".csv"
+    return file.suffix.lower() in (".csv", ".tsv")
 
 
 def _recognised(
@@ -210,7 +212,7 @@ def _recognised(
 
 # ------------------------------------------------------------------------------------------- the files of a set
 
-_SUFFIXES = (".json", ".jsonl", ".csv", ".token", ".token.txt")
+_OF_TEXTS = re.compile(r".*\.(jsonl?|csv|token|token\.txt)|esnli.*\.tsv", re.IGNORECASE)  # other tsv are regions
 _OF_OTHER_THINGS = re.compile(
     r"(instances|person_keypoints|stuff|panoptic|image_info)_.*|.*scene_?graphs?\.json|"
     r"(image_data|objects|attributes|relationships|region_graphs|question_to_region\w*|\w+_(aliases|synsets))\.json",
@@ -235,7 +237,7 @@ def files_below(folder: Path, formats: Sequence[Format]) -> Found:
     found = Found(defaultdict(list), [])
     for name in names_below(folder):
         file = folder / name
-        if not name.endswith(_SUFFIXES) or file.name == "image_data.json":  # read with Visual Genome's regions
+        if not _OF_TEXTS.fullmatch(file.name) or file.name == "image_data.json":  # read with Visual Genome's regions
             continue
         if _OF_OTHER_THINGS.fullmatch(file.name):
             found.unread.append(f"{file}: by its name without texts")
@@ -344,7 +346,8 @@ def unique(records: Iterable[R], file: str | Path) -> list[R]:
     found: dict[str, R] = {}
     for record in records:
         if record.id in found:
-            report_fault(f"{file}: {record.id}: a second record of this id; drop one of them")
+            where = ", in two files of this folder" if Path(file).is_dir() else ""
+            report_fault(f"{file}: {record.id}: a second record of this id{where}; drop one of them")
         else:
             found[record.id] = record
     if not found:

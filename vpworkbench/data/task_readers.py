@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
@@ -34,6 +34,7 @@ from vpworkbench.data.readers import (
     Name,
     Text,
     Truth,
+    convert,
     each_record,
     files_below,
     format_of,
@@ -173,41 +174,35 @@ def _entailment(value: Any) -> Any:
 
 
 class _SnliVeRecord(BaseModel):
-    """SNLI-VE's record; `premise`, `hypothesis` and the last spelling of the photograph are e-SNLI-VE's."""
+    """SNLI-VE's record in all spellings that occur; `premise`, `hypothesis` and `image` are e-SNLI-VE's."""
 
     sentence1: str = Field("", validation_alias=AliasChoices("sentence1", "premise"))
     sentence2: Text = Field(validation_alias=AliasChoices("sentence2", "hypothesis"))
     gold_label: Annotated[Literal["entailment", "neutral", "contradiction", "-"], BeforeValidator(_entailment)] = Field(
         validation_alias=AliasChoices("gold_label", "label")
     )
-    photo: Name = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID", "Flickr30kID"))  # all occur
+    photo: Name = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image"))
     pairID: str
-    with_premise: ClassVar[bool] = False
 
-    def records(self, annotations: Annotations) -> Iterator[Example]:
+    def records(self, annotations: Annotations, premise: bool) -> Iterator[Example]:
+        """Without a gold label none; e-SNLI-VE-2.0 names the caption, `1.jpg#2`, of which the premise is taken."""
         if self.gold_label == "-":
             return
-        photo = self.photo.removesuffix(".jpg")
+        photo = self.photo.partition(".jpg")[0]
         image = annotations.images.find(f"{photo}.jpg", f"{photo}.png")
         known = origins(image, flickr=photo)
-        if self.with_premise and not self.sentence1:
+        if premise and not self.sentence1:
             raise DataError("no premise (sentence1); leave `premise` off")
-        text = one_line(f"{self.sentence1} {self.sentence2}" if self.with_premise else self.sentence2)
+        text = one_line(f"{self.sentence1} {self.sentence2}" if premise else self.sentence2)
         yield Example(self.pairID, (image,), text, annotations.split, label=self.gold_label, origins=known)
 
 
-class _SnliVeWithPremise(_SnliVeRecord):
-    with_premise: ClassVar[bool] = True
-
-
-def _entailments(schema: type[_SnliVeRecord]) -> Callable[[Annotations], Iterator[Example]]:
-    def read(annotations: Annotations) -> Iterator[Example]:
-        if str(annotations.first.get("gold_label", annotations.first.get("label"))).lstrip("-").isdigit():
-            names = ", ".join(f"{number} {name}" for number, name in enumerate(ENTAILMENT))
-            remark(f"{annotations.file}: labels are numbers, read as {names}")
-        return each_record(schema, "pairID")(annotations)
-
-    return read
+def _entailments(annotations: Annotations, premise: bool = False) -> Iterator[Example]:
+    if str(annotations.first.get("gold_label", annotations.first.get("label"))).lstrip("-").isdigit():
+        names = ", ".join(f"{number} {name}" for number, name in enumerate(ENTAILMENT))
+        remark(f"{annotations.file}: labels are numbers, read as {names}")
+    given = annotations.file, annotations.items, _SnliVeRecord, "pairID"
+    return convert(*given, lambda record: record.records(annotations, premise))
 
 
 def read_snli_ve(path: str | Path, *, images: Places = (), premise: bool = False) -> Splits:
@@ -215,8 +210,8 @@ def read_snli_ve(path: str | Path, *, images: Places = (), premise: bool = False
 
     With `premise`, the text premise precedes the hypothesis. It is a Flickr caption of the image and gives much away.
     """
-    formats = tuple(replace(one, read=_entailments(_SnliVeWithPremise)) for one in SNLI_VE.formats)
-    return SNLI_VE.read(path, images) if not premise else replace(SNLI_VE, formats=formats).read(path, images)
+    formats = tuple(replace(one, read=functools.partial(_entailments, premise=premise)) for one in SNLI_VE.formats)
+    return replace(SNLI_VE, formats=formats).read(path, images)
 
 
 def examples_of(rows: Iterable[Row], task: TaskFiles | None = None) -> Iterator[Example]:
@@ -268,17 +263,23 @@ NLVR2 = TaskFiles(
 NLVR1_TASK = TaskFiles(
     "nlvr1", (replace(NLVR1, read=_nlvr1),), truth=lambda label: {"label": known_label(label, TRUE_FALSE)}
 )
+_PHOTO = {"Flickr30K_ID", "Flikr30kID"}
 _SNLI_VE = Format(
     "snli-ve",
     "SNLI-VE JSON lines",
     layouts=("lines", "list"),
-    read=_entailments(_SnliVeRecord),
+    read=_entailments,
     recognises=lambda keys: (
-        not keys.isdisjoint({"Flickr30K_ID", "Flikr30kID", "gold_label"}) and "hypothesis" not in keys
+        "hypothesis" not in keys and (_PHOTO & keys or ("gold_label" in keys and "image" not in keys))
     ),
 )
 _E_SNLI_VE = replace(
-    _SNLI_VE, name="e-snli-ve", title="e-SNLI-VE's CSV", recognises=lambda keys: {"hypothesis", "Flickr30kID"} <= keys
+    _SNLI_VE,
+    name="e-snli-ve",
+    title="e-SNLI-VE (csv, tsv)",
+    recognises=lambda keys: (
+        {"hypothesis", "Flickr30kID"} <= keys or ({"sentence2", "gold_label", "image"} <= keys and not _PHOTO & keys)
+    ),
 )
 SNLI_VE = TaskFiles(
     "snli-ve",

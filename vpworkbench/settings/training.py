@@ -22,7 +22,7 @@ class DataSettings(Settings):
     images: SetNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
     exclude: SetNames = Field((), description="sets and tasks whose val and test images are not trained on")
     missing: Literal["stop", "skip"] = Field("stop", description=MISSING)
-    missing_most: float = Field(0.05, ge=0, lt=1, description="the largest share of a file's records to skip")
+    missing_most: float = Field(0.05, ge=0, lt=1, description="the largest share of a file's images to miss")
     scenes: SceneSettings = TRAINING_SCENES
     text_tokens: int = Field(32, ge=4, description="longest text in tokens, [CLS] and [SEP] included")
     grouped: bool = Field(True, description="several texts per image; false: one, and the image is replaced at p 0.5")
@@ -247,7 +247,7 @@ class FinetuneSettings(Settings):
     data: SetName = Field("scenes", description="'scenes', 'easy-vqa', the task's files; retrieval: a captioned set")
     images: SetNames = Field((), description="folders and zips of the images; empty: beside each annotation file")
     missing: Literal["stop", "skip"] = Field("stop", description=MISSING)
-    missing_most: float = Field(0.05, ge=0, lt=1, description="the largest share of a file's records to skip")
+    missing_most: float = Field(0.05, ge=0, lt=1, description="the largest share of a file's images to miss")
     scenes: SceneSettings = TRAINING_SCENES
     checkpoint: PathOrName = Field("", description="a pre-trained checkpoint or run; '' the shipped one")
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")

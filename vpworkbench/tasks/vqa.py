@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from vpworkbench.data.questions import answer_vocabulary, read_answer_list
 from vpworkbench.data.records import Example
+from vpworkbench.data.regions import IMAGE_SUFFIX
 from vpworkbench.data.task_readers import read_vqa
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import answer_targets, vqa_score
@@ -55,9 +57,10 @@ def official_scores(examples: Sequence[Example], predicted: Mapping[str, str]) -
 
 
 def result_json(predicted: Mapping[str, str]) -> str:
-    """The result file of the evaluation server."""
-    numbers = {key: int(key) if key.isdigit() else key for key in predicted}
-    return json.dumps([{"question_id": numbers[key], "answer": answer} for key, answer in predicted.items()]) + "\n"
+    """The result file of the evaluation server; questions of VizWiz have the name of their image for an id."""
+    numbers = {key: int(key) if re.fullmatch(r"0|[1-9]\d*", key) else key for key in predicted}
+    names = {key: "image" if IMAGE_SUFFIX.search(key) else "question_id" for key in predicted}
+    return json.dumps([{names[key]: numbers[key], "answer": answer} for key, answer in predicted.items()]) + "\n"
 
 
 VQA = Task(
