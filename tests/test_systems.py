@@ -14,13 +14,13 @@ from vpworkbench.data.inputs import visual_input as input_of
 from vpworkbench.data.regions import RegionFiles, read_npz, write_regions
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.explorer.readings import read
-from vpworkbench.model.captions import write_captions
 from vpworkbench.model.fusion import build_fusion, seq2seq_mask
+from vpworkbench.model.readouts import write_captions
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probing import probe
 from vpworkbench.runs import open_run
 from vpworkbench.settings import FusionSettings, RegionSettings, TrainSettings, pretrain_settings
-from vpworkbench.settings.systems import SYSTEMS
+from vpworkbench.settings.presets import SYSTEMS
 from vpworkbench.subjects import load
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain

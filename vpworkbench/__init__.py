@@ -27,7 +27,7 @@ PLACES = {
     "patch_inputs": "studies.patching:patch_inputs",
     "readouts": "probes.readouts",
     "lens": "probes:lens",
-    "write_captions": "model.captions:write_captions",
+    "write_captions": "model.readouts:write_captions",
     "find_sinks": "probes:find_sinks",
     # data and figures
     "held_out": "data.splits:load_held_out",

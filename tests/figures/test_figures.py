@@ -85,13 +85,11 @@ def every_figure():
         "parsing": figures.parsing(image(), attention(), [0, 5], GRID),
         "masks": figures.masks(image(), {"attention": picked, "random": ~picked}, pick=1, grid=GRID),
         "regions": figures.regions(image(), [[0.1, 0.2, 0.5, 0.6], [0.3, 0.3, 1.0, 1.0]]),
-        "alignment": figures.alignment(image(), attention()[:3], ["a", "red", "ball"], GRID),
         "attention_on_image": figures.attention_on_image(image(), attention()[0], GRID, title="a"),
         "losses": figures.losses(metrics(60)),
         "held_out": figures.held_out(HeldOut()),
         "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
         "run_curves": figures.run_curves({"a": metrics(3), "b": metrics(60)}, "itm"),
-        "recall_bars": figures.recall_bars(recalls()),
         "grouped_bars": figures.grouped_bars(recalls(), title="Shares", axis="share"),
         "task_scores": figures.task_scores({"ours": found(0), "chance": found(1)}, title="Held-out score"),
         "answers": figures.answers([figures.Reviewed("a", "b", "c", 0.0, (image(),), (looked,))]),
@@ -125,7 +123,7 @@ def texts(figure):
 
 
 def test_recalls_stand_side_by_side_with_their_intervals():
-    figure = figures.recall_bars(recalls())
+    figure = figures.task_scores({"ours": found(0), "chance": found(1)}, title="Retrieval")
     ours, other = traces(figure, "bar")
     assert list(ours.x) == [f"{way} R@{cutoff}" for way in ("TR", "IR") for cutoff in (1, 5, 10)]
     np.testing.assert_allclose(ours.y, [2 / 6, 4 / 6, 1] * 2)
@@ -258,14 +256,6 @@ def test_attention_on_image_shades_by_the_weights():
     np.testing.assert_array_equal(traces(figure, "heatmap")[0].z.ravel(), weights)
     assert figure.layout.title.text == SHOWN
     assert "40.0% in all" in texts(figure)
-
-
-def test_alignment_shades_by_the_plan_and_leaves_out_words_without_mass():
-    plan = attention()[:3] * [[1.0], [0.0], [1.0]]
-    figure = figures.alignment(image(), plan, ["a", "[SEP]", HOSTILE], GRID)
-    shown = [np.asarray(trace.z).ravel() for trace in traces(figure, "heatmap")]
-    np.testing.assert_array_equal(shown, plan[[0, 2]])
-    assert "&lt;img src=x" in texts(figure) and "[SEP]" not in texts(figure)
 
 
 # --------------------------------------------------------------------------------------------------- training

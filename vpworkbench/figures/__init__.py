@@ -6,7 +6,7 @@ Layers count from 0 in arrays and from 1 on axes; shares lie in [0, 1] in arrays
 """
 
 from vpworkbench.figures.answers import Reviewed, answers, answers_page
-from vpworkbench.figures.pictures import alignment, attention_on_image, masks, parsing, pictures, regions, tokens
+from vpworkbench.figures.pictures import attention_on_image, masks, parsing, pictures, regions, tokens
 from vpworkbench.figures.probes import (
     flow_curves,
     flow_directions,
@@ -18,12 +18,4 @@ from vpworkbench.figures.probes import (
     score_against_flow,
 )
 from vpworkbench.figures.style import export
-from vpworkbench.figures.training import (
-    accuracy_bars,
-    grouped_bars,
-    held_out,
-    losses,
-    recall_bars,
-    run_curves,
-    task_scores,
-)
+from vpworkbench.figures.training import accuracy_bars, grouped_bars, held_out, losses, run_curves, task_scores

@@ -88,7 +88,9 @@ def masks(image: np.ndarray, masks: Mapping[str, ArrayLike], *, pick: int | None
     figure = _beside_the_image(image, ["the image", *captions], grid)
     for panel, mask in enumerate([None, *hidden.values()]):
         if mask is not None:
-            _add(figure, panel, _cover(mask, grid), _grid_lines(grid))
+            drawn = np.where(mask, 1.0, np.nan)  # plotly draws nothing at nan
+            cover = _overlay(drawn, grid, "#4a4a4a", "#4a4a4a", zmax=1, hover="hidden")
+            _add(figure, panel, cover, _grid_lines(grid))
         if pick is not None:
             _add(figure, panel, _outline(int(pick), grid))
     title = "Tokens hidden from the fusion" + (f", built around token {pick}" if pick is not None else "")
@@ -105,17 +107,6 @@ def attention_on_image(image: np.ndarray, weights: ArrayLike, grid: int, *, titl
     brightest = int(weights.argmax())
     alt = f"An image and a copy that is bright where attention is large, brightest at token {brightest}."
     return finish(figure, title=escaped(title), alt=alt)
-
-
-def alignment(image: np.ndarray, plan: ArrayLike, words: Sequence[str], grid: int) -> go.Figure:
-    """Where a plan of transport sends each word on the image, (word, vision); words without mass are left out."""
-    plan = np.asarray(plan, dtype=float)
-    moved = [number for number, mass in enumerate(plan.sum(axis=1)) if mass > 0]
-    figure = _beside_the_image(image, [words[number] for number in moved], grid)
-    for number, word in enumerate(moved):
-        _add(figure, number, _shade(plan[word], grid))
-    alt = f"An image, once for each of {len(moved)} words, bright where the word's mass goes."
-    return finish(figure, title="Words moved to patches by optimal transport", alt=alt)
 
 
 def darkened(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
@@ -199,11 +190,6 @@ def _picture(image: np.ndarray, rows: int, columns: int, *, largest_px: int) -> 
 def _shade(weights: np.ndarray, grid: int) -> go.Heatmap:
     """Black that lets the picture through where weights are large."""
     return _overlay(weights, grid, f"rgba(0, 0, 0, {_DARKNESS})", CLEAR, zmax=weights.max(), hover="%{z:.1%}")
-
-
-def _cover(mask: np.ndarray, grid: int) -> go.Heatmap:
-    """Dark grey over hidden tokens; nan, which draws nothing, over the others."""
-    return _overlay(np.where(mask, 1.0, np.nan), grid, "#4a4a4a", "#4a4a4a", zmax=1, hover="hidden")
 
 
 def _overlay(values: np.ndarray, grid: int, low: str, high: str, *, zmax: float, hover: str) -> go.Heatmap:

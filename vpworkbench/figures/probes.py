@@ -171,13 +171,10 @@ def nmi(values: Samples, *, over: str = "") -> go.Figure:
     is drawn at 0. Mean over examples with a bootstrap 95% band, nan entries left out; `over` is as in `flow_curves`.
     """
     models = _intervals(values)
-    figure = make_subplots(1, 1)
-    _add_curves(figure, models, {}, legend=True, first=0, row=1, col=1)
-    figure.update_xaxes(title_text="layer (0: input of layer 1)")
-    figure.update_yaxes(title_text="NMI (0: mixed, 1: apart)", range=[-0.02, 1.02])
-    title = f"Modalities as clusters, mean and 95% band over {escaped(over) or _examples(models)}"
-    alt = f"NMI of two clusters and the two modalities by layer; {_ends(models, 'mean')}."
-    return finish(figure, title=title, alt=alt, width=style.WIDTH if over else 640)
+    title = f"Modalities as clusters, mean and 95% band over {over or _examples(models)}"
+    figure = layer_curves(models, title=title, axis="NMI (0: mixed, 1: apart)", first=0)
+    figure.update_yaxes(range=[-0.02, 1.02])
+    return figure.update_layout(width=style.WIDTH if over else 640)
 
 
 def modality_map(points: ArrayLike, vision: ArrayLike, tokens: ArrayLike, *, layer: int) -> go.Figure:

@@ -167,14 +167,9 @@ def task_scores(results: Mapping[str, Any], *, title: str) -> go.Figure:
     """
     scores = {name: result.intervals() for name, result in results.items()}
     if any(len(score) > 1 for score in scores.values()):
-        return recall_bars(scores, title=title)
+        return grouped_bars(scores, title=title, axis="queries with a right answer in the top K (TR texts, IR images)")
     single = {name: next(iter(score.values())) for name, score in scores.items()}
     return accuracy_bars(single, title=title, axis="score")
-
-
-def recall_bars(recalls: Mapping[str, Mapping[str, Interval]], *, title: str = "Retrieval") -> go.Figure:
-    """Recall at K of several models, side by side: name of the model -> `TR R@1` and so on, the same for each model."""
-    return grouped_bars(recalls, title=title, axis="queries with a right answer in the top K (TR texts, IR images)")
 
 
 def grouped_bars(groups: Mapping[str, Mapping[str, Interval]], *, title: str, axis: str) -> go.Figure:

@@ -16,9 +16,9 @@ from vpworkbench.errors import SettingsError
 from vpworkbench.settings.base import LocalPath, PathOrName, PathsOrNames, SetName, SetNames, Settings, known
 from vpworkbench.settings.families import FAMILIES, Family
 from vpworkbench.settings.model import FamilyName, SpecialTokens, VisualSettings
+from vpworkbench.settings.presets import SYSTEMS
 from vpworkbench.settings.presets import preset as named_preset
 from vpworkbench.settings.scenes import SceneSettings
-from vpworkbench.settings.systems import SYSTEMS
 from vpworkbench.settings.training import (
     DataSettings,
     PretrainSettings,

@@ -1,7 +1,11 @@
-"""Presets are values: complete settings of pre-training under a name. Each task lists its own schedules."""
+"""Presets are values: complete settings of pre-training under a name. Each task lists its own schedules.
+
+Systems are values too: what they change in these settings.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vpworkbench.settings.base import known
@@ -66,3 +70,19 @@ PRESETS: dict[str, PretrainSettings] = {
 def preset(name: str) -> PretrainSettings:
     """The named preset; an unknown name is a `SettingsError` that lists the known ones."""
     return PRESETS[known(name, PRESETS, "preset: no preset")]
+
+
+_CLASSES_FOR_FEATURES = {"mask.mode": "random", "loss.mrc": 1.0, "loss.mfr": 0.0, "loss.vla": 0.0}
+_MATCHED_ONLY = {"loss.itm": 0.0, "data.matched_per_image": 4, "data.unmatched_per_image": 0}  # as many texts as others
+_WRITES = {"loss.seq2seq": 0.75, "data.mask_end": True}
+
+SYSTEMS: Mapping[str, Mapping[str, Any]] = {
+    "vilbert": {"fusion.kind": "two-stream", **_CLASSES_FOR_FEATURES},  # Lu et al. 2019
+    "vl-bert": {"fusion.whole_image": True, **_CLASSES_FOR_FEATURES, **_MATCHED_ONLY},  # Su et al. 2020
+    "unicoder-vl": _CLASSES_FOR_FEATURES,  # Li et al. 2020
+    "unified-vlp": {"mask.mode": "none", **_WRITES, **_MATCHED_ONLY},  # Zhou et al. 2020
+}
+"""Systems of the paper's tables, by the value of `system` of `01_pretrain`: overrides of their fusion and objectives.
+
+Each takes any visual side; all of them were made for `regions`. docs/systems.md says what is as in their papers.
+"""

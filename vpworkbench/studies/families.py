@@ -25,7 +25,7 @@ from vpworkbench.settings import FamilyRunsSettings
 from vpworkbench.settings.base import known
 from vpworkbench.settings.families import FAMILIES
 from vpworkbench.settings.notebooks import Arm
-from vpworkbench.settings.systems import SYSTEMS
+from vpworkbench.settings.presets import SYSTEMS
 from vpworkbench.stats import Interval, flatten, over_seeds, seeds_and_samples_interval
 
 PROBED = 128
