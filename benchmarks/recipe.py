@@ -106,9 +106,8 @@ def words(run: str) -> str:
 
 def over(values: pd.Series) -> str:
     """Each seed's value, and the mean with its t interval."""
-    interval = student_interval(values)
     single = ", ".join(f"{value:.3f}" for value in values)
-    return f"{single}: {interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    return f"{single}: {student_interval(values):.3f}"
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -20,7 +20,7 @@ def test_intervals_cover_the_mean_and_repeat():
     generator = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
-        low, high = bootstrap_interval(generator.normal(1.0, 2.0, 60), resamples=400)[1:3]
+        low, high = bootstrap_interval(generator.normal(1.0, 2.0, 60))[1:3]
         covered += low <= 1.0 <= high
     assert 88 <= covered <= 99
     values = generator.normal(size=(30, 2, 3))
@@ -129,3 +129,8 @@ def test_intervals_become_three_columns_each():
         "b_low": 1.0,
         "b_high": 3.0,
     }
+
+
+def test_intervals_are_written_with_their_bounds():
+    layers = Interval(*(np.array(values) for values in ([0.2, 0.54], [0.1, 0.5], [0.3, 0.58], [3, 3])))
+    assert f"{layers.at(1):.1%}" == "54.0% [50.0%, 58.0%]"

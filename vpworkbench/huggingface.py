@@ -128,11 +128,6 @@ class Processed:
             boxes[:, -placed.shape[1] :] = placed
         return Inputs(forward, masks.vision, masks.tokens, language, boxes)
 
-    @property
-    def is_chat(self) -> bool:
-        """True if the processor has a chat template: a large decoder with many tokens per image."""
-        return bool(getattr(self.processor, "chat_template", None))
-
     def _with_regions(self, pictures: Sequence[Picture], texts: list[str]) -> tuple[dict[str, Any], Tensor]:
         """The arguments of the forward, and the boxes of the regions, (image, region, 4), nan at padding."""
         packed = self.regions.stack(pictures)

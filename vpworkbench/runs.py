@@ -45,11 +45,6 @@ class Run:
         self._reported: tuple[str, float] = ("", -math.inf)  # task and time
 
     @property
-    def is_complete(self) -> bool:
-        """True once `summary.json` exists."""
-        return (self.folder / "summary.json").exists()
-
-    @property
     def wall_s(self) -> float:
         """Seconds since the run was opened, plus the training time in the metrics of earlier processes."""
         return round(time.monotonic() - self._opened_s + self._trained_s, 1)
@@ -100,7 +95,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """The values of `write_summary`; a `RunError` while the run is not complete."""
-        if not self.is_complete:
+        if not (self.folder / "summary.json").exists():
             raise RunError(f"{self.folder}: not complete (no summary.json); the same call resumes it")
         return read_json(self.folder / "summary.json")
 

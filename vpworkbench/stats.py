@@ -21,6 +21,14 @@ class Interval(NamedTuple):
     high: np.ndarray
     count: np.ndarray  # samples that are not nan
 
+    def __format__(self, spec: str) -> str:
+        """`f"{interval:.1%}"` is such as `54.0% [50.1%, 58.0%]`."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def at(self, place: int) -> Interval:
+        """One of several intervals."""
+        return Interval(*(part[place] for part in self))
+
 
 def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
     """Each mean under its name `x`, its bounds under `x_low` and `x_high`."""
@@ -30,9 +38,7 @@ def flatten(intervals: Mapping[str, Interval]) -> dict[str, float]:
     return flat
 
 
-def bootstrap_interval(
-    values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None, resamples: int = RESAMPLES
-) -> Interval:
+def bootstrap_interval(values: ArrayLike, seed: int = 0, *, weights: ArrayLike | None = None) -> Interval:
     """Percentile bootstrap of the mean over samples; `values` are (sample, ...).
 
     nan entries are left out, at each position separately. All positions share the same resamples, drawn by `seed`.
@@ -46,7 +52,7 @@ def bootstrap_interval(
     weighed = present * (1.0 if weights is None else np.asarray(weights, dtype=np.float64)[:, None])
     filled = np.where(present, flat, 0.0) * weighed
     generator = np.random.default_rng(seed)
-    counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=resamples)
+    counts = generator.multinomial(len(flat), np.full(len(flat), 1 / len(flat)), size=RESAMPLES)
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (counts @ filled) / (counts @ weighed)  # resample position
         mean = filled.sum(axis=0) / weighed.sum(axis=0)

@@ -142,7 +142,8 @@ def _ours(name: str, model: VisualParsingModel, **parts: Any) -> Subject:
 
 def _of_transformers(source: str, regions: str) -> Subject:
     processed = open_pretrained(source, regions=regions)
-    return Subject(Path(source).name, processed.model, processed, batch=1 if processed.is_chat else LARGEST_BATCH)
+    is_chat = getattr(processed.processor, "chat_template", None)  # a large decoder with many tokens per image
+    return Subject(Path(source).name, processed.model, processed, batch=1 if is_chat else LARGEST_BATCH)
 
 
 def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings]:

@@ -124,8 +124,7 @@ def held_out(result: Any) -> go.Figure:
     note = {"annotation_text": "chance", "annotation_position": "top right"}
     figure.add_hline(0.5, line=line, row=1, col=1, **note)
     ratio = result.mlm_ratio
-    axis = f"{ratio.mean:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as often correct with its image"
-    figure.update_xaxes(title_text=axis, row=1, col=2)
+    figure.update_xaxes(title_text=f"{ratio:.2f} times as often correct with its image", row=1, col=2)
     alt = (
         f"Correct match decisions: {percent(result.itm_accuracy.mean)} with the image, "
         f"{percent(result.itm_other_image.mean)} with another one, chance 50%; "

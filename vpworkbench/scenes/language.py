@@ -70,11 +70,6 @@ def _inside(image_px: int, inner: Thing, outer: Thing) -> Truth:
     return False if distance >= HOLE * outer.radius else None
 
 
-def _touching(image_px: int, first: Thing, second: Thing) -> Truth:
-    closeness = -gap(first, second)
-    return _clear(closeness, false_below=-0.035 * image_px, true_above=-0.012 * image_px)
-
-
 def _between(image_px: int, middle: Thing, first: Thing, second: Thing) -> Truth:
     """In the middle half of the line from `first` to `second`, and close to it."""
     along_x, along_y = second.x - first.x, second.y - first.y
@@ -95,7 +90,7 @@ RELATIONS: dict[str, Callable[..., Truth]] = {
     "above": lambda px, a, b: _beyond(px, b.y - a.y),
     "below": lambda px, a, b: _beyond(px, a.y - b.y),
     "inside": _inside,
-    "touching": _touching,
+    "touching": lambda px, a, b: _clear(-gap(a, b), false_below=-0.035 * px, true_above=-0.012 * px),
     "larger than": lambda px, a, b: _larger(a, b),
     "smaller than": lambda px, a, b: _larger(b, a),
     "the same colour as": lambda px, a, b: a.colour == b.colour,

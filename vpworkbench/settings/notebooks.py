@@ -156,12 +156,13 @@ def pretrain_settings(
     if not kind.pixels and init_visual not in ("", "auto"):
         raise SettingsError(f"init_visual: visual {visual!r} reads given features; leave init_visual empty")
     start = init_visual if init_visual != "auto" else base.init_visual if kind.start is None else kind.start
+    learns = overrides.get("visual.dictionary") or overrides.get("mask.where") == "pixels"
     values = {
         "data.sets": data,
         "visual.family": visual,
         "mask.mode": masking or mode or _default_masking(kind, overrides),
         "init_visual": start,
-        "visual.frozen": base.visual.frozen and bool(start) and not _learns(overrides),
+        "visual.frozen": base.visual.frozen and bool(start) and not learns,
         "init_text": init_text,
         "seed": seed,
         "train.checkpoint_every": checkpoint_every,
@@ -233,11 +234,6 @@ def _sizes(base: VisualSettings, values: dict[str, Any], tokens: int) -> dict[st
     except (AttributeError, LookupError, TypeError):
         return {}
     return {f"visual.{name}": value for name, value in sizes.items()}
-
-
-def _learns(overrides: dict[str, Any]) -> bool:
-    """Whether the visual side must be trained: for a dictionary of codes, or to see masked pixels."""
-    return bool(overrides.get("visual.dictionary")) or overrides.get("mask.where") == "pixels"
 
 
 def _default_masking(kind: Family, overrides: dict[str, Any]) -> str:

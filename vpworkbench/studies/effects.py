@@ -155,21 +155,20 @@ def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[st
     for what, found in effects.items():
         before, after = found.blocked.before, found.everywhere
         if what == "match":
-            right = [_share(found.interval((values > 0).double())) for values in (before, after)]
-            said.append(f"Match: {right[0]} of the decisions are right, and {right[1]} without the image (chance 50%).")
+            own, blind = (f"{found.interval((values > 0).double()):.1%}" for values in (before, after))
+            said.append(f"Match: {own} of the decisions are right, and {blind} without the image (chance 50%).")
         else:
-            right = [_share(found.interval(values.exp())) for values in (before, after, found.other)]
+            own, blind, other = (f"{found.interval(values.exp()):.1%}" for values in (before, after, found.other))
             said.append(
-                f"Word: the right one has probability {right[0]}, {right[1]} without the image, and {right[2]} with "
-                "another image."
+                f"Word: the right one has probability {own}, {blind} without the image, and {other} with another image."
             )
         lost = found.single["words cannot read the image"]
         within = found.flow.diagonal(dim1=1, dim2=2).mean(dim=0)
         most, least = int(lost.mean.argmax()), int(lost.mean.argmin())
         live = found.live[:, 0, -1].mean() / found.flow[:, 0, -1].mean()
         said += [
-            f"Layer {most + 1} alone costs most, {_number(lost, most)} ({_by_chance(found, most)}); layer {least + 1} "
-            f"least, {_number(lost, least)} ({_by_chance(found, least)}). Their own flow is {within[most]:.1%} and "
+            f"Layer {most + 1} alone costs most, {lost.at(most):.2f} ({_by_chance(found, most)}); layer {least + 1} "
+            f"least, {lost.at(least):.2f} ({_by_chance(found, least)}). Their own flow is {within[most]:.1%} and "
             f"{within[least]:.1%}; most flow is in layer {int(within.argmax()) + 1}.",
             f"{live:.1%} of the flow into the last layer can reach this read-out. The lens reads "
             f"{found.lens[:, -2].mean():.2f} before the last layer, and {found.lens[:, -1].mean():.2f} after it.",
@@ -235,15 +234,7 @@ def _joined(parts: list[Any]) -> Any:
     return replace(first, before=before, after=after, controls=controls)
 
 
-def _number(interval: Interval, layer: int) -> str:
-    return f"{interval.mean[layer]:.2f} [{interval.low[layer]:.2f}, {interval.high[layer]:.2f}]"
-
-
 def _by_chance(found: Effects, layer: int) -> str:
     draws = found.random.mean(dim=1)[:, layer]
-    number = _number(found.single["random pairs"], layer)
-    return f"random pairs {number}, {len(draws)} draws from {draws.min():.2f} to {draws.max():.2f}"
-
-
-def _share(interval: Interval) -> str:
-    return f"{interval.mean:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+    pairs = found.single["random pairs"].at(layer)
+    return f"random pairs {pairs:.2f}, {len(draws)} draws from {draws.min():.2f} to {draws.max():.2f}"

@@ -44,7 +44,8 @@ def patch_inputs(
     thing = _on_things(subject, clean, pairs, 0) | _on_things(subject, changed["image"], pairs, 1)
     vision = clean.vision & clean.tokens
     cls = torch.zeros_like(vision)
-    if _has_cls(subject):
+    processor = subject.base or getattr(subject.prepare, "processor", None)
+    if getattr(getattr(processor, "tokenizer", processor), "cls_token", None):
         cls[torch.arange(len(cls)), clean.language.int().argmax(dim=1)] = True  # the first of the words
     groups = {
         "object that differs": vision & thing,
@@ -67,8 +68,3 @@ def _on_things(subject: Subject, inputs: Inputs, pairs: Sequence[PicturePair], s
         object_map = torch.from_numpy(pair.pictures[side].object_map())
         row[at.to(row.device)] = (objects_of_boxes(object_map, placed[at]) == pair.thing + 1).to(row.device)
     return found
-
-
-def _has_cls(subject: Subject) -> bool:
-    processor = subject.base or getattr(subject.prepare, "processor", None)
-    return getattr(getattr(processor, "tokenizer", processor), "cls_token", None) is not None
