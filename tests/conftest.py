@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no run's is asked of the hu
 import pytest
 import torch
 from pydantic import Field
+from torch import nn
 
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.records import Picture
@@ -25,6 +26,10 @@ from vpworkbench.settings import DataSettings, FusionSettings, ModelSettings, Se
 from vpworkbench.settings.scenes import SceneSettings
 
 SCENES = SceneSettings(images=60, val=20, test=10)
+FEW = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0, "train.images": 4}
+"""Overrides for a pre-training of seconds."""
+NARROW = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0, "train.bf16": False}
+"""Overrides that fit `narrow_model`; in float32 on every machine."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,6 +94,13 @@ def narrow_model(scenes: list[Picture], **visual: object) -> VisualParsingModel:
     )
     tokenizer = build_tokenizer([text for picture in scenes for text in picture.captions])
     return VisualParsingModel(settings, tokenizer).eval()
+
+
+def without_dropout(model: nn.Module, share: float = 0.0) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = share
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import FEW, narrow_model
 from torch import nn
 from transformers import ViltConfig, ViltModel
 
@@ -70,12 +70,10 @@ def settings_of(family: str, masking: str, folder: Path, **overrides: object):
     regions = {"visual.regions": 8, "visual.region_width": WIDTH}
     if not FAMILIES[family].pixels:
         regions["visual.region_files"] = str(folder)
-    few = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0,
-           "train.images": 4, "train.log_every": 2, "fusion.width": 32, "fusion.heads": 2, "fusion.layers": 2,
-           "fusion.feed_forward": 64, "visual.width": 12, "visual.heads": (1, 2)}  # fmt: skip
-    return pretrain_settings(
-        visual=family, masking=masking, init_visual="", steps=2, overrides=few | regions | dict(overrides)
-    )
+    small = {"train.log_every": 2, "fusion.width": 32, "fusion.heads": 2, "fusion.layers": 2, "fusion.feed_forward": 64,
+             "visual.width": 12, "visual.heads": (1, 2)}  # fmt: skip
+    few = FEW | small | regions | overrides
+    return pretrain_settings(visual=family, masking=masking, init_visual="", steps=2, overrides=few)
 
 
 ARMS = {
@@ -240,11 +238,6 @@ def test_an_impossible_number_names_the_possible_ones(family, tokens):
         SettingsError, match=rf"visual_tokens: {tokens} is not possible.*possible are 4, 9, 16, .*up to 65536"
     ):
         pretrain_settings(visual=family, visual_tokens=tokens)
-
-
-def test_regions_go_with_their_family_alone(region_folder):
-    with pytest.raises(SettingsError, match="visual 'swin' reads pixels"):
-        pretrain_settings(regions=str(region_folder))
 
 
 def test_limits_by_the_number_of_tokens_wait_for_it():
@@ -645,8 +638,9 @@ def test_what_regions_need_is_asked_before_any_work(tmp_path):
         assert not scenes_folder(settings.data.scenes).exists()
     with pytest.raises(SettingsError, match="^init_visual: visual 'regions' reads given features"):
         pretrain_settings(visual="regions", regions=str(tmp_path), init_visual="scenes")
-    with pytest.raises(SettingsError, match="^regions: visual 'swin' reads pixels"):
-        pretrain_settings(overrides={"visual.region_files": str(tmp_path)})
+    for given in ({"regions": str(tmp_path)}, {"overrides": {"visual.region_files": str(tmp_path)}}):
+        with pytest.raises(SettingsError, match="^regions: visual 'swin' reads pixels"):
+            pretrain_settings(**given)
     with pytest.raises(SettingsError, match="^visual_tokens 49 also decides visual.image_px"):
         pretrain_settings(visual_tokens=49, overrides={"visual.image_px": 224})
     (tmp_path / "config.json").write_text("[1]")  # of something else

@@ -15,6 +15,7 @@ from shutil import which
 import nbformat
 import papermill
 import pytest
+from conftest import FEW
 from miniatures import lines, picture
 
 from vpworkbench.jobs.notebooks import run_notebook
@@ -69,7 +70,6 @@ FIGURES = {
     "08_families": 4,
 }
 """How many each shows, at least."""
-FEW = {"train.images": 4, "data.workers": 0, "data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10}
 
 
 def test_there_are_as_many_as_have_a_check():

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from conftest import FEW
 from small_notebooks import OPEN, PARAMETERS, STUMBLE, TRAIN, write_notebook
 
 from vpworkbench import cli
@@ -181,15 +182,7 @@ def test_the_job_of_a_dead_worker_goes_on_at_another(tmp_path, runs_folder, monk
 def test_training_that_its_worker_s_death_cut_off_resumes_from_the_checkpoint(runs_folder):
     """Pre-training on a cluster of two workers: the weights are those of a run that nobody disturbed."""
     distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
-    few = {
-        "train.images": 4,
-        "data.workers": 0,
-        "train.log_every": 1,
-        "data.scenes.images": 60,
-        "data.scenes.val": 20,
-        "data.scenes.test": 10,
-    }
-    parameters = {"steps": 12, "checkpoint_every": 2, "overrides": few}
+    parameters = {"steps": 12, "checkpoint_every": 2, "overrides": FEW | {"train.log_every": 1}}
     jobs = jobs_of("01_pretrain", parameters=parameters, jobs=[{"seed": 1}])
     folder = runs_folder / "01_pretrain" / "seed=1"
     killed, before = [], []

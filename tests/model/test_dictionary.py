@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import FEW, narrow_model, without_dropout
 from torch.nn import functional
 
 from vpworkbench.errors import SettingsError
@@ -119,26 +119,13 @@ def test_mvm_is_the_mean_likelihood_of_the_hidden_code():
 def test_what_needs_a_dictionary_says_so():
     with pytest.raises(SettingsError, match="'swin' has none .only 'grid'"):
         checked(VisualSettings, {"dictionary": 8})
-    with pytest.raises(SettingsError, match="set visual.dictionary"):
-        pretrain_settings(visual="grid", masking="code", init_visual="")
     chosen = pretrain_settings(visual="grid", overrides={"visual.dictionary": 8}, init_visual="")
     assert chosen.mask.mode == "code"
 
 
 def few(**overrides: object):
-    small = {
-        "data.scenes.images": 60,
-        "data.scenes.val": 20,
-        "data.scenes.test": 10,
-        "data.workers": 0,
-        "train.images": 4,
-        "train.log_every": 2,
-        "fusion.width": 32,
-        "fusion.heads": 2,
-        "fusion.layers": 1,
-        "fusion.feed_forward": 64,
-        "visual.dictionary": 16,
-    }
+    small = FEW | {"train.log_every": 2, "visual.dictionary": 16}
+    small |= {"fusion.width": 32, "fusion.heads": 2, "fusion.layers": 1, "fusion.feed_forward": 64}
     return pretrain_settings(visual="grid", init_visual="", steps=4, checkpoint_every=2, overrides=small | overrides)
 
 
@@ -174,9 +161,7 @@ def test_accumulation_changes_neither_the_losses_nor_the_codes(scenes):
     for count in (1, 4):
         twin = narrow_model(scenes, family="grid", dictionary=16, frozen_norm=True).double()
         twin.load_state_dict(model.state_dict())
-        for module in twin.train().modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        without_dropout(twin.train())
         means = accumulate_gradients(twin, objective, batch, count, nullcontext)
         states.append((means, twin.state_dict(), {name: p.grad for name, p in twin.named_parameters()}))
     (one, codes, gradients), (other, same, equal) = states

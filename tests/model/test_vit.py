@@ -275,16 +275,12 @@ def test_imagenet_is_the_networks_own_name():
             start_visual(build_visual(pretrain_settings(visual=family).visual), "imagenet", preset="tiny")
 
 
-def test_wrapped_weights_are_read_and_nan_is_refused(tmp_path):
+def test_wrapped_weights_are_read(tmp_path):
     donor = randomised(timm.create_model("vit_picoa_patch4"))
     wrapped = {f"module.{name}": tensor for name, tensor in donor.state_dict().items()}
     torch.save({"model": wrapped}, tmp_path / "wrapped.pth")
     visual = visual_of("vit_picoa_patch4", 32)
     assert not start_visual(visual, str(tmp_path / "wrapped.pth"), preset="tiny").missing
-    wrapped["module.norm.bias"][3] = torch.nan
-    torch.save({"model": wrapped}, tmp_path / "wrapped.pth")
-    with pytest.raises(CheckpointError, match="wrapped.pth: tensor norm.bias holds nan"):
-        start_visual(visual, str(tmp_path / "wrapped.pth"), preset="tiny")
 
 
 @pytest.mark.parametrize(

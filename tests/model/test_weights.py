@@ -32,7 +32,7 @@ from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.model.fusion import Fusion
 from vpworkbench.model.published import efficientnet_lite0, read_weights
 from vpworkbench.model.visual import build_visual
-from vpworkbench.model.weights import load_into, start_text, start_visual
+from vpworkbench.model.weights import start_text, start_visual
 from vpworkbench.model.words import build_tokenizer
 from vpworkbench.settings import FusionSettings, VisualSettings, pretrain_settings
 from vpworkbench.train.pretrain import build_model
@@ -165,13 +165,6 @@ def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
         start_visual(build_visual(SWIN), str(tmp_path), preset="tiny")
 
 
-def test_pytorch_file_is_read_by_the_weights_only_reader(tmp_path):
-    donor = build_visual(SWIN)
-    torch.save({"model": donor.network.state_dict()}, tmp_path / "swin.pth")
-    report = start_visual(build_visual(SWIN), str(tmp_path / "swin.pth"), preset="tiny")
-    assert not report.missing and not report.unexpected
-
-
 class _Harm:
     def __reduce__(self):
         return print, ("code was run",)
@@ -199,11 +192,6 @@ def test_a_tensor_with_nan_is_named(tmp_path, model):
     model.save_pretrained(tmp_path / "ours")
     with pytest.raises(CheckpointError, match=r"model.safetensors: tensor itm.bias holds nan"):
         type(model).from_pretrained(tmp_path / "ours")
-
-
-def test_file_of_another_model_is_refused():
-    with pytest.raises(CheckpointError, match="no key fits"):
-        load_into(build_visual(SWIN), {"something.else": torch.zeros(3)}, "other")
 
 
 def bert(folder, **sizes):

@@ -58,6 +58,10 @@ def test_mask_budget_is_fifteen_percent():
         ({"overrides": {"optim.lr_fusion": "fast"}}, "optim.lr_fusion.*'fast'"),
         ({"steps": -1}, "train.steps.*-1"),
         ({"overrides": {"train.images": 6, "train.accumulate": 4}}, "accumulate 4 must divide images 6"),
+        ({"overrides": {"train.images": 8, "train.processes": 3}}, "processes 3 must divide images 8"),
+        ({"overrides": {"train.epochs": 1}}, "steps or epochs"),
+        ({"overrides": {"train.keep_best": True}}, "keep_best compares held-out losses"),
+        ({"overrides": {"train.probe_every": 30}}, "probe_every 30 must be a multiple of log_every 20"),
     ],
 )
 def test_wrong_values_name_the_setting(parameters, message):

@@ -10,22 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import NARROW, narrow_model, without_dropout
 from transformers import get_linear_schedule_with_warmup
 
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.errors import DataError, RunError, SettingsError, TrainingError
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.runs import open_run
-from vpworkbench.settings import OptimSettings, TrainSettings, pretrain_settings
+from vpworkbench.settings import OptimSettings, pretrain_settings
 from vpworkbench.train.engine import accumulate_gradients, build_optimiser, fit, learning_rate_factor, pick_device
 from vpworkbench.train.objective import Pretraining, group_batches
 
 
 def settings(**train):
-    overrides = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0} | {
-        f"train.{k}": v for k, v in train.items()
-    }
+    overrides = NARROW | {f"train.{k}": v for k, v in train.items()}
     return pretrain_settings(steps=6, init_visual="", overrides={"train.images": 8, "train.log_every": 4, **overrides})
 
 
@@ -43,10 +41,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 @pytest.fixture
 def double_model(scenes):
     """float64, dropout 0."""
-    model = narrow_model(scenes).double().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(narrow_model(scenes).double().train())
     model.fusion.bert.config.attention_probs_dropout_prob = 0.0
     return model
 
@@ -127,11 +122,7 @@ def test_alignment_stays_in_float32_under_autocast(scenes):
 
 
 def test_pretrained_batch_norm_is_frozen_and_then_accumulation_is_exact(scenes):
-    model = narrow_model(scenes, family="grid", frozen_norm=True).double()
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = without_dropout(narrow_model(scenes, family="grid", frozen_norm=True).double().train())
     batch = group_batches(scenes, model, settings().data, images=4, seed=0)[0]
     objective = Pretraining(pretrain_settings(visual="grid", init_visual=""))
     before = model.visual.network.bn1.running_mean.clone()
@@ -174,28 +165,18 @@ def run_of(scenes, name: str, stop_after: int | None = None, **train):
 
 
 def test_resume_is_exact(scenes):
+    """Only the last checkpoint is kept; a run that is called again after its training takes the final weights."""
     whole = run_of(scenes, "whole")
-    run_of(scenes, "halved", stop_after=5)
+    stopped = run_of(scenes, "halved", stop_after=5)
+    assert [folder.name for folder in (stopped.folder / "checkpoint").iterdir()] == ["step-000004"]
     halved = run_of(scenes, "halved")
+    halved = run_of(scenes, "halved", stop_after=None)
     one, other = (run.folder / "checkpoint" / "model.safetensors" for run in (whole, halved))
     assert one.read_bytes() == other.read_bytes()
     times = ["step_s"]
     metrics = [run.metrics().drop(columns=times) for run in (whole, halved)]
     assert metrics[0].equals(metrics[1]) and list(metrics[0]["step"]) == [4, 6]
     assert not list((halved.folder / "checkpoint").glob("step-*"))
-
-
-def test_finished_training_is_not_done_again(scenes):
-    """A run that failed after its training (in a later cell) takes the final weights."""
-    weights = (run_of(scenes, "again").folder / "checkpoint" / "model.safetensors").read_bytes()
-    again = run_of(scenes, "again", stop_after=None)
-    assert (again.folder / "checkpoint" / "model.safetensors").read_bytes() == weights
-    assert list(again.metrics()["step"]) == [4, 6]
-
-
-def test_only_the_last_checkpoint_is_kept(scenes):
-    run = run_of(scenes, "kept", stop_after=5)
-    assert [folder.name for folder in sorted((run.folder / "checkpoint").iterdir())] == ["step-000004"]
 
 
 def test_loss_that_is_not_finite_stops_the_run(scenes):
@@ -299,11 +280,6 @@ def test_decay_leaves_out_biases_norms_and_position_tables(model):
 def test_cuda_without_a_device_is_refused():
     with pytest.raises(SettingsError, match="no CUDA device; use 'auto' or 'cpu'"):
         pick_device("cuda")
-
-
-def test_steps_and_epochs_exclude_each_other():
-    with pytest.raises(ValueError, match="steps or epochs"):
-        TrainSettings(steps=5, epochs=1)
 
 
 def test_what_a_worker_cannot_read_is_named(scenes_folder, tmp_path):

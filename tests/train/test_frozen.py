@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import FEW, narrow_model
 
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.errors import SettingsError
@@ -19,16 +19,7 @@ from vpworkbench.train.engine import build_optimiser
 from vpworkbench.train.finetune import finetune, prepare_task
 from vpworkbench.train.pretrain import prepare, pretrain
 
-FEW = {
-    "visual.frozen": True,
-    "data.scenes.images": 60,
-    "data.scenes.val": 20,
-    "data.scenes.test": 10,
-    "data.workers": 0,
-    "train.images": 4,
-    "train.log_every": 1,
-    "train.bf16": False,
-}
+FROZEN = FEW | {"visual.frozen": True, "train.log_every": 1, "train.bf16": False}
 
 
 def lines_of(name: str, settings) -> list[dict[str, float]]:
@@ -47,7 +38,7 @@ def test_tokens_are_packed_and_unpacked():
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_losses_are_those_of_a_run_that_encodes_at_every_step(scratch, monkeypatch, flip):
-    settings = pretrain_settings(steps=6, overrides=FEW | {"data.flip": flip})
+    settings = pretrain_settings(steps=6, overrides=FROZEN | {"data.flip": flip})
     cached = lines_of(f"frozen-cached-{flip}", settings)
     monkeypatch.setattr(pretraining, "token_inputs", lambda *_, **__: Pixels(96))
     plain = lines_of(f"frozen-plain-{flip}", settings)
@@ -58,7 +49,7 @@ def test_losses_are_those_of_a_run_that_encodes_at_every_step(scratch, monkeypat
 
 
 def test_the_visual_side_stays_as_it_was_and_has_no_optimiser_state(scratch):
-    settings = pretrain_settings(steps=2, overrides=FEW)
+    settings = pretrain_settings(steps=2, overrides=FROZEN)
     run, prepared = open_run("01_pretrain", settings, name="frozen"), prepare(settings)
     before = {name: tensor.clone() for name, tensor in prepared.model.visual.state_dict().items()}
     states = build_optimiser(prepared.model, OptimSettings())
@@ -75,7 +66,7 @@ def test_the_visual_side_stays_as_it_was_and_has_no_optimiser_state(scratch):
 
 
 def test_an_interrupted_run_continues_with_the_same_tokens(scratch, monkeypatch):
-    settings = pretrain_settings(steps=6, checkpoint_every=2, overrides=FEW)
+    settings = pretrain_settings(steps=6, checkpoint_every=2, overrides=FROZEN)
     whole = lines_of("frozen-whole", settings)
     run, prepared = open_run("01_pretrain", settings, name="frozen-stopped"), prepare(settings)
 

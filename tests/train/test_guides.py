@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import FEW, narrow_model
 from torch import Tensor
 
 from vpworkbench.boxes import grid_boxes
@@ -27,13 +27,12 @@ from vpworkbench.train.guides import mask_guide, open_source, source_settings
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain
 
-FEW = {"data.scenes.images": 60, "data.scenes.val": 20, "data.scenes.test": 10, "data.workers": 0, "train.images": 4,
-       "train.log_every": 2, "fusion.width": 32, "fusion.heads": 2, "fusion.layers": 2, "fusion.feed_forward": 64,
-       "visual.patch_width": 12}  # fmt: skip
+SMALL = FEW | {"train.log_every": 2, "visual.patch_width": 12}
+SMALL |= {"fusion.width": 32, "fusion.heads": 2, "fusion.layers": 2, "fusion.feed_forward": 64}
 
 
 def settings_of(masking: str, family: str = "patch", **overrides: object):
-    return pretrain_settings(visual=family, masking=masking, init_visual="", steps=2, overrides=FEW | overrides)
+    return pretrain_settings(visual=family, masking=masking, init_visual="", steps=2, overrides=SMALL | overrides)
 
 
 class Texts:

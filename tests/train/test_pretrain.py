@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import FEW, narrow_model
 from safetensors.torch import save_file
 
 from vpworkbench.data.captioned import read_pictures
@@ -29,18 +29,10 @@ from vpworkbench.train.objective import Pretraining, effective_rank, group_batch
 from vpworkbench.train.pretrain import build_model, prepare, pretrain, with_words_of
 from vpworkbench.train.scene_labels import train_visual
 
-FEW = {
-    "data.scenes.images": 60,
-    "data.scenes.val": 20,
-    "data.scenes.test": 10,
-    "data.workers": 0,
-    "train.images": 4,
-    "train.log_every": 2,
-}
-
 
 def few(**parameters):
-    return pretrain_settings(steps=4, overrides={**FEW, **parameters.pop("overrides", {})}, **parameters)
+    overrides = FEW | {"train.log_every": 2} | parameters.pop("overrides", {})
+    return pretrain_settings(steps=4, overrides=overrides, **parameters)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import NARROW, narrow_model, without_dropout
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpworkbench.errors import SettingsError
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("runs_folder")
 
 
 def settings(**changes):
-    few = {"visual.width": 32, "visual.heads": (2, 4), "data.workers": 0, "train.images": 4, "train.log_every": 2}
+    few = NARROW | {"train.images": 4, "train.log_every": 2}
     return pretrain_settings(steps=4, init_visual="", overrides=few | changes)
 
 
@@ -84,10 +84,7 @@ def test_attention_is_fused_everywhere_but_in_the_last_block_of_the_parser(scene
 
 
 def gradients(scenes, chosen, dropout: float) -> dict[str, torch.Tensor]:
-    model = narrow_model(scenes).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
+    model = without_dropout(narrow_model(scenes).train(), dropout)
     batch = group_batches(scenes, model, chosen.data, images=4, seed=0)[0]
     torch.manual_seed(1)  # dropout
     with speed_options(model, chosen.train):
@@ -162,15 +159,6 @@ def test_a_tracker_that_is_not_installed_is_refused(scenes):
     batches = group_batches(scenes, model, chosen.data, images=4, seed=0)
     with pytest.raises(SettingsError, match="train.tracker: wandb is not installed"):
         fit(model, Pretraining(chosen), batches, run, optim=chosen.optim, train=chosen.train, seed=0)
-
-
-def test_a_run_keeps_its_name_with_another_number_of_processes():
-    written = pretrain_settings(overrides={"train.processes": 2, "train.keep_last": 3}).model_dump(mode="json")["train"]
-    assert written["keep_last"] == 3 and "processes" not in written
-    with pytest.raises(SettingsError, match="keep_best compares held-out losses"):
-        pretrain_settings(overrides={"train.keep_best": True})
-    with pytest.raises(SettingsError, match="probe_every 30 must be a multiple of log_every 20"):
-        pretrain_settings(overrides={"train.probe_every": 30})
 
 
 @pytest.mark.gpu

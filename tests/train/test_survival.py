@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import narrow_model
+from conftest import NARROW, narrow_model
 
 from vpworkbench.data.batches import GroupBatches
 from vpworkbench.data.captioned import read_pictures
@@ -30,15 +30,7 @@ FRESH.set_forkserver_preload(["vpworkbench.train.pretrain", "vpworkbench.train.e
 
 
 def settings(steps: int = 8, **changes):
-    few = {
-        "visual.width": 32,
-        "visual.heads": (2, 4),
-        "data.workers": 0,
-        "train.images": 4,
-        "train.log_every": 3,
-        "train.bf16": False,
-        "optim.warmup": 2,
-    }
+    few = NARROW | {"train.images": 4, "train.log_every": 3, "optim.warmup": 2}
     return pretrain_settings(steps=steps, init_visual="", overrides=few | changes)
 
 
