@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -175,8 +176,7 @@ class VisualParsingModel(nn.Module):
         """Write `model.safetensors`, `config.json` and the tokenizer; equal models give equal bytes."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
+        save_tensors(self.state_dict(), folder / "model.safetensors")
         (folder / "config.json").write_text(self.settings.model_dump_json(indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
 
@@ -207,6 +207,11 @@ class VisualParsingModel(nn.Module):
     def from_config(cls, folder: str | Path) -> VisualParsingModel:
         """The model of a saved folder with random weights."""
         return cls(_read_settings(Path(folder) / "config.json"), bert_tokenizer(Path(folder)))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file; the tensors may lie anywhere."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file)
 
 
 def _read_settings(file: Path) -> ModelSettings:

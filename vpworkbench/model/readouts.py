@@ -40,9 +40,9 @@ class Caption(NamedTuple):
 def write_captions(model: VisualParsingModel, images: Tensor, *, beams: int = 1) -> list[Caption]:
     """A caption of each image, greedy or by beam search; `images` as `VisualParsingModel.encode` takes them.
 
-    The model was pre-trained with `loss.seq2seq` and `data.mask_end` (Unified VLP).
-    The next word is what the model predicts for a [MASK] after the words so far, under `seq2seq_mask`; [SEP] ends a
-    caption, and so does the longest text of the model. The finished beam with the best score is returned.
+    The model was pre-trained with `loss.seq2seq` and `data.mask_end` (Unified VLP). The next word is what it predicts
+    for a [MASK] after the words so far, under `seq2seq_mask`; [SEP] ends a caption, and so does the longest text of the
+    model. The finished beam with the best score is returned.
     """
     if beams < 1:
         raise ValueError(f"beams={beams}: give at least 1, which is greedy")

@@ -13,10 +13,7 @@ from vpworkbench.settings import VisualSettings
 
 
 class SwinParser(PixelFamily):
-    """The visual parser: a Swin Transformer under timm's names, so that published checkpoints load.
-
-    Only the last block computes explicit attention weights; the others use fused attention.
-    """
+    """The visual parser: a Swin Transformer under timm's names, so that published checkpoints load."""
 
     def __init__(self, settings: VisualSettings) -> None:
         super().__init__(settings, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

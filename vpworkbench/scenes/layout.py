@@ -1,7 +1,4 @@
-"""Sample scenes: first which things there are, then a layout in which all of them can be recognised.
-
-Scene `i` of a split depends only on (seed, split, i): a larger set begins with the smaller one.
-"""
+"""Sample scenes: first which things there are, then a layout in which all of them can be recognised."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Settings: typed, frozen, checked as a whole before any work starts.
-
-One pydantic model for each part, nested; a preset is a value. A part receives its own settings, never the
-whole tree. `model_dump` writes everything back that a run was made with.
-"""
+"""Settings: one pydantic model for each part, nested; a preset is a value. A part receives its own, never the whole."""
 
 from vpworkbench.settings.base import Settings, checked, fault_lines, nearest
 from vpworkbench.settings.model import FusionSettings, ModelSettings, VisualSettings

@@ -1,8 +1,4 @@
-"""Models side by side on the same pictures and captions: ours, and any transformers model with its own processor.
-
-ViLT, VisualBERT and LXMERT are opened as encoders, without the heads of their checkpoints. VisualBERT and LXMERT take
-regions from files, which a detector wrote (`data.regions`).
-"""
+"""Models side by side on the same pictures and captions: ours, and any transformers model with its own processor."""
 
 from __future__ import annotations
 

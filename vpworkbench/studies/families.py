@@ -1,7 +1,7 @@
 """Visual families under equal conditions, and the arms of the paper's Table 5: the runs, and tables of them.
 
 Fusion, text, objectives, data and steps are equal. So is the work that taught each visual side colours and shapes of
-the same scenes before (`weights.shipped_visual`). Only the way from an image to visual tokens differs.
+the same scenes before (`train.scene_labels`). Only the way from an image to visual tokens differs.
 """
 
 from __future__ import annotations

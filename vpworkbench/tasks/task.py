@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,7 +26,7 @@ from vpworkbench.data.steps import Sampler
 from vpworkbench.data.task_readers import ANY_TABLE, Splits, TaskFiles
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import most_given
-from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.model import VisualParsingModel, save_tensors
 from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, TrainSettings
 from vpworkbench.settings.training import Pairing
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
@@ -166,8 +165,7 @@ class TaskModel(nn.Module):
         """Write what `VisualParsingModel` writes, the head among the weights, and `task.json` with the labels."""
         folder = Path(folder)
         self.base.save_pretrained(folder)
-        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        save_tensors(self.state_dict(), folder / "model.safetensors")
         content = {"task": self.task.name, "label2ans": list(self.labels), "pairing": self.pairing}
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 

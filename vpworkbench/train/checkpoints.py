@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vpworkbench.errors import RunError
+from vpworkbench.model.model import save_tensors
 from vpworkbench.system import draft, write_atomically
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Checkpoints:
             _save_weights(model, folder)
             state = optimiser.state_dict()["state"]
             tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-            save_file(_on_host(tensors), folder / OPTIMISER)
+            save_tensors(tensors, folder / OPTIMISER)
             (folder / PROGRESS).write_text(json.dumps({"step": step, "sums": dict(sums)}))
         found = self._found("step")
         _drop([later for later in found if _number(later) > step], 0)  # these could not be read
@@ -124,11 +125,7 @@ def _save_weights(model: nn.Module, folder: Path) -> None:
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
     else:
-        save_file(_on_host(model.state_dict()), folder / WEIGHTS)
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_tensors(model.state_dict(), folder / WEIGHTS)
 
 
 def _number(folder: Path) -> int:

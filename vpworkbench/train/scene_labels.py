@@ -1,7 +1,7 @@
 """Training a network on the scenes' own labels: a start for the visual side, from colour and shape at each token.
 
 It replaces the paper's ImageNet start at small size: from scratch, a few minutes of MLM and ITM learn nothing about
-the image. `region_features` trains its network on crops of the same scenes in the same way.
+the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +22,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_cache import cached_scenes
 from vpworkbench.data.steps import Sampler, TensorBatch
 from vpworkbench.losses import Objective
+from vpworkbench.model.model import save_tensors
 from vpworkbench.model.visual import build_visual
 from vpworkbench.probes.masks import objects_of_tokens
 from vpworkbench.runs import Run
@@ -178,6 +178,5 @@ def train_visual(run: Run, settings: VisualInitSettings) -> tuple[TokenClassifie
     scenes = read_pictures(cached_scenes(settings.scenes))
     read = partial(labelled_images, image_px=settings.visual.image_px, grid=settings.visual.grid)
     accuracy = train_labels(model, scenes, read, run, settings, what="training the visual side")
-    weights = {name: value.contiguous().cpu() for name, value in model.visual.state_dict().items()}
-    save_file(weights, run.folder / "checkpoint" / "visual.safetensors")
+    save_tensors(model.visual.state_dict(), run.folder / "checkpoint" / "visual.safetensors")
     return model, accuracy
