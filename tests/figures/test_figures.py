@@ -137,7 +137,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 23
+    assert set(made) == public and len(made) == 21
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]
@@ -296,7 +296,7 @@ def test_held_out_draws_means_intervals_and_chance():
     np.testing.assert_allclose(itm.y - itm.error_y.arrayminus, [0.85, 0.49])
     (line,) = figure.layout.shapes
     assert (line.y0, line.y1, line.yref) == (0.5, 0.5, "y")
-    assert "3.00 times [2.50, 3.70]" in figure.layout.xaxis2.title.text
+    assert "3.00 [2.50, 3.70] times" in figure.layout.xaxis2.title.text
 
 
 def test_held_out_has_the_fields_of_pretrain():

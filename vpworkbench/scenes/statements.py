@@ -76,6 +76,11 @@ def _two_names(scene: Scene, covered: Thing, label: str, rng: np.random.Generato
             return two
 
 
+def _there_are_two(scene: Scene, covered: Thing, label: str, relation: str, rng: np.random.Generator) -> str:
+    one, other = _two_names(scene, covered, label, rng)
+    return f"there is a {one} and a {other}"
+
+
 def _direction(scene: Scene, covered: Thing, label: str, relation: str, rng: np.random.Generator) -> str:
     """A contradiction is equally often a wrong direction and a thing that does not exist."""
     suited = "entailment" if label == "contradiction" and rng.random() < 0.5 else label
@@ -95,9 +100,7 @@ def _shape(scene: Scene, covered: Thing, label: str, relation: str, rng: np.rand
 _HYPOTHESES: dict[Callable[..., str], float] = {
     lambda scene, covered, label, relation, rng: f"there is a {_name(scene, covered, label, rng)}": 0.35,
     _direction: 0.30,
-    lambda scene, covered, label, relation, rng: "there is a {} and a {}".format(
-        *_two_names(scene, covered, label, rng)
-    ): 0.15,
+    _there_are_two: 0.15,
     _shape: 0.20,
 }
 
