@@ -75,7 +75,7 @@ def test_lengths_small_by_default_and_the_presets_at_0():
     assert pretrain_settings(steps=0, overrides={"train.bf16": False}) == PRESETS["tiny"]
     long = pretrain_settings(epochs=2).train
     assert (long.steps, long.epochs) == (0, 2)
-    assert finetune_settings(steps=0).train.steps == 1_000
+    assert finetune_settings(steps=0).train.steps == 2_500
     assert visual_init_settings(images=0, epochs=0).scenes.images == 12_000
 
 

@@ -257,7 +257,9 @@ class FinetuneSettings(Settings):
         "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
     )
     regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")
-    frozen: bool = Field(False, description="the visual side is not trained: its tokens are computed once for a set")
+    frozen: bool | None = Field(
+        None, description="whether the visual side is frozen, its tokens computed once; null: as it was in pre-training"
+    )
     subsets: bool = Field(False, description="NLVR2: score the balanced and unbalanced subsets of val and test too")
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = RetrievalSettings()

@@ -65,7 +65,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base, _ = build_model(pretraining.model_copy(update={"seed": settings.seed}), base.tokenizer)
     if settings.regions:
         use_regions(base, settings.regions)
-    base.freeze_visual(settings.frozen)
+    if settings.frozen is not None:
+        base.freeze_visual(settings.frozen)
     records = [record for split in splits.values() for record in split]
     visual_input(base.settings.visual).check([image for record in records for image in record.images])
     torch.manual_seed(settings.seed)
@@ -85,7 +86,7 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     batches = model.task.batches(prepared.splits["train"], model, settings)
     if isinstance(batches, RetrievalBatches) and settings.retrieval.hard:
         batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
-    if settings.frozen:
+    if model.base.settings.visual.frozen:
         images = [image for record in prepared.splits["train"] for image in record.images]
         device, flip = pick_device(train.device), settings.retrieval.flip
         batches.inputs = token_inputs(model.base, images, run, device, flip=flip)
