@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from inspect import signature
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import NamedTuple
@@ -18,17 +19,21 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from probes.any_model import CLASSES, build
+from probes.any_config import CLASSES
+from probes.any_model import build_model, inputs_of
 
 from vpworkbench.probes import InterModalityFlow, ModalityMasks, check, inter_modality_flow, modality_masks
-from vpworkbench.probes.attention import AttentionCall, intercept_attention
+from vpworkbench.probes.attention import AttentionCall, intercept_attention, unchanged
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 FAST = "llava_next fuyu mllama minicpmv4_6 minimax_m3_vl hy_v4_vl qwen3_5 idefics2 glm5_next lfm2_vl".split()
 LARGE = {"inkling_mm_model", "fast_vlm", "florence2", "gemma3n"}
 """Their towers have fixed sizes of 100 million weights and more."""
-BY_CONVOLUTIONS = {"chameleon", "emu3"}
+BY_CONVOLUTIONS = {"apertus1p5", "chameleon", "emu3"}
 """Group norms of their towers let every token see every pixel."""
+EAGER = {"phi4_multimodal": {"": "eager"}}
+"""Its vision tower is causal in sdpa and not in eager: only the decoder can be compared."""
+WITHOUT = {"evolla": "no image: it reads proteins", "udop": "its words carry the patches of the image that they lie on"}
 REASONS = {
     "only keys of a cross attention": "the image is only in the keys of a cross attention",
     "is not known here": "its configuration names no id of image tokens",
@@ -59,16 +64,18 @@ def reason(text: object) -> str:
 
 def result(kind: str) -> Result:
     """Build a class, probe it and compare; an AssertionError where the probe is wrong without saying so."""
+    if kind in WITHOUT:
+        return Result(kind, WITHOUT[kind], "")
+    model = build_model(kind)
     try:
-        model, inputs = build(kind)
-    except Exception as error:  # noqa: BLE001
-        return Result(kind, f"not measured: {type(error).__name__} in the tiny model", "")
-    try:
-        masks = modality_masks(model, inputs)
-    except ValueError as error:
-        return Result(kind, reason(error), "")
-    if not masks.vision.any():
-        return Result(kind, "not measured: no image in the inputs of the tiny model", "")
+        modality_masks(model, {})  # without inputs: only what the configuration says
+    except (ValueError, KeyError) as error:
+        marked = "image_embeds_position_mask" in signature(model.forward).parameters  # by an input
+        if "is not known here" in str(error) and not marked:
+            return Result(kind, reason(error), "")
+    inputs = inputs_of(model)
+    masks = modality_masks(model, inputs)
+    assert masks.vision.any(dim=1).all()
     try:
         flow = inter_modality_flow(model, inputs, masks.vision, masks.tokens)
     except ValueError as error:
@@ -95,11 +102,9 @@ def eager_maps(model: nn.Module, inputs: dict, layers: tuple[str, ...]) -> list[
         )
         for name in layers
     ]
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(model):
+        model.set_attn_implementation(EAGER.get(model.config.model_type, "eager"))
         model(**inputs)
-    model.set_attn_implementation(before)
     for hook in hooks:
         hook.remove()
     return [maps[name] for name in layers]

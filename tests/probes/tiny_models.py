@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from probes.any_model import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
@@ -306,6 +307,7 @@ FAMILIES = {
     "flava": flava,
     "lxmert": lxmert,
     "bridgetower": bridgetower,
+    "git": lambda: Family(*build("git"), torch.cat([grid_boxes(1, 1), grid_boxes(4, 4)])),
 }
 
 

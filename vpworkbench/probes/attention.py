@@ -361,20 +361,21 @@ def _own_attention(
     hidden_states: Tensor,
     context: Tensor,
     attention_mask: Tensor | None = None,
-    output_attentions: bool = False,
-) -> tuple[Tensor]:
+    *rest: Any,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """BERT's attention: three projections, heads, an additive mask, never causal."""
 
     def heads(states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
 
     query, key, value = heads(module.query(hidden_states)), heads(module.key(context)), heads(module.value(context))
-    return (_attend(module, query, key, value, attention_mask, is_causal=False)[0].flatten(2),)
+    return _attend(module, query, key, value, attention_mask, is_causal=False)[0].flatten(2), None
 
 
 def _own_self_attention(
-    module: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
-) -> tuple[Tensor]:
+    module: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, *rest: Any, **options: Any
+) -> tuple[Tensor, None]:
     return _own_attention(module, hidden_states, hidden_states, attention_mask)
 
 
@@ -383,6 +384,7 @@ OWN_ATTENTION = {
     "ViltSelfAttention": _own_self_attention,
     "VisualBertSelfAttention": _own_self_attention,
     "FlavaSelfAttention": _own_self_attention,
+    "GitSelfAttention": _own_self_attention,
     "LxmertAttention": _own_attention,
 }
 

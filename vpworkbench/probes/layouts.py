@@ -7,6 +7,7 @@ receives, after its processor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -66,10 +67,12 @@ def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None, gri
         return LAYOUTS[kind](model, inputs)
     positions = inputs.get("image_embeds_position_mask")
     if positions is None and not any(_named_ids(config, name) for name in ("image", "video")):
+        across = next((name for name, _ in model.named_modules() if _ACROSS.search(name)), None)
         raise ValueError(
             f"the layout of {type(model).__name__} (model_type {kind!r}) is not known here: its configuration names no "
             "image_token_id, and it is none of "
             f"{', '.join(sorted(LAYOUTS))}. Build `vision` and `tokens`, bool (example, token), yourself"
+            + (f". If the image is only keys of a cross attention ({across}), no flow is defined" if across else "")
         )
     return _among_words(model, inputs, tiles, grid)
 
@@ -112,12 +115,13 @@ def painted(values: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 # ------------------------------------------------------------------------------- images as tokens among the words
 
+_ACROSS = re.compile(r"cross_?att|enc(oder)?_?(dec|attn)", flags=re.IGNORECASE)
 _ID_NAMES = ("{}_token_id", "{}_token_index", "{}_patch_id")
 
 
 def _named_ids(config: Any, kind: str) -> list[int]:
     """Ids of the tokens of one kind, as the configuration or a part of it names them."""
-    parts = (config, *(getattr(config, name, None) for name in ("vision_config", "text_config", "audio_config")))
+    parts = (config, *(part for name, part in vars(config).items() if name.endswith("_config")))
     for part in parts:
         found = [getattr(part, name.format(kind), None) for name in _ID_NAMES]
         if numbers := [number for number in dict.fromkeys(found) if isinstance(number, int)]:
@@ -264,6 +268,11 @@ def _flava(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     return _side_by_side(inputs, boxes, image_first=True, extra=own)
 
 
+def _git(model: nn.Module, inputs: Inputs) -> ModalityMasks:
+    """GIT: the image with its class token, then the words."""
+    return _side_by_side(inputs, _with_class_token(inputs, model.config.vision_config.patch_size), image_first=True)
+
+
 def _bridgetower(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """BridgeTower: two streams, the words and the image with its class token."""
     return _side_by_side(inputs, _with_class_token(inputs, model.config.vision_config.patch_size))
@@ -329,5 +338,6 @@ LAYOUTS: dict[str, Callable[[nn.Module, Inputs], ModalityMasks]] = {
     "lxmert": _regions,
     "flava": _flava,
     "bridgetower": _bridgetower,
+    "git": _git,
 }
 """`model_type` of a configuration -> the layout of a model that no rule of `places` covers."""

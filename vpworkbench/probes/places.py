@@ -165,6 +165,15 @@ def _patch_grids(asked: Asked) -> list[Tensor]:
     return solve([(1, *one)[-3:] for one in sides], asked.count)
 
 
+def _two_views(asked: Asked) -> list[Tensor]:
+    """The whole image, then its crops joined to one grid: rows and columns of both are an input."""
+    grids = asked.inputs.get("image_grids")
+    if grids is None or asked.kind != "image":
+        return []
+    images = [torch.cat([grid_boxes(*one[:2]), grid_boxes(*one[2:])]) for one in torch.as_tensor(grids).tolist()]
+    return images if sum(map(len, images)) == asked.count else []
+
+
 def _patch_positions(asked: Asked) -> list[Tensor]:
     """x and y of each patch are an input, (image, patch, 2); negative at padding."""
     positions = asked.inputs.get(f"{asked.kind}_position_ids")
@@ -264,6 +273,7 @@ def _lines(asked: Asked) -> list[Tensor]:
 
 RULES: tuple[Callable[[Asked], list[Tensor]], ...] = (
     _patch_grids,
+    _two_views,
     _patch_positions,
     _packed_tiles,
     _image_sizes,
