@@ -139,18 +139,9 @@ def cosine_cost(text: Tensor, vision: Tensor) -> Tensor:
 def transport_plan(cost: Tensor, word_tokens: Tensor, vision_tokens: Tensor) -> Tensor:
     """Plan of optimal transport by the inexact proximal point method (IPOT, Xie et al. 2020, paper ref. 42).
 
-    50 proximal steps of size beta = 0.5; one Sinkhorn step solves the problem of each.
-
-    Parameters
-    ----------
-    cost : Tensor, (text, word, vision)
-    word_tokens, vision_tokens : bool Tensor, (text, word), (text, vision)
-        The tokens to transport; each set has uniform mass 1.
-
-    Returns
-    -------
-    Tensor, (text, word, vision)
-        Zero at all other tokens; all zero if a set is empty.
+    50 proximal steps of size beta = 0.5; one Sinkhorn step solves the problem of each. `cost` and the plan are (text,
+    word, vision); `word_tokens`, bool (text, word), and `vision_tokens`, bool (text, vision), are the tokens to
+    transport, each set with uniform mass 1. The plan is zero at all other tokens, and all zero if a set is empty.
     """
     both = word_tokens[:, :, None] & vision_tokens[:, None, :]
     kernel = torch.where(both, (-cost / 0.5).exp(), 0)

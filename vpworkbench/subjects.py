@@ -53,22 +53,13 @@ Loadable = Subject | TaskModel | VisualParsingModel | str | None
 def load(source: Loadable = "", *, regions: str = "", optional_regions: bool = False) -> Subject:
     """A model of ours or of transformers, by name, by folder, or as it is.
 
-    Parameters
-    ----------
-    source
-        '' or None: the tiny model that ships. A name or folder of a run of `01_pretrain` or `04_finetune`. A folder of
-        transformers, or a name that is in its local cache or, as OWNER/NAME, on the hub. Or a model of ours.
-    regions : str
-        For models that read regions: a folder of npz or a BUTD tsv. Empty: the regions that the model was trained with.
-    optional_regions : bool
-        True if `regions` may be meant for another model: this one then ignores regions that it cannot read.
+    `source` is '' or None for the tiny model that ships; a name or folder of a run of `01_pretrain` or `04_finetune`; a
+    folder of transformers, or a name that is in its local cache or, as OWNER/NAME, on the hub; or a model of ours.
+    Models that read regions take `regions`, a folder of npz or a BUTD tsv; empty: those that they were trained with.
+    With `optional_regions` they may be meant for another model: this one then ignores regions that it cannot read.
 
-    Raises
-    ------
-    CheckpointError
-        If there is no such model, or it needs regions and there are none.
-    DataError, SettingsError
-        If `regions` has features of another width, or the model reads pixels.
+    A `CheckpointError` if there is no such model, or it needs regions and there are none; a `DataError` or
+    `SettingsError` if `regions` has features of another width, or the model reads pixels.
     """
     subject = _load(source, regions)
     opened_with_them = subject.base is None and subject.reads_regions

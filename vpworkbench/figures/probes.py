@@ -213,17 +213,9 @@ def score_against_flow(
 ) -> go.Figure:
     """Downstream score against the attention that crosses the modalities, one point for each model.
 
-    Parameters
-    ----------
-    models
-        Flow from the input to the last layer, and the score, by name of the model.
-    nulls, seeds
-        The same flow under uniform attention, an open mark at the height of the point; (flow, score) of single runs,
-        small marks.
-    over, score
-        Name what the intervals are over, and the score.
-    floor
-        Score of a model of text only, a dashed line.
+    `models` has flow from the input to the last layer, and the score, by name; `nulls` the same flow under uniform
+    attention, an open mark at the height of the point; `seeds` (flow, score) of single runs, small marks. `over` and
+    `score` name what the intervals are over, and the score; `floor`, a dashed line, is that of a model of text only.
     """
     figure, points = go.Figure(), []
     for index, (name, (flow, reached)) in enumerate(models.items()):

@@ -33,10 +33,10 @@ from vpworkbench.system import lock, on_signal, write_atomically
 logger = logging.getLogger(__name__)
 
 TRAINING = {
-    "01_pretrain": "vpworkbench.train.pretrain:train_run",
-    "04_finetune": "vpworkbench.train.finetune:train_run",
+    "01_pretrain": ("vpworkbench.train.pretrain:prepare", "vpworkbench.train.pretrain:pretrain"),
+    "04_finetune": ("vpworkbench.train.finetune:prepare_task", "vpworkbench.train.finetune:finetune"),
 }
-"""For each notebook that trains, the function that does only that, given a run and its settings."""
+"""For each notebook that trains, the functions that prepare data and model for its settings, and train a run."""
 
 
 def run_notebook(
@@ -114,7 +114,8 @@ def train_run(notebook: str, *, name: str = "", parameters: dict[str, Any] | Non
     else:
         settings = check_parameters(notebook, notebook_parameters(find_notebook(notebook)), parameters or {})
     run = open_run(notebook, settings, name=name)
-    resolve_name(TRAINING[notebook])(run, settings)
+    prepare, train = map(resolve_name, TRAINING[notebook])
+    train(run, prepare(settings), settings)
     return run.folder
 
 

@@ -128,15 +128,11 @@ def _with_overrides(given: dict[str, Any]) -> dict[str, Any]:
 def sweep(jobs: Sequence[Job], *, workers: int = 0, scheduler: str = "") -> pd.DataFrame:
     """Run all jobs; one row each: `notebook`, `name`, `state` (done or failed) and the first lines of the `error`.
 
-    SIGINT and SIGTERM become a `KeyboardInterrupt` after every running job has written a checkpoint.
+    `workers` jobs run at once on this machine; 0: one for each GPU, or one. Each job sees one GPU. Or `scheduler` is
+    the address of a Dask scheduler. Each of its workers should have one thread and one GPU; all share the disk of the
+    run folders. If a worker dies, another one resumes its jobs from their last checkpoint.
 
-    Parameters
-    ----------
-    workers : int
-        Jobs at once on this machine; 0: one for each GPU, or one. Each job sees one GPU.
-    scheduler : str
-        Address of a Dask scheduler. Each worker should have one thread and one GPU; all share the disk of the run
-        folders. If a worker dies, another one resumes its jobs from their last checkpoint.
+    SIGINT and SIGTERM become a `KeyboardInterrupt` after every running job has written a checkpoint.
     """
     stopped: list[signal.Signals] = []
     results: dict[int, tuple[str, str]] = {}

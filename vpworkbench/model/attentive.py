@@ -34,22 +34,12 @@ def attend(scores: Tensor, values: Tensor, real: Tensor) -> Tensor:
 def stacked_attention(
     queries: Tensor, contexts: Tensor, query_tokens: Tensor, context_tokens: Tensor, *, sharpness: float
 ) -> Tensor:
-    """SCAN's similarity of all pairs of a query set and a context set (Lee et al. 2018, Eq. 1 to 5, AVG).
+    """SCAN's similarity (a, b) of all pairs of a query set and a context set (Lee et al. 2018, Eq. 1 to 5, AVG).
 
-    Each query attends to the context by its cosines: negative ones count 0, and those of a context token are divided by
-    their norm over the queries. The similarity is the mean cosine of the queries and what they attended to.
-
-    Parameters
-    ----------
-    queries, contexts : Tensor, (a, query, d), (b, context, d)
-        Unit vectors, such as words and regions (text to image) or regions and words (image to text).
-    query_tokens, context_tokens : bool Tensor, (a, query), (b, context)
-    sharpness : float
-        Factor of the softmax (lambda 1): 9 from text to image, 4 from image to text.
-
-    Returns
-    -------
-    Tensor, (a, b)
+    Both are unit vectors, (a, query, d) and (b, context, d): words and regions (text to image) or regions and words
+    (image to text). Each query attends to the context by its cosines: negative ones count 0, and those of a context
+    token are divided by their norm over the queries. The similarity is the mean cosine of the queries and what they
+    attended to. `sharpness` is the factor of the softmax (lambda 1): 9 from text to image, 4 from image to text.
     """
     cosine = torch.einsum("aqd,bcd->abqc", queries, contexts).clamp(min=0)
     cosine = cosine * query_tokens[:, None, :, None]

@@ -17,6 +17,7 @@ from vpworkbench.settings.scenes import PairSettings, SceneSettings
 from vpworkbench.settings.training import (
     DataSettings,
     FinetuneSettings,
+    LabelSettings,
     LossSettings,
     MaskSettings,
     OptimSettings,

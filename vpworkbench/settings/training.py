@@ -196,16 +196,21 @@ class PretrainSettings(Settings):
         return self
 
 
-class VisualInitSettings(Settings):
-    """Training of a visual side on the labels of generated scenes: the miniature of an ImageNet start."""
+class LabelSettings(Settings):
+    """Training on the labels of generated scenes."""
 
-    preset: str = "tiny"
     seed: int = Field(0, ge=0, lt=2**31)
     scenes: SceneSettings = TRAINING_SCENES
-    visual: VisualSettings = VisualSettings()
     optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
     train: TrainSettings = TrainSettings(epochs=10, images=64)
     workers: int = Field(1, ge=0, le=64)
+
+
+class VisualInitSettings(LabelSettings):
+    """A visual side trained on labels: the miniature of an ImageNet start."""
+
+    preset: str = "tiny"
+    visual: VisualSettings = VisualSettings()
 
     @model_validator(mode="after")
     def _has_a_grid(self) -> Self:
@@ -214,17 +219,13 @@ class VisualInitSettings(Settings):
         return self
 
 
-class RegionSettings(Settings):
-    """Features of true boxes: of which set, and how the small CNN that makes them is trained on scene labels."""
+class RegionSettings(LabelSettings):
+    """Features of true boxes: of which set, and how the small CNN that makes them is trained on labels."""
 
     source: SetName = Field("scenes", description="'scenes', a folder of generated scenes, or of NLVR v1")
-    seed: int = Field(0, ge=0, lt=2**31)
-    scenes: SceneSettings = TRAINING_SCENES
     crop_px: int = Field(32, ge=8, le=256, description="side that each box is resized to")
     width: int = Field(128, ge=1, description="channels of a feature")
-    optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
     train: TrainSettings = TrainSettings(epochs=1, images=64)
-    workers: int = Field(1, ge=0, le=64)
 
 
 class RetrievalSettings(Settings):

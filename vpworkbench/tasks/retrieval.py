@@ -171,20 +171,9 @@ def score_matrix(
 ) -> np.ndarray:
     """Match score of every image with every caption, float32 (image, caption): logit of match minus logit of no match.
 
-    Parameters
-    ----------
-    pairs : int
-        Pairs in one pass of the fusion, approximately.
-    bf16 : bool
-        bfloat16 autocast, on a GPU only: scores then agree to two or three digits.
-    file : Path or None
-        `.npy` that keeps finished rows (nan elsewhere), so that a stopped call can continue. The `.json` beside it
-        identifies the weights, images and captions.
-
-    Raises
-    ------
-    ValueError
-        If the file holds the scores of other weights, images or captions, or for bf16 on a CPU.
+    One pass of the fusion takes about `pairs` pairs. `bf16` is for a GPU only (else a `ValueError`): scores then agree
+    to two or three digits. `file`, an `.npy`, keeps finished rows (nan elsewhere), so that a stopped call can continue;
+    the `.json` beside it identifies the weights, images and captions, and others are a `ValueError`.
     """
     device = model.base.device
     if bf16 and device.type != "cuda":

@@ -96,11 +96,6 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     return steps
 
 
-def train_run(run: Run, settings: FinetuneSettings) -> int:
-    """The training of `04_finetune` without its notebook, as `vpw train` runs it."""
-    return finetune(run, prepare_task(settings), settings)
-
-
 def evaluate_split(
     run: Run, prepared: PreparedTask, settings: FinetuneSettings, split: str
 ) -> TaskResult | RetrievalResult:

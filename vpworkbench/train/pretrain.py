@@ -83,11 +83,6 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     return steps
 
 
-def train_run(run: Run, settings: PretrainSettings) -> int:
-    """The training of `01_pretrain` without its notebook, for `vpw train`."""
-    return pretrain(run, prepare(settings), settings)
-
-
 def with_words_of(model: VisualParsingModel, texts: Iterable[str]) -> VisualParsingModel:
     """The model, its vocabulary extended by the words of `texts`, such as the questions of a task.
 

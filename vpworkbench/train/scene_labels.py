@@ -27,7 +27,7 @@ from vpworkbench.model.visual import build_visual
 from vpworkbench.probes.masks import objects_of_tokens
 from vpworkbench.runs import Run
 from vpworkbench.scenes.scene import COLOURS, SHAPES
-from vpworkbench.settings import RegionSettings, VisualInitSettings
+from vpworkbench.settings import LabelSettings, VisualInitSettings
 from vpworkbench.train.engine import fit
 
 BACKGROUND = 0
@@ -97,13 +97,7 @@ class Labelling(Objective):
 
 
 def train_labels(
-    model: LabelNetwork,
-    scenes: Sequence[Picture],
-    read: Read,
-    run: Run,
-    settings: VisualInitSettings | RegionSettings,
-    *,
-    what: str,
+    model: LabelNetwork, scenes: Sequence[Picture], read: Read, run: Run, settings: LabelSettings, *, what: str
 ) -> dict[str, float]:
     """Train on labelled scenes, from the run's last checkpoint if there is one; returns the held-out accuracy."""
     training, held_out = ([one for one in scenes if one.split == split] for split in ("train", "val"))
