@@ -148,17 +148,10 @@ def probe(
 ) -> Probed:
     """Inter-Modality Flow and NMI of pictures, each with the first text that is true of it.
 
-    Parameters
-    ----------
-    subject
-        A model or its name; see `subjects.load`.
-    pictures
-        Default: held-out pictures of the set that the model was trained on.
-    images : int
-        At most this many.
-    folder : Path or None
-        Gets `probes.parquet`, and one part for each batch until that is complete. The same call again continues after
-        the last part, or reads the complete file. A folder with probes of another config is refused.
+    `subject` is a model or its name, see `subjects.load`. Of `pictures`, by default held-out ones of the set that the
+    model was trained on, at most `images` are probed. `folder` gets `probes.parquet`, and one part for each batch until
+    that is complete. The same call again continues after the last part, or reads the complete file. A folder with
+    probes of another config is refused.
     """
     subject = load(subject)
     if pictures is None:

@@ -31,16 +31,11 @@ def flow_curves(
 ) -> go.Figure:
     """Inter-Modality Flow from the input to each layer and within each layer (paper Fig. 3 and 4).
 
-    Parameters
-    ----------
-    from_input, within_layer : array, shape (example, layer), or mapping of model name to such arrays
-        F^{1,j} and F^{j,j}; mean over examples with a bootstrap 95% band.
-    null_from_input, null_within_layer : array, shape (example, layer) or (layer,), or mapping, optional
-        The same under uniform attention, dashed: it depends on the token counts only.
-    live : array, shape (example, layer, layer), or mapping, optional
-        The part of every span that can reach a read-out, dotted; see `InterModalityFlow.live`.
-    over : str
-        Names what the bands are over, for the title; empty: the examples.
+    `from_input` and `within_layer` are F^{1,j} and F^{j,j}, (example, layer): the mean over examples with a bootstrap
+    95% band. Their nulls, (example, layer) or (layer,), are the same under uniform attention, dashed: they depend on
+    the token counts only. `live`, (example, layer, layer), is the part of every span that can reach a read-out, dotted;
+    see `InterModalityFlow.live`. Each may be a mapping of model name to such arrays. `over` names what the bands are
+    over, for the title; empty: the examples.
     """
     curves = _intervals(from_input), _intervals(within_layer)
     nulls = _lines(null_from_input, curves[0]), _lines(null_within_layer, curves[1])

@@ -17,20 +17,11 @@ from vpworkbench.settings import FusionSettings
 class Fusion(nn.Module):
     """The multi-modal Transformer: `[CLS] words [SEP] padding, visual tokens` through a BERT encoder.
 
-    Parameters
-    ----------
-    vocabulary, vision_width : int
-        Entries of the tokenizer; c, channels of the visual tokens.
-    grid : int or None
-        Tokens on a side. None for regions, which UNITER's embedding places by their boxes: a LayerNorm on the projected
-        features, one on the projected box, one on their sum.
-    learned_position : bool
-        Tokens on a grid get a learned position table (ViLT) instead of the paper's sine.
-
-    Notes
-    -----
     `bert` is a transformers `BertModel`: its weights have their published names, and the probes read its attention
-    through the interface of transformers.
+    through the interface of transformers. `vocabulary` is the number of entries of the tokenizer, `vision_width` is c,
+    the channels of the visual tokens, and `grid` their number on a side; None for regions, which UNITER's embedding
+    places by their boxes: a LayerNorm on the projected features, one on the projected box, one on their sum. With
+    `learned_position` tokens on a grid get a learned position table (ViLT) instead of the paper's sine.
     """
 
     def __init__(
