@@ -155,7 +155,7 @@ def test_cut_lines_are_named(tmp_path):
         ('image,text\n1.jpg,"a', "line 2: not CSV .*correct the quotes"),
         ("image,text\n1.jpg,a,b\n", "line 2: not 2 cells"),
         ("image,text,text\n", "a column twice in the header .image, text, text."),
-        ("image;text\n1.jpg;a\n", "its keys are image;text"),
+        ("image:text\n1.jpg:a\n", "its keys are image:text"),
         ("image,text\n", "holds no record"),
         ("1.jpg,a\n2.jpg,b\n", "its keys are 1.jpg, a"),
         ('image,text\n1.jpg,"a"b\n', "line 2: not CSV"),
@@ -202,6 +202,23 @@ def test_names_are_compared_as_people_read_them(tmp_path):
     index = ImageIndex([tmp_path / "set", tmp_path / "windows.ZIP"])
     assert index.find("caf\u00e9.png").pixels().shape == (4, 6, 3)
     assert index.find("b/日本.png").pixels().shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("mine.csv", 'image;text\n1.png;"a; b"\n'),
+        ("mine.csv", 'image, text\n1.png, "a; b"\n'),
+        ("mine.csv", "image\ttext\n1.png\ta; b\n"),
+        ("captions.txt", "image,caption\n1.png,a; b\n"),
+    ],
+)
+def test_a_table_may_have_other_separators(tmp_path, name, text):
+    """As spreadsheets write them; `captions.txt` is Flickr8k at Kaggle."""
+    picture(tmp_path / "1.png")
+    (tmp_path / name).write_text(text)
+    (only,) = read_pictures(tmp_path)
+    assert (only.id, only.captions) == ("1.png", ("a; b",))
 
 
 def test_linked_folders_are_followed_but_not_in_circles(tmp_path):

@@ -254,8 +254,9 @@ def json_list(file: Path, text: str) -> Iterator[Item]:
 
 def csv_rows(file: Path, text: str) -> Iterator[Item]:
     """The header as a dict without values, then the rows, each as a dict."""
-    tab = "\t" if file.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=tab, strict=True)  # an open quote is a fault
+    between = max(",\t;|", key=text.lstrip().partition("\n")[0].count)
+    options = {"delimiter": between, "skipinitialspace": True, "strict": True}  # strict: an open quote is a fault
+    reader = csv.DictReader(io.StringIO(text, newline=""), **options)
     try:
         names = reader.fieldnames = [name.strip() for name in reader.fieldnames]
         if len(set(names)) < len(names):

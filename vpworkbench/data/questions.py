@@ -75,7 +75,9 @@ def _vqa(annotations: Annotations) -> Iterator[Example]:
     is_answered = answers_file.exists()
     if not is_answered and split != "test":
         raise DataError(f"{file}: questions of {split} without annotations; put {answers_file.name} beside it")
-    answered = _answers(answers_file) if is_answered else {}
+    items = open_annotations(answers_file, (VQA_ANSWERS,)).items if is_answered else ()
+    records = convert(answers_file, items, _Answered, "question_id", lambda record: [record])
+    answered = {record.question_id: record for record in records}
     data_type, subset = (str(annotations.first.get(key, "")) for key in ("data_type", "data_subtype"))
     asked: set[int] = set()
 
@@ -103,13 +105,6 @@ def _vqa(annotations: Annotations) -> Iterator[Example]:
     yield from convert(file, annotations.items, _Question, "question_id", example)
     for question_id in answered.keys() - asked:
         report_fault(f"{answers_file}: question_id {question_id} is none of the questions of {file}; drop it")
-
-
-def _answers(file: Path) -> dict[int, _Answered]:
-    """The annotations by the id of their question."""
-    items = open_annotations(file, (VQA_ANSWERS,)).items
-    records = convert(file, items, _Answered, "question_id", lambda record: [record])
-    return {record.question_id: record for record in records}
 
 
 def _image_names(image_id: int, data_type: str, subset: str) -> list[str]:

@@ -151,10 +151,9 @@ def open_annotations(
     file, formats = Path(file).expanduser(), list(formats)
     text = read_text(file)
     form, layout, first = _recognised(file, text, formats, hint)
-    if layout == "lines":
-        items = csv_rows(file, text) if _is_csv(file) else json_lines(file, text)
-    elif layout in ("list", "tokens"):
-        items = (json_list if layout == "list" else token_lines)(file, text)
+    rows = csv_rows if _is_csv(file, text) else json_lines
+    if reader := {"lines": rows, "list": json_list, "tokens": token_lines}.get(layout):
+        items = reader(file, text)
     else:
         first, end = decode_json(text, str(file), len(text) - len(text.lstrip()))
         if text[end:].strip():
@@ -167,7 +166,7 @@ def open_annotations(
             items = numbered(layout, first[layout])
         else:
             raise DataError(f"{file}: the key {layout} twice; drop one")
-    if _is_csv(file):
+    if _is_csv(file, text):
         next(items)  # the header
     index = image_index(file, images, wider) if form.has_images else ImageIndex(())
     if form.has_images and not index and not os.path.isabs(str(first.get("image"))):
@@ -180,8 +179,8 @@ def format_of(file: Path, formats: Sequence[Format]) -> Format:
     return _recognised(file, read_text(file), formats)[0]
 
 
-def _is_csv(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv")
+def _is_csv(file: Path, text: str) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv") or text.lstrip().startswith("image,caption")  # Flickr8k's at Kaggle
 
 
 def _recognised(
@@ -190,7 +189,7 @@ def _recognised(
     """The format of a file, where in it the records are, and the first of them."""
     start = len(text) - len(text.lstrip())
     places: Iterable[tuple[str, Any]]
-    if _is_csv(file):
+    if _is_csv(file, text):
         places = [("lines", next(csv_rows(file, text))[1])]
     elif text[start] == "[":
         places = [("list", record) for _, record in islice(json_list(file, text), 1)]
@@ -212,7 +211,8 @@ def _recognised(
 
 # ------------------------------------------------------------------------------------------- the files of a set
 
-_OF_TEXTS = re.compile(r".*\.(jsonl?|csv|token|token\.txt)|esnli.*\.tsv", re.IGNORECASE)  # other tsv are regions
+_OF_TEXTS = re.compile(r".*\.(jsonl?|csv|token|token\.txt)|captions\.txt|esnli.*\.tsv", re.IGNORECASE)
+"""Other tsv are regions, too large to be opened for a look."""
 _OF_OTHER_THINGS = re.compile(
     r"(instances|person_keypoints|stuff|panoptic|image_info)_.*|.*scene_?graphs?\.json|"
     r"(image_data|objects|attributes|relationships|region_graphs|question_to_region\w*|\w+_(aliases|synsets))\.json",
