@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -274,6 +275,17 @@ def test_karpathys_lists_have_every_caption(tmp_path):
     assert splits["train"][0].captions == ("a dog 1 1", "a dog 1 2")
     assert splits["val"][0].captions == ("a dog 3", "a dog 3", "a cat")  # each is a query, as in Karpathy's own file
     assert splits["test"][0].origins == {"coco:4"}
+
+
+@pytest.mark.parametrize("name, use, key", [("karpathy-lists", "captions", "caption"), ("blip-vqa", "vqa", "question")])
+def test_a_list_whose_first_record_lacks_a_key_is_not_overlooked(tmp_path, name, use, key):
+    written_layout(name, tmp_path)
+    path = next(file for file in annotations_in(tmp_path) if file.name.endswith("_train.json"))
+    records = json.loads(path.read_text())
+    del records[0][key]
+    written(path, records)
+    with pytest.raises(DataError, match=rf"_train.json: \[0\]: (text|{key}): Field required"):
+        read_for(use, tmp_path)
 
 
 def test_a_path_of_another_machine_needs_one_folder_that_agrees(tmp_path):
