@@ -11,7 +11,7 @@ help:
 	@echo "make lab        JupyterLab, open on the tour"
 	@echo "make test       all tests but the slow ones;  make test-all: all"
 	@echo "make lint       ruff, the formatter, and the order of imports"
-	@echo "make figure     flow beside effect, the figure of docs/probes.md, of the shipped model"
+	@echo "make figure     the pictures of README and docs, of the shipped model"
 	@echo "make speedrun   how long tiny takes to learn, on this machine"
 	@echo "make bench-probes, bench-train, bench-retrieval, bench-explorer, bench-gpu: what things cost on this machine"
 
@@ -58,9 +58,7 @@ bench-%: install
 speedrun: bench-speedrun
 
 figure: install
-	runs=$$(mktemp -d) && VPW_RUNS=$$runs $(BIN)/vpw run 07_knock_out --name figure && $(BIN)/python -c \
-	"import sys; from PIL import Image; Image.open(sys.argv[1]).quantize(256).save('docs/knock_out.png', optimize=True)" \
-	$$runs/07_knock_out/figure/figures/effects.png && rm -r $$runs
+	$(BIN)/python -m benchmarks.pictures
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -408,7 +408,7 @@ def test_next_tokens_are_those_of_the_models_own_loss():
 
 
 def test_the_shipped_model_without_its_image():
-    """Held-out scenes: ITM is at chance, and masked words are guessed as with another image."""
+    """Held-out scenes: ITM is at chance, and masked words are guessed hardly better than with another image."""
     subject = vpw.load()
     scenes = vpw.held_out(subject.data, images=32)
     texts = [scene.captions[0] for scene in scenes]
@@ -432,7 +432,7 @@ def test_the_shipped_model_without_its_image():
     assert own.after.equal(other.after)
     lost = paired_interval(own.before.exp(), own.after[:, 0].exp())
     level = paired_interval(own.after[:, 0].exp(), other.before.exp())
-    assert lost.low > 0.3 and level.low <= 0 <= level.high
+    assert lost.low > 0.5 and 0 <= level.mean < 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
