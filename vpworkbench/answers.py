@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -170,8 +172,9 @@ def read_answer(
     sets = modalities_of(model, forced, masks.vision, masks.tokens, masks.language)
     places = torch.arange(-len(ids) - 1, -1) + masks.vision.shape[1]
     recorder = recorded_pass(model, forced, sets, layers, rows=places.to(masks.vision.device)[None], starts=[0])
+    log_probs, recorder.outputs = word_log_probs(recorder.outputs, ids), None
     flow = recorder.result(None)
-    log_probs = word_log_probs(recorder.outputs, ids)
+    del recorder  # it holds queries and keys of every layer
     every = ((0, len(flow.layers) - 1), *spans)
     read: list[Tensor] = []
 
@@ -184,8 +187,9 @@ def read_answer(
         model, forced, masks.vision, masks.tokens, keep, language=masks.language, way=pairs, spans=every, layers=layers
     )
     every_id = forced["input_ids"][0].tolist()
+    texts = [tokenizer.decode(list(ids[:end])) for end in range(len(ids) + 1)]  # a token alone may lose its space
     return Answer(
-        words=tuple(tokenizer.decode([number]) for number in ids),
+        words=tuple(after[len(before) :] for before, after in pairwise(texts)),
         prompt=tuple(tokenizer.decode([number]) for number in every_id),
         log_probs=log_probs,
         blocked=torch.stack(read[1:]),  # the first is the plain pass
@@ -201,7 +205,11 @@ def read_answer(
 
 
 def teacher_forced(model: nn.Module, inputs: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-    """The inputs of a prompt with an answer after it; what is given for each token continues as in `generate`."""
+    """The inputs of a prompt with an answer after it; what is given for each token continues as in `generate`.
+
+    Where the model can, it makes logits of the answer only: those of a long prompt take more memory than its states.
+    """
+    from transformers import GenerationMixin
     from transformers.utils import ModelOutput
 
     shape = inputs["input_ids"].shape
@@ -209,12 +217,17 @@ def teacher_forced(model: nn.Module, inputs: Mapping[str, Any], ids: Sequence[in
         raise ValueError(f"inputs hold {shape[0]} prompts: an answer is probed for one at a time")
     each = {name: value for name, value in inputs.items() if torch.is_tensor(value) and value.shape == shape}
     longer = {name: torch.cat([value, value[:, -1:].expand(-1, len(ids))], dim=1) for name, value in each.items()}
-    generator = next((part for part in model.modules() if hasattr(part, "_update_model_kwargs_for_generation")), None)
+    generator = next((part for part in model.modules() if isinstance(part, GenerationMixin)), None)
     if generator is not None:  # some models continue with another number
         own = generator._update_model_kwargs_for_generation(ModelOutput(), each, num_new_tokens=len(ids))
         longer |= {name: own[name] for name in longer if own[name].shape == longer[name].shape}
     longer["input_ids"][:, shape[1] :] = torch.tensor(ids)
-    return {**inputs, **longer}
+    few = {"logits_to_keep": len(ids) + 1} if generator and _takes(generator, "logits_to_keep") else {}
+    return {**inputs, **longer, **few}
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    return argument in signature(module.forward).parameters
 
 
 def word_log_probs(outputs: Any, ids: Sequence[int]) -> Tensor:

@@ -179,7 +179,7 @@ class AttentionCall:
     def mean_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Some queries at a time, (some,), and their `weights` averaged over heads, (example, some, key)."""
         examples, queries, keys = self.lengths
-        size = max(1, 2**24 // (examples * self.query.shape[1] * keys))  # at most 2^24 weights at a time
+        size = max(1, 2**22 // (examples * self.query.shape[1] * keys))  # at most 2^22 weights at a time
         for some in torch.arange(queries, device=self.query.device).split(size):
             yield some, self.weights(some.expand(examples, -1)).mean(dim=1)
 

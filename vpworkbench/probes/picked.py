@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -57,7 +59,7 @@ class PickedRows:
         inside = (self.picked >= begin) & (self.picked < end)
         weights = call.weights((self.picked - begin).clamp(0, end - begin - 1))
         self.weights[-1][..., block.keys] += weights.to(self.weights[-1]) * inside[:, None, :, None]
-        self._layers[-1].append((call, block))
+        self._layers[-1].append((replace(call, value=call.value.new_empty(0)), block))
 
     def from_input(self) -> Tensor:
         """Rows of A^{1,j}, from the last factor to the first; (example, layer, picked, token)."""
