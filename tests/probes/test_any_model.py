@@ -77,7 +77,7 @@ def result(kind: str) -> Result:
     masks = modality_masks(model, inputs)
     assert masks.vision.any(dim=1).all()
     try:
-        flow = inter_modality_flow(model, inputs, masks.vision, masks.tokens)
+        flow = inter_modality_flow(model, inputs, masks.vision, masks.tokens, rows=picked_rows(masks))
     except ValueError as error:
         return Result(kind, reason(error), "")
     check(model, inputs, masks.vision, masks.tokens, examples=2)  # raises where outputs differ
@@ -91,6 +91,12 @@ def result(kind: str) -> Result:
 def _hybrid(flow: InterModalityFlow) -> str:
     layers = len(flow.layers) + len(flow.uncounted)
     return f" in {len(flow.layers)} of {layers} layers, the others are linear" if flow.uncounted else ""
+
+
+def picked_rows(masks: ModalityMasks) -> Tensor:
+    """The first visual token and the last real one, (example, picked)."""
+    last = [int(real.nonzero().max()) for real in masks.tokens]
+    return torch.stack([masks.vision.int().argmax(dim=1), torch.tensor(last)], dim=1)
 
 
 def eager_maps(model: nn.Module, inputs: dict, layers: tuple[str, ...]) -> list[Tensor]:
@@ -111,12 +117,19 @@ def eager_maps(model: nn.Module, inputs: dict, layers: tuple[str, ...]) -> list[
 
 
 def largest_difference(flow: InterModalityFlow, maps: list[Tensor], masks: ModalityMasks) -> float:
-    """Eq. 2-6 as printed, in float64, against `flow`: all spans, both examples, one of them padded on the left."""
-    length, worst = masks.vision.shape[1], 0.0
+    """Eq. 2-6 as printed, in float64, against `flow`: all spans, both examples, one of them padded on the left.
+
+    The picked rows of each layer too, and those rolled out from the input.
+    """
+    length, every, picked = masks.vision.shape[1], torch.arange(2)[:, None], picked_rows(masks)
+    rows = torch.stack([weights[every, :, picked].transpose(1, 2) for weights in maps], dim=1)
+    worst = float((flow.rows - rows).abs().max())
     for first, last in combinations_with_replacement(range(len(maps)), 2):
         product = torch.eye(length, dtype=torch.float64).expand(2, -1, -1)
         for weights in maps[first : last + 1]:
             product = (torch.eye(length, dtype=torch.float64) + weights.double().mean(dim=1)) / 2 @ product
+        if first == 0:
+            worst = max(worst, float((flow.rows_from_input[:, last] - product[every, picked]).abs().max()))
         for example, matrix in enumerate(product):
             seen, read = masks.vision[example] & masks.tokens[example], masks.language[example]
             across = matrix[seen][:, read].sum() + matrix[read][:, seen].sum()

@@ -171,6 +171,21 @@ def test_every_known_family_is_tested_and_documented():
 # --- layouts beyond one image of one size --------------------------------------------------------
 
 
+def test_tokens_of_videos_have_their_frame_and_second():
+    model = qwen("qwen2_5_vl").model
+    video = 91  # two videos: 3 steps of 2 x 2 tokens, and 1 step of 2 x 1
+    ids = torch.tensor([[5, *[video] * 12, 6, *[video] * 2]])
+    grids = torch.tensor([[3, 4, 4], [1, 4, 2]])
+    masks = modality_masks(model, {"input_ids": ids, "video_grid_thw": grids, "second_per_grid_ts": [0.5, 1.0]})
+    assert masks.frame[0].tolist() == [-1, *[0] * 4, *[1] * 4, *[2] * 4, -1, 0, 0]
+    assert masks.image[0].tolist() == [-1, *[0] * 4, *[1] * 4, *[2] * 4, -1, 3, 3]
+    assert masks.second[masks.vision].tolist() == [*[0.0] * 4, *[0.5] * 4, *[1.0] * 4, 0.0, 0.0]
+    assert masks.second[~masks.vision].isnan().all() and masks.placed.equal(masks.vision)
+    untold = modality_masks(model, {"input_ids": ids, "video_grid_thw": grids})
+    assert untold.frame.equal(masks.frame) and untold.second.isnan().all()
+    assert modality_masks(model, {"input_ids": torch.tensor([[5, 6]])}).frame is None
+
+
 def test_our_model_has_its_grid(model, scenes):
     inputs = prepare(model, scenes[:2], [picture.captions[0] for picture in scenes[:2]])
     masks = modality_masks(model, inputs.forward)

@@ -35,6 +35,8 @@ class ModalityMasks(NamedTuple):
     image: Tensor  # int64 (example, token): which of the inputs' images, counted over the batch; -1 elsewhere
     other: Tensor  # bool (example, token): tokens of a third modality (audio), in neither of the two
     note: str = ""  # why visual tokens have no place
+    frame: Tensor | None = None  # int64 (example, token): step of time in its video, from 0; -1 elsewhere
+    second: Tensor | None = None  # (example, token): when that step begins; nan where the inputs do not say
 
     @property
     def placed(self) -> Tensor:
@@ -154,7 +156,26 @@ def _among_words(model: nn.Module, inputs: Inputs, tiles: Tiles, grid: Any) -> M
         count += len(lengths)
     note = "; ".join(part.note for part in found.values() if part.note)
     other = _at(_ids(inputs), _named_ids(config, "audio")) & ~vision
-    return ModalityMasks(vision, real, boxes, image, other, note)
+    times = _times(inputs, masks["video"], found["video"].images)
+    return ModalityMasks(vision, real, boxes, image, other, note, *times)
+
+
+def _times(inputs: Inputs, video: Tensor, frames: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """`frame` and `second` of `ModalityMasks`, from the grids of the videos and the seconds between their steps."""
+    grids = inputs.get("video_grid_thw")
+    steps = torch.zeros(0) if grids is None else torch.as_tensor(grids)[:, 0].cpu()
+    pace = next((pace for pace in (1, 2) if int((-(-steps // pace)).sum()) == len(frames) > 0), None)
+    if pace is None:  # no video, or no grid
+        return None, None
+    steps, lengths = -(-steps // pace), torch.tensor([len(one) for one in frames])
+    number = torch.cat([torch.arange(count) for count in steps.tolist()])
+    between = inputs.get("second_per_grid_ts")
+    between = torch.full((len(steps),), torch.nan) if between is None else torch.as_tensor(between).float().cpu() * pace
+    frame = torch.full(video.shape, -1, device=video.device)
+    second = torch.full(video.shape, torch.nan, device=video.device)
+    frame[video] = number.repeat_interleave(lengths).to(frame)
+    second[video] = (number * between.repeat_interleave(steps)).repeat_interleave(lengths).to(second)
+    return frame, second
 
 
 def _real(inputs: Inputs) -> Tensor:
