@@ -28,7 +28,7 @@ from vpworkbench.system import draft
 SPANS = ("flow", "null", "text_to_vision", "vision_to_text")
 QUANTITIES = (*SPANS, "nmi")
 PROBES_FILE = "probes.parquet"
-_CONFIG = b"vpworkbench"  # key of the config in a file's schema
+_CONFIG, _UNCOUNTED = b"vpworkbench", b"vpworkbench uncounted"  # keys of a file's schema
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Probed:
     nmi: np.ndarray  # Fig. 5, (example, layer + 1), the embedding first; nan where it is undefined
     examples: tuple[str, ...]  # position and name of each picture
     config: Mapping[str, Any] | None = None  # what decided the numbers: model, count of images, special tokens, seed
+    uncounted: tuple[str, ...] = ()  # layers that mix tokens without being counted, see `InterModalityFlow`
 
     @property
     def from_input(self) -> np.ndarray:
@@ -103,6 +104,7 @@ class Probed:
         """Write `table` and the config as parquet, completely or not at all."""
         table = pa.Table.from_pandas(self.table(), preserve_index=False)
         config = {_CONFIG: json.dumps(self.config, sort_keys=True, default=str).encode()}
+        config[_UNCOUNTED] = json.dumps(self.uncounted).encode()
         with draft(Path(path), durable=False) as file:
             pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **config}), file)
 
@@ -113,6 +115,7 @@ class Probed:
         try:
             read = pq.read_table(path)
             config = json.loads(read.schema.metadata[_CONFIG])
+            uncounted = tuple(json.loads(read.schema.metadata.get(_UNCOUNTED, b"[]")))  # older files have none
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a file of probes ({error}); probe again") from None
         frame = read.to_pandas()
@@ -123,7 +126,7 @@ class Probed:
         arrays["nmi"] = np.empty((len(examples), parts["nmi"]["stop"].max() + 1))
         for name, array in arrays.items():
             array[:, *_spans(array)[2]] = parts[name]["value"].to_numpy().reshape(len(examples), -1)
-        return cls(**arrays, examples=examples, config=config)
+        return cls(**arrays, examples=examples, config=config, uncounted=uncounted)
 
 
 def _spans(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
@@ -167,14 +170,14 @@ def probe(
     starts = range(0, len(chosen), subject.batch)
     for number in range(len(parts), len(starts)):
         some = slice(starts[number], starts[number] + subject.batch)
-        arrays = _probe(subject, chosen[some], special_tokens, seed)
-        parts.append(Probed(**arrays, examples=names[some], config=config))
+        arrays, uncounted = _probe(subject, chosen[some], special_tokens, seed)
+        parts.append(Probed(**arrays, examples=names[some], config=config, uncounted=uncounted))
         if folder is not None:
             parts[-1].save(folder / f"part-{number:06}.parquet")
         if progress:
             progress("probing", number + 1, len(starts))
     joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in QUANTITIES}
-    probed = Probed(**joined, examples=names, config=config)
+    probed = Probed(**joined, examples=names, config=config, uncounted=parts[0].uncounted)
     if folder is not None:
         probed.save(folder / PROBES_FILE)
         for file in folder.glob("part-*.parquet"):
@@ -193,8 +196,10 @@ def _saved(folder: Path, config: Mapping[str, Any]) -> list[Probed]:
     return parts
 
 
-def _probe(subject: Subject, pictures: Sequence[Picture], special_tokens: str, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of `Probed` of one batch."""
+def _probe(
+    subject: Subject, pictures: Sequence[Picture], special_tokens: str, seed: int
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The arrays of `Probed` of one batch, and the layers that are not counted."""
     texts = [picture.captions[0] for picture in pictures]
     inputs = subject.prepare(pictures, texts, special_tokens=special_tokens)
     sets = {"vision": inputs.vision, "tokens": inputs.tokens, "language": inputs.language}
@@ -202,4 +207,4 @@ def _probe(subject: Subject, pictures: Sequence[Picture], special_tokens: str, s
     flow = inter_modality_flow(model, inputs.forward, **sets)
     hidden = hidden_states(model, inputs.forward, tokens=inputs.tokens)
     found = {name: getattr(flow, name) for name in SPANS} | {"nmi": modality_nmi(hidden, **sets, seed=seed)}
-    return {name: array.double().cpu().numpy() for name, array in found.items()}
+    return {name: array.double().cpu().numpy() for name, array in found.items()}, flow.uncounted

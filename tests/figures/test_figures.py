@@ -401,6 +401,18 @@ def test_flow_triangle_is_empty_below_the_diagonal_and_counts_from_one():
     assert cells.text[0][3] == "3.0" and cells.text[3][0] == ""
 
 
+def test_layers_that_are_not_counted_are_named_below_the_figure():
+    layers = ("model.layers.0", "model.layers.2", "tower.blocks.1")
+    plain, noted = figures.flow_triangle(triangle(4)), figures.flow_triangle(triangle(4), uncounted=layers)
+    assert not plain.layout.annotations and noted.layout.height > plain.layout.height
+    (note,) = noted.layout.annotations
+    text = "without softmax attention, and not counted: model.layers 0, 2; tower.blocks 1"
+    assert note.text.replace("<br>", " ") == text and text in noted.layout.meta["alt"]
+    curves = {name: np.full((3, 4), 0.2) for name in ("a", HOSTILE)}
+    both = figures.flow_curves(curves, curves, uncounted={"a": (), HOSTILE: layers[:1]})
+    assert both.layout.annotations[-1].text.startswith(SHOWN)
+
+
 def test_maps_stand_side_by_side_in_units_of_their_own():
     effect = triangle() * -70
     figure = figures.layer_maps({"flow": triangle(), HOSTILE: effect}, title="Both", shares=["flow"])

@@ -11,11 +11,13 @@ from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from vpworkbench.figures import style
-from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, translucent
+from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, translucent, wrapped
 from vpworkbench.stats import Interval, bootstrap_interval
 
 Samples = ArrayLike | Mapping[str, ArrayLike | Interval]
 """(example, layer); or name of each model -> (example, layer), or a ready interval for each layer."""
+Uncounted = Sequence[str] | Mapping[str, Sequence[str]]
+"""Names of layers, of one model or of each."""
 _GAP = 0.16  # between maps, for the scale of each
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")  # models differ by more than colour
 
@@ -28,6 +30,7 @@ def flow_curves(
     null_within_layer: Samples | None = None,
     live: ArrayLike | Mapping[str, ArrayLike] | None = None,
     over: str = "",
+    uncounted: Uncounted = (),
 ) -> go.Figure:
     """Inter-Modality Flow from the input to each layer and within each layer (paper Fig. 3 and 4).
 
@@ -35,7 +38,8 @@ def flow_curves(
     95% band. Their nulls, (example, layer) or (layer,), are the same under uniform attention, dashed: they depend on
     the token counts only. `live`, (example, layer, layer), is the part of every span that can reach a read-out, dotted;
     see `InterModalityFlow.live`. Each may be a mapping of model name to such arrays. `over` names what the bands are
-    over, for the title; empty: the examples.
+    over, for the title; empty: the examples. `uncounted` are layers that mix tokens without being counted, of one model
+    or of each.
     """
     curves = _intervals(from_input), _intervals(within_layer)
     nulls = _lines(null_from_input, curves[0]), _lines(null_within_layer, curves[1])
@@ -53,11 +57,15 @@ def flow_curves(
     figure.update_yaxes(title_text="share of attention across modalities", col=1)
     ends = f"{_ends(curves[0], 'from the input')}; {_ends(curves[1], 'within a layer')}"
     title = f"Inter-Modality Flow, mean and 95% band over {escaped(over) or _examples(curves[0])}"
-    return finish(figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}.")
+    finish(figure, title=title, alt=f"Share of attention that crosses the modalities, by layer; {ends}.")
+    return _name_uncounted(figure, uncounted, letters=120)
 
 
-def flow_triangle(flow: ArrayLike) -> go.Figure:
-    """Inter-Modality Flow of every span: `flow[i, j]` from the input of layer i to the output of layer j."""
+def flow_triangle(flow: ArrayLike, *, uncounted: Uncounted = ()) -> go.Figure:
+    """Inter-Modality Flow of every span: `flow[i, j]` from the input of layer i to the output of layer j.
+
+    `uncounted` as in `flow_curves`.
+    """
     cells = triangle(np.asarray(flow, dtype=float))
     figure = go.Figure(cells.update(colorbar={"outlinewidth": 0, "thickness": 14}))
     ticks = {"dtick": max(1, math.ceil(len(flow) / 16)), "tick0": 1, "showgrid": False, "constrain": "domain"}
@@ -68,7 +76,28 @@ def flow_triangle(flow: ArrayLike) -> go.Figure:
         f"from {percent(np.nanmin(cells.z))} to {percent(np.nanmax(cells.z))}."
     )
     title = "Inter-Modality Flow from layer i to layer j, %"
-    return finish(figure, title=title, alt=alt, width=520, height=420)
+    return _name_uncounted(finish(figure, title=title, alt=alt, width=520, height=420), uncounted, letters=75)
+
+
+def _name_uncounted(figure: go.Figure, uncounted: Uncounted, *, letters: int) -> go.Figure:
+    """A note below a finished figure; layers of one stack are named once, with their numbers."""
+    models = uncounted if isinstance(uncounted, Mapping) else {"": uncounted}
+    notes = []
+    for model, layers in models.items():
+        stacks: dict[str, list[str]] = {}
+        for layer in layers:
+            stack, _, number = layer.rpartition(".")
+            stacks.setdefault(stack, []).append(number)
+        named = "; ".join(f"{stack} {', '.join(numbers)}" for stack, numbers in stacks.items())
+        notes += [f"{model and model + ': '}without softmax attention, and not counted: {named}"] if layers else []
+    if not notes:
+        return figure
+    lines = [line for note in notes for line in wrapped(note, letters)]
+    room, layout = 14 * len(lines) + 8, figure.layout
+    place = {"xref": "paper", "yref": "paper", "x": 0, "y": 0, "xanchor": "left", "yanchor": "top", "yshift": -44}
+    figure.add_annotation(text="<br>".join(lines), showarrow=False, align="left", font={"size": 11}, **place)
+    alt = f"{layout.meta['alt']} {'. '.join(notes)}."
+    return figure.update_layout(height=layout.height + room, margin={"b": layout.margin.b + room}, meta={"alt": alt})
 
 
 def triangle(values: np.ndarray, groups: Sequence[str] = (), *, share: bool = True) -> go.Heatmap:
