@@ -13,7 +13,6 @@ PLACES = {
     "load": "subjects:load",
     "predict": "subjects:predict",
     "explore": "explorer:explore",
-    "explore_answer": "explorer.answer:explore_answer",
     # probes
     "probe": "probing:probe",
     "inter_modality_flow": "probes:inter_modality_flow",

@@ -46,6 +46,11 @@ class Subject:
             return not self.base.settings.visual.kind.pixels
         return getattr(self.prepare, "regions", None) is not None
 
+    @property
+    def answers(self) -> bool:
+        """True if it is a decoder of transformers that answers in words."""
+        return self.base is None and self.task_model is None and bool(getattr(self.model, "can_generate", bool)())
+
 
 Loadable = Subject | TaskModel | VisualParsingModel | str | None
 

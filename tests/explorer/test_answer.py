@@ -1,13 +1,15 @@
-"""The view of an answer: what its widgets hold, another question, and models without places."""
+"""The view of an answer: what its widgets hold, other questions and images, the saved page, and errors."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 from probes.tiny_models import llava_with_processor
 
+import vpworkbench as vpw
 from vpworkbench.answers import probe_answer
-from vpworkbench.explorer.answer import COLUMNS, AnswerView, explore_answer
+from vpworkbench.explorer.answer import COLUMNS, AnswerView
 
 QUESTION = "what is on the left"
 IMAGE = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
@@ -20,7 +22,8 @@ def opened():
 
 @pytest.fixture
 def view(opened) -> AnswerView:
-    view = explore_answer(*opened, IMAGE, QUESTION, answer="a red ball")
+    model, processor = opened
+    view = vpw.explore(model, IMAGE, processor=processor, question=QUESTION, answer="a red ball")
     yield view
     view.close()
 
@@ -31,35 +34,49 @@ def numbers(traits: bytes) -> np.ndarray:
 
 def test_words_have_their_maps_and_numbers(view, opened):
     answer = probe_answer(*opened, IMAGE, QUESTION, answer="a red ball")
-    assert [word.strip() for word in view.reader.words] == ["a", "red", "ball"]
-    looks = numbers(view.reader.looks).reshape(3, 9)
+    assert view.words.words == ["a", "red", "ball"] and view.answer.text == "a red ball"
+    looks = numbers(view.words.looks).reshape(3, 9)
     for word in range(3):
         np.testing.assert_allclose(looks[word], answer.map(word), atol=1e-6)
+    np.testing.assert_allclose(numbers(view.words.shares), answer.image_share.mean(dim=1), atol=1e-6)
+    np.testing.assert_allclose(numbers(view.words.nulls), answer.null.mean(dim=1), atol=1e-6)
     assert len(view.table.rows) == 3 and all(len(row) == len(COLUMNS) for row in view.table.rows)
-    assert view.table.rows[1][1] == f"{float(answer.log_probs[1].exp()):.1%}"
+    probability = f"{float(answer.log_probs[1].exp()):.1%}"
+    assert view.table.rows[1][1] == probability and f"Its probability is {probability}" in view.words.notes[1]
     assert view.shares.shape == [2, 3, 3]
     np.testing.assert_allclose(numbers(view.shares.values)[:9].reshape(3, 3), answer.image_share, atol=1e-6)
 
 
-def test_rolled_out_and_without_sinks(view):
-    plain = numbers(view.reader.looks)
-    view.rolled.value = True
-    rolled = numbers(view.reader.looks)
-    assert not np.allclose(plain, rolled)
-    view.rolled.value = False
-    view.without_sinks.value = True
-    kept = numbers(view.reader.looks)
-    assert ((kept == plain) | (kept == 0)).all()
+def test_layers_roll_out_and_pins(view):
+    answer, plain = view.answer, numbers(view.words.looks)
+    assert view.pin(0, 2, layer=1) is view and view.words.pinned == [0, 2]
+    np.testing.assert_allclose(numbers(view.words.looks)[:9], answer.map(0, layer=1), atol=1e-6)
+    view.pin(rolled=True)
+    np.testing.assert_allclose(numbers(view.words.looks)[:9], answer.map(0, rolled=True), atol=1e-6)
+    view.pin()
+    np.testing.assert_array_equal(numbers(view.words.looks), plain)
+    with pytest.raises(ValueError, match="two words can be compared"):
+        view.pin(0, 1, 2)
+    with pytest.raises(ValueError, match="word 3"):
+        view.pin(3)
 
 
-def test_another_question_and_an_error(view):
-    view.question.value = "what is red"
+def test_another_question_and_an_error(view, monkeypatch):
+    view.say("what is red")
     before = view.answer
-    assert "Hover over a word" in view.status.text
+    monkeypatch.setattr(view, "_ask", lambda image, question: (_ for _ in ()).throw(ValueError("no answer")))
+    view.say("what")
+    assert view.status.text == "Not answered: no answer" and view.answer is before
 
-    def refuse(text: str):
-        raise ValueError("no answer")
 
-    view._ask = refuse
-    view.question.value = "what"
-    assert view.status.text == "no answer" and view.answer is before
+def test_a_folder_opens_the_same_view_and_its_page_needs_no_kernel(opened, tmp_path, view):
+    model, processor = opened
+    for part in opened:
+        part.save_pretrained(tmp_path / "model")
+    other = vpw.explore(str(tmp_path / "model"), Image.fromarray(IMAGE), question=QUESTION, answer="a red ball")
+    np.testing.assert_allclose(numbers(other.words.looks), numbers(view.words.looks), atol=1e-6)
+    other.close()
+    page = view.pin(1).save(tmp_path / "answer.html").read_text()
+    assert QUESTION in page and page.count("data:image/png") == 2 and "<td>red</td>" in page
+    with pytest.raises(TypeError, match="only a decoder's answer has these options"):
+        vpw.explore("", answer="a ball")

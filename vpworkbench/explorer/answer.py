@@ -1,49 +1,64 @@
-"""Where each word of an answer looked: hover over a word to see its map, click to pin it, and compare it with another.
+"""Where each word of an answer looked: hover over a word to see its map, pin two words to compare them.
 
-`explore_answer` shows an `Answer` of `vpworkbench.answers`; with a model and its processor, a question can be typed.
+The view of a decoder of transformers in `explore`; its numbers are those of `vpworkbench.answers.probe_answer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 import torch
 
 from vpworkbench.answers import Answer, probe_answer
+from vpworkbench.explorer import still
+from vpworkbench.explorer.page import Part, Section, write_page
 from vpworkbench.explorer.parts import WIDTH, StatusText, close_all, encoded, row
-from vpworkbench.explorer.widgets import Maps, Reader, Table
+from vpworkbench.explorer.readings import check_index
+from vpworkbench.explorer.widgets import AnswerWords, Maps, Table
 
-COLUMNS = ["word", "probability", "without the image", "looks at the image", "if uniform", "reads most"]
+QUESTION = "What is shown in the image?"
+COLUMNS = ["word", "probability", "without the image", "prior", "looks at the image", "if uniform", "reads most"]
 
 
-def explore_answer(model: Any, processor: Any, image: Any, question: str, **options: Any) -> AnswerView:
-    """Answer a question about an image, and show where each word of the answer looked.
+class Placed(NamedTuple):
+    """An image and its visual tokens, as `still.panel` draws them."""
 
-    `options` are those of `probe_answer`. Another question can be typed; the model answers it.
-    """
-
-    def ask(text: str) -> Answer:
-        return probe_answer(model, processor, image, text, **options)
-
-    return AnswerView(np.asarray(image), question, ask)
+    image: np.ndarray
+    boxes: np.ndarray
+    on_grid: bool
 
 
 class AnswerView(ipywidgets.VBox):
-    """An image beside the answer to a question; below, its words with their numbers, and their attention by layer."""
+    """A question about an image, the answer with its maps, its numbers in a table, and its attention by layer.
 
-    def __init__(self, image: np.ndarray, question: str, ask: Callable[[str], Answer]) -> None:
+    Parameters
+    ----------
+    images : mapping of str to uint8 array, (height, width, 3)
+        The images to choose from.
+    options
+        Those of `probe_answer`.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, images: Mapping[str, np.ndarray], question: str, options: Mapping[str, Any]
+    ) -> None:
         super().__init__(layout={"width": "100%", "max_width": f"{WIDTH + 40}px"})
-        self._image, self._ask = image, ask
+        self.add_class("vpw-explorer")
+        self.model, self.processor, self.images, self._options = model, processor, dict(images), dict(options)
         self.question = ipywidgets.Text(
-            question, description="question", continuous_update=False, layout={"width": "640px"}
+            question, description="question", continuous_update=False, layout={"width": "520px"}
         )
+        self.choice = ipywidgets.Dropdown(options=list(images), description="image", layout={"width": "260px"})
+        self.layer = ipywidgets.Dropdown(options=[("mean of all", None)], description="layer")
         self.rolled = ipywidgets.Checkbox(False, description="rolled out from the input (Eq. 4)", indent=False)
-        self.without_sinks = ipywidgets.Checkbox(False, description="leave sinks out of the map", indent=False)
         self.status = StatusText()
-        self.reader = Reader(width=WIDTH)
+        self.words = AnswerWords(width=WIDTH)
+        self.table = Table(names=COLUMNS, width=WIDTH)
         self.shares = Maps(
             names=["looks at the image", "if uniform"],
             percent=True,
@@ -54,64 +69,139 @@ class AnswerView(ipywidgets.VBox):
             count_from=1,
             width=WIDTH,
         )
-        self.table = Table(names=COLUMNS, width=WIDTH)
-        self.question.observe(lambda change: self.show(self.question.value), "value")
-        for control in (self.rolled, self.without_sinks):
+        for control in (self.question, self.choice):
+            control.observe(lambda change: self.show(self.choice.value, self.question.value), "value")
+        for control in (self.layer, self.rolled):
             control.observe(lambda change: self._draw_maps(), "value")
-        self.children = (
-            self.question,
-            row(self.rolled, self.without_sinks),
-            self.status,
-            self.reader,
-            self.table,
-            self.shares,
-        )
-        self.show(question)
+        asked = row(self.question, self.choice)
+        self.children = (asked, row(self.layer, self.rolled), self.status, self.words, self.table, self.shares)
+        self.answer = self._ask(self.choice.value, question)  # errors of the first question are the caller's
+        self._draw()
 
-    def show(self, question: str) -> None:
-        """Answer a question; an error is shown, and what was there stays."""
+    def _ask(self, image: str, question: str) -> Answer:
+        return probe_answer(self.model, self.processor, self.images[image], question, **self._options)
+
+    def show(self, image: str, question: str) -> None:
+        """Answer a question about one of the images; an error is shown, and what was there stays."""
         try:
-            self.answer = self._ask(question)
+            self.answer = self._ask(image, question)
         except (ValueError, RuntimeError) as error:
-            self.status.set(str(error))
+            self.status.set(f"Not answered: {str(error).splitlines()[0]}")
             return
+        self._draw()
+
+    def say(self, question: str) -> AnswerView:
+        """Ask another question about the same image."""
+        self.question.value = question
+        return self
+
+    def look(self, image: int) -> AnswerView:
+        """Ask the same question about another image, by its place."""
+        check_index("image", image, len(self.images))
+        self.choice.value = list(self.images)[image]
+        return self
+
+    def pin(self, *words: int, layer: int | None = None, rolled: bool = False) -> AnswerView:
+        """Pin up to two words, by their places, and choose the layer of their maps, from 0 (none: the mean)."""
+        if len(words) > 2:
+            raise ValueError(f"pin {words}: two words can be compared")
+        for word in words:
+            check_index("word", word, len(self.answer.words))
+        check_index("layer", layer, len(self.answer.layers))
+        self.layer.value, self.rolled.value = layer, rolled
+        self.words.pinned = list(words)
+        return self
+
+    def _draw(self) -> None:
         answer = self.answer
         note = [f"Its image tokens have no place: {answer.masks.note}"] if not answer.masks.placed.any() else []
         if answer.uncounted:
-            note.append(f"{len(answer.uncounted)} layers without softmax attention are not counted or blocked.")
-        self.status.set("Hover over a word to see where it looked; click to pin it.", *note)
-        alone = answer.log_probs.exp(), answer.blocked[0].exp()
-        looks = answer.image_share.mean(dim=1), answer.null.mean(dim=1)
-        rows = [
-            [word, *(f"{float(part[at]):.1%}" for part in (*alone, *looks)), _most(answer, at)]
-            for at, word in enumerate(answer.words)
-        ]
-        self.table.update(rows=rows, label=f"Answer: {answer.text}", alt="Each word of the answer with its numbers.")
+            note.append(
+                f"{len(answer.uncounted)} layers without softmax attention are not counted or blocked: "
+                f"{', '.join(answer.uncounted)}."
+            )
+        self.status.set(*note)
+        layers = [("mean of all", None), *((str(place + 1), place) for place in range(len(answer.layers)))]
+        if self.layer.options != tuple(layers):
+            self.layer.options = layers
+        rows = self.tables()["words"].drop(columns="place")
+        shown = rows.map(lambda one: one if isinstance(one, str) else "" if np.isnan(one) else f"{one:.1%}")
+        self.table.update(
+            rows=shown.to_numpy().tolist(), label=f"Answer: {answer.text}", alt="Each word with its numbers."
+        )
         self.shares.update(
             values=np.stack([answer.image_share.numpy(), answer.null.numpy()]),
             label="Share of attention on the image, by word and layer",
             alt="Beside it, the share under uniform attention.",
         )
+        self.words.pinned = []
         self._draw_maps()
 
+    def _looks(self) -> torch.Tensor:
+        """Attention of each word to the visual tokens that have a place, (word, token)."""
+        answer, placed = self.answer, self._placed
+        options = {"layer": self.layer.value, "rolled": self.rolled.value}
+        return torch.stack([answer.map(word, **options)[placed] for word in range(len(answer.words))])
+
+    @property
+    def _placed(self) -> torch.Tensor:
+        return self.answer.masks.placed[0, self.answer.masks.vision[0]]
+
     def _draw_maps(self) -> None:
-        answer = self.answer
-        words = range(len(answer.words))
-        looks = torch.stack([answer.map(word, rolled=self.rolled.value) for word in words])
-        if self.without_sinks.value:
-            looks = looks.masked_fill(_sinks(looks), 0.0)
-        placed = answer.masks.placed[0, answer.masks.vision[0]]
-        self.reader.update(
-            image=encoded(self._image),
-            words=list(answer.words),
-            boxes=answer.boxes[placed].numpy(),
-            looks=looks[:, placed].numpy(),
-            reads=np.zeros((int(placed.sum()), len(answer.words))),  # the image precedes the answer
-            on_grid=bool(placed.all()),
-            pinned=-1,
-            label=answer.text,
-            alt="The image with the attention of the chosen word.",
+        looks, table = self._looks(), self.tables()["words"]
+        self.words.update(
+            image=encoded(self.images[self.choice.value]),
+            words=[word.strip() or repr(word) for word in self.answer.words],
+            notes=[_note(**numbers) for numbers in table.to_dict("records")],
+            boxes=self.answer.boxes[self._placed].numpy(),
+            on_grid=bool(self._placed.all()),
+            looks=looks.numpy(),
+            shares=self.answer.image_share.mean(dim=1).numpy(),
+            nulls=self.answer.null.mean(dim=1).numpy(),
+            sinks=_sinks(looks).nonzero().flatten().tolist(),
+            label=f"{self.question.value} {self.answer.text}",
+            alt="Bright where the chosen word looked.",
         )
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """`words`: the numbers of each word."""
+        answer = self.answer
+        prior = answer.log_probs * torch.nan if answer.prior is None else answer.prior
+        logs = answer.log_probs, answer.blocked[0], prior
+        means = [part.exp() for part in logs] + [answer.image_share.mean(dim=1), answer.null.mean(dim=1)]
+        names = ("probability", "without the image", "prior", "looks at the image", "if uniform")
+        numbers = {name: part.double().numpy() for name, part in zip(names, means, strict=True)}
+        places = range(len(answer.words))
+        return {
+            "words": pd.DataFrame(
+                {"place": places, "word": answer.words, **numbers, "reads most": [_most(answer, at) for at in places]}
+            )
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the view as one HTML file that opens without a kernel and without a network."""
+        intro = "Hover over a word to see where it looked. A click pins it, a second click compares two."
+        parts = [Part(self.words, self._still()), Part(self.table), Part(self.shares, self._still_shares())]
+        name = type(self.model).__name__
+        return write_page(path, f"{name} on “{self.question.value}”", [Section(self.answer.text, intro, parts)])
+
+    def _still(self) -> bytes:
+        """The pinned words, or else the last one, on the image."""
+        looks, words = self._looks().numpy(), self.words.pinned or [len(self.answer.words) - 1]
+        placed = Placed(
+            self.images[self.choice.value], self.answer.boxes[self._placed].numpy(), bool(self._placed.all())
+        )
+        figure = still.blank(300 * len(words), 300)
+        for axes, word in zip(figure.subplots(1, len(words), squeeze=False)[0], words, strict=True):
+            still.panel(axes, placed, "shade", looks[word], f"“{self.words.words[word]}” looked here")
+        return still.png(figure)
+
+    def _still_shares(self) -> bytes:
+        figure = still.blank(640, 260)
+        pair = self.answer.image_share, self.answer.null
+        for axes, name, values in zip(figure.subplots(1, 2), self.shares.names, pair, strict=True):
+            still.matrix(axes, values.numpy(), name, "word", "layer", vmin=0, vmax=1)
+        return still.png(figure)
 
     def close(self) -> None:
         for child in self.children:
@@ -122,7 +212,17 @@ class AnswerView(ipywidgets.VBox):
 def _sinks(looks: torch.Tensor) -> torch.Tensor:
     """Visual tokens that every word gives at least five times their even share, bool (token,)."""
     share = looks / looks.sum(dim=1, keepdim=True)
-    return (share >= 5 / looks.shape[1]).all(dim=0)
+    return (share >= 5 / max(1, looks.shape[1])).all(dim=0)
+
+
+def _note(**numbers: Any) -> str:
+    """What the status line says about a word."""
+    prior = "" if np.isnan(numbers["prior"]) else f", {numbers['prior']:.1%} without one in the prompt"
+    return (
+        f"“{numbers['word'].strip()}” looks {numbers['looks at the image']:.1%} at the image (uniform attention: "
+        f"{numbers['if uniform']:.1%}). Its probability is {numbers['probability']:.1%}, "
+        f"{numbers['without the image']:.1%} without attention to the image{prior}."
+    )
 
 
 def _most(answer: Answer, word: int) -> str:

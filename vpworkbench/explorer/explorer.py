@@ -11,11 +11,13 @@ from typing import Any, Literal
 import ipywidgets
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out, load_splits
 from vpworkbench.errors import DataError
 from vpworkbench.explorer import still
+from vpworkbench.explorer.answer import QUESTION, AnswerView
 from vpworkbench.explorer.flow import MODELS, FlowView
 from vpworkbench.explorer.masks import MasksView
 from vpworkbench.explorer.page import write_page
@@ -24,24 +26,32 @@ from vpworkbench.explorer.readings import Reading, check_index, read
 from vpworkbench.explorer.try_it import UNREADABLE, TryView
 from vpworkbench.explorer.widgets import Copy, Save
 from vpworkbench.explorer.words import WordsView
+from vpworkbench.huggingface import Processed
 from vpworkbench.settings import DataSettings
 from vpworkbench.subjects import Loadable, Subject, load_all
 
 PICTURES = 24
 ViewName = Literal["masks", "words", "flow", "try"]
 ALL: tuple[ViewName, ...] = ("masks", "words", "flow", "try")
+Images = Sequence[Picture] | str | Path | Image.Image | np.ndarray | None
+"""Pictures, the name of a captioned set, or one image."""
 
 
 def explore(
     model: Loadable = None,
-    data: Sequence[Picture] | str | Path | None = None,
+    data: Images = None,
     *,
     beside: Loadable = None,
     regions: str = "",
     pictures: int = PICTURES,
-    views: Sequence[ViewName] = ALL,
-) -> Explorer:
+    views: Sequence[ViewName] | None = None,
+    processor: Any = None,
+    question: str = QUESTION,
+    **answering: Any,
+) -> Explorer | AnswerView:
     """Open the explorer of a model, or of two models on the same input.
+
+    A decoder of transformers, given by name, folder or with its processor, answers a question: see `AnswerView`.
 
     Parameters
     ----------
@@ -54,21 +64,37 @@ def explore(
         A second model, drawn below the first, such as one before pre-training.
     pictures : int
         Largest number of pictures to choose from.
+    processor, question, answering
+        The processor of a decoder in memory; what a decoder is asked; and options of `probe_answer`.
     views
-        The views to show. A notebook without `flow` stays small: plotly's script takes 5 MB of a saved one.
+        The views to show, by default all; of a decoder, its answer. A notebook without `flow` stays small: plotly's
+        script takes 5 MB of a saved one.
 
     If a model can read none of the pictures, the error is the one for the last picture.
     """
-    if unknown := [name for name in views if name not in ALL]:
+    if unknown := [name for name in views or () if name not in ALL]:
         raise ValueError(f"views: no view {unknown[0]!r}; there are {', '.join(ALL)}")
+    if processor is not None:
+        model = Subject(type(model).__name__, model, Processed(model, processor, None), batch=1)
     subjects = load_all((model,) if beside is None else (model, beside), regions=regions)
+    if views is None and beside is None and subjects[0].answers:
+        opened = subjects[0].prepare  # the model with its processor
+        return AnswerView(opened.model, opened.processor, _images(data, pictures), question, answering)
+    if answering:
+        raise TypeError(f"explore: {', '.join(answering)}: only a decoder's answer has these options")
+    if isinstance(data, Image.Image | np.ndarray):
+        raise TypeError("data: one image is for a decoder; give pictures, or add the image in the explorer")
     chosen = _load_pictures(data, pictures)
+    is_default = views is None or tuple(views) == ALL and not subjects[0].answers
+    named = None if is_default else tuple(views)
     options = {"model": _in_code(model, "model"), "data": _in_code(data, "pictures")}
     options |= {"beside": _in_code(beside, "other"), "regions": repr(regions)}
-    options |= {"pictures": repr(pictures), "views": repr(tuple(views))}
+    options |= {"pictures": repr(pictures), "views": repr(named)}
     defaults = {name: repr(parameter.default) for name, parameter in signature(explore).parameters.items()}
     call = ", ".join(f"{name}={value}" for name, value in options.items() if value != defaults[name])
-    return Explorer(_first_readings(subjects, chosen, data), chosen, views, f"explore({call})")
+    return Explorer(
+        _first_readings(subjects, chosen, data), chosen, ALL if views is None else views, f"explore({call})"
+    )
 
 
 def _in_code(value: object, name: str) -> str:
@@ -88,6 +114,16 @@ def _first_readings(subjects: Sequence[Subject], pictures: Sequence[Picture], so
         except UNREADABLE as error:
             refused = error
     raise refused
+
+
+def _images(data: Images, most: int) -> dict[str, np.ndarray]:
+    """Images by name: one that is given, or those of pictures."""
+    if isinstance(data, Image.Image | np.ndarray):
+        return {"image": np.asarray(data.convert("RGB") if isinstance(data, Image.Image) else data)}
+    images = {picture.id: picture.image.pixels() for picture in _load_pictures(data, most)}
+    if not images:
+        raise DataError(f"{data}: no picture to explore")
+    return images
 
 
 def _load_pictures(data: Sequence[Picture] | str | Path | None, most: int) -> list[Picture]:

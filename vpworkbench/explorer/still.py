@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from vpworkbench.explorer.readings import Reading
 from vpworkbench.figures.pictures import darkened
 from vpworkbench.figures.style import COLOURS, VISION
 
@@ -34,7 +34,15 @@ def png(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def panel(axes: Axes, reading: Reading, kind: str, values: np.ndarray, title: str, pick: int | None = None) -> None:
+class OnImage(Protocol):
+    """An image, uint8 (height, width, 3), and the boxes of its tokens, (token, 4), shares of it."""
+
+    image: np.ndarray
+    boxes: np.ndarray
+    on_grid: bool
+
+
+def panel(axes: Axes, reading: OnImage, kind: str, values: np.ndarray, title: str, pick: int | None = None) -> None:
     """The image with the values of its tokens on top, as the page draws them; small boxes are above large ones."""
     height, width = reading.image.shape[:2]
     corners, pixels = reading.boxes * [width, height, width, height], np.zeros((height, width))

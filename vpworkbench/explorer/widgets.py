@@ -107,6 +107,20 @@ class Reader(OnImage):
     pinned = traitlets.Int(-1).tag(sync=True)  # -1 for none
 
 
+class AnswerWords(OnImage):
+    """The words of an answer beside one or two images: a word shows where it looked, a click pins up to two."""
+
+    _esm = module("answerwords")
+    words = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    notes = traitlets.List(traitlets.Unicode()).tag(sync=True)  # what the status line says about each word
+    looks = Numbers().tag(sync=True)  # (word, token): attention of each word to each visual token
+    shares = Numbers().tag(sync=True)  # (word,): the bar under each word;
+    nulls = Numbers().tag(sync=True)  # (word,): its line
+    sinks = traitlets.List(traitlets.Int()).tag(sync=True)  # tokens that are hatched
+    skip_sinks = traitlets.Bool().tag(sync=True)  # leaves them out of the colour scale
+    pinned = traitlets.List(traitlets.Int()).tag(sync=True)  # words, at most two
+
+
 class Maps(Drawn):
     """Matrices side by side with one shared pick and one colour scale."""
 

@@ -55,7 +55,7 @@ def known(subject: Subject) -> tuple[str, ...]:
     """
     if subject.base is not None:
         return tuple(READ_OUTS)
-    return ("word",) if hasattr(subject.model, "can_generate") and subject.model.can_generate() else ()
+    return ("word",) if subject.answers else ()
 
 
 def batches(subject: Subject, pictures: Sequence[Picture], what: str) -> list[list[Example]]:
