@@ -15,7 +15,7 @@ from torch import nn
 from vpworkbench.data.inputs import prepare, use_regions
 from vpworkbench.data.records import Picture
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
-from vpworkbench.huggingface import is_pretrained, open_pretrained
+from vpworkbench.huggingface import Processed, is_pretrained, open_pretrained
 from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.runs import runs_root, shipped_run
 from vpworkbench.settings import DataSettings, PretrainSettings, checked
@@ -48,8 +48,8 @@ class Subject:
 
     @property
     def answers(self) -> bool:
-        """True if it is a decoder of transformers that answers in words."""
-        return self.base is None and self.task_model is None and bool(getattr(self.model, "can_generate", bool)())
+        """True if it is a decoder of transformers, with its processor, that answers in words."""
+        return isinstance(self.prepare, Processed) and bool(getattr(self.model, "can_generate", bool)())
 
 
 Loadable = Subject | TaskModel | VisualParsingModel | str | None

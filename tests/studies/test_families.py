@@ -126,7 +126,7 @@ def test_finished_runs_are_found_and_become_table_5(runs_folder):
     settings = FamilyRunsSettings()
     found = family_runs.compared(settings)
     assert [(run.arm, run.seed) for run in found.runs] == [("swin-random", 0), ("swin-random", 1), ("grid-none", 0)]
-    assert {run.steps for run in found.runs} == {(3500, 400)}
+    assert {run.steps for run in found.runs} == {(6000, 400)}
     assert found.over() == "2 seeds and 6 images" and found.names() == {"swin-random": "Swin, random MFR (36 tokens)"}
     table = found.table_5()
     assert table.index.tolist() == ["small CNN (instead of R50)", "Swin, random MFR"]
@@ -189,7 +189,7 @@ def test_runs_on_different_pictures_are_refused(runs_folder):
 def test_runs_of_different_lengths_are_refused(runs_folder):
     finished("families-swin-random-0", 0.4, 0.5)
     finished("families-swin-none-0", 0.4, 0.5, steps=300)
-    with pytest.raises(SettingsError, match=r"different steps, \[\(3500, 300\), \(3500, 400\)\]"):
+    with pytest.raises(SettingsError, match=r"different steps, \[\(6000, 300\), \(6000, 400\)\]"):
         family_runs.compared(FamilyRunsSettings())
 
 

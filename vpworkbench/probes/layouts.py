@@ -123,7 +123,7 @@ _ID_NAMES = ("{}_token_id", "{}_token_index", "{}_patch_id")
 
 def _named_ids(config: Any, kind: str) -> list[int]:
     """Ids of the tokens of one kind, as the configuration or a part of it names them."""
-    parts = (config, *(part for name, part in vars(config).items() if name.endswith("_config")))
+    parts = (config, *(part for name, part in getattr(config, "__dict__", {}).items() if name.endswith("_config")))
     for part in parts:
         found = [getattr(part, name.format(kind), None) for name in _ID_NAMES]
         if numbers := [number for number in dict.fromkeys(found) if isinstance(number, int)]:
