@@ -7,7 +7,7 @@ DEMO := demo
 
 help:
 	@echo "make install    the package and its tools in .venv"
-	@echo "make demo       pre-train, probe and tour on generated scenes (about 10 minutes on 2 cores)"
+	@echo "make demo       pre-train, probe and tour on generated scenes (about 8 minutes on 2 cores)"
 	@echo "make lab        JupyterLab, open on the tour"
 	@echo "make test       all tests but the slow ones;  make test-all: all"
 	@echo "make lint       ruff, the formatter, and the order of imports"
