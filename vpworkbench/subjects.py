@@ -17,8 +17,8 @@ from vpworkbench.data.records import Picture
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.huggingface import Processed, is_pretrained, open_pretrained
 from vpworkbench.model.model import Inputs, VisualParsingModel
-from vpworkbench.runs import runs_root, shipped_run
-from vpworkbench.settings import DataSettings, PretrainSettings, checked
+from vpworkbench.runs import read_json, runs_root, shipped_run
+from vpworkbench.settings import DataSettings, FinetuneSettings, PretrainSettings, checked
 from vpworkbench.tasks.predict import load_task_model
 from vpworkbench.tasks.task import TaskModel
 
@@ -38,6 +38,7 @@ class Subject:
     data: DataSettings = DataSettings()  # the set that it was trained on; scenes if that is unknown
     base: VisualParsingModel | None = None  # `model` if it is one of ours, with heads and perhaps a parsing attention
     task_model: TaskModel | None = None  # the fine-tuned model, if there is one: it answers
+    task_settings: FinetuneSettings | None = None  # of the run that made it: where its examples are
 
     @property
     def reads_regions(self) -> bool:
@@ -45,6 +46,11 @@ class Subject:
         if self.base is not None:
             return not self.base.settings.visual.kind.pixels
         return getattr(self.prepare, "regions", None) is not None
+
+    @property
+    def has_questions(self) -> bool:
+        """True if it was fine-tuned in a run, to answer about one image."""
+        return self.task_settings is not None and self.task_model.task.images == 1 and bool(self.task_model.labels)
 
     @property
     def answers(self) -> bool:
@@ -120,8 +126,9 @@ def _load(source: Loadable, regions: str) -> Subject:
         return _of_transformers(source, regions)
     name = (Path(source).name if "/" in source else source) or "shipped"
     if folder := _task_folder(source):
-        model = load_task_model(folder)
-        return _ours(f"{name}, {model.task.name}", model.base, task_model=model)
+        model, config = load_task_model(folder), folder.parent / "config.json"
+        settings = checked(FinetuneSettings, read_json(config)["settings"]) if config.exists() else None
+        return _ours(f"{name}, {model.task.name}", model.base, task_model=model, task_settings=settings)
     try:
         model, settings = load_run(source)
     except CheckpointError as ours:

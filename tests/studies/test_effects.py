@@ -14,6 +14,9 @@ from vpworkbench.stats import bootstrap_interval
 from vpworkbench.studies import effects
 from vpworkbench.studies.questions import ask, examples, known
 from vpworkbench.subjects import load
+from vpworkbench.tasks import TASKS
+from vpworkbench.tasks.settings import finetune_settings
+from vpworkbench.tasks.task import TaskModel, right_answer
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +152,22 @@ def test_conclusions_state_the_numbers(measured):
 def test_deep_models_are_not_blocked_in_every_span(layers, count):
     spans = effects._spans(layers)
     assert spans == "triangle" if not count else len(set(spans)) == count and (0, layers - 1) in spans
+
+
+def test_a_fine_tuned_model_is_asked_held_out_questions_of_its_task(scenes, scenes_folder):
+    settings = finetune_settings(data=str(scenes_folder))
+    torch.manual_seed(0)
+    task_model = TaskModel(narrow_model(scenes), TASKS["vqa"], ("yes", "no", "2"))
+    assert known(load(task_model)) == ("match", "word")  # where its questions are is not known
+    subject = replace(load(task_model), batch=4, task_settings=settings)
+    asked = examples(subject, scenes[:5], "answer")
+    assert known(subject)[-1] == "answer" and len({one.picture for one in asked}) == 5
+    splits, _ = TASKS["vqa"].load(settings)
+    held_out = {(one.images[0], one.text, right_answer(one)) for one in splits["val"]}
+    assert {(one.picture, one.text, one.answer) for one in asked} <= held_out
+    found = effects.measure(subject, scenes[:5], "answer")
+    for pictures, values in (("picture", found.blocked.before), ("other", found.other)):
+        given = task_model.predict_all([getattr(one, pictures) for one in asked], [one.text for one in asked])
+        expected = [np.log(shares[one.answer]) for shares, one in zip(given, asked, strict=True)]
+        np.testing.assert_allclose(values, expected, rtol=1e-4)
+    assert effects.conclusions({"answer": found}, None)[0].startswith("Answer: the right one has probability")

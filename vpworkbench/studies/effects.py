@@ -42,7 +42,7 @@ class Effects:
     null: Tensor  # the same under uniform attention
     live: Tensor  # the part of `flow` that can reach the read-out
     lens: Tensor  # the read-out of every layer's state, the input first; (example, state)
-    other: Tensor  # `word` with another picture, (example,); empty for `match`, whose examples have both pictures
+    other: Tensor  # with another picture, (example,); empty for `match`, whose examples have both pictures
     per_text: int  # examples in a row that share a text: they count as one sample
 
     @property
@@ -160,7 +160,8 @@ def conclusions(effects: dict[str, Effects], patched: Patched | None) -> list[st
         else:
             own, blind, other = (f"{found.interval(values.exp()):.1%}" for values in (before, after, found.other))
             said.append(
-                f"Word: the right one has probability {own}, {blind} without the image, and {other} with another image."
+                f"{what.capitalize()}: the right one has probability {own}, {blind} without the image, and {other} "
+                "with another image."
             )
         lost = found.single["words cannot read the image"]
         within = found.flow.diagonal(dim1=1, dim2=2).mean(dim=0)
@@ -204,7 +205,7 @@ def _measured(subject: Subject, some: Sequence[Example], seed: int) -> dict[str,
         "null": flow.null,
         "live": flow.live(question.places),
         "lens": lens(subject.model, inputs.forward, question.readout, tokens=inputs.tokens),
-        "other": _with_another_picture(subject, [one for one in some if one.word]),
+        "other": _with_another_picture(subject, [one for one in some if one.word or one.answer]),
     }
 
 

@@ -2,7 +2,8 @@
 
 `match` is the log odds of the right ITM decision. Each text is asked twice, of its own picture and of one that denies
 it: a model that does not see the pictures is right in half of the cases. `word` is the log probability of one colour or
-shape word: masked in our models, the next word of a decoder.
+shape word: masked in our models, the next word of a decoder. `answer` is the log probability of the right answer of a
+fine-tuned model to a question of its own task.
 """
 
 from __future__ import annotations
@@ -14,24 +15,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vpworkbench.data.images import ImageFile
+from vpworkbench.data.records import Example as TaskExample
 from vpworkbench.data.records import Picture
 from vpworkbench.model.model import Inputs
-from vpworkbench.probes.readouts import NOT_SCORED, ReadOut, masked_word, match_log_odds, next_tokens
+from vpworkbench.probes.readouts import NOT_SCORED, ReadOut, masked_word, match_log_odds, next_tokens, task_answer
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
 from vpworkbench.subjects import Subject
+from vpworkbench.tasks.task import right_answer
 
-READ_OUTS = {"match": "log odds of the right decision", "word": "log probability of the right word"}
-PER_TEXT = {"match": 2, "word": 1}  # examples in a row that share a text
+READ_OUTS = {
+    "match": "log odds of the right decision",
+    "word": "log probability of the right word",
+    "answer": "log probability of the right answer",
+}
+PER_TEXT = {"match": 2, "word": 1, "answer": 1}  # examples in a row that share a text
 
 
 class Example(NamedTuple):
     """One text that is asked of one picture."""
 
-    picture: Picture
-    other: Picture  # for the control
+    picture: Picture | ImageFile
+    other: Picture | ImageFile  # for the control
     text: str
     word: str = ""  # that is hidden, or predicted
     is_true: bool = True
+    answer: str = ""  # that is right, of a fine-tuned model's task
 
 
 class Question(NamedTuple):
@@ -53,9 +62,9 @@ def known(subject: Subject) -> tuple[str, ...]:
 
     A fine-tuned model keeps the heads of its pre-training; the read-out before blocking says whether they still work.
     """
-    if subject.base is not None:
-        return tuple(READ_OUTS)
-    return ("word",) if subject.answers else ()
+    if subject.base is None:
+        return ("word",) if subject.answers else ()
+    return ("match", "word", "answer") if subject.has_questions else ("match", "word")
 
 
 def batches(subject: Subject, pictures: Sequence[Picture], what: str) -> list[list[Example]]:
@@ -65,7 +74,12 @@ def batches(subject: Subject, pictures: Sequence[Picture], what: str) -> list[li
 
 
 def examples(subject: Subject, pictures: Sequence[Picture], what: str) -> list[Example]:
-    """What is asked of each picture with its first caption; none of a picture that no other picture denies."""
+    """What is asked of each picture with its first caption; none of a picture that no other picture denies.
+
+    For `answer`, as many questions of the validation split of the model's own task, each about another picture.
+    """
+    if what == "answer":
+        return _of_its_task(subject, len(pictures))
     chosen, found = [picture for picture in pictures if picture.captions], []
     for number, picture in enumerate(chosen):
         text, following = picture.captions[0], chosen[number + 1 :] + chosen[:number]
@@ -79,14 +93,34 @@ def examples(subject: Subject, pictures: Sequence[Picture], what: str) -> list[E
     return found
 
 
+def _of_its_task(subject: Subject, count: int) -> list[Example]:
+    """Questions with an answer that the model knows. Pictures take turns with their first, second, ... question."""
+    splits, _ = subject.task_model.task.load(subject.task_settings)
+    by_picture: dict[ImageFile, list[TaskExample]] = {}
+    for one in splits["val"]:
+        if right_answer(one) in subject.task_model.labels:
+            by_picture.setdefault(one.images[0], []).append(one)
+    chosen = [own[number % len(own)] for number, own in enumerate(by_picture.values())][:count]
+    pictures = [one.images[0] for one in chosen]
+    others = pictures[1:] + pictures[:1]
+    return [
+        Example(picture, other, one.text, answer=right_answer(one))
+        for picture, other, one in zip(pictures, others, chosen, strict=True)
+    ]
+
+
 def ask(subject: Subject, some: Sequence[Example]) -> Question:
     """Examples of one kind as inputs and a read-out."""
     pictures, texts, words = [one.picture for one in some], [one.text for one in some], [one.word for one in some]
     if not words[0]:
-        inputs, log_odds = subject.prepare(pictures, texts), match_log_odds(subject.base)
-        sign = torch.tensor([1.0 if one.is_true else -1.0 for one in some])
+        inputs = subject.prepare(pictures, texts)
         first = torch.arange(inputs.tokens.shape[1]) == inputs.language.int().argmax(dim=1).cpu()[:, None]
-        return Question(inputs, lambda joint: log_odds(joint).cpu() * sign, first.to(inputs.tokens.device))
+        if some[0].answer:
+            readout = task_answer(subject.task_model, [one.answer for one in some])
+        else:
+            log_odds, sign = match_log_odds(subject.base), torch.tensor([1.0 if one.is_true else -1.0 for one in some])
+            readout = lambda joint: log_odds(joint).cpu() * sign  # noqa: E731
+        return Question(inputs, readout, first.to(inputs.tokens.device))
     if subject.base is None:
         return _next_word(subject, pictures, texts, words)
     hidden = [_replaced(text, word, "[MASK]") for text, word in zip(texts, words, strict=True)]
