@@ -18,7 +18,7 @@ from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.huggingface import Processed, is_pretrained, open_pretrained
 from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.runs import read_json, runs_root, shipped_run
-from vpworkbench.settings import DataSettings, FinetuneSettings, PretrainSettings, checked
+from vpworkbench.settings import DataSettings, FinetuneSettings, MaskSettings, PretrainSettings, checked
 from vpworkbench.tasks.predict import load_task_model
 from vpworkbench.tasks.task import TaskModel
 
@@ -36,6 +36,7 @@ class Subject:
     prepare: Callable[..., Inputs]
     batch: int = LARGEST_BATCH  # image-text pairs in one pass
     data: DataSettings = DataSettings()  # the set that it was trained on; scenes if that is unknown
+    mask: MaskSettings = MaskSettings()  # by which it was trained, if that is known
     base: VisualParsingModel | None = None  # `model` if it is one of ours, with heads and perhaps a parsing attention
     task_model: TaskModel | None = None  # the fine-tuned model, if there is one: it answers
     task_settings: FinetuneSettings | None = None  # of the run that made it: where its examples are
@@ -136,7 +137,7 @@ def _load(source: Loadable, regions: str) -> Subject:
             return _of_transformers(source, regions)
         except CheckpointError as theirs:
             raise CheckpointError(f"{ours}; and transformers: {theirs}") from None
-    return _ours(name, model, data=settings.data)
+    return _ours(name, model, data=settings.data, mask=settings.mask)
 
 
 def _ours(name: str, model: VisualParsingModel, **parts: Any) -> Subject:

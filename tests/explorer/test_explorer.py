@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator
@@ -32,19 +33,21 @@ from PIL import Image
 from plotly.callbacks import Points
 
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.inputs import prepare
+from vpworkbench.data.inputs import Pixels, prepare
 from vpworkbench.data.objects import noise_on_objects, objects_of_pictures
 from vpworkbench.data.records import Picture
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import DataError
 from vpworkbench.explorer import Explorer, explore
+from vpworkbench.explorer.masks import BY_ATTENTION
 from vpworkbench.explorer.readings import BLOCKED
 from vpworkbench.explorer.widgets import Panels, Save
+from vpworkbench.guides import open_source
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.probes import flow_from_attention, knock_out
 from vpworkbench.probes.readouts import masked_word, match_log_odds, task_answer
-from vpworkbench.settings import pretrain_settings
+from vpworkbench.settings import MaskSettings, pretrain_settings
 from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Subject
 from vpworkbench.tasks import TASKS
@@ -188,7 +191,7 @@ def test_the_mask_hides_what_another_rule_ranks_first(view: Explorer, scenes: li
     pick = int((objects > 0).nonzero()[0])
     view.pick(pick, k=5, select=rule)
     hidden = np.flatnonzero(arrays(view.masks.panels[0])[2])
-    features = view.masks._visual[0].features[0].double()
+    features = view.masks._rankings[0].visual.features[0].double()
     place = np.stack([np.arange(36) // 6, np.arange(36) % 6], axis=1)
     scores = {
         "similar": torch.cosine_similarity(features, features[pick : pick + 1]).numpy(),
@@ -610,15 +613,55 @@ def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture
 
 
 def test_a_model_without_parsing_attention(scenes: list[Picture], tmp_path: Path) -> None:
+    """It has the rules that need none; those of objects go where no object is known."""
     view = explore(wide_model(scenes, 6), scenes[:2])
     assert "only the Swin parser" in view.masks.status.text
-    assert "random masks are drawn" in view.masks.status.text
-    view.pick(3, k=5)
-    assert view.masks.panels[0].captions == ["the image", "random mask"]
-    assert arrays(view.masks.panels[0])[1].sum() == 5
-    assert [cells[1] for cells in view.masks.numbers.rows] == ["random"]
+    assert view.masks.select.options == ("similar", "block", "object") and view.masks.head.layout.display == "none"
+    assert len(view.masks.select.tooltips) == 3
+    view.pick(3, k=5, select="block")
+    assert view.masks.panels[0].captions == ["the image", "nearness to the token", "block mask", "random mask"]
+    assert arrays(view.masks.panels[0])[2:].sum() == 10 and np.isfinite(view.tables()["masks"].block_error).sum() == 5
+    assert [cells[1] for cells in view.masks.numbers.rows] == ["block", "random"]
+    with pytest.raises(ValueError, match="'row' is none of similar, block, object"):
+        view.pick(3, select="row")
     view.save(tmp_path / "page.html")
+    view.trial.add_image(png(), "own.png")
+    assert view.masks.select.options == ("similar", "block") and view.masks.select.value == "block"
     view.close()
+
+
+def test_two_models_of_which_one_has_attention(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    """By attention the other one has the random mask only; by features both have a mask of their own."""
+    with closing(explore(model, scenes[:2], beside=wide_model(scenes, 6))) as view:
+        assert [len(panels.kinds) for panels in view.masks.panels] == [4, 2]
+        assert [len(panels.kinds) for panels in view.masks.errors] == [2, 1]
+        view.pick(8, k=5, select="similar")
+        assert [len(panels.kinds) for panels in view.masks.panels + view.masks.errors] == [4, 4, 2, 2]
+        assert [cells[:2] for cells in view.masks.numbers.rows[::2]] == [["model", "similar"], ["model (2)", "similar"]]
+
+
+@pytest.mark.parametrize("mode", ["attention", "similar"])
+def test_the_source_of_a_run_ranks_as_in_its_training(
+    model: VisualParsingModel, scenes: list[Picture], tmp_path: Path, mode: str
+) -> None:
+    """Patches of 6 x 6 tokens, masked by a parser of as many."""
+    model.save_pretrained(tmp_path)
+    base = wide_model(scenes, 6)
+    subject = Subject("a", base, partial(prepare, base), base=base, mask=MaskSettings(mode=mode, source=str(tmp_path)))
+    rule = "column" if mode == "attention" else mode
+    with closing(explore(subject, scenes[:2])) as view, torch.no_grad():
+        view.pick(14, k=6, select=rule)
+        visual = model.visual(Pixels(96).stack([scenes[0].image]))
+        cosine = torch.cosine_similarity(visual.features[0], visual.features[0, 14], dim=-1)
+        wanted = visual.parsing[0].mean(dim=0)[:, 14] if mode == "attention" else cosine - cosine.min()
+        np.testing.assert_allclose(arrays(view.masks.panels[0])[1], wanted.numpy(), rtol=1e-4, atol=1e-5)
+        assert set(BY_ATTENTION) <= set(view.masks.select.options) or mode == "similar"
+        assert f"a: {mode} is that of {tmp_path}" in view.masks.status.text
+    shutil.rmtree(tmp_path)
+    open_source.cache_clear()
+    with closing(explore(subject, scenes[:2])) as view:
+        assert "its mask.source cannot be loaded" in view.masks.status.text
+        assert view.masks.select.options == ("similar", "block", "object")
 
 
 @pytest.fixture
@@ -642,7 +685,7 @@ def test_regions_are_boxes(regions: Explorer, scenes: list[Picture], tmp_path: P
     for widget in (panels, reader):
         np.testing.assert_allclose(np.frombuffer(widget.boxes, "<f4").reshape(-1, 4), true, atol=1e-6)
     np.testing.assert_array_equal(reading.image, scenes[0].image.pixels())
-    assert not reading.on_grid and "random masks are drawn" in regions.masks.status.text
+    assert not reading.on_grid and regions.masks.select.options == ("similar", "block", "object")
     # Padding is nowhere: a word's attention goes to words and boxes alone.
     shares = reading.weights(0, 1)[np.ix_(reading.language, np.append(reading.language, reading.vision))]
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
@@ -671,7 +714,8 @@ def test_regions_are_picked_and_hidden(regions: Explorer, model: VisualParsingMo
     things = len(scenes[0].scene.things)
     regions.masks.panels[0].picked = 1  # a click
     regions.pick(k=2)
-    assert arrays(regions.masks.panels[0])[1].sum() == 2 and arrays(regions.masks.panels[0])[1, 1] == 1
+    assert (arrays(regions.masks.panels[0])[2:].sum(axis=1) == 2).all()
+    assert (arrays(regions.masks.panels[0])[2:, 1] == 1).all()
     table = regions.tables()["masks"]
     assert len(table) == things and np.isfinite(table.random_error).sum() == 2
     base, masked = regions.subjects[0].base, torch.zeros(1, 9, dtype=torch.bool)
@@ -720,8 +764,7 @@ def test_models_that_cut_the_image_otherwise(
     with closing(explore(wide_model(scenes, 6), scenes[:2], beside=wide_model(scenes, 8))) as view:
         assert view.masks.status.text == (
             "model (2) cuts the image into other tokens; only the first model is shown here.\n"
-            "No mask by attention for model: only the Swin parser and ViTs have a parsing attention; random masks are "
-            "drawn."
+            "No mask by attention for model: only the Swin parser and ViTs have a parsing attention."
         )
 
 

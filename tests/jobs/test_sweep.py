@@ -123,7 +123,7 @@ def test_notebooks_follow_a_run_with_its_name_seed_and_model(tmp_path, runs_fold
         ({"notebook": "reads.ipynb"}, "t-seed=2: two jobs of reads have this name"),
         ({"notebook": "reads.ipynb", "suffix": "x", "parameters": {"sead": 1}}, "t-seed=2-x: .*did you mean 'seed'"),
         ({"notebook": "trial.ipynb", "suffix": "x"}, "t-seed=2-x: .*checkpoint"),
-        ({"notebook": "reads.ipynb", "sufix": "x"}, "then.1.sufix: no such setting"),
+        ({"notebook": "reads.ipynb", "sufix": "x"}, "then.1.sufix: no such setting; did you mean 'then.suffix'"),
     ]:
         with pytest.raises(SettingsError, match=message):
             jobs_of("trial.ipynb", name="t", grid={"seed": [2]}, then=[then[0], follower])

@@ -16,9 +16,12 @@ from tasks.test_task import few
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.nlvr1 import Item
 from vpworkbench.data.records import Example
+from vpworkbench.errors import SettingsError
 from vpworkbench.model.attentive import EveImage, Mac
 from vpworkbench.runs import open_run
+from vpworkbench.settings import FinetuneSettings, checked
 from vpworkbench.studies.baselines import (
+    ATTENTIVE,
     attentive_labels,
     baselines,
     maxent_on_structure,
@@ -87,6 +90,18 @@ def test_attentive_networks_answer_what_neither_words_nor_image_can_alone(colour
     found = attentive_labels(network, model, asked[:160], labels[:160], asked[160:], seed=0, epochs=epochs)
     assert np.mean(np.array(found) == labels[160:]) > 0.8
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_cells_of_mac_are_a_setting_of_its_tasks():
+    """Runs from before the setting have no such key: at its default they are the same runs still."""
+    assert "mac_steps" not in few(task="nlvr2").model_dump() and few(task="nlvr2").mac_steps == 4
+    settings = few(task="nlvr1", overrides={"mac_steps": 12})
+    assert settings.model_dump()["mac_steps"] == 12 == checked(FinetuneSettings, settings.model_dump()).mac_steps
+    assert len(ATTENTIVE["nlvr1"]["MAC"](settings)(8, 9, 2).question) == 12
+    with pytest.raises(SettingsError, match="mac_steps is for nlvr2 and nlvr1, not for vqa"):
+        few(task="vqa", overrides={"mac_steps": 12})
+    with pytest.raises(SettingsError, match="mac_steps"):
+        few(task="nlvr2", overrides={"mac_steps": 0})
 
 
 def counted(number: int, drawn: int) -> Example:

@@ -304,7 +304,7 @@ class Explorer(ipywidgets.VBox):
             image.set_title(still.shortened(f"{reading.subject.name}: {reading.text}", 26))
             image.set_axis_off()
             if self.masks is not None and reading in self.masks.readings:
-                self.masks.draw_panel(mask, reading, 2 if reading.subject.base.settings.visual.kind.parsing else 3)
+                self.masks.draw_mask(mask, reading)
             else:
                 still.panel(mask, reading, "plain", np.zeros(len(reading.boxes)), "")
             ends = (reading.flow[0], reading.null[0]), (reading.flow.diagonal(), reading.null.diagonal())

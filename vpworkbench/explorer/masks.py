@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ipywidgets
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.data.objects import boxed_objects, objects_of_pictures
+from vpworkbench.errors import CheckpointError, SettingsError
 from vpworkbench.explorer import still
 from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, Delayed, StatusText, View, image_traits, row
 from vpworkbench.explorer.readings import Reading, check_index
 from vpworkbench.explorer.widgets import Panels, Table
+from vpworkbench.guides import Source, open_source
 from vpworkbench.losses import scores_of_pick, visual_mask
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes.masks import mask_scores
@@ -33,15 +36,70 @@ RANKS = {
     "object": "the true object, then the nearest",
 }
 """What the mask beside the random one hides with the pick, and what a button says of it."""
+BY_ATTENTION = ("row", "column", "symmetric")
 LOOKS = {"similar": "likeness to the token", "block": "nearness to the token", "object": "its object, then nearness"}
 KINDS = ["plain", "shade", "mask", "mask"]
 CAPTIONS = ["the image", "attention of the token", "attention mask", "random mask"]
 
 
+@dataclass(eq=False)
+class Ranking:
+    """The visual tokens of one reading, and how each `mask.mode` ranks them for a pick.
+
+    `given` are the scores of a `mask.source` by mode, (1, vision, vision), where the model was trained with one.
+    """
+
+    reading: Reading
+    visual: VisualTokens
+    given: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.reading.subject.name
+
+    @property
+    def heads(self) -> int:
+        """Heads of the parsing attention to choose from."""
+        return 0 if self.visual.parsing is None or "attention" in self.given else self.visual.parsing.shape[1]
+
+    @property
+    def has_attention(self) -> bool:
+        return self.heads > 0 or "attention" in self.given
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Places of the tokens among those of the visual side, which has padding behind regions."""
+        return self.reading.vision - self.reading.inputs.forward["words"].shape[1]
+
+    def scores(self, mode: str, head: int, objects: Tensor) -> Tensor | None:
+        """(1, vision, vision), by one head of the parsing attention or by their mean (-1); None: no attention."""
+        if mode in self.given:
+            return self.given[mode]
+        parsing = self.visual.parsing
+        if parsing is not None:
+            parsing = (parsing.mean(dim=1) if head < 0 else parsing[:, head]).float().cpu()
+        features = self.visual.features[:, self.places].float().cpu()
+        return mask_scores(mode, features, parsing, torch.from_numpy(self.reading.boxes)[None], objects[None])
+
+    @torch.no_grad()
+    def errors(self, masks: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are not hidden."""
+        model, forward = self.reading.subject.base, self.reading.inputs.forward
+        words = {name: forward[name].expand(len(masks), -1) for name in ("words", "word_tokens")}
+        visual = self.visual.for_texts(torch.zeros(len(masks), dtype=torch.long, device=model.device))
+        masked = torch.zeros(visual.features.shape[:2], dtype=torch.bool)
+        masked[:, self.places] = torch.from_numpy(masks).bool()
+        masked = masked.to(model.device)
+        predicted = model.mfr(model.fuse(visual, **words, masked=masked).vision)
+        error = (predicted - visual.features).square().mean(dim=-1)
+        return error.masked_fill(~masked, torch.nan).cpu().numpy()[:, self.places]
+
+
 class MasksView(View):
     """The image with its tokens; one pick, how a rule ranks the others for it, the resulting mask, and a random mask.
 
-    Only models of this package are shown, and only the random mask of one without a parsing attention.
+    Only models of this package are shown. One without a parsing attention has the other rules, and by attention only
+    the random mask. Where a run was trained with a `mask.source`, that model ranks, as it did in training.
     """
 
     title = "Masks"
@@ -55,9 +113,7 @@ class MasksView(View):
         self.fit = ipywidgets.Button(
             description="k = its object", tooltip="a mask as large as the picked object", layout={"width": "115px"}
         )
-        self.select = ipywidgets.ToggleButtons(
-            options=list(RANKS), tooltips=list(RANKS.values()), style={"button_width": "95px"}
-        )
+        self.select = ipywidgets.ToggleButtons(style={"button_width": "95px"})
         self.head = ipywidgets.Dropdown(options=_head_options(0), layout={"width": "125px"})
         self.again = ipywidgets.Button(
             description="draw again", tooltip="another random mask", layout={"width": "100px"}
@@ -76,25 +132,30 @@ class MasksView(View):
         self._delayed.cancel()
         ours = [reading for reading in readings if reading.subject.base is not None]
         self.readings = ours if all(ours[0].same_boxes(other) for other in ours) else ours[:1]  # one pick must fit all
-        with torch.no_grad():
-            self._visual = [reading.subject.base.visual(reading.inputs.forward["images"]) for reading in self.readings]
         lines = [
             f"{other.subject.name} cuts the image into other tokens; only the first model is shown here."
             for other in ours[len(self.readings) :]
         ]
+        self._rankings = [_ranking(reading, lines) for reading in self.readings]
         names = [reading.subject.name for reading in readings if reading.subject.base is None]
-        pairs = zip(self.readings, self._visual, strict=True)
-        if names := names + [reading.subject.name for reading, visual in pairs if visual.parsing is None]:
-            drawn = "; random masks are drawn." if self.readings else "."
-            reason = "only the Swin parser and ViTs have a parsing attention"
-            lines.append(f"No mask by attention for {', '.join(names)}: {reason}{drawn}")
+        if names := names + [one.name for one in self._rankings if not one.has_attention]:
+            lines.append(
+                f"No mask by attention for {', '.join(names)}: only the Swin parser and ViTs have a parsing attention."
+            )
         self.status.set(*(lines or ["Click a token, or use the arrow keys and Enter."]))
         if not self.readings:
             self.widget.children = (self.status,)
             return
         self._objects = _objects(self.readings[0])
         self._fit_controls()
-        self._build()
+        if len(self.panels) != len(self.readings):
+            for panel in [*self.panels, *self.errors]:
+                panel.close()
+            self.panels, self.errors = [Panels() for _ in self.readings], [Panels() for _ in self.readings]
+            for panel in [*self.panels, *self.errors]:
+                panel.observe(self._token_picked, "picked")
+        controls = row(self.k, self.fit, self.again), row(self.select, self.head)
+        self.widget.children = (self.status, *controls, *self.panels, self.numbers, *self.errors)
         self._redraw(images=True)
 
     def set(
@@ -132,11 +193,11 @@ class MasksView(View):
     def tables(self) -> dict[str, pd.DataFrame]:
         """`masks`: one row for each model and visual token."""
         parts = []
-        for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
+        for ranking, values in zip(self._rankings, self.values, strict=True):
             rule = self._rule
             names = [rule, f"{rule}_mask", "random_mask", f"{rule}_error", "random_error"]
-            columns = dict(zip(names, [*values[1:], *self._errors_of(number)], strict=True))
-            parts.append(pd.DataFrame({"model": reading.subject.name, "token": range(values.shape[1])} | columns))
+            columns = dict(zip(names, [*values[1:], *ranking.errors(values[2:])], strict=True))
+            parts.append(pd.DataFrame({"model": ranking.name, "token": range(values.shape[1])} | columns))
         return {"masks": pd.concat(parts, ignore_index=True)} if parts else {}
 
     def section(self) -> Section:
@@ -145,53 +206,49 @@ class MasksView(View):
         self._delayed.cancel()
         self._reconstruct(images=True)
         parts = []
-        for reading, shown, panels, errors in zip(self.readings, self._shown, self.panels, self.errors, strict=True):
+        for reading, values, panels, errors in zip(self.readings, self.values, self.panels, self.errors, strict=True):
+            shown = _shown(values)
             figure = still.blank(235 * len(shown), 260)
             for axes, panel in zip(figure.subplots(1, len(shown)), shown, strict=True):
-                self.draw_panel(axes, reading, panel)
+                self._draw_panel(axes, reading, values, panel)
             parts += [Part(panels, still.png(figure)), Part(errors)]
         intro = "Hover over a token to see its numbers. To pick another token, open the explorer: the model must run."
         return Section(self.title, intro, [*parts, Part(self.numbers)])
 
-    def draw_panel(self, axes: Axes, reading: Reading, panel: int) -> None:
-        """Draw one panel of a reading as a still picture."""
+    def draw_mask(self, axes: Axes, reading: Reading) -> None:
+        """Draw the mask of a reading as a still picture; the random one if it has no other."""
         values = self.values[self.readings.index(reading)]
+        self._draw_panel(axes, reading, values, 2 if values[2].any() else 3)
+
+    def _draw_panel(self, axes: Axes, reading: Reading, values: NDArray[np.float32], panel: int) -> None:
         still.panel(axes, reading, KINDS[panel], values[panel], self._captions[panel], self.pick)
 
     def close(self) -> None:
         super().close()
         self._delayed.cancel()
-        self._visual, self.values = [], []
+        self._rankings, self.values = [], []
 
     # ------------------------------------------------------------------------------------------------ drawing
 
     def _fit_controls(self) -> None:
         """Set the controls to the tokens, heads and objects of new readings."""
         tokens = len(self.readings[0].boxes)
-        heads = max(0 if visual.parsing is None else visual.parsing.shape[1] for visual in self._visual)
+        heads = min((one.heads for one in self._rankings if one.heads), default=0)  # those that all of them have
+        missing = set() if any(one.has_attention for one in self._rankings) else {*BY_ATTENTION}
+        missing |= set() if self._objects.any() else {"object"}
+        rules, chosen = {rule: tip for rule, tip in RANKS.items() if rule not in missing}, self.select.value
         with self.quiet():
+            if self.select.options != tuple(rules):
+                self.select.options, self.select.tooltips = tuple(rules), tuple(rules.values())
+                self.select.value = chosen if chosen in rules else next(iter(rules))
             if self.k.max != tokens:
                 self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
             self.head.options, self.head.value = _head_options(heads), -1
-        for control in (self.select, self.head):
-            control.layout.display = None if heads else "none"
+        self.head.layout.display = None if heads else "none"
         self.fit.layout.display = None if self._objects.any() else "none"
         if not 0 <= self.pick < tokens:
             on_objects = self._objects.nonzero()
             self.pick = int(on_objects[0]) if len(on_objects) else tokens // 2
-
-    def _build(self) -> None:
-        """Make the panels anew if the models have others."""
-        self._shown = [(0, 3) if visual.parsing is None else (0, 1, 2, 3) for visual in self._visual]
-        if [len(panel.kinds) for panel in self.panels] != [len(shown) for shown in self._shown]:
-            for panel in [*self.panels, *self.errors]:
-                panel.close()
-            self.panels = [_panels([KINDS[n] for n in shown], [CAPTIONS[n] for n in shown]) for shown in self._shown]
-            self.errors = [_panels(["shade"] * (len(shown) // 2), self._errors(shown)) for shown in self._shown]
-            for panel in [*self.panels, *self.errors]:
-                panel.observe(self._token_picked, "picked")
-        controls = row(self.k, self.fit, self.again), row(self.select, self.head)
-        self.widget.children = (self.status, *controls, *self.panels, self.numbers, *self.errors)
 
     def _token_picked(self, change: dict[str, Any]) -> None:
         if change["new"] < 0:
@@ -208,16 +265,17 @@ class MasksView(View):
         """Send the page its slice; the errors of reconstruction follow a moment later."""
         if self._is_quiet or not self.readings:
             return
-        self.values = [self._values_of(visual) for visual in self._visual]
-        for reading, panel, values, shown in zip(self.readings, self.panels, self.values, self._shown, strict=True):
+        self.values = [self._values_of(ranking) for ranking in self._rankings]
+        for reading, panel, values in zip(self.readings, self.panels, self.values, strict=True):
             hidden = [int(mask.sum()) for mask in values[2:]]
             alt = (
                 f"Token {self.pick} is picked; {hidden[0]} tokens are hidden by {self._rule} and {hidden[1]} at random."
             )
             traits = {"label": f"{reading.subject.name}: masks", "alt": alt} | (image_traits(reading) if images else {})
-            traits["captions"] = [self._captions[number] for number in shown]
-            traits["outlined"] = self._on_object.nonzero()[:, 0].tolist()
-            panel.update(values=values[list(shown)], picked=self.pick, **traits)
+            shown = _shown(values)
+            traits |= {"kinds": [KINDS[n] for n in shown], "captions": [self._captions[n] for n in shown]}
+            traits |= {"width": WIDTH // 4 * len(shown), "outlined": self._on_object.nonzero()[:, 0].tolist()}
+            panel.update(values=values[shown], picked=self.pick, **traits)
         self.fit.disabled = self._object_size < 2
         self._show_numbers()
         self.changed()
@@ -234,54 +292,33 @@ class MasksView(View):
             return CAPTIONS
         return [CAPTIONS[0], LOOKS[self._rule], f"{self._rule} mask", CAPTIONS[3]]
 
-    def _errors(self, shown: Sequence[int]) -> list[str]:
-        """Captions of the errors under the masks that are shown."""
-        return [f"error under the {self._captions[number]}" for number in shown if KINDS[number] == "mask"]
-
-    def _values_of(self, visual: VisualTokens) -> NDArray[np.float32]:
+    def _values_of(self, ranking: Ranking) -> NDArray[np.float32]:
         """(panel, token): zeros, scores of the tokens for the pick, mask by them, random mask."""
-        tokens = len(self.readings[0].boxes)
+        tokens = len(self._objects)
         noise = torch.rand(1, tokens, generator=torch.Generator().manual_seed(self._draw))
         noise[0, self.pick] = 2
         values = torch.zeros(4, tokens)
-        if visual.parsing is not None:
-            heads = visual.parsing[0].float().cpu()
-            weights = heads.mean(dim=0) if self.head.value < 0 else heads[self.head.value]
-            boxes = torch.from_numpy(self.readings[0].boxes)[None]
-            features, objects = visual.features.float().cpu(), self._objects[None]
-            scores = mask_scores(self._rule, features, weights[None], boxes, objects).float()
+        scores = ranking.scores(self._rule, self.head.value, self._objects)
+        if scores is not None:
             select = self.select.value if self._rule == "attention" else "row"
-            values[1] = scores_of_pick(scores, torch.tensor([self.pick]), select)[0]
+            values[1] = scores_of_pick(scores.float(), torch.tensor([self.pick]), select)[0]
             if self._rule != "attention":
                 values[1] -= values[1].min()  # shades begin at 0
-            values[2] = visual_mask(noise, self.k.value, parsing=scores, select=select)[0]
+            values[2] = visual_mask(noise, self.k.value, parsing=scores.float(), select=select)[0]
         values[3] = visual_mask(noise, self.k.value)[0]
         return values.numpy()
 
     def _reconstruct(self, *, images: bool = False) -> None:
-        errors = [self._errors_of(number) for number in range(len(self.readings))]
-        for reading, panel, found in zip(self.readings, self.errors, errors, strict=True):
+        errors = [one.errors(values[2:]) for one, values in zip(self._rankings, self.values, strict=True)]
+        for reading, panel, values, found in zip(self.readings, self.errors, self.values, errors, strict=True):
             traits = image_traits(reading) if images or not panel.image else {}
             traits["label"] = f"{reading.subject.name}: error of hidden tokens"
             traits["alt"] = "Bright where the features of a hidden token are guessed badly."
-            traits["captions"] = self._errors(self._shown[self.readings.index(reading)])
-            panel.update(values=np.nan_to_num(found)[-len(panel.kinds) :], picked=self.pick, **traits)
+            masks = [n for n in _shown(values) if KINDS[n] == "mask"]
+            traits["captions"] = [f"error under the {self._captions[n]}" for n in masks]
+            traits |= {"kinds": ["shade"] * len(masks), "width": WIDTH // 4 * len(masks)}
+            panel.update(values=np.nan_to_num(found)[-len(masks) :], picked=self.pick, **traits)
         self._show_numbers(errors)
-
-    @torch.no_grad()
-    def _errors_of(self, number: int) -> NDArray[np.float32]:
-        """Squared error of MFR, mean over channels (paper Eq. 9), (mask, token); nan at tokens that are not hidden."""
-        reading = self.readings[number]
-        model = reading.subject.base
-        words = {name: reading.inputs.forward[name].expand(2, -1) for name in ("words", "word_tokens")}
-        both = self._visual[number].for_texts(torch.zeros(2, dtype=torch.long, device=model.device))
-        places = reading.vision - words["words"].shape[1]  # without the padding of regions
-        masked = torch.zeros(both.features.shape[:2], dtype=torch.bool)
-        masked[:, places] = torch.from_numpy(self.values[number][2:]).bool()
-        masked = masked.to(model.device)
-        predicted = model.mfr(model.fuse(both, **words, masked=masked).vision)
-        error = (predicted - both.features).square().mean(dim=-1)
-        return error.masked_fill(~masked, torch.nan).cpu().numpy()[:, places]
 
     # ------------------------------------------------------------------------------------------------ numbers
 
@@ -296,7 +333,7 @@ class MasksView(View):
         return int(self._on_object.sum())
 
     def _show_numbers(self, errors: Sequence[NDArray[np.float32]] = ()) -> None:
-        """Fill the table; `errors` are those of `_errors_of` for each model, empty while they are computed."""
+        """Fill the table; `errors` are those under each model's masks, empty while they are computed."""
         has_objects = bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
@@ -323,8 +360,9 @@ class MasksView(View):
         return f"{100 * share:.0f}%" + (f", {100 * expected:.0f}% expected" if random else "")
 
 
-def _panels(kinds: list[str], captions: list[str]) -> Panels:
-    return Panels(width=WIDTH // 4 * len(kinds), kinds=kinds, captions=captions)
+def _shown(values: NDArray[np.float32]) -> list[int]:
+    """The panels to show of (panel, token): without a mask by the rule, only the image and the random mask."""
+    return [0, 1, 2, 3] if values[2].any() else [0, 3]
 
 
 def _head_options(heads: int) -> list[tuple[str, int]]:
@@ -338,3 +376,20 @@ def _objects(reading: Reading) -> Tensor:
     if visual.kind.on_grid:
         return objects_of_pictures([reading.picture], visual.grid)[0]
     return boxed_objects([reading.picture], torch.from_numpy(reading.boxes)[None])[0]
+
+
+@torch.no_grad()
+def _ranking(reading: Reading, notes: list[str]) -> Ranking:
+    """A note says if a `mask.source` ranks, or why it cannot be asked."""
+    base, mask = reading.subject.base, reading.subject.mask
+    ranking = Ranking(reading, base.visual(reading.inputs.forward["images"]))
+    if mask.source:
+        try:
+            source = Source(open_source(mask, base.settings.visual), mask, base.settings.visual)
+        except (SettingsError, CheckpointError) as error:
+            notes.append(f"{ranking.name}: its mask.source cannot be loaded: {error}")
+            return ranking
+        places = torch.from_numpy(ranking.places)
+        ranking.given[mask.mode] = source.stack([reading.picture])[:, places][:, :, places]
+        notes.append(f"{ranking.name}: {mask.mode} is that of {mask.source}, by which it was trained.")
+    return ranking

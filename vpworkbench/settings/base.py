@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterable
 from operator import attrgetter
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
@@ -45,7 +45,7 @@ def checked(kind: type[S], values: dict[str, Any]) -> S:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(fault_lines(error, setting_paths(kind))) from None
+        raise SettingsError(fault_lines(error, [*setting_paths(kind), *_listed_paths(kind)])) from None
 
 
 def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
@@ -54,7 +54,7 @@ def fault_lines(error: ValidationError, valid: Iterable[str] = ()) -> str:
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"]) or "settings"
         if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{path}: no such setting{nearest(path, valid)}")
+            lines.append(f"{path}: no such setting{nearest(re.sub(r'[.][0-9]+', '', path), valid)}")
         elif fault["type"] == "value_error":  # raised by a validator of ours, which shows the value itself
             lines.append(f"{path}: {fault['ctx']['error']}")
         else:
@@ -84,6 +84,13 @@ def setting_paths(kind: type[BaseModel]) -> list[str]:
         else:
             paths.append(name)
     return paths
+
+
+def _listed_paths(kind: type[BaseModel]) -> list[str]:
+    """The dotted paths of settings in lists, without the places in these."""
+    parts = [(name, part) for name, field in kind.model_fields.items() for part in get_args(field.annotation)]
+    models = [(name, part) for name, part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+    return [f"{name}.{path}" for name, part in models for path in setting_paths(part)]
 
 
 def absolute_path(value: Any) -> Any:

@@ -262,6 +262,9 @@ class FinetuneSettings(Settings):
         None, description="whether the visual side is frozen, its tokens computed once; null: as it was in pre-training"
     )
     subsets: bool = Field(False, description="NLVR2: score the balanced and unbalanced subsets of val and test too")
+    mac_steps: int = Field(  # not written if 4, so that runs from before this setting are the same runs
+        4, ge=1, le=64, exclude_if=lambda steps: steps == 4, description="NLVR, NLVR2: cells of MAC, 12 in its paper"
+    )
     premise: bool = Field(False, description="SNLI-VE: the text premise too; it is the image's caption and leaks")
     retrieval: RetrievalSettings = RetrievalSettings()
     seed: int = Field(0, ge=0, lt=2**31)

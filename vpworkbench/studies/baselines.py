@@ -42,10 +42,10 @@ WORD = r"(?u)\b\w+\b"
 REGRESSION = {"tol": 1e-2, "max_iter": 500}  # a smaller tolerance costs half a minute and generalises no better
 NUMBERS = {word: number for number, word in enumerate(("one", "two", "three", "four", "five", "six", "seven"), 1)}
 NUMBERS |= {str(number): number for number in range(1, 8)}
-ATTENTIVE: dict[str, dict[str, Callable[..., nn.Module]]] = {
-    "nlvr2": {"MAC": Mac},  # 4 cells; `partial(Mac, steps=12)` has as many as its paper
-    "nlvr1": {"MAC": Mac},
-    "snli-ve": {"EVE-Image": EveImage},
+ATTENTIVE: dict[str, dict[str, Callable[[FinetuneSettings], Callable[..., nn.Module]]]] = {
+    "nlvr2": {"MAC": lambda settings: partial(Mac, steps=settings.mac_steps)},
+    "nlvr1": {"MAC": lambda settings: partial(Mac, steps=settings.mac_steps)},
+    "snli-ve": {"EVE-Image": lambda settings: EveImage},
 }
 """Task -> networks that attend to visual tokens, trained from scratch on the tokens of the checkpoint."""
 
@@ -116,8 +116,8 @@ def _classify(
     if all(example.boxes for example in [*training, *examples]):
         predictions["MaxEnt on structure"] = list(maxent_on_structure(training, labels, examples))
     for name, network in ATTENTIVE.get(prepared.model.task.name, {}).items():
-        given = training, labels, examples
-        predictions[name] = attentive_labels(network, prepared.model.base, *given, seed=settings.seed)
+        given = prepared.model.base, training, labels, examples
+        predictions[name] = attentive_labels(network(settings), *given, seed=settings.seed)
     return predictions
 
 
@@ -288,7 +288,7 @@ def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
 
 def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
     train = {name: value for name, value in settings["train"].items() if name not in ("checkpoint_every", "log_every")}
-    return settings | {"seed": 0, "pretrained": True, "workers": 0, "train": train}
+    return settings | {"seed": 0, "pretrained": True, "workers": 0, "mac_steps": 0, "train": train}
 
 
 def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:

@@ -42,7 +42,7 @@ NLVR2 = Task(
     labels=fixed_labels("False", "True"),
     more_scores=statements_and_subsets,
     schedules={"tiny": TINY, "paper": PAPER},
-    own_settings=("pairing", "subsets"),
+    own_settings=("pairing", "subsets", "mac_steps"),
 )
 
 NLVR1 = Task(
@@ -50,4 +50,5 @@ NLVR1 = Task(
     read=lambda path, settings: task_readers.NLVR1_TASK.read(path, settings.images),
     labels=fixed_labels("False", "True"),
     schedules={"tiny": TINY, "paper": PAPER},
+    own_settings=("mac_steps",),
 )

@@ -15,16 +15,17 @@ from vpworkbench.data.inputs import pixel_cache, visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.scene_cache import cache_root
 from vpworkbench.data.splits import check_sizes, load_splits
+from vpworkbench.guides import mask_guide
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import build_visual
 from vpworkbench.model.weights import KeyReport, start_text, start_visual
 from vpworkbench.model.words import build_tokenizer, build_vocabulary, wordpiece_tokenizer
 from vpworkbench.runs import Run
 from vpworkbench.settings import ModelSettings, PretrainSettings
+from vpworkbench.train.checkpoints import is_trained
 from vpworkbench.train.engine import fit, pick_device
 from vpworkbench.train.evaluate import held_out_probe
 from vpworkbench.train.frozen import forget_tokens, token_inputs
-from vpworkbench.train.guides import mask_guide
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.processes import launch
 
@@ -71,7 +72,8 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     elif settings.data.cache:
         inputs = pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
     held_out, device = prepared.splits["val"], pick_device(train.device)
-    guide = mask_guide(settings, training, run, device=device)
+    kept = None if is_trained(run.folder) else run  # a finished run needs no scores
+    guide = mask_guide(settings, training, kept, device=device)
     sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs, "guide": guide}
     batches = group_batches(training, model, settings.data, **sizes)
     probe = partial(

@@ -27,7 +27,6 @@ from vpworkbench.probes.masks import nearest_by_features, objects_first
 from vpworkbench.runs import Run
 from vpworkbench.settings import MaskSettings, PretrainSettings, VisualSettings
 from vpworkbench.subjects import load_run
-from vpworkbench.train.checkpoints import is_trained
 
 SOURCE_PX = 224
 """Side of the images that a `mask.source` sees, or the nearest that its tokens and the family's tile alike."""
@@ -58,7 +57,7 @@ def mask_guide(
     if not mask.source:
         return None
     guide = Source(open_source(mask, visual).to(device), mask, visual)
-    if run is None or is_trained(run.folder):
+    if run is None:
         return guide
     key = f"{mask.model_dump_json()} {visual.model_dump_json()}"
     options = {"both_ways": settings.data.flip, "what": "asking mask.source", "progress": run.progress}

@@ -17,13 +17,13 @@ from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.objects import objects_of_pictures
 from vpworkbench.data.regions import write_regions
 from vpworkbench.errors import DataError, SettingsError
+from vpworkbench.guides import mask_guide, open_source, source_settings
 from vpworkbench.losses import visual_mask
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes.masks import mask_on_object, objects_first
 from vpworkbench.runs import open_run, shipped_run
 from vpworkbench.settings import MaskSettings, VisualSettings, pretrain_settings
 from vpworkbench.subjects import load_run
-from vpworkbench.train.guides import mask_guide, open_source, source_settings
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain
 
