@@ -66,6 +66,19 @@ def ok_vqa(folder: Path) -> None:
         coco_images(folder, subset, ids)
 
 
+def a_okvqa(folder: Path) -> None:
+    """Lists with choices; test without answers. Direct answers to the question `hard` are not scored."""
+    for number, split in enumerate(("train", "val", "test"), 1):
+        picture(folder / f"{split}2017" / f"{number:012d}.jpg", colour(number))
+        asked = {"split": split, "image_id": number, "question": "What for?", "choices": ["a", "b", "c", "d"]}
+        told = {"correct_choice_idx": 1, "direct_answers": ["b"] * 9 + ["bee"], "rationales": ["So."]}
+        records = [
+            asked | {"question_id": f"{split}-{kind}", "difficult_direct_answer": kind == "hard"}
+            for kind in ("ab", "hard")
+        ]
+        written(folder / f"aokvqa_v1p0_{split}.json", [one | (told if split != "test" else {}) for one in records])
+
+
 def vqa_cp(folder: Path) -> None:
     """Lists; its test asks about COCO's train2014 too. No val."""
     for split, ids in (("train", range(1, 13)), ("test", [20])):
@@ -296,6 +309,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], str, dict[str, list[str]]]] = {
     "vqa-unpacked": (vqa_unpacked, "vqa", {"train": ["1", "2"], "val": ["3"], "test": []}),
     "vqa-v2": (vqa_v2, "vqa", {"train": ["1", "2"], "val": ["3"], "test": ["4"]}),
     "ok-vqa": (ok_vqa, "vqa", {"train": ["1", "2"], "val": ["3"], "test": []}),
+    "a-okvqa": (a_okvqa, "vqa", {"train": ["train-ab"], "val": ["val-ab"], "test": ["test-ab"]}),
     "vqa-cp": (vqa_cp, "vqa", {"train": [str(k) for k in range(1, 13)], "val": [], "test": ["20"]}),
     "gqa": (gqa, "vqa", {"train": ["01"], "val": ["02"], "test": ["04"]}),
     "vizwiz": (

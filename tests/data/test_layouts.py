@@ -230,6 +230,17 @@ def test_the_questions_of_gqa_have_one_answer_each(tmp_path):
     assert splits["train"][0].images[0].name.endswith("n1.jpg")
 
 
+def test_a_okvqa_leaves_out_difficult_questions(tmp_path):
+    splits = read_for("vqa", written_layout("a-okvqa", tmp_path))
+    (asked,) = splits["val"]
+    assert asked.answers == ("b",) * 9 + ("bee",) and asked.images[0].name == "000000000002.jpg"
+    assert not splits["test"][0].answers
+    path = tmp_path / "aokvqa_v1p0_val.json"
+    path.write_text(path.read_text().replace("direct_answers", "answers_direct"))
+    with pytest.raises(DataError, match=r"aokvqa_v1p0_val.json: \[0\] \(val-ab\): no direct_answers; only test"):
+        read_for("vqa", tmp_path)
+
+
 def test_a_record_of_gqa_that_is_none_is_named(tmp_path):
     written_layout("gqa", tmp_path)
     path = tmp_path / "questions1.2" / "train_balanced_questions.json"

@@ -144,8 +144,17 @@ class _Region(BaseModel):
     phrase: str
 
 
+ImageId = Annotated[Id, Field(validation_alias=AliasChoices("id", "image_id"))]
+"""An image of Visual Genome, by its own number."""
+
+
+def image_of(annotations: Annotations, number: int) -> ImageFile:
+    """Visual Genome's image, which is in one of its two folders."""
+    return annotations.images.find(*(f"{folder}{number}.jpg" for folder in ("VG_100K/", "VG_100K_2/", "")))
+
+
 class _RegionImage(BaseModel):
-    id: Id = Field(validation_alias=AliasChoices("id", "image_id"))
+    id: ImageId
     regions: list[_Region]
 
 
@@ -160,7 +169,7 @@ def _visual_genome(annotations: Annotations) -> list[Picture]:
     known = _image_data(annotations.file.with_name("image_data.json"))
 
     def picture(record: _RegionImage) -> Iterator[Picture]:
-        image = annotations.images.find(*(f"{folder}{record.id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", "")))
+        image = image_of(annotations, record.id)
         phrases = dict.fromkeys(one_line(region.phrase) for region in record.regions)
         ids = known.get(record.id, _ImageData(image_id=record.id))
         yield Picture(

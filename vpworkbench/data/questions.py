@@ -1,4 +1,4 @@
-"""Questions about images, in every published form: VQA v1 and v2, OK-VQA, VQA-CP, GQA, Visual Genome, VizWiz, lists."""
+"""Questions about images as published: VQA v1 and v2, OK-VQA, A-OKVQA, VQA-CP, GQA, Visual Genome, VizWiz, lists."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
+from vpworkbench.data.captioned import ImageId, image_of
 from vpworkbench.data.files import json_list, read_text, report_fault
 from vpworkbench.data.images import OF_TEXTS, ImageIndex, origins
 from vpworkbench.data.readers import (
@@ -152,6 +153,25 @@ class _ListedQuestion(BaseModel):
         yield Example(self.id, (image,), text, split, answers=answers, kind=self.answer_type, origins=known)
 
 
+class _DirectQuestion(BaseModel):
+    """A-OKVQA's, about an image of COCO 2017; its server leaves out direct answers to questions marked difficult."""
+
+    question_id: Name
+    image_id: Id
+    question: Text
+    direct_answers: Answers = []
+    difficult_direct_answer: bool = False
+
+    def records(self, annotations: Annotations) -> Iterator[Example]:
+        if not self.direct_answers and annotations.split != "test":
+            raise DataError("no direct_answers; only test may lack them")
+        if not self.difficult_direct_answer:
+            names = [f"{prefix}{self.image_id:012d}.jpg" for prefix in ("", "COCO_train2014_", "COCO_val2014_")]
+            image, text = annotations.images.find(*names), one_line(self.question)
+            answers, known = tuple(one.answer for one in self.direct_answers), origins(image, coco=self.image_id)
+            yield Example(self.question_id, (image,), text, annotations.split, answers=answers, origins=known)
+
+
 class _RegionQuestion(BaseModel):
     id: Id = Field(validation_alias="qa_id")
     question: Text
@@ -161,11 +181,11 @@ class _RegionQuestion(BaseModel):
 class _QuestionsOfImage(BaseModel):
     """Visual Genome's questions; all of them train."""
 
-    id: Id = Field(validation_alias=AliasChoices("id", "image_id"))
+    id: ImageId
     qas: list[_RegionQuestion]
 
     def records(self, annotations: Annotations) -> Iterator[Example]:
-        image = annotations.images.find(*(f"{folder}{self.id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", "")))
+        image = image_of(annotations, self.id)
         for one in self.qas:
             yield Example(str(one.id), (image,), one_line(one.question), "train", answers=(one.answer,))
 
@@ -175,7 +195,9 @@ VQA_QUESTIONS = Format(
     "VQA v2 questions",
     layouts=("questions", "list"),
     read=_vqa,
-    recognises=lambda keys: "question_id" in keys and keys.isdisjoint({"answers", "image", "answer", "label"}),
+    recognises=lambda keys: (
+        "question_id" in keys and keys.isdisjoint({"answers", "image", "answer", "label", "choices"})
+    ),
     aside=r"test-dev|MultipleChoice_",  # test2015 contains test-dev; the other task has the same questions
 )
 VQA_ANSWERS = Format(
@@ -185,6 +207,13 @@ VQA_ANSWERS = Format(
     read=lambda annotations: (),  # they are read with their questions
     recognises=lambda keys: {"question_id", "answers"} <= keys and keys.isdisjoint({"question", "image"}),
     has_images=False,
+)
+A_OKVQA = Format(
+    "a-okvqa",
+    "A-OKVQA's questions with direct answers (aokvqa_*.json)",
+    layouts=("list",),
+    read=each_record(_DirectQuestion, "question_id"),
+    recognises=lambda keys: {"question_id", "choices"} <= keys,
 )
 LISTED = Format(
     "vqa-list",
@@ -208,7 +237,7 @@ VG_QUESTIONS = Format(
     read=each_record(_QuestionsOfImage, "id"),
     recognises=lambda keys: "qas" in keys,
 )
-QUESTIONS: tuple[Format[Example], ...] = (VQA_QUESTIONS, GQA, LISTED, VG_QUESTIONS)
+QUESTIONS: tuple[Format[Example], ...] = (VQA_QUESTIONS, A_OKVQA, GQA, LISTED, VG_QUESTIONS)
 """In a folder, the first of them that is there is the set."""
 
 
