@@ -73,10 +73,10 @@ def paired_interval(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Inter
 def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> Interval:
     """Percentile bootstrap of any statistic of `count` samples, such as a ratio of sums.
 
-    It takes rows of sample numbers, (..., sample), and returns the statistic of each row, (...).
+    It takes rows of sample numbers, (..., sample), and returns the statistic of each row, (...); nan does not count.
     """
     resampled = statistic(np.random.default_rng(0).integers(0, count, (RESAMPLES, count)))
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
     return Interval(float(statistic(np.arange(count))), float(low), float(high), count)
 
 
@@ -87,12 +87,12 @@ def mean_of_independent(intervals: Sequence[Interval]) -> Interval:
     return Interval(mean, mean - half, mean + half, min(one.count for one in intervals))
 
 
-def student_interval(values: ArrayLike) -> Interval:
+def student_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     """Mean of independent runs with Student's interval; bounds are nan for fewer than two."""
     values = np.asarray(values, dtype=np.float64)
     mean, count, half = values.mean(), len(values), np.nan
     if count > 1:
-        half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)
+        half = stdtrit(count - 1, (1 + level) / 2) * values.std(ddof=1) / np.sqrt(count)
     return Interval(mean, mean - half, mean + half, np.array(count))
 
 

@@ -18,4 +18,13 @@ from vpworkbench.figures.probes import (
     score_against_flow,
 )
 from vpworkbench.figures.style import export
-from vpworkbench.figures.training import accuracy_bars, grouped_bars, held_out, losses, run_curves, task_scores
+from vpworkbench.figures.training import (
+    accuracy_bars,
+    forest,
+    grouped_bars,
+    held_out,
+    losses,
+    run_curves,
+    scores_against,
+    task_scores,
+)

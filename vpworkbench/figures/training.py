@@ -185,6 +185,45 @@ def grouped_bars(groups: Mapping[str, Mapping[str, Interval]], *, title: str, ax
     return finish(figure, title=escaped(title), alt=f"{title}, {axis}: {'; '.join(told)}.")
 
 
+def forest(rows: Mapping[str, tuple[Interval, Interval]], *, no_matter: float, title: str, axis: str) -> go.Figure:
+    """Differences by name, the first one on top: thick its interval, thin the one corrected for many comparisons.
+
+    Between plus and minus `no_matter`, shaded, a difference does not matter.
+    """
+    figure, names = go.Figure(), [escaped(name) for name in rows]
+    for intervals, width, label in ((1, 2, "corrected for all comparisons"), (0, 7, "95%")):
+        bars = _stacked([one[intervals] for one in rows.values()])
+        look = {"color": style.BLUE, "thickness": width, "width": 0}
+        marks = {"mode": "markers", "marker": {"color": style.BLUE, "size": 11}, "name": label}
+        figure.add_scatter(x=bars.mean, y=names, error_x=error_bars(bars) | look, **marks)
+    figure.add_vrect(-no_matter, no_matter, fillcolor=style.GREY, opacity=0.15, line_width=0, layer="below")
+    figure.add_vline(0, line={"color": style.GREY, "width": 1.5})
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(title_text=escaped(axis))
+    told = (f"{name} {plain.mean:+.3f} [{plain.low:+.3f}, {plain.high:+.3f}]" for name, (plain, _) in rows.items())
+    alt = f"{title}, {axis}: {'; '.join(told)}."
+    return finish(figure, title=escaped(title), alt=alt, height=110 + 42 * len(rows)).update_layout(margin_l=190)
+
+
+def scores_against(
+    measures: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, title: str, score: str
+) -> go.Figure:
+    """A score against several measures of the same runs: measure -> group -> values and scores; one panel each."""
+    rows, columns = _small_multiples(len(measures))
+    figure = make_subplots(rows, columns, subplot_titles=[escaped(name) for name in measures], shared_yaxes=True)
+    for index, groups in enumerate(measures.values()):
+        place = {"row": index // columns + 1, "col": index % columns + 1}
+        for colour, (group, (values, scores)) in zip(cycle(style.PALETTE), groups.items()):
+            look = {"mode": "markers", "marker": {"color": colour, "size": 8}, "legendgroup": group}
+            label = {"name": escaped(group), "showlegend": index == 0}
+            figure.add_scatter(x=values, y=scores, hovertemplate="%{x:.3f}, score %{y:.1%}", **look, **label, **place)
+    figure.update_yaxes(tickformat=".0%")
+    figure.update_yaxes(title_text=escaped(score), col=1)
+    counts = ", ".join(f"{len(scores)} of {group}" for group, (_, scores) in next(iter(measures.values())).items())
+    alt = f"{score} against {', '.join(measures)}; one mark for each run: {counts}."
+    return finish(figure, title=escaped(title), alt=alt, height=120 + 200 * rows)
+
+
 def _add_bars(
     figure: go.Figure, values: Mapping[str, float | Interval], colours: Sequence[str], *, letters: int, **place: int
 ) -> list[float]:

@@ -86,6 +86,12 @@ class RunsSettings(Settings):
     gallery: bool = Field(True, description="include the committed examples")
 
 
+class StudySettings(Settings):
+    """Parameters of `10_study`: which chains of runs are analysed."""
+
+    source: LocalPath = Field("", description="a sweep file or the folder of a saved study; '' the one that ships")
+
+
 class Arm(Settings):
     """One row of a comparison; all but the label are parameters of `01_pretrain`."""
 

@@ -1,0 +1,144 @@
+"""The study's statistics against scipy and scikit-learn, its verdicts, and a chain of real runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.linear_model import LinearRegression
+from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+from vpworkbench import figures
+from vpworkbench.errors import SettingsError
+from vpworkbench.jobs.sweep import make_jobs, sweep
+from vpworkbench.runs import read_json, runs_root
+from vpworkbench.studies import study
+
+SEEDS = 8
+
+
+@pytest.fixture(scope="module")
+def drawn() -> study.Study:
+    """32 chains with random measures; `live` follows the VQA score."""
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([study.ARMS, range(SEEDS)], names=["arm", "seed"])
+    runs = pd.DataFrame(rng.normal(0.5, 0.02, (32, 7)), index, columns=["vqa", *study.MEASURES])
+    runs["live"] = 2 * runs["vqa"] + rng.normal(0, 0.004, 32)
+    questions = pd.DataFrame(rng.integers(0, 2, (300, 32)), columns=index).astype(float)
+    return study.Study(runs, questions)
+
+
+def test_paired_differences_are_those_of_scipy(drawn):
+    found = study.differences(drawn)
+    assert len(found) == len(study.OUTCOMES) * len(study.COMPARED)
+    for row in found.itertuples():
+        by_arm = drawn.runs[row.outcome].unstack("arm")
+        test = stats.ttest_rel(by_arm[row.better], by_arm[row.other])
+        plain, corrected = test.confidence_interval(0.95), test.confidence_interval(0.995)
+        assert [row.low, row.high, row.low_all, row.high_all] == pytest.approx([*plain, *corrected])
+        assert row.mean == pytest.approx((plain.low + plain.high) / 2) and row.seeds == SEEDS
+        shifted = row.smallest / (by_arm[row.better] - by_arm[row.other]).std() * np.sqrt(SEEDS)
+        bound = stats.t.ppf(0.975, SEEDS - 1)
+        assert stats.nct.sf(bound, SEEDS - 1, shifted) == pytest.approx(study.POWER, abs=0.03)
+
+
+def test_the_share_of_questions_in_the_spread(drawn):
+    """A difference of two independent coins has the variance 0.5 of each question, so 0.5 / 300 of their mean."""
+    by_arm = drawn.runs["vqa"].unstack("arm")
+    row = study.differences(drawn).iloc[0]
+    spread = (by_arm[row["better"]] - by_arm[row["other"]]).var()
+    assert row["by_questions"] == pytest.approx(0.5 / 300 / spread, rel=0.1)
+
+
+def test_what_counts_as_an_answer():
+    assert study.answer(0.01, 0.03, 0.002) == "yes"
+    assert study.answer(-0.009, 0.008, -0.02) == "no"
+    assert study.answer(0.001, 0.03, -0.002) == study.answer(-0.03, -0.01, -0.04) == "undecided"
+
+
+def test_correlations_are_those_of_scipy_and_errors_those_of_scikit_learn(drawn):
+    found = study.correlations(drawn.runs)
+    centred = drawn.runs - drawn.runs.groupby("arm").transform("mean")
+    groups = drawn.runs.index.get_level_values("seed")
+    for name, row in found.iterrows():
+        for values, where in ((drawn.runs, ""), (centred, "_within")):
+            both = values[name], values["vqa"]
+            assert row[f"pearson{where}"] == pytest.approx(stats.pearsonr(*both).statistic)
+            assert row[f"spearman{where}"] == pytest.approx(stats.spearmanr(*both).statistic)
+            assert row[f"pearson{where}_low"] < row[f"pearson{where}"] < row[f"pearson{where}_high"]
+        given = drawn.runs[[name]].to_numpy(), drawn.runs["vqa"].to_numpy()
+        predicted = cross_val_predict(LinearRegression(), *given, groups=groups, cv=LeaveOneGroupOut())
+        assert row["error"] == pytest.approx(np.abs(predicted - given[1]).mean())
+        others = [given[1][groups != seed].mean() for seed in groups]
+        assert row["error_of_mean"] == pytest.approx(np.abs(others - given[1]).mean())
+    assert found["tells"].to_dict() == {name: name == "live" for name in study.MEASURES}
+
+
+def test_the_interval_of_a_correlation_covers_the_truth():
+    """Of 60 studies with a true correlation of 0.6, about 95% of the intervals hold it."""
+    rng, held = np.random.default_rng(1), []
+    index = pd.MultiIndex.from_product([study.ARMS, range(24)], names=["arm", "seed"])
+    for _ in range(60):
+        values = rng.normal(size=96)
+        runs = pd.DataFrame({"flow": values, "vqa": 0.6 * values + 0.8 * rng.normal(size=96)}, index)
+        row = study.correlations(runs, ["flow"]).iloc[0]
+        held.append(row["pearson_low"] <= 0.6 <= row["pearson_high"])
+    assert 0.85 <= np.mean(held) <= 1
+
+
+def test_sentences_and_figures_say_what_the_tables_hold(drawn):
+    differ, told = study.differences(drawn), study.correlations(drawn.runs)
+    said = study.conclusions(differ, told)
+    assert len(said) == len(differ) + len(told) and f"{100 * differ['mean'][0]:+.1f} points" in said[0]
+    assert [line for line in said if "seeds" in line and " tells the VQA score" in line][0].startswith("Live flow")
+    rows = study.intervals(differ, "vqa")
+    assert list(rows)[0] == "attention - random" and len(rows) == len(study.COMPARED)
+    drawing = figures.forest(rows, no_matter=0.01, title="VQA", axis="difference")
+    np.testing.assert_allclose(drawing.data[1].x, [plain.mean for plain, _ in rows.values()])
+    np.testing.assert_allclose(drawing.data[0].error_x.array, [wide.high - wide.mean for _, wide in rows.values()])
+    panels = figures.scores_against(study.by_arm(drawn.runs), title="t", score="VQA")
+    assert len(panels.data) == 4 * len(study.MEASURES) and list(panels.data[0].y) == list(drawn.runs.loc["none", "vqa"])
+
+
+def test_a_study_is_saved_and_read(drawn, tmp_path):
+    drawn.save(tmp_path)
+    again = study.open_study(str(tmp_path))
+    pd.testing.assert_frame_equal(again.runs, drawn.runs, rtol=1e-4)
+    assert (again.questions.to_numpy() == drawn.questions.to_numpy()).all()
+    assert list(again.questions) == list(drawn.questions)
+    with pytest.raises(SettingsError, match="holds no runs.csv"):
+        study.open_study(str(tmp_path / "none"))
+
+
+@pytest.mark.slow
+def test_a_chain_of_real_runs_is_collected(runs_folder):
+    """Two arms, two steps: every measure is a finite number of the runs' own files."""
+    few = {"data.scenes.images": 80, "data.scenes.val": 20, "data.scenes.test": 8}
+    asked = {key.removeprefix("data."): value for key, value in few.items()}
+    jobs = make_jobs(
+        {
+            "notebook": "01_pretrain",
+            "name": "study",
+            "parameters": {"steps": 2, **few},
+            "grid": {"seed": [0], "masking": ["none", "attention"]},
+            "then": [
+                {"notebook": "02_probe", "parameters": {"images": 4}},
+                {"notebook": "07_knock_out", "parameters": {"images": 4}},
+                {"notebook": "04_finetune", "parameters": {"steps": 2, **asked}},
+                {"notebook": "07_knock_out", "suffix": "vqa", "parameters": {"images": 4}},
+            ],
+        }
+    )
+    with pytest.raises(SettingsError, match="none of the 2 chains is complete"):
+        study.collect(jobs)
+    assert set(sweep(jobs)["state"]) == {"done"}
+    found = study.collect(jobs)
+    assert list(found.runs.index) == [("none", 0), ("attention", 0)]
+    assert found.runs.drop(columns="target_rank").notna().all(axis=None)
+    name = jobs[1].name
+    tuned = read_json(runs_root() / "04_finetune" / name / "summary.json")
+    assert found.questions["attention", 0].mean() == pytest.approx(tuned["test"]["vqa_score"])
+    blocked = read_json(runs_root() / "07_knock_out" / f"{name}-vqa" / "summary.json")
+    lost = blocked["answer_before"] - blocked["answer_blocked"]
+    assert found.runs.loc[("attention", 0), "answer"] == pytest.approx(lost)
