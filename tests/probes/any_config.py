@@ -119,6 +119,18 @@ PERCEPTION = dict(
     patch_size=8,
     num_heads=4,
 )
+FAST_VIT = dict(layers=[1] * 5, embed_dims=[16, 16, 32, 32, 32], inference_mode=True)
+MOBILE_NET = dict(channel_multiplier=0.05, msfa_output_resolution=4)
+DAVIT = dict(
+    depths=[1, 1],
+    patch_size=[4, 2],
+    patch_stride=[4, 2],
+    patch_padding=[0, 0],
+    patch_prenorm=[False, True],
+    embed_dim=[32, WIDTH],
+    num_heads=[4, 4],
+    num_groups=[4, 4],
+)
 INTERNVL = {"vision_config.image_size": [SIDE, SIDE], "vision_config.patch_size": [8, 8]}
 CHAMELEON_WORDS = {f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 100 + i for i in range(20)} | {"<image>": 149}
 EMU_WORDS = {f"<|visual token {i:06}|>": 100 + i for i in range(20)} | {"<image>": 149, "<|extra_200|>": 148}
@@ -175,7 +187,16 @@ EDITS: dict[str, dict[str, Any]] = {
         "text_config.rope_parameters": ROPE | {"mrope_section": [2, 2, 4]},
         "text_config.moe_intermediate_size": [48, 48],
     },
+    "fast_vlm": {"vision_config.model_args": FAST_VIT},
+    "florence2": {f"vision_config.{name}": value for name, value in DAVIT.items()},
     "fuyu": {"patch_size": 8},
+    "gemma3n": {
+        "vision_config.model_args": MOBILE_NET,
+        "vision_config.hidden_size": 2048,
+        "vision_config.vocab_offset": 150,
+        "audio_config.vocab_offset": 155,
+        "vision_soft_tokens_per_image": 16,
+    },
     "gemma4": NO_LAYER_CONFIG | {"vision_config": GEMMA_TOWER | {"model_type": "gemma4_vision"}},
     "gemma4_unified": NO_LAYER_CONFIG
     | {"vision_config": {"patch_size": 8, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH, "output_proj_dims": WIDTH}},
@@ -187,6 +208,7 @@ EDITS: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {"text_config.rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "inkling2": {"text_config.unpadded_vocab_size": VOCABULARY},
     "inkling2_loop": {"text_config.unpadded_vocab_size": VOCABULARY},
+    "inkling_mm_model": {"vision_config.n_layers": 2},
     "instructblip": NAMED,
     "instructblipvideo": {"video_token_id": 149},
     "internvl": INTERNVL,

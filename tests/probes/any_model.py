@@ -70,6 +70,7 @@ PIXELS: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {
         "pixel_values": pixels(2, 3, SIDE, SIDE),
         "high_res_pixel_values": pixels(2, 3, SIDE, SIDE),
     },
+    "fast_vlm": lambda model: {"pixel_values": pixels(2, 3, 128, 128)},
     "fuyu": lambda model: {"pixel_values": pixels(2, 16, 192)},
     "gemma4": lambda model: {"pixel_values": pixels(2, 16, 192), "image_position_ids": _positions()},
     "gemma4_unified": lambda model: {"pixel_values": pixels(2, 16, 768), "image_position_ids": _positions()},
@@ -88,6 +89,7 @@ PIXELS: dict[str, Callable[[nn.Module], dict[str, Tensor]]] = {
     },
     "inkling2": _blocks,
     "inkling2_loop": _blocks,
+    "inkling_mm_model": lambda model: {"pixel_values": pixels(32, 2, 8, 8, 3)},
     "instructblip": lambda model: {
         "pixel_values": pixels(2, 3, SIDE, SIDE),
         "qformer_input_ids": torch.ones(2, 3, dtype=torch.long),

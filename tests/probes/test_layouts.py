@@ -92,7 +92,8 @@ def eager_layers(family: Family) -> list[torch.Tensor]:
         if before != "eager":
             model.set_attn_implementation("eager")
         with torch.no_grad():
-            maps = model(**family.inputs, output_attentions=True).attentions
+            outputs = model(**family.inputs, output_attentions=True)
+        maps = outputs.get("attentions", outputs.get("encoder_attentions"))
         if before != "eager":
             model.set_attn_implementation(before)
     everything = slice(None)

@@ -307,6 +307,7 @@ FAMILIES = {
     "flava": flava,
     "lxmert": lxmert,
     "bridgetower": bridgetower,
+    "florence2": lambda: Family(*build("florence2"), torch.cat([grid_boxes(1, 1), grid_boxes(4, 4)])),
     "git": lambda: Family(*build("git"), torch.cat([grid_boxes(1, 1), grid_boxes(4, 4)])),
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -294,6 +295,14 @@ def _git(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     return _side_by_side(inputs, _with_class_token(inputs, model.config.vision_config.patch_size), image_first=True)
 
 
+def _florence2(model: nn.Module, inputs: Inputs) -> ModalityMasks:
+    """Florence-2: tokens among the words; the mean of an image's grid, whose box is the whole image, then the grid."""
+    masks = _among_words(model, inputs, None, None)
+    boxes = _with_class_token(inputs, prod(config_of(model).vision_config.patch_stride))
+    masks.boxes[masks.vision] = boxes.flatten(0, 1).to(masks.boxes)
+    return masks._replace(note="")
+
+
 def _bridgetower(model: nn.Module, inputs: Inputs) -> ModalityMasks:
     """BridgeTower: two streams, the words and the image with its class token."""
     return _side_by_side(inputs, _with_class_token(inputs, model.config.vision_config.patch_size))
@@ -352,6 +361,7 @@ def _vilt(model: nn.Module, inputs: Inputs) -> ModalityMasks:
 
 LAYOUTS: dict[str, Callable[[nn.Module, Inputs], ModalityMasks]] = {
     "vpworkbench": _ours,
+    "florence2": _florence2,
     "idefics3": _written_tiles,
     "smolvlm": _written_tiles,
     "vilt": _vilt,

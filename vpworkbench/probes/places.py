@@ -247,11 +247,12 @@ def _pixel_grids(asked: Asked) -> list[Tensor]:
     frames = pixels.flatten(0, -4)
     real = frames.flatten(1).any(dim=1).sum() if pixels.ndim == 5 else len(frames)  # tiles of zeros are padding
     sides = [(1, *pixels.shape[-2:])] * int(real)
-    full = getattr(asked.config, "vision_feature_select_strategy", "") == "full"
-    step = _patch_side(asked)
     # A tower that pools by convolutions may end on no whole patch: then only a plain grid counts.
-    plain = ARRANGEMENTS[:1]
-    return sides and (solve(sides, asked.count, step, int(full)) or solve(sides, asked.count, 1, int(full), plain))
+    plain, step = ARRANGEMENTS[:1], _patch_side(asked)
+    ways = [(step, 0, ARRANGEMENTS), (1, 0, plain)]
+    if getattr(asked.config, "vision_feature_select_strategy", "") == "full":  # with the class token, if there is one
+        ways = [(step, 1, plain), (1, 1, plain), *ways]
+    return next((images for way in ways if (images := solve(sides, asked.count, *way))), [])
 
 
 def _lines(asked: Asked) -> list[Tensor]:
