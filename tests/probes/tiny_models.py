@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from probes.any_config import CODES
 from probes.any_model import build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -196,16 +197,7 @@ def gemma3() -> Family:
 
 def chameleon() -> Family:
     names = {"<image>": IMAGE} | {f"IMGIMG{chr(65 + i)}Z": 60 + i for i in range(10)}
-    codes = dict(
-        num_embeddings=10,
-        embed_dim=8,
-        latent_channels=8,
-        base_channels=32,
-        resolution=8,
-        num_res_blocks=1,
-        channel_multiplier=[1, 1, 1],
-        double_latent=False,
-    )
+    codes = CODES | dict(num_embeddings=10, resolution=8)
     config = hf.ChameleonConfig(**TEXT, vq_config=codes, vocabulary_map=names)
     ids, mask = padded(4)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 8, 8)}

@@ -307,7 +307,7 @@ class Explorer(ipywidgets.VBox):
                 self.masks.draw_mask(mask, reading)
             else:
                 still.panel(mask, reading, "plain", np.zeros(len(reading.boxes)), "")
-            ends = (reading.flow[0], reading.null[0]), (reading.flow.diagonal(), reading.null.diagonal())
-            for axes, values, title in zip(flows, ends, ("from the input to layer j", "within layer i"), strict=True):
+            titles = "from the input to layer j", "within layer i"
+            for axes, values, title in zip(flows, reading.curves, titles, strict=True):
                 still.curves(axes, *values, f"flow {title}", colour)
         return still.png(figure)

@@ -162,11 +162,11 @@ class FlowView(View):
     def _still(self) -> bytes:
         """The first model's triangle, the curves of all models, and the tokens of the chosen one."""
         figure = still.blank(940, 260)
-        triangle, from_input, within, nmi, points = figure.subplots(1, 5)
+        triangle, *flows, nmi, points = figure.subplots(1, 5)
         still.matrix(triangle, self.readings[0].flow, "flow from i to j", "from layer", "to layer")
         for one, colour in zip(self.readings, MODELS, strict=False):
-            still.curves(from_input, one.flow[0], one.null[0], "F from the input", colour)
-            still.curves(within, one.flow.diagonal(), one.null.diagonal(), "F within layer", colour)
+            for axes, values, title in zip(flows, one.curves, ("F from the input", "F within layer"), strict=True):
+                still.curves(axes, *values, title, colour)
             nmi.plot(range(len(one.nmi)), one.nmi, marker="o", ms=3, color=colour, label=one.subject.name)
         nmi.set(title="NMI", ylim=(-0.03, 1.03), xlabel="layer (0: input)")
         if len(self.readings) > 1:
@@ -203,7 +203,7 @@ class FlowView(View):
             tokens, size, words = int(reading.modalities.sum()), len(matrix), splits[0]
             pooled = "" if size == tokens else f", pooled from {tokens}"
             boxes = [0, 0, words, words, size], [0, words, 0, size, words]  # what words read, what the image reads
-            blocked = reading.blocks(start, stop).values()
+            blocked = reading.blocks(start, stop)
             maps.update(
                 values=matrix[None],
                 names=[f"words first, then {size - words} visual tokens{pooled}"],
@@ -295,8 +295,7 @@ def _add_curves(figure: go.Figure, reading: Reading, model: dict[str, str], colo
     layers, line = np.arange(1, reading.layers + 1), {"color": colour}
     solid = {"mode": "lines+markers", "line": line} | model
     dashed = {"mode": "lines", "line": line | {"dash": "dash"}, "showlegend": False} | model | {"name": "uniform"}
-    flows = (reading.flow[0], reading.null[0]), (reading.flow.diagonal(), reading.null.diagonal())
-    for column, (flow, null) in enumerate(flows, start=2):
+    for column, (flow, null) in enumerate(reading.curves, start=2):
         place, legend = {"row": 1, "col": column}, two and column == 2
         figure.add_scatter(x=layers, y=flow, showlegend=legend, hovertemplate="layer %{x}: %{y:.1%}", **solid, **place)
         figure.add_scatter(x=layers, y=null, hovertemplate="uniform: %{y:.1%}", **dashed, **place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
@@ -22,24 +22,29 @@ from vpworkbench.explorer.parts import WIDTH, Delayed, StatusText, View, image_t
 from vpworkbench.explorer.readings import Reading, check_index
 from vpworkbench.explorer.widgets import Panels, Table
 from vpworkbench.guides import Source, open_source
-from vpworkbench.losses import scores_of_pick, visual_mask
+from vpworkbench.losses import Select, scores_of_pick, visual_mask
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes.masks import mask_scores
 
-Select = Literal["row", "column", "symmetric", "similar", "block", "object"]
-RANKS = {
-    "row": "attention: what the pick attends to",
-    "column": "attention: what attends to the pick",
-    "symmetric": "attention: both",
-    "similar": "the nearest by features",
-    "block": "the nearest by position",
-    "object": "the true object, then the nearest",
+
+class Rule(NamedTuple):
+    """What the mask beside the random one hides with the pick: by a `mask.mode`, as a button and a panel say it."""
+
+    mode: str
+    tip: str
+    look: str
+    select: Select = "row"
+
+
+RULES = {
+    "row": Rule("attention", "attention: what the pick attends to", "attention of the token"),
+    "column": Rule("attention", "attention: what attends to the pick", "attention of the token", "column"),
+    "symmetric": Rule("attention", "attention: both", "attention of the token", "symmetric"),
+    "similar": Rule("similar", "the nearest by features", "likeness to the token"),
+    "block": Rule("block", "the nearest by position", "nearness to the token"),
+    "object": Rule("object", "the true object, then the nearest", "its object, then nearness"),
 }
-"""What the mask beside the random one hides with the pick, and what a button says of it."""
-BY_ATTENTION = ("row", "column", "symmetric")
-LOOKS = {"similar": "likeness to the token", "block": "nearness to the token", "object": "its object, then nearness"}
 KINDS = ["plain", "shade", "mask", "mask"]
-CAPTIONS = ["the image", "attention of the token", "attention mask", "random mask"]
 
 
 @dataclass(eq=False)
@@ -163,11 +168,14 @@ class MasksView(View):
         token: int | None = None,
         *,
         k: int | None = None,
-        select: Select | None = None,
+        select: str | None = None,
         head: int | None = None,
         draw: int | None = None,
     ) -> None:
-        """Pick a token and choose what is hidden with it; what is not given stays, but no head means all heads."""
+        """Pick a token and choose what is hidden with it; what is not given stays, but no head means all heads.
+
+        `select` is a key of `RULES`.
+        """
         tokens = len(self.readings[0].boxes) if self.readings else 0
         check_index("token", token, tokens)
         check_index("head", head, len(self.head.options) - 1)
@@ -194,7 +202,7 @@ class MasksView(View):
         """`masks`: one row for each model and visual token."""
         parts = []
         for ranking, values in zip(self._rankings, self.values, strict=True):
-            rule = self._rule
+            rule = self._rule.mode
             names = [rule, f"{rule}_mask", "random_mask", f"{rule}_error", "random_error"]
             columns = dict(zip(names, [*values[1:], *ranking.errors(values[2:])], strict=True))
             parts.append(pd.DataFrame({"model": ranking.name, "token": range(values.shape[1])} | columns))
@@ -234,13 +242,12 @@ class MasksView(View):
         """Set the controls to the tokens, heads and objects of new readings."""
         tokens = len(self.readings[0].boxes)
         heads = min((one.heads for one in self._rankings if one.heads), default=0)  # those that all of them have
-        missing = set() if any(one.has_attention for one in self._rankings) else {*BY_ATTENTION}
-        missing |= set() if self._objects.any() else {"object"}
-        rules, chosen = {rule: tip for rule, tip in RANKS.items() if rule not in missing}, self.select.value
+        has = {"attention": any(one.has_attention for one in self._rankings), "object": bool(self._objects.any())}
+        rules, chosen = tuple(name for name, rule in RULES.items() if has.get(rule.mode, True)), self.select.value
         with self.quiet():
-            if self.select.options != tuple(rules):
-                self.select.options, self.select.tooltips = tuple(rules), tuple(rules.values())
-                self.select.value = chosen if chosen in rules else next(iter(rules))
+            if self.select.options != rules:
+                self.select.options, self.select.tooltips = rules, [RULES[name].tip for name in rules]
+                self.select.value = chosen if chosen in rules else rules[0]
             if self.k.max != tokens:
                 self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
             self.head.options, self.head.value = _head_options(heads), -1
@@ -267,12 +274,10 @@ class MasksView(View):
             return
         self.values = [self._values_of(ranking) for ranking in self._rankings]
         for reading, panel, values in zip(self.readings, self.panels, self.values, strict=True):
-            hidden = [int(mask.sum()) for mask in values[2:]]
-            alt = (
-                f"Token {self.pick} is picked; {hidden[0]} tokens are hidden by {self._rule} and {hidden[1]} at random."
-            )
-            traits = {"label": f"{reading.subject.name}: masks", "alt": alt} | (image_traits(reading) if images else {})
-            shown = _shown(values)
+            shown, (by_rule, at_random) = _shown(values), values[2:].sum(axis=1).astype(int)
+            hidden = f"{by_rule} tokens are hidden by {self._rule.mode} and {at_random} at random"
+            traits = {"label": f"{reading.subject.name}: masks", "alt": f"Token {self.pick} is picked; {hidden}."}
+            traits |= image_traits(reading) if images else {}
             traits |= {"kinds": [KINDS[n] for n in shown], "captions": [self._captions[n] for n in shown]}
             traits |= {"width": WIDTH // 4 * len(shown), "outlined": self._on_object.nonzero()[:, 0].tolist()}
             panel.update(values=values[shown], picked=self.pick, **traits)
@@ -282,15 +287,12 @@ class MasksView(View):
         self._delayed(lambda: self._reconstruct(images=images))
 
     @property
-    def _rule(self) -> str:
-        """The `mask.mode` of the chosen button."""
-        return self.select.value if self.select.value in LOOKS else "attention"
+    def _rule(self) -> Rule:
+        return RULES[self.select.value]
 
     @property
     def _captions(self) -> list[str]:
-        if self._rule == "attention":
-            return CAPTIONS
-        return [CAPTIONS[0], LOOKS[self._rule], f"{self._rule} mask", CAPTIONS[3]]
+        return ["the image", self._rule.look, f"{self._rule.mode} mask", "random mask"]
 
     def _values_of(self, ranking: Ranking) -> NDArray[np.float32]:
         """(panel, token): zeros, scores of the tokens for the pick, mask by them, random mask."""
@@ -298,13 +300,12 @@ class MasksView(View):
         noise = torch.rand(1, tokens, generator=torch.Generator().manual_seed(self._draw))
         noise[0, self.pick] = 2
         values = torch.zeros(4, tokens)
-        scores = ranking.scores(self._rule, self.head.value, self._objects)
+        rule, scores = self._rule, ranking.scores(self._rule.mode, self.head.value, self._objects)
         if scores is not None:
-            select = self.select.value if self._rule == "attention" else "row"
-            values[1] = scores_of_pick(scores.float(), torch.tensor([self.pick]), select)[0]
-            if self._rule != "attention":
+            values[1] = scores_of_pick(scores.float(), torch.tensor([self.pick]), rule.select)[0]
+            if rule.mode != "attention":
                 values[1] -= values[1].min()  # shades begin at 0
-            values[2] = visual_mask(noise, self.k.value, parsing=scores.float(), select=select)[0]
+            values[2] = visual_mask(noise, self.k.value, parsing=scores.float(), select=rule.select)[0]
         values[3] = visual_mask(noise, self.k.value)[0]
         return values.numpy()
 
@@ -337,7 +338,7 @@ class MasksView(View):
         has_objects = bool(self._objects.any())
         rows = []
         for number, (reading, values) in enumerate(zip(self.readings, self.values, strict=True)):
-            for place, name in enumerate((self._rule, "random")):
+            for place, name in enumerate((self._rule.mode, "random")):
                 mask = torch.from_numpy(values[2 + place]).bool()
                 if not mask.any():
                     continue  # no parsing attention

@@ -114,10 +114,15 @@ class Reading:
         """What is blocked, as the end of a title; empty if nothing is."""
         return f", while {self.block}" if self.block else ""
 
-    def blocks(self, start: int, stop: int) -> dict[str, bool]:
-        """Whether each of the two ways is blocked in all layers from `start` to `stop`."""
+    @property
+    def curves(self) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Flow and its null by layer: from the input (paper Fig. 3), and within each layer (Fig. 4)."""
+        return [(self.flow[0], self.null[0]), (self.flow.diagonal(), self.null.diagonal())]
+
+    def blocks(self, start: int, stop: int) -> list[bool]:
+        """Whether words cannot read the image, and the image not the words, in any layer of `start` to `stop`."""
         way, first, last = self.block or ("", 0, 0)
-        return {one: way in (one, "both") and first <= start and stop <= last for one in list(BLOCKED)[:2]}
+        return [way in (one, "both") and first <= start and stop <= last for one in list(BLOCKED)[:2]]
 
     def blocking(self) -> AbstractContextManager[None]:
         """In this context the model runs with the block, on the inputs of this reading only."""

@@ -141,11 +141,8 @@ class WordsView(View):
 
     def _blocked(self, reading: Reading, picked: Sequence[int]) -> dict[str, bool]:
         """Whether all of `_looks_and_reads` is blocked."""
-        if self._transports:
-            return {"looks_blocked": False, "reads_blocked": False}
-        layer = picked[0]
-        blocks = reading.blocks(0 if self.rolled.value else layer, layer)
-        return {"looks_blocked": blocks["text_to_vision"], "reads_blocked": blocks["vision_to_text"]}
+        looks, reads = reading.blocks(0 if self.rolled.value else picked[0], picked[0])
+        return {"looks_blocked": looks and not self._transports, "reads_blocked": reads and not self._transports}
 
     def _attention(self, reading: Reading, picked: Sequence[int]) -> dict[str, Any]:
         """The traits of a `Reader` at the picked (layer, head)."""
@@ -195,8 +192,8 @@ def _hatched(reading: Reading) -> list[list[int]]:
     if reading.block is None:
         return []
     _, first, last = reading.block
-    blocked = reading.blocks(first, last).values()  # in the order of GRID
-    return [[number, first, 0, last + 1, reading.heads] for number, one in enumerate(blocked) if one]
+    blocked = enumerate(reading.blocks(first, last))  # in the order of GRID
+    return [[number, first, 0, last + 1, reading.heads] for number, is_blocked in blocked if is_blocked]
 
 
 def _table_of_heads(reading: Reading) -> pd.DataFrame:

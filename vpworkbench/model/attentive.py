@@ -25,12 +25,6 @@ def read_words(rnn: nn.RNNBase, embedded: Tensor, word_tokens: Tensor) -> tuple[
     return pad_packed_sequence(outputs, batch_first=True, total_length=embedded.shape[1])[0], state
 
 
-def attend(scores: Tensor, values: Tensor, real: Tensor) -> Tensor:
-    """Softmax over the real keys, and the sum of their values; (..., key), (..., key, d), (..., key) -> (..., d)."""
-    weights = scores.masked_fill(~real, -torch.inf).softmax(dim=-1)
-    return (weights[..., None, :] @ values)[..., 0, :]
-
-
 def stacked_attention(
     queries: Tensor, contexts: Tensor, query_tokens: Tensor, context_tokens: Tensor, *, sharpness: float
 ) -> Tensor:
@@ -68,6 +62,11 @@ class Scan(nn.Module):
         return (to_image.T + to_text) / 2
 
 
+def attend(scores: Tensor, values: Tensor, real: Tensor) -> Tensor:
+    """Softmax over the real keys, and the sum of their values; (text, key, 1), (text, key, d), (text, key)."""
+    return (scores.masked_fill(~real[..., None], -torch.inf).softmax(dim=1) * values).sum(dim=1)
+
+
 class Mac(nn.Module):
     """Cells of control, read and write (Hudson and Manning 2018, Sec. 3.2), without its optional gates.
 
@@ -97,10 +96,10 @@ class Mac(nn.Module):
         control, memory = (part.expand(len(words), -1) for part in self.first)
         for of_step in self.question:
             asked = self.control(torch.cat([control, of_step(question)], dim=-1))
-            control = attend(self.control_weight(asked[:, None] * contextual)[..., 0], contextual, word_tokens)
+            control = attend(self.control_weight(asked[:, None] * contextual), contextual, word_tokens)
             interaction = self.memory(memory)[:, None] * known
             related = self.related(torch.cat([interaction, base], dim=-1))
-            retrieved = attend(self.read_weight(control[:, None] * related)[..., 0], base, real)
+            retrieved = attend(self.read_weight(control[:, None] * related), base, real)
             memory = self.write(torch.cat([retrieved, memory], dim=-1))
         return self.out(torch.cat([question, memory], dim=-1))
 
@@ -114,8 +113,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, states: Tensor, real: Tensor) -> Tensor:
         """(example, token, d), (example, token) -> (example, token, d)."""
-        scores = self.query(states) @ self.key(states).transpose(1, 2) / states.shape[-1] ** 0.5
-        return states + attend(scores, states[:, None], real[:, None])
+        given = self.query(states), self.key(states), states
+        return states + functional.scaled_dot_product_attention(*given, attn_mask=real[:, None])
 
 
 class EveImage(nn.Module):
@@ -134,6 +133,6 @@ class EveImage(nn.Module):
         _, state = read_words(self.read, self.within_text(self.embed(words), word_tokens), word_tokens)
         text, real = state[0], vision_tokens.flatten(1, 2)
         regions = self.within_image(self.image(vision).relu().flatten(1, 2), real)
-        scores = (self.image_key(regions) @ self.text_query(text)[..., None])[..., 0] / text.shape[-1] ** 0.5
-        grounded = attend(scores, regions, real)
+        given = self.text_query(text)[:, None], self.image_key(regions), regions
+        grounded = functional.scaled_dot_product_attention(*given, attn_mask=real[:, None])[:, 0]
         return self.out(torch.cat([text, grounded], dim=-1))
