@@ -29,10 +29,14 @@ def drawn() -> study.Study:
     return study.Study(runs, questions)
 
 
-def test_paired_differences_are_those_of_scipy(drawn):
-    found = study.differences(drawn)
-    assert len(found) == len(study.OUTCOMES) * len(study.COMPARED)
-    for row in found.itertuples():
+@pytest.fixture(scope="module")
+def differ(drawn) -> pd.DataFrame:
+    return study.differences(drawn)
+
+
+def test_paired_differences_are_those_of_scipy(drawn, differ):
+    assert len(differ) == len(study.OUTCOMES) * len(study.COMPARED)
+    for row in differ.itertuples():
         by_arm = drawn.runs[row.outcome].unstack("arm")
         test = stats.ttest_rel(by_arm[row.better], by_arm[row.other])
         plain, corrected = test.confidence_interval(0.95), test.confidence_interval(0.995)
@@ -43,10 +47,10 @@ def test_paired_differences_are_those_of_scipy(drawn):
         assert stats.nct.sf(bound, SEEDS - 1, shifted) == pytest.approx(study.POWER, abs=0.03)
 
 
-def test_the_share_of_questions_in_the_spread(drawn):
+def test_the_share_of_questions_in_the_spread(drawn, differ):
     """A difference of two independent coins has the variance 0.5 of each question, so 0.5 / 300 of their mean."""
     by_arm = drawn.runs["vqa"].unstack("arm")
-    row = study.differences(drawn).iloc[0]
+    row = differ.iloc[0]
     spread = (by_arm[row["better"]] - by_arm[row["other"]]).var()
     assert row["by_questions"] == pytest.approx(0.5 / 300 / spread, rel=0.1)
 
@@ -76,19 +80,19 @@ def test_correlations_are_those_of_scipy_and_errors_those_of_scikit_learn(drawn)
 
 
 def test_the_interval_of_a_correlation_covers_the_truth():
-    """Of 60 studies with a true correlation of 0.6, about 95% of the intervals hold it."""
+    """Of 30 studies with a true correlation of 0.6, about 95% of the intervals hold it."""
     rng, held = np.random.default_rng(1), []
-    index = pd.MultiIndex.from_product([study.ARMS, range(24)], names=["arm", "seed"])
-    for _ in range(60):
-        values = rng.normal(size=96)
-        runs = pd.DataFrame({"flow": values, "vqa": 0.6 * values + 0.8 * rng.normal(size=96)}, index)
+    index = pd.MultiIndex.from_product([study.ARMS, range(16)], names=["arm", "seed"])
+    for _ in range(30):
+        values = rng.normal(size=64)
+        runs = pd.DataFrame({"flow": values, "vqa": 0.6 * values + 0.8 * rng.normal(size=64)}, index)
         row = study.correlations(runs, ["flow"]).iloc[0]
         held.append(row["pearson_low"] <= 0.6 <= row["pearson_high"])
-    assert 0.85 <= np.mean(held) <= 1
+    assert np.mean(held) >= 0.8
 
 
-def test_sentences_and_figures_say_what_the_tables_hold(drawn):
-    differ, told = study.differences(drawn), study.correlations(drawn.runs)
+def test_sentences_and_figures_say_what_the_tables_hold(drawn, differ):
+    told = study.correlations(drawn.runs)
     said = study.conclusions(differ, told)
     assert len(said) == len(differ) + len(told) and f"{100 * differ['mean'][0]:+.1f} points" in said[0]
     assert [line for line in said if "seeds" in line and " tells the VQA score" in line][0].startswith("Live flow")
