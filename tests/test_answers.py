@@ -160,6 +160,26 @@ def test_a_generated_answer_and_several_images(with_processor):
     assert answer.text == "".join(answer.words).strip()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"processor": None}, "NoneType has no tokenizer"),
+        ({"image": "missing.jpg"}, "missing.jpg: image missing"),
+        ({"image": np.zeros((4, 4, 3))}, r"an array of float64, \(4, 4, 3\), is no image"),
+        ({"image": 7}, "int is no image"),
+        ({"image": []}, "no image tokens: give an image"),
+        ({"question": None}, "each be one text"),
+        ({"answer": ["a"]}, "each be one text"),
+        ({"answer": "a red ball " * 1000}, "give a shorter text"),
+    ],
+)
+def test_bad_input_is_one_clear_line(with_processor, given, message):
+    model, processor = with_processor
+    wanted = {"processor": processor, "image": picture(0), "question": QUESTION, "answer": "a"} | given
+    with pytest.raises((ValueError, TypeError), match=message):
+        probe_answer(model, **wanted)
+
+
 def test_refusals(with_processor, family):
     with pytest.raises(ValueError, match="the answer is empty"):
         probe_answer(*with_processor, picture(0), QUESTION, answer="")

@@ -17,6 +17,7 @@ import papermill
 import pytest
 from conftest import FEW
 from miniatures import lines, picture
+from probes.tiny_models import llava_with_processor
 
 from vpworkbench.jobs.notebooks import run_notebook
 from vpworkbench.jobs.parameters import CHECKS, find_notebook, notebook_parameters
@@ -143,6 +144,20 @@ def test_nbval_runs_it_too(path, tmp_path, monkeypatch):
     monkeypatch.setenv("VPW_RUNS", str(tmp_path))
     done = nbval(path)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", ["02_probe", "03_compare_models", "05_explore_masks", "07_knock_out"])
+def test_a_folder_of_a_decoder_and_its_processor(notebook, tmp_path, monkeypatch):
+    """As docs/your_model.md promises, for a tiny LLaVA with a chat template."""
+    monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
+    for part in llava_with_processor("is there one circle square triangle that has blue green yellow"):
+        part.save_pretrained(tmp_path / "model")
+    model = "models" if notebook == "03_compare_models" else "checkpoint"
+    few = {} if notebook == "05_explore_masks" else {"images": 4}
+    folder = run_notebook(notebook, parameters={model: str(tmp_path / "model"), **few}).parent
+    left = LEFT[notebook] - {"masks.csv", "patch.csv", "patch.html"}  # of masks and pairs for our models
+    assert left <= {file.name for file in files(folder)}
 
 
 def test_nbval_notices_a_cell_that_fails(tmp_path):

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vpworkbench.data.images import read_image
 from vpworkbench.huggingface import device_of, prompt_inputs
 from vpworkbench.probes.attention import run_model, unchanged
 from vpworkbench.probes.flow import InterModalityFlow, recorded_pass
 from vpworkbench.probes.knock_out import Span, knock_out
 from vpworkbench.probes.layers import LayerNames
 from vpworkbench.probes.layouts import ModalityMasks, modalities_of, modality_masks
-from vpworkbench.probes.model_parts import decoder_of
+from vpworkbench.probes.model_parts import config_of, decoder_of
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def probe_answer(
     Parameters
     ----------
     image
-        A PIL image or array, or a list of them: several images of one question.
+        A path, a PIL image or an array, or a list of them: several images of one question.
     answer : str, optional
         By default the model's own, generated greedily.
     spans : sequence of (first, last)
@@ -133,11 +134,22 @@ def probe_answer(
     Raises
     ------
     ValueError
-        If the answer is empty, the inputs mark no image tokens, or `inter_modality_flow` refuses the model.
+        If the answer is empty or too long, the inputs mark no image tokens, or `inter_modality_flow` refuses the model.
+    TypeError
+        If the processor has no tokenizer, or question and answer are no texts.
     """
-    images = list(image) if isinstance(image, list | tuple) else [image]
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        kind = type(processor).__name__
+        raise TypeError(f"{kind} has no tokenizer: give the model's processor, AutoProcessor.from_pretrained(...)")
+    if not isinstance(question, str) or not isinstance(answer, str | None):
+        raise TypeError("question and answer must each be one text")
+    images = [read_image(one) for one in (image if isinstance(image, list | tuple) else [image])]
     inputs = prompt_inputs(processor, images, question, device_of(model))
-    tokenizer = getattr(processor, "tokenizer", processor)
+    if not modality_masks(model, inputs).vision.any():
+        raise ValueError("the prompt holds no image tokens: give an image, and the model's own processor")
+    if answer is None and not hasattr(model, "generate"):
+        raise ValueError(f"{type(model).__name__} generates no text: give `answer`, or a decoder")
     if answer is None:
         made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[0]
         length = inputs["input_ids"].shape[1]
@@ -167,6 +179,12 @@ def read_answer(
 ) -> Answer:
     """As `probe_answer`, from the inputs of one prompt, also padded on the left, and the ids of the answer."""
     forced = teacher_forced(model, inputs, ids)
+    longest = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
+    if longest and forced["input_ids"].shape[1] > longest:
+        raise ValueError(
+            f"prompt and answer are {forced['input_ids'].shape[1]} tokens, and {type(model).__name__} takes {longest}: "
+            "give a shorter text or a smaller image"
+        )
     masks = modality_masks(model, forced)
     layers = decoder_of(model) if layers is None else layers
     sets = modalities_of(model, forced, masks.vision, masks.tokens, masks.language)

@@ -121,7 +121,8 @@ def _load(source: Loadable, regions: str) -> Subject:
     if isinstance(source, VisualParsingModel):
         return _ours("model", source)
     if not isinstance(source, str | None):
-        raise TypeError(f"{type(source).__name__} is not a model of vpworkbench; load it by its folder: vpw.load(path)")
+        kind = type(source).__name__
+        raise TypeError(f"{kind} is not a model of vpworkbench; load its folder, or give vpw.explore its processor")
     source = source or ""
     if is_pretrained(source):
         return _of_transformers(source, regions)

@@ -9,6 +9,7 @@ from probes.tiny_models import llava_with_processor
 
 import vpworkbench as vpw
 from vpworkbench.answers import probe_answer
+from vpworkbench.errors import DataError
 from vpworkbench.explorer.answer import COLUMNS, AnswerView
 
 QUESTION = "what is on the left"
@@ -51,6 +52,8 @@ def test_layers_roll_out_and_pins(view):
     answer, plain = view.answer, numbers(view.words.looks)
     assert view.pin(0, 2, layer=1) is view and view.words.pinned == [0, 2]
     np.testing.assert_allclose(numbers(view.words.looks)[:9], answer.map(0, layer=1), atol=1e-6)
+    view.pin(layer=0, head=1)
+    np.testing.assert_allclose(numbers(view.words.looks)[:9], answer.map(0, layer=0, head=1), atol=1e-6)
     view.pin(rolled=True)
     np.testing.assert_allclose(numbers(view.words.looks)[:9], answer.map(0, rolled=True), atol=1e-6)
     view.pin()
@@ -59,6 +62,8 @@ def test_layers_roll_out_and_pins(view):
         view.pin(0, 1, 2)
     with pytest.raises(ValueError, match="word 3"):
         view.pin(3)
+    with pytest.raises(ValueError, match="head 9"):
+        view.pin(head=9)
 
 
 def test_another_question_and_an_error(view, monkeypatch):
@@ -67,6 +72,18 @@ def test_another_question_and_an_error(view, monkeypatch):
     monkeypatch.setattr(view, "_ask", lambda image, question: (_ for _ in ()).throw(ValueError("no answer")))
     view.say("what")
     assert view.status.text == "Not answered: no answer" and view.answer is before
+
+
+def test_an_image_may_be_a_file_and_anything_else_is_refused(opened, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "seen.png")
+    model, processor = opened
+    view = vpw.explore(model, str(tmp_path / "seen.png"), processor=processor, question=QUESTION, answer="a")
+    np.testing.assert_array_equal(view.images["image"], IMAGE)
+    view.close()
+    with pytest.raises(DataError, match="array of float64"):
+        vpw.explore(model, IMAGE / 255, processor=processor)
+    with pytest.raises(TypeError, match="give vpw.explore its processor"):
+        vpw.explore(model, IMAGE)
 
 
 def test_a_folder_opens_the_same_view_and_its_page_needs_no_kernel(opened, tmp_path, view):

@@ -257,6 +257,9 @@ def test_images_that_do_not_fit_the_ids_and_unknown_families():
     torch.testing.assert_close(given.boxes[1][given.vision[1]], grid_boxes(3, 3))
     with pytest.raises(ValueError, match="makes 8 tokens, but input_ids hold 18"):
         modality_masks(family.model, family.inputs, grid=[(2, 2), (2, 2)])
+    for wrong in (3, "3x3", (0, 2), (1, 3, 3)):
+        with pytest.raises(ValueError, match=r"grid=.*: give \(rows, columns\) for each image"):
+            modality_masks(family.model, family.inputs, grid=wrong)
     with pytest.raises(ValueError, match="attention_mask is .* pass the plain one"):
         modality_masks(family.model, family.inputs | {"attention_mask": torch.ones(2, 1, 15, 15)})
     with pytest.raises(ValueError, match="no input_ids"):

@@ -41,7 +41,7 @@ def test_asked_positions_are_those_of_all_logits():
     torch.manual_seed(0)
     model, inputs, _ = llava()
     model.eval()
-    everywhere = lens(model, inputs, all_logits, layers="model.language_model")
+    everywhere = lens(model, inputs, all_logits)  # the vision tower is not asked
     asked = lens(model, {**inputs, "logits_to_keep": torch.tensor([3, 14])}, all_logits, layers="model.language_model")
     torch.testing.assert_close(asked, everywhere[:, :, [3, 14]])
 
@@ -137,8 +137,5 @@ def test_refusals(model, inputs):
     family = lxmert()
     with pytest.raises(ValueError, match="LxmertModel has two streams of states: this probe needs one"):
         lens(family.model.eval(), family.inputs, lambda outputs: outputs.pooled_output)
-    family = llava()
-    with pytest.raises(ValueError, match="2 stacks of layers that match .* choose one by `tokens` or `layers`"):
-        lens(family.model.eval(), family.inputs, all_logits)
     with pytest.raises(ValueError, match="dropout is left on"):
         lens(model.train(), inputs.forward, lambda joint: joint.cls)

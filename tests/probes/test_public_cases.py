@@ -53,6 +53,35 @@ def test_an_image_in_the_keys_of_a_cross_attention_is_refused():
         probed(model, inputs)
 
 
+def test_a_vision_tower_with_as_many_tokens_is_left_out(family):
+    ids = torch.full((2, 10), IMAGE)  # a word and 9 image tokens; the tower has 9 patches and a class token
+    ids[:, 0] = 70
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": family.inputs["pixel_values"]}
+    masks = modality_masks(family.model, inputs)
+    chosen, named = (
+        inter_modality_flow(family.model, inputs, masks.vision, masks.tokens, layers=layers)
+        for layers in (None, "model.language_model")
+    )
+    assert chosen.layers == named.layers and torch.equal(chosen.flow.nan_to_num(), named.flow.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"input_ids": torch.full((10,), 70)}, "give a batch"),
+        ({"attention_mask": torch.ones(2, 9)}, r"attention_mask is \(2, 9\), but input_ids are \(2, 15\)"),
+        ({"pixel_values": torch.empty(2, 3, 24, 24, device="meta")}, r"inputs.to\(model.device\)"),
+    ],
+)
+def test_inputs_that_do_not_fit(family, changed, message):
+    masks, inputs = modality_masks(family.model, family.inputs), {**family.inputs, **changed}
+    with pytest.raises(ValueError, match=message):
+        modality_masks(family.model, inputs)
+        check(family.model, inputs, masks.vision, masks.tokens)
+    with pytest.raises(TypeError, match="inputs is a list"):
+        check(family.model, [inputs], masks.vision, masks.tokens)
+
+
 def test_two_passes_of_one_encoder_are_not_chained():
     """ViLT for NLVR2 runs its encoder once for each image; the model inside is probed as usual."""
     torch.manual_seed(0)

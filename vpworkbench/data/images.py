@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -103,6 +104,20 @@ class ImageFile:
         except UNDECODABLE as error:
             reason = re.sub(r" <_io.*", "", str(error))  # an address in memory
             raise ImageMissing(f"{self}: cannot be decoded ({reason}); replace it or drop its record") from None
+
+
+def read_image(image: Any) -> Image.Image:
+    """An image as RGB: a path, a PIL image or a uint8 array, (height, width) or (height, width, 3 or 4)."""
+    if isinstance(image, str | Path):
+        path = Path(image).expanduser()
+        return Image.fromarray(ImageFile(path.parent, path.name).pixels())
+    is_array = isinstance(image, np.ndarray)
+    if is_array and image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        return _rgb(Image.fromarray(image))
+    if not isinstance(image, Image.Image):
+        found = f"an array of {image.dtype}, {image.shape}," if is_array else type(image).__name__
+        raise DataError(f"{found} is no image: give a path, a PIL image or a uint8 array (height, width, 3)")
+    return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ The view of a decoder of transformers in `explore`; its numbers are those of `vp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +54,10 @@ class AnswerView(ipywidgets.VBox):
             question, description="question", continuous_update=False, layout={"width": "520px"}
         )
         self.choice = ipywidgets.Dropdown(options=list(images), description="image", layout={"width": "260px"})
-        self.layer = ipywidgets.Dropdown(options=[("mean of all", None)], description="layer")
+        self.layer, self.head = (
+            ipywidgets.Dropdown(options=[("mean of all", -1)], description=name, layout={"width": "190px"})
+            for name in ("layer", "head")
+        )
         self.rolled = ipywidgets.Checkbox(False, description="rolled out from the input (Eq. 4)", indent=False)
         self.status = StatusText()
         self.words = AnswerWords(width=WIDTH)
@@ -71,10 +74,10 @@ class AnswerView(ipywidgets.VBox):
         )
         for control in (self.question, self.choice):
             control.observe(lambda change: self.show(self.choice.value, self.question.value), "value")
-        for control in (self.layer, self.rolled):
+        for control in (self.layer, self.head, self.rolled):
             control.observe(lambda change: self._draw_maps(), "value")
-        asked = row(self.question, self.choice)
-        self.children = (asked, row(self.layer, self.rolled), self.status, self.words, self.table, self.shares)
+        asked, looked = row(self.question, self.choice), row(self.layer, self.head, self.rolled)
+        self.children = (asked, looked, self.status, self.words, self.table, self.shares)
         self.answer = self._ask(self.choice.value, question)  # errors of the first question are the caller's
         self._draw()
 
@@ -101,14 +104,19 @@ class AnswerView(ipywidgets.VBox):
         self.choice.value = list(self.images)[image]
         return self
 
-    def pin(self, *words: int, layer: int | None = None, rolled: bool = False) -> AnswerView:
-        """Pin up to two words, by their places, and choose the layer of their maps, from 0 (none: the mean)."""
+    def pin(self, *words: int, layer: int | None = None, head: int | None = None, rolled: bool = False) -> AnswerView:
+        """Pin up to two words, by their places, and choose layer and head of their maps, from 0 (none: the mean).
+
+        A roll-out takes the mean of the heads.
+        """
         if len(words) > 2:
             raise ValueError(f"pin {words}: two words can be compared")
         for word in words:
             check_index("word", word, len(self.answer.words))
         check_index("layer", layer, len(self.answer.layers))
-        self.layer.value, self.rolled.value = layer, rolled
+        check_index("head", head, self.answer.attention.shape[2])
+        self.layer.value, self.head.value = (-1 if place is None else place for place in (layer, head))
+        self.rolled.value = rolled
         self.words.pinned = list(words)
         return self
 
@@ -121,10 +129,10 @@ class AnswerView(ipywidgets.VBox):
                 f"{', '.join(answer.uncounted)}."
             )
         self.status.set(*note)
-        layers = [("mean of all", None), *((str(place + 1), place) for place in range(len(answer.layers)))]
-        if self.layer.options != tuple(layers):
-            self.layer.options = layers
-        rows = self.tables()["words"].drop(columns="place")
+        for control, count in ((self.layer, len(answer.layers)), (self.head, answer.attention.shape[2])):
+            if len(control.options) != count + 1:
+                control.options = [("mean of all", -1), *((str(place + 1), place) for place in range(count))]
+        rows = self.tables()["words"].drop(columns="place").assign(word=_readable(answer.words))
         shown = rows.map(lambda one: one if isinstance(one, str) else "" if np.isnan(one) else f"{one:.1%}")
         self.table.update(
             rows=shown.to_numpy().tolist(), label=f"Answer: {answer.text}", alt="Each word with its numbers."
@@ -140,7 +148,8 @@ class AnswerView(ipywidgets.VBox):
     def _looks(self) -> torch.Tensor:
         """Attention of each word to the visual tokens that have a place, (word, token)."""
         answer, placed = self.answer, self._placed
-        options = {"layer": self.layer.value, "rolled": self.rolled.value}
+        layer, head = (None if control.value < 0 else control.value for control in (self.layer, self.head))
+        options = {"layer": layer, "head": head, "rolled": self.rolled.value}
         return torch.stack([answer.map(word, **options)[placed] for word in range(len(answer.words))])
 
     @property
@@ -151,7 +160,7 @@ class AnswerView(ipywidgets.VBox):
         looks, table = self._looks(), self.tables()["words"]
         self.words.update(
             image=encoded(self.images[self.choice.value]),
-            words=[word.strip() or repr(word) for word in self.answer.words],
+            words=_readable(self.answer.words),
             notes=[_note(**numbers) for numbers in table.to_dict("records")],
             boxes=self.answer.boxes[self._placed].numpy(),
             on_grid=bool(self._placed.all()),
@@ -226,4 +235,8 @@ def _note(**numbers: Any) -> str:
 
 
 def _most(answer: Answer, word: int) -> str:
-    return " ".join(token.strip() or repr(token) for token, _ in answer.most_attended(word, 3))
+    return " ".join(_readable(token for token, _ in answer.most_attended(word, 3)))
+
+
+def _readable(words: Iterable[str]) -> list[str]:
+    return [word.strip() or repr(word) for word in words]

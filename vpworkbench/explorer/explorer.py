@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from vpworkbench.data.images import read_image
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out, load_splits
 from vpworkbench.errors import DataError
@@ -59,7 +60,7 @@ def explore(
         See `subjects.load`.
     data
         Pictures, or a captioned set ("scenes", a folder, a file), of which the held-out pictures are shown; None:
-        generated scenes.
+        generated scenes. For a decoder also one image: a file, a PIL image or an array.
     beside
         A second model, drawn below the first, such as one before pre-training.
     pictures : int
@@ -118,8 +119,9 @@ def _first_readings(subjects: Sequence[Subject], pictures: Sequence[Picture], so
 
 def _images(data: Images, most: int) -> dict[str, np.ndarray]:
     """Images by name: one that is given, or those of pictures."""
-    if isinstance(data, Image.Image | np.ndarray):
-        return {"image": np.asarray(data.convert("RGB") if isinstance(data, Image.Image) else data)}
+    is_file = isinstance(data, str | Path) and Path(data).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+    if is_file or not isinstance(data, Sequence | Path | None):
+        return {"image": np.asarray(read_image(data))}
     images = {picture.id: picture.image.pixels() for picture in _load_pictures(data, most)}
     if not images:
         raise DataError(f"{data}: no picture to explore")

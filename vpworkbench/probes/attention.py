@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vpworkbench.errors import first_line
 from vpworkbench.probes.model_parts import attention_configs, refuse_randomness
 from vpworkbench.probes.reading import Reading, allowed_by, same_for_every_query
 
@@ -278,7 +279,12 @@ def run_model(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         raise ValueError("past_key_values: a probe needs the whole sequence in one pass; leave it out")
     if inputs.get("output_attentions"):
         raise ValueError("output_attentions would store every attention map; leave it out")
-    return model(**{**inputs, "use_cache": False} if inputs.get("use_cache") else inputs)
+    try:
+        return model(**{**inputs, "use_cache": False} if inputs.get("use_cache") else inputs)
+    except RuntimeError as error:
+        if "device" not in str(error):
+            raise
+        raise ValueError(f"{first_line(error)} Move the inputs to the model: inputs.to(model.device)") from error
 
 
 # ------------------------------------------------------------------------- from transformers' call to the handler

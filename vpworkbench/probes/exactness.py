@@ -61,6 +61,8 @@ def check(
     ValueError
         If a difference is larger: the probe does not describe this model.
     """
+    if examples < 1:
+        raise ValueError(f"examples={examples}: compare at least one")
     sets = modalities_of(model, inputs, vision, tokens, language)
     with unchanged(model), torch.no_grad():
         plain = _floating(run_model(model, inputs))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
 from vpworkbench.probes.formula import Modalities, crossing, crossing_by_head, crossing_by_query
-from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, Readings, reaching, streams_of
+from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, Readings, reaching
 from vpworkbench.probes.layouts import modalities_of, patches_recorded
 from vpworkbench.probes.picked import PickedColumns, PickedRows
 from vpworkbench.probes.reading import Reading
@@ -191,7 +191,7 @@ def recorded_pass(
     model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None = None, **options: Any
 ) -> FlowRecorder:
     """One forward pass with a `FlowRecorder` at every attention layer; `options` are those of the recorder."""
-    recorder = FlowRecorder(sets, LayerChoice(*sets.vision.shape, layers, streams_of(model)), **options)
+    recorder = FlowRecorder(sets, LayerChoice(*sets.vision.shape, layers, model), **options)
     with intercept_attention(model, recorder):
         recorder.outputs = run_model(model, inputs)
     recorder.choice.raise_unless_one_stack()

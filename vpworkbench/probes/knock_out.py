@@ -284,7 +284,7 @@ def _survey(model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layer
 
 
 def _choice(model: nn.Module, sets: Modalities, layers: LayerNames | None) -> LayerChoice:
-    return LayerChoice(*sets.vision.shape, layers, streams_of(model))
+    return LayerChoice(*sets.vision.shape, layers, model)
 
 
 # -------------------------------------------------------------------------------------------------- the blocked pass

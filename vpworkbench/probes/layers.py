@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model, unchanged
-from vpworkbench.probes.model_parts import refuse_randomness
+from vpworkbench.probes.model_parts import refuse_randomness, tower_config
 from vpworkbench.probes.reading import Reading
 
 LayerNames = str | Sequence[str] | Callable[[str], bool]
@@ -75,11 +75,12 @@ class LayerChoice:
     """Chooses the attention layers in which the probed sequence attends to itself; for one forward pass.
 
     Other layers (a vision tower, cross attention to an encoder) run as usual. Where some of them have the same sequence
-    length, `layers` is needed: a prefix such as "language_model" will do.
+    length and are not of a tower, `layers` is needed: a prefix such as "language_model" will do.
     """
 
-    def __init__(self, examples: int, tokens: int, layers: LayerNames | None, streams: Streams | None) -> None:
-        self.examples, self.tokens, self.layers, self.streams = examples, tokens, layers, streams
+    def __init__(self, examples: int, tokens: int, layers: LayerNames | None, model: nn.Module) -> None:
+        self.examples, self.tokens, self.layers, self.streams = examples, tokens, layers, streams_of(model)
+        self._tower = None if layers else tower_config(model)
         self.names: list[str] = []  # of the chosen layers
         self._others: list[tuple[str, tuple[int, int, int]]] = []  # name and lengths
         self._attentions = 0  # of two streams
@@ -91,7 +92,8 @@ class LayerChoice:
             return None
         if self.streams and re.search(self.streams.inside, call.name):
             return self._block_of_streams(call)
-        if not self.streams and call.lengths == (self.examples, self.tokens, self.tokens):
+        fits = call.lengths == (self.examples, self.tokens, self.tokens) and not _is_of(self._tower, call)
+        if not self.streams and fits:
             self._refuse_second_pass(call.name)
             self.names.append(call.name)
             return Block(slice(None), slice(None), is_first=True, is_last=True)
@@ -207,6 +209,11 @@ def _stack(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def _is_of(tower: type | None, call: AttentionCall) -> bool:
+    """Whether a layer belongs to the vision tower, whose configuration is of the class `tower`."""
+    return tower is not None and type(getattr(call.module, "config", None)) is tower
+
+
 def is_named(name: str, layers: LayerNames | None) -> bool:
     """Whether `layers` chooses the module of this name; None chooses all."""
     if layers is None:
@@ -231,7 +238,7 @@ def visit_attention_maps(
     model of two streams 0.5 (I + W) is what the layer's attentions do together (Eq. 3); W is float64 there. `shape` has
     the examples and the tokens of the joint sequence.
     """
-    choice = LayerChoice(*shape, layers, streams_of(model))
+    choice = LayerChoice(*shape, layers, model)
     mixed = torch.empty(0)  # 0.5 (I + W) of the layer, example head query key
 
     def handler(call: AttentionCall) -> Tensor:
@@ -312,14 +319,14 @@ def run_stack(
 ) -> Stack:
     """Run `model` and find the one stack of layers that `tokens` or `layers` choose, as in `hidden_states`."""
     attended: list[str] = []
-    streams = streams_of(model)
+    streams, tower = streams_of(model), None if layers else tower_config(model)
     seen: defaultdict[str, list[tuple[Tensor, Any]]] = defaultdict(list)  # by name of a list of blocks
 
     def handler(call: AttentionCall) -> Tensor:
         fits = tokens is None or call.lengths[:2] == tuple(tokens.shape)
         if streams is not None and streams.joined:
             fits = re.search(streams.inside, call.name)
-        if fits and is_named(call.name, layers):
+        if fits and is_named(call.name, layers) and not _is_of(tower, call):
             attended.append(call.name)
         return call.output()
 

@@ -64,6 +64,7 @@ def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None, gri
     grid : (rows, columns) or sequence of them, optional
         The grid of visual tokens, of all images or of each, where nothing shows it.
     """
+    _check_mapping(inputs)
     config = config_of(model)
     kind = getattr(getattr(model, "settings", None), "architecture", "") or getattr(config, "model_type", "")
     if kind in LAYOUTS and grid is None:
@@ -84,10 +85,17 @@ def modalities_of(
     model: nn.Module, inputs: Inputs, vision: Tensor, tokens: Tensor, language: Tensor | None
 ) -> Modalities:
     """As `both_modalities`; by default language is every real token that is not visual, nor of a third modality."""
+    _check_mapping(inputs)
     ids, heard = inputs.get("input_ids"), _named_ids(config_of(model), "audio")
     if language is None and heard and torch.is_tensor(ids) and ids.shape == tokens.shape:
         language = tokens & ~(vision | _at(ids, heard)).to(tokens.device)
     return both_modalities(vision, tokens, language)
+
+
+def _check_mapping(inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+        kind = type(inputs).__name__
+        raise TypeError(f"inputs is a {kind}: give the keyword arguments of the model's forward, as a processor does")
 
 
 REGIONS_SIDE = 32
@@ -186,12 +194,16 @@ def _real(inputs: Inputs) -> Tensor:
         return torch.ones_like(_ids(inputs), dtype=torch.bool)
     if mask.ndim != 2:
         raise ValueError(f"attention_mask is {tuple(mask.shape)}: pass the plain one, (example, token)")
+    if mask.shape != _ids(inputs).shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}, but input_ids are {tuple(_ids(inputs).shape)}")
     return mask.bool()
 
 
 def _ids(inputs: Inputs) -> Tensor:
     if not torch.is_tensor(inputs.get("input_ids")):
         raise ValueError("inputs hold no input_ids, which mark the image tokens: build `vision` and `tokens` yourself")
+    if inputs["input_ids"].ndim != 2:
+        raise ValueError(f"input_ids are {tuple(inputs['input_ids'].shape)}: give a batch, (example, token)")
     return inputs["input_ids"]
 
 

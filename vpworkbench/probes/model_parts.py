@@ -32,6 +32,13 @@ def config_of(model: nn.Module) -> PretrainedConfig | None:
     return next((config for config in found if isinstance(config, PretrainedConfig)), None)
 
 
+def tower_config(model: nn.Module) -> type[PretrainedConfig] | None:
+    """The class of the vision tower's configuration, where the text model has another."""
+    config = config_of(model)
+    tower, text = type(getattr(config, "vision_config", None)), config and type(config.get_text_config())
+    return None if tower in (type(None), dict, text) else tower
+
+
 def decoder_of(model: nn.Module) -> str | None:
     """Name of the part of a model that is its decoder: a vision tower may run on as many tokens."""
     owner = next((part for part in model.modules() if hasattr(part, "get_decoder")), None)

@@ -143,13 +143,23 @@ def solve(
 
 
 def _given(asked: Asked, grid: Any) -> Places:
-    one = not isinstance(grid[0], Sequence)
-    per_image = asked.count // max(1, grid[0] * grid[1]) if one else len(grid)
-    images = [grid_boxes(*shape) for shape in ([grid] * per_image if one else grid)]
+    if _is_pair(grid):
+        grid = [grid] * max(1, asked.count // (grid[0] * grid[1]))
+    _check_pairs("grid", grid)
+    images = [grid_boxes(*shape) for shape in grid]
     made = sum(map(len, images))
     if made != asked.count:
         raise ValueError(f"grid={grid} makes {made} tokens, but input_ids hold {asked.count} {asked.kind} tokens")
     return Places(images)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(one, int) and one > 0 for one in value)
+
+
+def _check_pairs(name: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or not all(map(_is_pair, value)):
+        raise ValueError(f"{name}={value!r}: give (rows, columns) for each image, as a list")
 
 
 def _patch_grids(asked: Asked) -> list[Tensor]:
@@ -303,6 +313,7 @@ def tiled(images: list[Tensor], asked: Asked, tiles: Tiles) -> Places:
     if tiles is None:
         ask = f"pass tiles=[(rows, columns), ...] for the {len(counts)} images, or grid={grid} if these are images"
         return Places([], f"images of {counts} tiles: {ask}")
+    _check_pairs("tiles", tiles)
     if len(tiles) != len(counts):
         raise ValueError(f"tiles has {len(tiles)} entries for {len(counts)} images")
     joined = []

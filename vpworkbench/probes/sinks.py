@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
 from vpworkbench.probes.formula import Modalities
-from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, streams_of
+from vpworkbench.probes.layers import Block, LayerChoice, LayerNames
 from vpworkbench.probes.layouts import modalities_of
 
 
@@ -92,7 +92,7 @@ def find_sinks(
     if not times > 1:
         raise ValueError(f"times={times}: uniform attention gives every token 1 time its share; a sink receives more")
     sets = modalities_of(model, inputs, vision, tokens, language)
-    counter = SinkCounter(sets, LayerChoice(*vision.shape, layers, streams_of(model)), times)
+    counter = SinkCounter(sets, LayerChoice(*vision.shape, layers, model), times)
     with intercept_attention(model, counter):
         run_model(model, inputs)
     counter.choice.raise_unless_one_stack()

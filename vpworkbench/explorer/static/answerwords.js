@@ -52,7 +52,7 @@ export default widget("answer", (model, page) => {
       figure.hidden = side === 1 && !pinned().length; // not while the pointer moves: the words would move away from it
       const context = drawPicture(stage.canvas, bitmap, width());
       stage.element.style.width = `${width()}px`;
-      caption.textContent = word < 0 ? "\u00a0" : `“${words()[word]}”: ${percent(shares[word])} on the image`;
+      caption.textContent = word < 0 ? "\u00a0" : `“${words()[word]}”: ${percent(shares[word])} on the image, mean of all layers`;
       if (word < 0 || !geometry.count) return drawGrid(context, geometry);
       const skipped = (share, token) => (model.get("skip_sinks") && isSink(token) ? 0 : share);
       drawShade(context, geometry, row(word).map(skipped));
