@@ -22,6 +22,7 @@ from probes.tiny_models import llava_with_processor
 from vpworkbench.jobs.notebooks import run_notebook
 from vpworkbench.jobs.parameters import CHECKS, find_notebook, notebook_parameters
 from vpworkbench.runs import open_run, run_folder
+from vpworkbench.scenes.language import ATTRIBUTE_WORDS
 from vpworkbench.settings import pretrain_settings
 from vpworkbench.train.pretrain import prepare, pretrain
 
@@ -151,7 +152,7 @@ def test_nbval_runs_it_too(path, tmp_path, monkeypatch):
 def test_a_folder_of_a_decoder_and_its_processor(notebook, tmp_path, monkeypatch):
     """As docs/your_model.md promises, for a tiny LLaVA with a chat template."""
     monkeypatch.setenv("VPW_RUNS", str(tmp_path / "runs"))
-    for part in llava_with_processor("is there one circle square triangle that has blue green yellow"):
+    for part in llava_with_processor(" ".join(sorted(ATTRIBUTE_WORDS - {"red", "ball"}))):
         part.save_pretrained(tmp_path / "model")
     model = "models" if notebook == "03_compare_models" else "checkpoint"
     few = {} if notebook == "05_explore_masks" else {"images": 4}
