@@ -9,9 +9,12 @@ Settings are chosen on validation scenes. Runs that name a seed are finalists: o
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 
@@ -21,7 +24,7 @@ from vpworkbench.jobs.results import find_runs
 from vpworkbench.jobs.sweep import read_jobs
 from vpworkbench.runs import Run, read_json
 from vpworkbench.settings import DataSettings
-from vpworkbench.stats import student_interval
+from vpworkbench.stats import Interval, student_interval
 from vpworkbench.tasks import TASKS
 from vpworkbench.train.evaluate import evaluate
 
@@ -59,6 +62,7 @@ def result(name: str, folder: Path) -> dict[str, Any]:
     if "seed=" in name:
         tested = scores(summary["test"], config["settings"]) if "test" in summary else test_results(name, config)
         row |= {f"test_{key}": value for key, value in tested.items()}
+        row |= beside(summary.get("test", {}), config["settings"])
     row["step_s"] = float(Run(folder).metrics()["step_s"].median())
     return row | {"git": config["git"]["revision"][:8]}
 
@@ -68,6 +72,12 @@ def scores(summary: dict[str, Any], settings: dict[str, Any]) -> dict[str, float
     if "task" in settings:
         return {"score": summary[TASKS[settings["task"]].metric]}
     return {key: summary[key] for key in COLUMNS if key in summary}
+
+
+def beside(tested: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
+    """Test scores of the baselines of a task, by name."""
+    names = [name for name in tested if name.startswith("baseline ")]
+    return {name: tested[name][TASKS[settings["task"]].metric] for name in names}
 
 
 def test_results(name: str, config: dict[str, Any]) -> dict[str, float]:
@@ -82,21 +92,45 @@ def saved() -> pd.DataFrame:
     return pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=[""])
 
 
-def tables(runs: pd.DataFrame) -> str:
-    """For each sweep its runs on validation scenes, and finalists with three seeds on test scenes, in Markdown."""
+def tables(runs: pd.DataFrame) -> list[str]:
+    """For each sweep its runs on validation scenes, and finalists with three seeds on test scenes, in Markdown.
+
+    Tasks have three seeds of everything, so they have only a table of test scores.
+    """
     runs, parts = runs.reindex(columns=runs.columns.union(COLUMNS)), []
     for sweep, own in runs.groupby("sweep", sort=False):
+        if sweep == "tasks":
+            parts.append(task_table(own))
+            continue
         names = [name for name in COLUMNS if own[name].notna().any()]
         lines = [[words(row["run"]), *(f"{row[name]:.3f}" for name in names)] for _, row in own.iterrows()]
         parts.append(markdown([f"{sweep}, validation", *(COLUMNS[name] for name in names)], lines))
-        final = own[own["run"].str.contains("seed=")]
-        names = [name for name in names if f"test_{name}" in final and final[f"test_{name}"].notna().any()]
-        groups = final.groupby(final["run"].str.replace(r",?seed=\d+", "", regex=True), sort=False)
-        groups = [(name, group) for name, group in groups if len(group) >= 3]
-        lines = [[words(name), *(over(group[f"test_{key}"]) for key in names)] for name, group in groups]
+        names = [name for name in names if f"test_{name}" in own and own[f"test_{name}"].notna().any()]
+        lines = [[words(name), *(over(group[f"test_{key}"]) for key in names)] for name, group in of_seeds(own)]
         if lines:
             parts.append(markdown([f"{sweep}, test", *(COLUMNS[name] for name in names)], lines))
-    return "\n\n".join(parts)
+    return parts
+
+
+def of_seeds(runs: pd.DataFrame, least: int = 3) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Runs that differ in nothing but their seed, by their name without it."""
+    named = runs[runs["run"].str.contains("seed=")]
+    for name, group in named.groupby(named["run"].str.replace(r",?seed=\d+", "", regex=True), sort=False):
+        if len(group) >= least:
+            yield name, group
+
+
+def task_table(runs: pd.DataFrame) -> str:
+    """Each task: the model fine-tuned after pre-training and from scratch, and the baselines beside the former."""
+    lines = []
+    for name, group in of_seeds(runs, least=1):
+        task, pretrained = re.fullmatch(r"task=([\w-]+),pretrained=(True|False)", name).groups()
+        found = {"pre-trained" if pretrained == "True" else "from scratch": group["test_score"]}
+        if pretrained == "True":
+            found |= {key.removeprefix("baseline "): group[key] for key in group if key.startswith("baseline ")}
+        lines += [[task, key, over(values)] for key, values in found.items() if values.notna().any()]
+    order = list(dict.fromkeys(task for task, *_ in lines))
+    return markdown(["task, test", "model", "score"], sorted(lines, key=lambda line: order.index(line[0])))
 
 
 def words(run: str) -> str:
@@ -105,9 +139,11 @@ def words(run: str) -> str:
 
 
 def over(values: pd.Series) -> str:
-    """Each seed's value, and the mean with its t interval."""
+    """Each seed's share, and the mean with its t interval."""
     single = ", ".join(f"{value:.3f}" for value in values)
-    return f"{single}: {student_interval(values):.3f}"
+    if values.nunique() == 1:
+        return f"{values.iloc[0]:.3f} ({len(values)} seed{'s' * (len(values) > 1)})"
+    return f"{single}: {Interval(*np.clip(student_interval(values), 0, [1, 1, 1, np.inf])):.3f}"
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -121,7 +157,7 @@ def main(
     """Print the tables."""
     if gather:
         collect().to_csv(FOLDER / "runs.csv", index=False, float_format="%.5g")
-    print(tables(saved()))
+    print("\n\n".join(tables(saved())))
 
 
 if __name__ == "__main__":

@@ -302,7 +302,8 @@ def test_what_visual_sides_were_taught_is_what_their_runs_say():
 
 
 def test_tables_of_the_recipe_are_those_of_its_runs():
-    assert recipe.tables(recipe.saved()) in (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    assert all(table in text for table in recipe.tables(recipe.saved()))
 
 
 def test_pretraining_is_what_its_run_says():

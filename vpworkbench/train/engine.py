@@ -7,6 +7,7 @@ each step. A resumed run therefore ends with the same weights, bit for bit on a 
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -198,7 +199,7 @@ class _Training:
             collate_fn=partial(_share_of_step, self.batches, self.processes),
             num_workers=workers,
             pin_memory=self.processes.device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_start_worker,
         )
 
     def _try_micro_batch(self, batch: TensorBatch, accumulate: int) -> None:
@@ -296,9 +297,13 @@ def _share_of_step(batches: Steps, processes: Processes, step: int) -> TensorBat
     return batches[step].micro_batches(processes.count)[processes.index]
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Leave Ctrl-C, which reaches all processes of a terminal, to the main one, which stops in good order."""
+def _start_worker(_: int) -> None:
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the main one, which stops in good order.
+
+    A worker never collects what it inherited: torch complains where one frees the loader of an earlier training.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
 
 
 # --------------------------------------------------------------------------------------- conditions of the training
