@@ -122,7 +122,9 @@ def _load(source: Loadable, regions: str) -> Subject:
         return _ours("model", source)
     if not isinstance(source, str | None):
         kind = type(source).__name__
-        raise TypeError(f"{kind} is not a model of vpworkbench; load its folder, or give vpw.explore its processor")
+        raise TypeError(
+            f"{kind} is not a model of vpworkbench; vpw.load(path) opens its folder; vpw.explore may need its processor"
+        )
     source = source or ""
     if is_pretrained(source):
         return _of_transformers(source, regions)

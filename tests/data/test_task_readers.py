@@ -47,7 +47,9 @@ def test_vqa_files_that_are_not_there_or_not_these(tmp_path):
     annotations = answers_beside(questions)
     with pytest.raises(DataError, match="gone.json: no such file or folder"):
         read_vqa(tmp_path / "gone.json")
-    with pytest.raises(DataError, match=r"unknown format \(.*annotations.* known here: VQA v2 questions; GQA"):
+    with pytest.raises(
+        DataError, match=r"unknown format \(.*annotations.* known here: VQA v2 questions; A-OKVQA.*; GQA"
+    ):
         read_vqa(annotations)
     annotations.write_bytes(questions.read_bytes())
     with pytest.raises(DataError, match="annotations.json: unknown format .* known here: VQA v2 annotations"):

@@ -20,6 +20,7 @@ from vpworkbench.stats import Interval, bootstrap_interval
 from vpworkbench.tasks.retrieval import RetrievalResult
 
 GRID = 4
+RANGE = Interval(*np.array([0.01, -0.01, 0.03, 8]))
 HOSTILE = '<img src=x onerror="alert(1)"> & $x^2$'
 SHOWN = '&lt;img src=x onerror="alert(1)"&gt; &amp; &#36;x^2&#36;'  # quotes are harmless in plotly's text
 
@@ -90,6 +91,8 @@ def every_figure():
         "held_out": figures.held_out(HeldOut()),
         "accuracy_bars": figures.accuracy_bars({"ours": Interval(0.7, 0.6, 0.8, 50)}, chance={"ours": 0.5}),
         "run_curves": figures.run_curves({"a": metrics(3), "b": metrics(60)}, "itm"),
+        "forest": figures.forest({"a - b": (RANGE, RANGE)}, no_matter=0.01, title="Score", axis="difference"),
+        "scores_against": figures.scores_against({"flow": {"a": ([0.1], [0.5])}}, title="Scores", score="score"),
         "grouped_bars": figures.grouped_bars(recalls(), title="Shares", axis="share"),
         "task_scores": figures.task_scores({"ours": found(0), "chance": found(1)}, title="Held-out score"),
         "answers": figures.answers([figures.Reviewed("a", "b", "c", 0.0, (image(),), (looked,))]),
@@ -137,7 +140,7 @@ def test_recalls_stand_side_by_side_with_their_intervals():
 def test_every_figure_is_plain_small_described_and_clear():
     made = every_figure()
     public = {name for name, value in vars(figures).items() if callable(value) and _is_figure_function(value)}
-    assert set(made) == public and len(made) == 21
+    assert set(made) == public and len(made) == 23
     for name, figure in made.items():
         assert type(figure) is go.Figure, name
         alt = figure.layout.meta["alt"]

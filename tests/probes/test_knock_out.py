@@ -76,7 +76,9 @@ def assert_blocked_from_another(model, inputs, exchanged, vision, tokens):
         assert change[0] > 1e-6 and change[1] == 0.0, way
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", sorted({*FAMILIES} - {"florence2"})
+)  # a decoder follows: its states are not those probed
 def test_blocked_everywhere_the_other_modality_changes_no_bit(name):
     torch.manual_seed(0)
     model, inputs, _ = FAMILIES[name]()

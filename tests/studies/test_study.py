@@ -23,8 +23,8 @@ def drawn() -> study.Study:
     """32 chains with random measures; `live` follows the VQA score."""
     rng = np.random.default_rng(0)
     index = pd.MultiIndex.from_product([study.ARMS, range(SEEDS)], names=["arm", "seed"])
-    runs = pd.DataFrame(rng.normal(0.5, 0.02, (32, 7)), index, columns=["vqa", *study.MEASURES])
-    runs["live"] = 2 * runs["vqa"] + rng.normal(0, 0.004, 32)
+    runs = pd.DataFrame(rng.normal(0.5, 0.02, (32, 7)), index, columns=["score", *study.MEASURES])
+    runs["live"] = 2 * runs["score"] + rng.normal(0, 0.004, 32)
     questions = pd.DataFrame(rng.integers(0, 2, (300, 32)), columns=index).astype(float)
     return study.Study(runs, questions)
 
@@ -49,7 +49,7 @@ def test_paired_differences_are_those_of_scipy(drawn, differ):
 
 def test_the_share_of_questions_in_the_spread(drawn, differ):
     """A difference of two independent coins has the variance 0.5 of each question, so 0.5 / 300 of their mean."""
-    by_arm = drawn.runs["vqa"].unstack("arm")
+    by_arm = drawn.runs["score"].unstack("arm")
     row = differ.iloc[0]
     spread = (by_arm[row["better"]] - by_arm[row["other"]]).var()
     assert row["by_questions"] == pytest.approx(0.5 / 300 / spread, rel=0.1)
@@ -67,11 +67,11 @@ def test_correlations_are_those_of_scipy_and_errors_those_of_scikit_learn(drawn)
     groups = drawn.runs.index.get_level_values("seed")
     for name, row in found.iterrows():
         for values, where in ((drawn.runs, ""), (centred, "_within")):
-            both = values[name], values["vqa"]
+            both = values[name], values["score"]
             assert row[f"pearson{where}"] == pytest.approx(stats.pearsonr(*both).statistic)
             assert row[f"spearman{where}"] == pytest.approx(stats.spearmanr(*both).statistic)
             assert row[f"pearson{where}_low"] < row[f"pearson{where}"] < row[f"pearson{where}_high"]
-        given = drawn.runs[[name]].to_numpy(), drawn.runs["vqa"].to_numpy()
+        given = drawn.runs[[name]].to_numpy(), drawn.runs["score"].to_numpy()
         predicted = cross_val_predict(LinearRegression(), *given, groups=groups, cv=LeaveOneGroupOut())
         assert row["error"] == pytest.approx(np.abs(predicted - given[1]).mean())
         others = [given[1][groups != seed].mean() for seed in groups]
@@ -85,7 +85,7 @@ def test_the_interval_of_a_correlation_covers_the_truth():
     index = pd.MultiIndex.from_product([study.ARMS, range(16)], names=["arm", "seed"])
     for _ in range(30):
         values = rng.normal(size=64)
-        runs = pd.DataFrame({"flow": values, "vqa": 0.6 * values + 0.8 * rng.normal(size=64)}, index)
+        runs = pd.DataFrame({"flow": values, "score": 0.6 * values + 0.8 * rng.normal(size=64)}, index)
         row = study.correlations(runs, ["flow"]).iloc[0]
         held.append(row["pearson_low"] <= 0.6 <= row["pearson_high"])
     assert np.mean(held) >= 0.8
@@ -96,13 +96,15 @@ def test_sentences_and_figures_say_what_the_tables_hold(drawn, differ):
     said = study.conclusions(differ, told)
     assert len(said) == len(differ) + len(told) and f"{100 * differ['mean'][0]:+.1f} points" in said[0]
     assert [line for line in said if "seeds" in line and " tells the VQA score" in line][0].startswith("Live flow")
-    rows = study.intervals(differ, "vqa")
+    rows = study.intervals(differ, "score")
     assert list(rows)[0] == "attention - random" and len(rows) == len(study.COMPARED)
     drawing = figures.forest(rows, no_matter=0.01, title="VQA", axis="difference")
     np.testing.assert_allclose(drawing.data[1].x, [plain.mean for plain, _ in rows.values()])
     np.testing.assert_allclose(drawing.data[0].error_x.array, [wide.high - wide.mean for _, wide in rows.values()])
     panels = figures.scores_against(study.by_arm(drawn.runs), title="t", score="VQA")
-    assert len(panels.data) == 4 * len(study.MEASURES) and list(panels.data[0].y) == list(drawn.runs.loc["none", "vqa"])
+    assert len(panels.data) == 4 * len(study.MEASURES) and list(panels.data[0].y) == list(
+        drawn.runs.loc["none", "score"]
+    )
 
 
 def test_a_study_is_saved_and_read(drawn, tmp_path):
@@ -130,7 +132,7 @@ def test_a_chain_of_real_runs_is_collected(runs_folder):
                 {"notebook": "02_probe", "parameters": {"images": 4}},
                 {"notebook": "07_knock_out", "parameters": {"images": 4}},
                 {"notebook": "04_finetune", "parameters": {"steps": 2, **asked}},
-                {"notebook": "07_knock_out", "suffix": "vqa", "parameters": {"images": 4}},
+                {"notebook": "07_knock_out", "suffix": "score", "parameters": {"images": 4}},
             ],
         }
     )

@@ -33,7 +33,7 @@ COMPARED = (
     ("object", "none"),
 )
 """Arms whose difference is asked for; the first is expected to be better."""
-OUTCOMES = {"vqa": "VQA score", "excess": "flow above its null"}
+OUTCOMES = {"score": "VQA score", "excess": "flow above its null"}
 MEASURES = {
     "flow": "flow from the input to the last layer",
     "excess": "the same above its null",
@@ -108,8 +108,8 @@ def row(pretrained: Path, probed: Path, blocked: Path, tuned: Path, answering: P
         "itm": learnt["itm_accuracy"],
         "words": learnt["mlm_with_image"],
         "words_other": learnt["mlm_other_image"],
-        "vqa_val": vqa["vqa_score"],
-        "vqa": vqa["test"]["vqa_score"],
+        "score_val": vqa["vqa_score"],
+        "score": vqa["test"]["vqa_score"],
         "flow": flow["flow_from_input_last_layer"],
         "null": flow["null_from_input_last_layer"],
         "excess": flow["flow_from_input_last_layer"] - flow["null_from_input_last_layer"],
@@ -167,7 +167,7 @@ def differences(study: Study) -> pd.DataFrame:
             found = {"outcome": outcome, "better": better, "other": other, "seeds": len(gains)}
             found |= {"mean": plain.mean, "low": plain.low, "high": plain.high}
             found |= {"low_all": corrected.low, "high_all": corrected.high, "smallest": smallest_found(gains)}
-            if outcome == "vqa":
+            if outcome == "score":
                 seeds = [(study.questions[better, seed], study.questions[other, seed]) for seed in both.index]
                 within = [((one.high - one.low) / 3.92) ** 2 for one in (paired_interval(*pair) for pair in seeds)]
                 found["by_questions"] = np.mean(within) / gains.var(ddof=1)
@@ -199,7 +199,7 @@ def smallest_found(gains: np.ndarray) -> float:
     return (stdtrit(freedom, 0.975) + stdtrit(freedom, POWER)) * gains.std(ddof=1) / np.sqrt(len(gains))
 
 
-def correlations(runs: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), score: str = "vqa") -> pd.DataFrame:
+def correlations(runs: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), score: str = "score") -> pd.DataFrame:
     """How well each measure tells the score, one row each; intervals by a bootstrap over seeds, all arms together.
 
     `pearson` and `spearman` over all runs, and `within` arms: both quantities centred in each. `error` is the mean
@@ -257,7 +257,7 @@ def by_arm(runs: pd.DataFrame) -> dict[str, dict[str, tuple[np.ndarray, np.ndarr
     """For each of `MEASURES`, by its words: arm -> its values and the VQA scores, (seed,)."""
     arms = {arm: runs.loc[arm] for arm in ARMS if arm in runs.index.levels[0]}
     return {
-        words: {arm: (own[name].to_numpy(), own["vqa"].to_numpy()) for arm, own in arms.items()}
+        words: {arm: (own[name].to_numpy(), own["score"].to_numpy()) for arm, own in arms.items()}
         for name, words in MEASURES.items()
     }
 
