@@ -191,7 +191,7 @@ def test_the_reference_notices_every_number_that_changes(tmp_path):
 SHORT = {"steps": 2, "overrides": FEW}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a worker may come back to this module, where its run is then
 def pretrained(scratch) -> Path:
     """A notebook executed by plain papermill into the folder of its run."""
     executed = run_folder("01_pretrain", "short") / "01_pretrain.ipynb"

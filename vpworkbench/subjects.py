@@ -123,7 +123,7 @@ def _load(source: Loadable, regions: str) -> Subject:
     if not isinstance(source, str | None):
         kind = type(source).__name__
         raise TypeError(
-            f"{kind} is not a model of vpworkbench; vpw.load(path) opens its folder; vpw.explore may need its processor"
+            f"{kind} is no model of vpworkbench: load its folder by vpw.load(path), or give vpw.explore its processor"
         )
     source = source or ""
     if is_pretrained(source):

@@ -118,8 +118,7 @@ def ask(subject: Subject, some: Sequence[Example]) -> Question:
         if some[0].answer:
             readout = task_answer(subject.task_model, [one.answer for one in some])
         else:
-            log_odds, sign = match_log_odds(subject.base), torch.tensor([1.0 if one.is_true else -1.0 for one in some])
-            readout = lambda joint: log_odds(joint).cpu() * sign  # noqa: E731
+            readout = _right_decision(subject, some)
         return Question(inputs, readout, first.to(inputs.tokens.device))
     if subject.base is None:
         return _next_word(subject, pictures, texts, words)
@@ -129,6 +128,12 @@ def ask(subject: Subject, some: Sequence[Example]) -> Question:
     ids = inputs.forward["words"]
     places[:, : ids.shape[1]] = ids == subject.base.tokenizer.mask_token_id
     return Question(inputs, masked_word(subject.base, inputs.forward, words), places)
+
+
+def _right_decision(subject: Subject, some: Sequence[Example]) -> ReadOut:
+    """Log odds of the right ITM decision."""
+    log_odds, sign = match_log_odds(subject.base), torch.tensor([1.0 if one.is_true else -1.0 for one in some])
+    return lambda joint: log_odds(joint).cpu() * sign
 
 
 def _next_word(subject: Subject, pictures: list[Picture], texts: list[str], words: list[str]) -> Question:

@@ -1,6 +1,6 @@
 """The paper's two claims over many runs: do masks by attention help, and does flow tell what a model can do?
 
-The plan is docs/study.md: what is measured, compared and counted as an answer stands there.
+docs/study.md is the plan: what is measured and compared, and what counts as an answer.
 """
 
 from __future__ import annotations
