@@ -11,20 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from probes.tiny_models import IMAGE, VIT, Family, gemma3, llava, llava_with_processor, paligemma, pixels, qwen
+from probes.tiny_models import IMAGE, VIT, Family, Numbers, gemma3, llava, llava_with_processor, paligemma, pixels, qwen
 
 from vpworkbench.answers import Answer, probe_answer, read_answer, teacher_forced
 from vpworkbench.probes import modality_masks
 
 QUESTION = "what is on the left"
 ANSWER = [11, 12, 13, 14]
-
-
-class Numbers:
-    """A tokenizer whose words are the ids."""
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(f" {number}" for number in ids)
 
 
 def one_prompt(family: Family, example: int) -> dict[str, torch.Tensor]:

@@ -51,7 +51,7 @@ class Answer:
     masks : ModalityMasks
         Of prompt and answer; one example.
     layers, uncounted : tuple of str
-        As in `InterModalityFlow`. Layers that are not counted are not blocked either.
+        As in `InterModalityFlow`. What is not counted is not blocked either.
     """
 
     words: tuple[str, ...]
@@ -178,6 +178,11 @@ def read_answer(
     layers: LayerNames | None = None,
 ) -> Answer:
     """As `probe_answer`, from the inputs of one prompt, also padded on the left, and the ids of the answer."""
+    if getattr(config_of(model), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} reads the image in an encoder and answers in a decoder: an answer is probed only "
+            "where one stack of layers reads both. inter_modality_flow probes the encoder"
+        )
     forced = teacher_forced(model, inputs, ids)
     longest = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
     if longest and forced["input_ids"].shape[1] > longest:
@@ -249,8 +254,15 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 
 def word_log_probs(outputs: Any, ids: Sequence[int]) -> Tensor:
-    """Log probability of each word of an answer at the end of the sequence, float64 (word,)."""
-    logits = outputs.logits[0, -len(ids) - 1 : -1].cpu().double()
+    """Log probability of each word of an answer at the end of the sequence, float64 (word,).
+
+    A ValueError if the outputs do not predict the next word at every place.
+    """
+    logits = getattr(outputs, "logits", None)
+    if logits is None or logits.ndim != 3 or logits.shape[1] <= len(ids) or logits.shape[2] <= max(ids):
+        found = "no logits" if logits is None else f"logits {tuple(logits.shape)}"
+        raise ValueError(f"the model gives {found}: an answer is probed where each token predicts the next one")
+    logits = logits[0, -len(ids) - 1 : -1].cpu().double()
     return logits.log_softmax(dim=-1)[torch.arange(len(ids)), torch.tensor(ids)]
 
 

@@ -249,5 +249,7 @@ def widen(model: nn.Module, scale: float = 0.3) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2 and re.search(r"(q|k|qkv|query|key|q_b|kv_b|c_attn)[a-z_]*(proj)?\.weight$", name):
             parameter.data.normal_(0, scale)
-        elif not parameter.any() and parameter.ndim == 2:  # a projection of the image that starts at zero
+        elif parameter.ndim == 4 and "timm" in name:  # a long chain of convolutions would shrink the image to nothing
+            nn.init.kaiming_normal_(parameter)
+        elif parameter.ndim > 1 and parameter.abs().max() < 1e-4:  # towers that start at zero, or at 1e-10 as in SAM
             parameter.data.normal_(0, scale)

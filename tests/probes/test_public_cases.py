@@ -111,7 +111,7 @@ def test_layers_without_softmax_attention_are_named():
     flow = probed(model, inputs)
     assert len(flow.layers) == 2 and len(flow.uncounted) == 2
     assert set(flow.uncounted) == {f"model.language_model.layers.{layer}" for layer in (0, 2)}
-    assert "2 layers without softmax attention are not counted" in str(flow)
+    assert "2 parts without softmax attention are not counted" in str(flow)
 
 
 def test_audio_belongs_to_neither_modality(family):

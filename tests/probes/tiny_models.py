@@ -31,6 +31,13 @@ VIT = dict(
 )
 
 
+class Numbers:
+    """A tokenizer whose words are the ids."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" {number}" for number in ids)
+
+
 class Family(NamedTuple):
     """A tiny model of a family, its inputs, and the boxes of its first image's tokens."""
 

@@ -125,7 +125,7 @@ class AnswerView(ipywidgets.VBox):
         note = [f"Its image tokens have no place: {answer.masks.note}"] if not answer.masks.placed.any() else []
         if answer.uncounted:
             note.append(
-                f"{len(answer.uncounted)} layers without softmax attention are not counted or blocked: "
+                f"{len(answer.uncounted)} parts without softmax attention are not counted or blocked: "
                 f"{', '.join(answer.uncounted)}."
             )
         self.status.set(*note)

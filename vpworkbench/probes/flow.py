@@ -45,7 +45,7 @@ class InterModalityFlow:
     layers : tuple of str
         Names of the attention layers.
     uncounted : tuple of str
-        Layers of the same stack that mix tokens in another way (linear attention, convolutions), or not at all: what
+        Parts of the same stack that mix tokens in another way (linear attention, convolutions), or not at all: what
         they carry between the modalities is in no number here.
     readings : tuple of tuple of (Block, Reading)
         Who may attend to whom in each layer: its masks, for `live`.
@@ -95,7 +95,7 @@ class InterModalityFlow:
         )
         if self.uncounted:
             text += (
-                f"; {len(self.uncounted)} layers without softmax attention are not counted: {', '.join(self.uncounted)}"
+                f"; {len(self.uncounted)} parts without softmax attention are not counted: {', '.join(self.uncounted)}"
             )
         return text
 

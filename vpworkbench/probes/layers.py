@@ -128,16 +128,18 @@ class LayerChoice:
             )
 
     def uncounted(self, model: nn.Module) -> tuple[str, ...]:
-        """Blocks of the chosen stack without softmax attention over the sequence: what they mix is in no number.
+        """Parts of the chosen stack that mix tokens without softmax attention: what they carry is in no number.
 
-        Linear attention, state space layers and convolutions; of blocks that only transform each token too, since their
-        code does not say which they are.
+        Whole blocks of linear attention, state space layers or convolutions (and blocks that only transform each token,
+        since their code does not say which they are), and convolutions inside the blocks that are counted.
         """
         lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
         found = []
         for name in {_list_of(layer, lists) for layer in self.names} - {""}:
             blocks = [f"{name}.{number}" for number in range(len(lists[name]))]
             found += [block for block in blocks if not any(layer.startswith(f"{block}.") for layer in self.names)]
+            inside = [part for part, module in model.named_modules() if part.startswith(name) and _convolves(module)]
+            found += [part for part in inside if not part.startswith((*(f"{other}." for other in (*found, *inside)),))]
         return tuple(found)
 
     def raise_unless_one_stack(self) -> None:
@@ -197,6 +199,11 @@ def reaching(readout_tokens: Tensor, layers: Sequence[Readings]) -> Tensor:
             before[:, block.keys] |= reading.keys_of(after[:, block.queries]).to(before.device)
         reached.append(before)
     return torch.stack(reached[::-1], dim=1)
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether it mixes neighbouring tokens, e.g. the short convolutions of keys and values in Inkling."""
+    return isinstance(module, nn.Conv1d) or type(module).__name__.endswith("Convolution")
 
 
 def _list_of(layer: str, lists: Mapping[str, nn.ModuleList]) -> str:
