@@ -114,6 +114,14 @@ def test_layers_without_softmax_attention_are_named():
     assert "2 parts without softmax attention are not counted" in str(flow)
 
 
+def test_image_tokens_without_pixels_are_refused(family):
+    """The model would run: its embedding has a row for the placeholder."""
+    words = {name: value for name, value in family.inputs.items() if not value.is_floating_point()}
+    masks = modality_masks(family.model, family.inputs)
+    with pytest.raises(ValueError, match=r"image tokens, but no pixels come with them"):
+        inter_modality_flow(family.model, words, masks.vision, masks.tokens)
+
+
 def test_audio_belongs_to_neither_modality(family):
     family.model.config.audio_token_id = 77
     ids = family.inputs["input_ids"].clone()

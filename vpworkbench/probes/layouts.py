@@ -84,9 +84,18 @@ def modality_masks(model: nn.Module, inputs: Inputs, *, tiles: Tiles = None, gri
 def modalities_of(
     model: nn.Module, inputs: Inputs, vision: Tensor, tokens: Tensor, language: Tensor | None
 ) -> Modalities:
-    """As `both_modalities`; by default language is every real token that is not visual, nor of a third modality."""
+    """As `both_modalities`; by default language is every real token that is not visual, nor of a third modality.
+
+    A ValueError if the inputs mark an image that they do not hold: the model would read placeholders in its place.
+    """
     _check_mapping(inputs)
     ids, heard = inputs.get("input_ids"), _named_ids(config_of(model), "audio")
+    if torch.is_tensor(ids) and not any(torch.is_tensor(one) and one.is_floating_point() for one in inputs.values()):
+        if count := int(_at(ids, _named_ids(config_of(model), "image")).sum()):
+            raise ValueError(
+                f"input_ids hold {count} image tokens, but no pixels come with them: give all that the processor "
+                "returned"
+            )
     if language is None and heard and torch.is_tensor(ids) and ids.shape == tokens.shape:
         language = tokens & ~(vision | _at(ids, heard)).to(tokens.device)
     return both_modalities(vision, tokens, language)
