@@ -29,7 +29,9 @@ from explorer.browser import (  # fixtures are found by name in the module
     with_parameters,
 )
 from PIL import Image
+from probes.tiny_models import llava_with_processor
 
+import vpworkbench as vpw
 from vpworkbench.data.records import Picture
 from vpworkbench.studies.examples import encoded
 from vpworkbench.subjects import load_run
@@ -376,6 +378,33 @@ def test_the_whole_is_saved_as_one_page(browser: Any, explorer: Any, tmp_path: P
     assert page.locator(".vpw-table:visible").count() == 2 and page.locator(".still:visible").count() == 0
     assert "(ITM)" in page.locator(".vpw-table").last.text_content()
     context.close()
+
+
+def test_an_answers_words_show_where_they_looked(browser: Any, tmp_path: Path, screenshots: Path) -> None:
+    """In the saved page: hover draws a word's map and tells its numbers, two clicks compare two words, keys do too."""
+    question, image = "what is on the left", np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    model, processor = llava_with_processor(question)
+    view = vpw.explore(model, image, processor=processor, question=question, answer="a red ball")
+    view.save(tmp_path / "answer.html")
+    context = browser.new_context(viewport=SIZE, offline=True)
+    page = context.new_page()
+    page.goto((tmp_path / "answer.html").as_uri())
+    words, figures, status = (page.locator(f".vpw-answer {name}") for name in (".vpw-word", "figure", ".vpw-status"))
+    words.nth(2).wait_for()
+    plain = pixels(page, ".vpw-answer canvas")
+    words.nth(1).hover()
+    assert "“red” looks" in status.text_content() and not np.array_equal(pixels(page, ".vpw-answer canvas"), plain)
+    shown = figures.locator("figcaption").first.text_content()
+    assert shown.startswith(f"“red”: {float(view.answer.image_share[1].mean()):.1%}")
+    words.nth(1).click()
+    words.nth(2).click()
+    assert figures.locator("visible=true").count() == 2
+    assert page.locator(".vpw-answer [aria-selected=true]").all_text_contents() == ["red", "ball"]
+    page.screenshot(path=screenshots / "answer.png")
+    page.locator(".vpw-answer .vpw-sentence").press("Escape")
+    assert page.locator(".vpw-answer [aria-selected=true]").count() == 0
+    context.close()
+    view.close()
 
 
 @pytest.mark.parametrize("name", ["Masks", "Try it"])
