@@ -62,6 +62,7 @@ def test_any_list_of_arms_is_compared(runs_folder):
     calls = [shlex.split(call) for call in family_runs.calls(settings)]
     trained = {call[4]: dict(zip(call[6::3], call[7::3], strict=True)) for call in calls if call[2] == "01_pretrain"}
     assert list(trained) == ["families-vl-bert-0", "families-regions-random-0", "families-wide-no-MFR-0"]
+    assert calls[0][:3] == ["vpw", "regions", "scenes"] and not any("09_visual_init" in call for call in calls)
     assert trained["families-vl-bert-0"]["system"] == "vl-bert" and "masking" not in trained["families-vl-bert-0"]
     assert json.loads(trained["families-wide-no-MFR-0"]["overrides"]) == own["overrides"]
     with pytest.raises(SettingsError, match="arms: no arm 'vlbert'; did you mean 'vl-bert'"):

@@ -203,13 +203,14 @@ def calls(settings: FamilyRunsSettings) -> list[str]:
     root, prefix = runs_root(), settings.prefix
     regions, deep = root / "regions" / prefix, root / "09_visual_init" / f"{prefix}-deep"
     taught = {"visual": "grid", "images": 0, "epochs": DEEPER_PASSES, "checkpoint_every": 200, "overrides": DEEPER}
-    lines = [
-        ["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)],
-        _call("09_visual_init", deep.name, **taught),
-    ]
+    arms, lines = arms_of(settings), []
+    if not all(FAMILIES[arm.visual].pixels for arm in arms.values()):
+        lines.append(["vpw", "regions", "scenes", str(regions), "--epochs", str(PASSES)])
+    if any(arm.start for arm in arms.values()):
+        lines.append(_call("09_visual_init", deep.name, **taught))
     length = {"steps": settings.length, "checkpoint_every": 200}
     for seed in range(settings.seeds):
-        for key, arm in arms_of(settings).items():
+        for key, arm in arms.items():
             name = f"{prefix}-{key}-{seed}"
             trained = {"visual": arm.visual, "masking": arm.masking, "system": arm.system, "seed": seed, **length}
             trained["overrides"] = arm.overrides
