@@ -29,6 +29,15 @@ from vpworkbench.tasks import TASKS
 from vpworkbench.train.evaluate import evaluate
 
 FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "recipe"
+COMPARED = ("systems",)
+"""Comparisons of arms in the gallery, `08_families-NAME`; their runs.csv is written by the notebook."""
+ARM_COLUMNS = {
+    "ITM": ("itm_accuracy",),
+    "words (another image)": ("mlm_with_image", "mlm_other_image"),
+    "VQA (text only)": ("vqa", "text_only"),
+    "flow to the last layer (uniform attention)": ("flow", "null"),
+}
+"""Columns of such a table: what a run reached, and the mean of what it is compared with."""
 SWEEPS = ("pretrain", "finetune", "tasks", "families")
 """The yaml files there, in the order in which they were run."""
 COLUMNS = {
@@ -109,7 +118,7 @@ def tables(runs: pd.DataFrame) -> list[str]:
         lines = [[words(name), *(over(group[f"test_{key}"]) for key in names)] for name, group in of_seeds(own)]
         if lines:
             parts.append(markdown([f"{sweep}, test", *(COLUMNS[name] for name in names)], lines))
-    return parts
+    return parts + [arm_table(name) for name in COMPARED]
 
 
 def of_seeds(runs: pd.DataFrame, least: int = 3) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -131,6 +140,21 @@ def task_table(runs: pd.DataFrame) -> str:
         lines += [[task, key, over(values)] for key, values in found.items() if values.notna().any()]
     order = list(dict.fromkeys(task for task, *_ in lines))
     return markdown(["task, test", "model", "score"], sorted(lines, key=lambda line: order.index(line[0])))
+
+
+def arm_table(name: str) -> str:
+    """Each arm of a comparison over its seeds."""
+    runs = pd.read_csv(FOLDER.with_name(f"08_families-{name}") / "runs.csv")
+    lines = [
+        [arm, *(beside_mean(group, *keys) for keys in ARM_COLUMNS.values())]
+        for arm, group in runs.groupby("arm", sort=False)
+    ]
+    return markdown([name, *ARM_COLUMNS], lines)
+
+
+def beside_mean(runs: pd.DataFrame, key: str, other: str = "") -> str:
+    """A result over seeds, and in brackets the mean of what it is compared with."""
+    return over(runs[key]) + (f" ({runs[other].mean():.3f})" if other else "")
 
 
 def words(run: str) -> str:
