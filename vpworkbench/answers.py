@@ -51,7 +51,7 @@ class Answer:
     masks : ModalityMasks
         Of prompt and answer; one example.
     layers, uncounted : tuple of str
-        As in `InterModalityFlow`. What is not counted is not blocked either.
+        As in `InterModalityFlow`. Parts that are not counted are not blocked either.
     """
 
     words: tuple[str, ...]
