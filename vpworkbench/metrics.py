@@ -1,10 +1,11 @@
-"""The tasks' official metrics: VQA score, accuracy and consistency, recall at K. Scores lie in [0, 1]."""
+"""The tasks' official metrics: VQA score, accuracy and consistency, recall at K; BLEU-4. Scores lie in [0, 1]."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -90,6 +91,22 @@ def _leave_one_out(given: Sequence[str], answer: str) -> float:
 def accuracy(predicted: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """1 where right, 0 elsewhere, by example; its mean is the accuracy."""
     return np.array([float(one == other) for one, other in zip(predicted, labels, strict=True)])
+
+
+def caption_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """BLEU-4 of a set of captions, each with its own references; words as they are, in lower case.
+
+    Corpus counts, the closest reference length and no smoothing, as in COCO's evaluation; by sacrebleu.
+    """
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError:
+        raise ModuleNotFoundError("BLEU needs its package: pip install sacrebleu") from None
+    if not captions or len(captions) != len(references) or not all(map(len, references)):
+        raise ValueError(f"{len(captions)} captions, {len(references)} sets of references: give each caption its own")
+    by_place = list(zip_longest(*references))  # the first references of all captions, then the second, ...
+    options = {"lowercase": True, "tokenize": "none", "smooth_method": "none", "force": True}
+    return corpus_bleu(list(captions), by_place, **options).score / 100
 
 
 NLVR2_IDENTIFIER = r"^(.+-[0-9]+)-[0-9]+-([0-9]+)$"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 
-from vpworkbench.metrics import accuracy, answer_targets, consistency, normalised_answer, recall_at, vqa_score
+from vpworkbench.metrics import (
+    accuracy,
+    answer_targets,
+    caption_bleu,
+    consistency,
+    normalised_answer,
+    recall_at,
+    vqa_score,
+)
 
 
 @pytest.mark.parametrize(
@@ -96,3 +107,36 @@ def test_recall_is_top_k_accuracy_and_ties_count_against():
     assert recall_at([[3.0, 1.0, 2.0, 0.0]], several, [1, 2]) == {1: [0], 2: [1]}
     with pytest.raises(ValueError, match="nan"):
         recall_at([[np.nan, 1.0]], [[True, False]])
+
+
+def test_bleu_is_papineni_s_formula():
+    """Counts of all captions, clipped by the most in any reference; the closest length, the shorter of two."""
+    pytest.importorskip("sacrebleu", reason="needs the extra dev")
+    captions = ["A red ball left of a blue cube", "a green cone on the table on the floor", "a small grey ball"]
+    references = [
+        ["a red ball left of the blue cube", "a red ball and a blue cube on the left"],
+        ["a green cone on the table"],
+        ["a small grey ball"],
+    ]
+    logs, length, closest = [], 0, 0
+    for size in range(1, 5):
+        right = total = 0
+        for caption, given in zip(captions, references, strict=True):
+            counts, known = ngrams(caption, size), [ngrams(one, size) for one in given]
+            right += sum(min(count, max(one[gram] for one in known)) for gram, count in counts.items())
+            total += sum(counts.values())
+        logs.append(math.log(right / total))
+    for caption, given in zip(captions, references, strict=True):
+        words = len(caption.split())
+        length += words
+        closest += min((abs(len(one.split()) - words), len(one.split())) for one in given)[1]
+    expected = math.exp(sum(logs) / 4) * min(1.0, math.exp(1 - closest / length))
+    assert caption_bleu(captions, references) == pytest.approx(expected, abs=1e-12) and 0 < expected < 1
+    assert caption_bleu(captions, [[one] for one in captions]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="3 captions, 2 sets of references"):
+        caption_bleu(captions, references[:2])
+
+
+def ngrams(text: str, size: int) -> Counter:
+    words = text.lower().split()
+    return Counter(zip(*(words[start:] for start in range(size)), strict=False))
