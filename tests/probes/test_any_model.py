@@ -157,7 +157,7 @@ WORDS = [71, 72, 73]
 
 
 def answer_maps(model: nn.Module, inputs: dict, blocked: str) -> str:
-    """Rows of an answer's words against the eager run; other pixels behind a blocked image change them by 0.0."""
+    """Rows of an answer's words against the eager run; other pixels of a blocked image change them by 0.0."""
     one = first_example(inputs)
     try:
         answer, other = (read_answer(model, given, WORDS, Numbers()) for given in (one, exchanged(one)))
