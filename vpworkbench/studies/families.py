@@ -54,7 +54,10 @@ ARMS = {
     "swin-attention": _arm("Swin, attention MFR", "swin", "attention"),
 }
 """The arms of this notebook."""
-OTHER_ARMS = {name: _arm(name, "regions", system=name) for name in SYSTEMS}
+OTHER_ARMS = {
+    name: _arm(label, "regions", system=name)
+    for name, label in zip(SYSTEMS, ("ViLBERT", "VL-BERT", "Unicoder-VL", "Unified VLP"), strict=True)
+}
 """Further arms that `arms` may name: the systems that have a preset, with regions as in their papers."""
 FAMILY_ARMS = ("swin-random", "grid-random", "patch-random", "regions-random", "grid-code")
 """The four families with equal objectives (random masks, as only Swin could mask by attention). Last, the grid as in
