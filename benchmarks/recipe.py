@@ -29,7 +29,7 @@ from vpworkbench.tasks import TASKS
 from vpworkbench.train.evaluate import evaluate
 
 FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "recipe"
-COMPARED = ()
+COMPARED = ("systems",)
 """Comparisons of arms in the gallery, `08_families-NAME`; their runs.csv is written by the notebook."""
 ARM_COLUMNS = {
     "ITM": ("itm_accuracy",),
