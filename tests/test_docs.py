@@ -11,6 +11,7 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 import typer
 from pydantic import BaseModel
@@ -304,6 +305,16 @@ def test_what_visual_sides_were_taught_is_what_their_runs_say():
 def test_tables_of_the_recipe_are_those_of_its_runs():
     text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
     assert all(table in text for table in recipe.tables(recipe.saved()))
+
+
+def test_what_blocking_two_streams_costs_is_what_its_runs_say():
+    text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    effects = pd.read_csv(REPOSITORY / "papermill_runs" / "gallery" / "08_families-systems" / "knock-out.csv")
+    match = effects[effects["read_out"] == "match"].set_index(["start", "stop"])
+    for name, span in {"the first cross layer": (1, 1), "the second": (3, 3), "both": (1, 4)}.items():
+        found = match.loc[[span]].sort_values("seed")
+        cells = [f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for _, row in found.iterrows()]
+        assert f"| {name} | {' | '.join(cells)} |" in text and len(cells) == 3
 
 
 def test_pretraining_is_what_its_run_says():
