@@ -144,6 +144,7 @@ def probe_answer(
         raise TypeError(f"{kind} has no tokenizer: give the model's processor, AutoProcessor.from_pretrained(...)")
     if not isinstance(question, str) or not isinstance(answer, str | None):
         raise TypeError("question and answer must each be one text")
+    _refuse_encoder_decoder(model)
     images = [read_image(one) for one in (image if isinstance(image, list | tuple) else [image])]
     inputs = prompt_inputs(processor, images, question, device_of(model))
     if not modality_masks(model, inputs).vision.any():
@@ -178,11 +179,7 @@ def read_answer(
     layers: LayerNames | None = None,
 ) -> Answer:
     """As `probe_answer`, from the inputs of one prompt, also padded on the left, and the ids of the answer."""
-    if getattr(config_of(model), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} reads the image in an encoder and answers in a decoder: an answer is probed only "
-            "where one stack of layers reads both. inter_modality_flow probes the encoder"
-        )
+    _refuse_encoder_decoder(model)
     forced = teacher_forced(model, inputs, ids)
     longest = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
     if longest and forced["input_ids"].shape[1] > longest:
@@ -249,6 +246,14 @@ def teacher_forced(model: nn.Module, inputs: Mapping[str, Any], ids: Sequence[in
     return {**inputs, **longer, **few}
 
 
+def _refuse_encoder_decoder(model: nn.Module) -> None:
+    if getattr(config_of(model), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} reads the image in an encoder and answers in a decoder: an answer is probed only "
+            "where one stack of layers reads both. inter_modality_flow probes the encoder"
+        )
+
+
 def _takes(module: nn.Module, argument: str) -> bool:
     return argument in signature(module.forward).parameters
 
@@ -261,7 +266,7 @@ def word_log_probs(outputs: Any, ids: Sequence[int]) -> Tensor:
     logits = getattr(outputs, "logits", None)
     if logits is None or logits.ndim != 3 or logits.shape[1] <= len(ids) or logits.shape[2] <= max(ids):
         found = "no logits" if logits is None else f"logits {tuple(logits.shape)}"
-        raise ValueError(f"the model gives {found}: an answer is probed where each token predicts the next one")
+        raise ValueError(f"the model gives {found}: give a decoder, where each token predicts the next one")
     logits = logits[0, -len(ids) - 1 : -1].cpu().double()
     return logits.log_softmax(dim=-1)[torch.arange(len(ids)), torch.tensor(ids)]
 

@@ -102,8 +102,10 @@ def caption_bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -
         from sacrebleu import corpus_bleu
     except ImportError:
         raise ModuleNotFoundError("BLEU needs its package: pip install sacrebleu") from None
-    if not captions or len(captions) != len(references) or not all(map(len, references)):
+    if not captions or len(captions) != len(references):
         raise ValueError(f"{len(captions)} captions, {len(references)} sets of references: give each caption its own")
+    if wrong := [place for place, given in enumerate(references) if isinstance(given, str) or not given]:
+        raise ValueError(f"references of captions {wrong}: give each caption a list of one text or more")
     by_place = list(zip_longest(*references))  # the first references of all captions, then the second, ...
     options = {"lowercase": True, "tokenize": "none", "smooth_method": "none", "force": True}
     return corpus_bleu(list(captions), by_place, **options).score / 100

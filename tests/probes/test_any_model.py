@@ -29,7 +29,7 @@ from vpworkbench.probes import InterModalityFlow, ModalityMasks, check, inter_mo
 from vpworkbench.probes.attention import AttentionCall, intercept_attention, unchanged
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-FAST = "llava_next fuyu mllama minicpmv4_6 minimax_m3_vl hy_v4_vl qwen3_5 idefics2 glm5_next lfm2_vl".split()
+FAST = "llava_next fuyu mllama minicpmv4_6 minimax_m3_vl hy_v4_vl qwen3_5 idefics2 glm5_next lfm2_vl inkling2".split()
 BY_CONVOLUTIONS = {"apertus1p5", "chameleon", "emu3", "fast_vlm", "gemma3n"}
 """Group norms or chains of convolutions in their towers let every token see every pixel."""
 EAGER = {"phi4_multimodal": {"": "eager"}}

@@ -109,9 +109,8 @@ def test_recall_is_top_k_accuracy_and_ties_count_against():
         recall_at([[np.nan, 1.0]], [[True, False]])
 
 
-def test_bleu_is_papineni_s_formula():
+def test_bleu_is_the_formula_of_its_paper():
     """Counts of all captions, clipped by the most in any reference; the closest length, the shorter of two."""
-    pytest.importorskip("sacrebleu", reason="needs the extra dev")
     captions = ["A red ball left of a blue cube", "a green cone on the table on the floor", "a small grey ball"]
     references = [
         ["a red ball left of the blue cube", "a red ball and a blue cube on the left"],
@@ -135,6 +134,9 @@ def test_bleu_is_papineni_s_formula():
     assert caption_bleu(captions, [[one] for one in captions]) == pytest.approx(1)
     with pytest.raises(ValueError, match="3 captions, 2 sets of references"):
         caption_bleu(captions, references[:2])
+    for wrong in ("a small grey ball", []):
+        with pytest.raises(ValueError, match=r"captions \[2\]: give each caption a list"):
+            caption_bleu(captions, [*references[:2], wrong])
 
 
 def ngrams(text: str, size: int) -> Counter:

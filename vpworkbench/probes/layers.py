@@ -138,8 +138,10 @@ class LayerChoice:
         for name in {_list_of(layer, lists) for layer in self.names} - {""}:
             blocks = [f"{name}.{number}" for number in range(len(lists[name]))]
             found += [block for block in blocks if not any(layer.startswith(f"{block}.") for layer in self.names)]
-            inside = [part for part, module in model.named_modules() if part.startswith(name) and _convolves(module)]
-            found += [part for part in inside if not part.startswith((*(f"{other}." for other in (*found, *inside)),))]
+            for part, module in model.named_modules():  # an outer part comes before those inside it
+                known = tuple(f"{other}." for other in found)
+                if part.startswith(f"{name}.") and _convolves(module) and not part.startswith(known):
+                    found.append(part)
         return tuple(found)
 
     def raise_unless_one_stack(self) -> None:
@@ -203,7 +205,9 @@ def reaching(readout_tokens: Tensor, layers: Sequence[Readings]) -> Tensor:
 
 def _convolves(module: nn.Module) -> bool:
     """Whether it mixes neighbouring tokens, e.g. the short convolutions of keys and values in Inkling."""
-    return isinstance(module, nn.Conv1d) or type(module).__name__.endswith("Convolution")
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size != (1,)
+    return type(module).__name__.endswith("Convolution")
 
 
 def _list_of(layer: str, lists: Mapping[str, nn.ModuleList]) -> str:

@@ -91,7 +91,8 @@ def modalities_of(
     _check_mapping(inputs)
     ids, heard = inputs.get("input_ids"), _named_ids(config_of(model), "audio")
     if torch.is_tensor(ids) and not any(torch.is_tensor(one) and one.is_floating_point() for one in inputs.values()):
-        if count := int(_at(ids, _named_ids(config_of(model), "image")).sum()):
+        seen = [number for kind in ("image", "video") for number in _named_ids(config_of(model), kind)]
+        if count := int(_at(ids, seen).sum()):
             raise ValueError(
                 f"input_ids hold {count} image tokens, but no pixels come with them: give all that the processor "
                 "returned"
