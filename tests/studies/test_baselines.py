@@ -27,6 +27,7 @@ from vpworkbench.studies.baselines import (
     maxent_on_structure,
     runs_by_start,
     start_intervals,
+    with_other_images,
 )
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.task import TaskModel
@@ -36,11 +37,29 @@ from vpworkbench.train.finetune import PreparedTask, prepare_task
 def test_they_know_the_majority_and_stay_near_chance_on_balanced_scenes():
     settings = few(task="nlvr2")
     found = baselines(prepare_task(settings), settings)["val"]
-    assert set(found) == {"most frequent", "text only", "image only", "text x pooled features", "MAC"}
+    names = {"another image", "most frequent", "text only", "image only", "text x pooled features", "MAC"}
+    assert set(found) == names
     means = {name: result.scores.mean() for name, result in found.items()}
     assert means["most frequent"] == pytest.approx(0.5)
     assert means["text only"] == pytest.approx(0.5)  # each statement is true of one pair, false of one
     assert abs(means["image only"] - 0.5) < 0.2
+
+
+def test_another_image_is_that_of_another_example():
+    settings = few(task="vqa")
+    prepared = prepare_task(settings)
+    asked = prepared.splits["val"]
+    given = with_other_images(asked)
+    assert {one.images for one in given} == {one.images for one in asked}
+    own = {one.images: set() for one in asked}
+    for one, other in zip(asked, given, strict=True):
+        assert other == replace(one, images=other.images) and other.images != one.images
+        own[one.images].add(other.images)
+    assert all(len(others) == 1 for others in own.values())
+    found = baselines(prepared, settings)["val"]["another image"]
+    assert found.predicted == prepared.model.task.evaluate(prepared.model, given, settings).predicted
+    alone = replace(prepared, splits=prepared.splits | {"val": asked[:1]})
+    assert "another image" not in baselines(alone, settings)["val"]
 
 
 @pytest.fixture

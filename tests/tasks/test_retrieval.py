@@ -23,11 +23,15 @@ from vpworkbench.settings import RetrievalSettings
 from vpworkbench.studies.review import review
 from vpworkbench.subjects import load_task
 from vpworkbench.tasks.retrieval import (
+    CANDIDATES,
     CUTOFFS,
     RETRIEVAL,
+    WEIGHTS,
     Matching,
     RetrievalBatches,
     chance,
+    owners_of,
+    reranked,
     retrieval_result,
     score_matrix,
 )
@@ -309,3 +313,25 @@ def test_searches_are_reviewed_with_the_image_found_and_the_own(model, scenes):
         assert len(one.images) == len(one.attention) == 2
         assert one.right == (one.predicted == one.wanted)
         assert one.text in next(picture for picture in pictures if picture.id == one.wanted).captions
+
+
+def test_a_fusion_ranks_the_candidates_of_a_dual_encoder_anew(photographs):
+    """Written out naively: the sum decides among each query's 20 best, and the dual encoder's score beyond them."""
+    rng, pictures = np.random.default_rng(0), photographs[:30]
+    owner = owners_of(pictures)
+    own = owner == np.arange(30)[:, None]
+    first, second = (rng.normal(size=own.shape).astype(np.float32) + strength * own for strength in (1.5, 1.0))
+    dual, fusion = ({"val": retrieval_result(scores, pictures)} for scores in (first, second))
+    found = reranked(dual, fusion)["val"]
+    assert found.weight in WEIGHTS and found.summary()["weight"] == found.weight > 0
+    both = first / first.std() + found.weight * second / second.std()
+    for scores, sums, right, recall in ((first, both, own, found.text), (first.T, both.T, own.T, found.image)):
+        for query in range(len(scores)):
+            best = np.argsort(-scores[query])[:CANDIDATES]
+            order = [*best[np.argsort(-sums[query, best])], *np.argsort(-scores[query])[CANDIDATES:]]
+            for cutoff in CUTOFFS:
+                assert recall[cutoff][query] == right[query, order[:cutoff]].any()
+    mean = found.summary()["mean_recall"]
+    assert mean >= dual["val"].summary()["mean_recall"]  # weight 0 is among those that are tried
+    useless = {"val": retrieval_result(np.zeros_like(first), pictures)}
+    assert reranked(dual, useless)["val"].summary()["mean_recall"] == dual["val"].summary()["mean_recall"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vpworkbench.errors import CheckpointError
 from vpworkbench.model.fusion import build_fusion
-from vpworkbench.model.visual import VisualTokens, build_visual, unpack
+from vpworkbench.model.visual import VisualTokens, build_visual, encode
 from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
 from vpworkbench.settings.model import SpecialTokens
@@ -100,8 +100,7 @@ class VisualParsingModel(nn.Module):
 
     def encode(self, images: Tensor) -> VisualTokens:
         """Visual tokens of uint8 images (image, 3, height, width), of packed regions, or kept by `visual.pack`."""
-        is_packed = self.settings.visual.kind.pixels and images.dtype == torch.float16 and images.ndim == 3
-        return unpack(images, self.visual.width) if is_packed else self.visual(images)
+        return encode(self.visual, images)
 
     def freeze_visual(self, frozen: bool) -> None:
         """Take the visual side out of training, or back in; a saved model remembers it.

@@ -82,6 +82,12 @@ def unpack(packed: Tensor, width: int) -> VisualTokens:
     return VisualTokens(packed[..., :width].float(), parsing)
 
 
+def encode(visual: nn.Module, images: Tensor) -> VisualTokens:
+    """Visual tokens of uint8 images (image, 3, height, width), of packed regions, or kept by `pack`."""
+    is_packed = visual.settings.kind.pixels and images.dtype == torch.float16 and images.ndim == 3
+    return unpack(images, visual.width) if is_packed else visual(images)
+
+
 def build_visual(settings: VisualSettings) -> nn.Module:
     """The visual side with random weights; nothing is downloaded."""
     network = settings.kind.network

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,9 +34,9 @@ from vpworkbench.settings import FinetuneSettings
 from vpworkbench.stats import Interval, student_interval
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.classification import each_image_once
-from vpworkbench.tasks.retrieval import Retrieval, RetrievalResult, chance, retrieval_result
+from vpworkbench.tasks.retrieval import Retrieval, RetrievalResult, chance, reranked, retrieval_result
 from vpworkbench.tasks.task import Progress, TaskResult, right_answer, texts_of
-from vpworkbench.train.dual import dual_scores
+from vpworkbench.train.dual import DUAL, dual_scores
 from vpworkbench.train.finetune import PreparedTask
 
 WORD = r"(?u)\b\w+\b"
@@ -60,9 +61,10 @@ def baselines(
 ) -> dict[str, dict[str, TaskResult] | dict[str, RetrievalResult]]:
     """Results of simple models by split (all but training) and name; empty if the answers of the split are withheld.
 
-    They are trained once, on at most `most` examples: the most frequent label, text only, image only, and text times
-    pooled features; for NLVR v1 MaxEnt on the drawn structure too, and those of `ATTENTIVE`. For retrieval: chance, two
-    dual encoders and SCAN, which `folder` keeps.
+    The first is the fine-tuned model with another image: what it answers without seeing. The others are trained once,
+    on at most `most` examples: the most frequent label, text only, image only, and text times pooled features; for NLVR
+    v1 MaxEnt on the drawn structure too, and those of `ATTENTIVE`. For retrieval: chance, two dual encoders and SCAN,
+    which `folder` keeps.
     """
     splits = {split: records for split, records in prepared.splits.items() if split != "train"}
     scored = {split: records for split, records in splits.items() if prepared.is_answered(split)}
@@ -78,12 +80,37 @@ def baselines(
         return found
     examples = [example for part in scored.values() for example in part]
     predictions = _classify(prepared, settings, examples, most, progress) if examples else {}
+    for split, part in scored.items():
+        if len({example.images for example in part}) > 1:
+            found[split]["another image"] = task.evaluate(prepared.model, with_other_images(part), settings)
     for name, labels in predictions.items():
         remaining = iter(labels)  # by place: two splits may share ids
         for split, part in scored.items():
             predicted = {example.id: str(next(remaining)) for example in part}
             found[split][name] = TaskResult(task, task.scores(part, predicted), predicted)
     return found
+
+
+def with_reranked(
+    others: Mapping[str, Mapping[str, TaskResult | RetrievalResult]],
+    fine_tuned: Mapping[str, TaskResult | RetrievalResult],
+) -> dict[str, dict[str, TaskResult | RetrievalResult]]:
+    """`others` as from `baselines`, and for retrieval each dual encoder whose candidates the fine-tuned model re-ranks.
+
+    `fine_tuned` holds the results of that model, of `val` and `test`.
+    """
+    found = {split: dict(results) for split, results in others.items()}
+    for name in DUAL if isinstance(fine_tuned["val"], RetrievalResult) else ():
+        for split, result in reranked({split: others[split][name] for split in others}, fine_tuned).items():
+            found[split][f"{name} + fine-tuned"] = result
+    return found
+
+
+def with_other_images(examples: Sequence[Example]) -> list[Example]:
+    """Each example with the images of another one; those of one image all get the same other image."""
+    groups = list(dict.fromkeys(example.images for example in examples))
+    other = dict(zip(groups, groups[1:] + groups[:1], strict=True))
+    return [replace(example, images=other[example.images]) for example in examples]
 
 
 def _classify(

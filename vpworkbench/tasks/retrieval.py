@@ -10,7 +10,7 @@ import contextlib
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -40,6 +40,9 @@ from vpworkbench.tasks.task import TINY, Task, TaskModel, texts_of
 
 CUTOFFS = (1, 5, 10)
 IMAGES_AT_ONCE = 32
+CANDIDATES = 20
+WEIGHTS = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
+"""What `reranked` tries; both scores are divided by their standard deviation before."""
 FEWEST_TEXTS, MOST_TEXTS = 16, 64  # captions of one length in a batch
 
 TextBatch = tuple[Tensor, Tensor, Tensor]
@@ -263,6 +266,7 @@ class RetrievalResult(NamedTuple):
     by_truth: RetrievalResult | None = None
     scores: np.ndarray | None = None  # (image, caption)
     pictures: tuple[Picture, ...] = ()
+    weight: float | None = None  # of the fusion's score, see `reranked`
 
     def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
         """`TR R@1` and so on: means with bootstrap 95% intervals over queries."""
@@ -284,7 +288,7 @@ class RetrievalResult(NamedTuple):
         if self.by_truth is not None:
             for way, found in (("tr", self.by_truth.text), ("ir", self.by_truth.image)):
                 flat |= {f"{way}_r{cutoff}_by_truth": float(right.mean()) for cutoff, right in found.items()}
-        return flat
+        return flat if self.weight is None else flat | {"weight": self.weight}
 
     def save(self, path: str | Path) -> None:
         """Write the ten best of every query as csv: `TR`, an image's id, texts; or `IR`, a text, images' ids."""
@@ -298,21 +302,51 @@ class RetrievalResult(NamedTuple):
                     table.writerow([way, query, *(candidates[place] for place in row)])
 
 
-def retrieval_result(scores: np.ndarray, pictures: Sequence[Picture]) -> RetrievalResult:
-    """Recall from match scores, (image, caption), whose columns are the captions of the pictures in order."""
+def retrieval_result(
+    scores: np.ndarray, pictures: Sequence[Picture], *, image_scores: np.ndarray | None = None
+) -> RetrievalResult:
+    """Recall from match scores, (image, caption), whose columns are the captions of the pictures in order.
+
+    `image_scores` are other scores for image retrieval, of the same shape.
+    """
     owner = owners_of(pictures)
     if scores.shape != (len(pictures), len(owner)):
         raise ValueError(f"scores are {scores.shape}, but the pictures have {len(owner)} captions")
     own = owner == np.arange(len(pictures))[:, None]
 
     def recall(right: np.ndarray) -> RetrievalResult:
-        return RetrievalResult(recall_at(scores, right, CUTOFFS), recall_at(scores.T, right.T, CUTOFFS))
+        for_images = scores if image_scores is None else image_scores
+        return RetrievalResult(recall_at(scores, right, CUTOFFS), recall_at(for_images.T, right.T, CUTOFFS))
 
     by_truth = None
     if any(picture.scene is not None for picture in pictures):
         captions = texts_of(pictures)
         by_truth = recall(own | np.array([[picture.affirms(text) for text in captions] for picture in pictures]))
     return recall(own)._replace(by_truth=by_truth, scores=np.asarray(scores), pictures=tuple(pictures))
+
+
+def reranked(first: Mapping[str, RetrievalResult], fusion: Mapping[str, RetrievalResult]) -> dict[str, RetrievalResult]:
+    """Each query's `CANDIDATES` by a dual encoder, ranked anew by the sum of its score and the weighted fusion's.
+
+    `first` and `fusion` hold the results of both by split, among them `val`, which chooses one of `WEIGHTS`.
+    """
+    scales = [np.std(result["val"].scores) or 1.0 for result in (first, fusion)]
+
+    def ranked(split: str, weight: float) -> RetrievalResult:
+        dual, joint = (result[split].scores / scale for result, scale in zip((first, fusion), scales, strict=True))
+        both = dual + weight * joint
+        texts, images = (_candidates_first(dual, both, axis) for axis in (1, 0))
+        return retrieval_result(texts, fusion[split].pictures, image_scores=images)._replace(weight=weight)
+
+    best = max(WEIGHTS, key=lambda weight: ranked("val", weight).summary()[RETRIEVAL.metric])
+    return {split: ranked(split, best) for split in fusion}
+
+
+def _candidates_first(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
+    """The second scores of the candidates by the first ones along an axis, above the first scores of all others."""
+    most = min(CANDIDATES, first.shape[axis])
+    least = np.take(np.sort(first, axis=axis), [-most], axis=axis)
+    return np.where(first >= least, second - second.min() + first.max() + 1, first)
 
 
 def chance(pictures: Sequence[Picture]) -> RetrievalResult:

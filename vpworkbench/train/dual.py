@@ -1,8 +1,9 @@
 """Dual encoders, the baseline of retrieval: an image and a text become one vector each, compared by their cosine.
 
 The frozen one projects the features of the start linearly, under a contrastive loss. The trained one fine-tunes all
-weights with the hardest negative of its batch (VSE++, Faghri et al. 2018; a row of the paper's Table 4). SCAN, another
-row, is no dual encoder: it compares every word with every visual token of the frozen start, under the same loss.
+weights (with `frozen`, all but those of the visual side) with the hardest negative of its batch (VSE++, Faghri et al.
+2018; a row of the paper's Table 4). SCAN, another row, is no dual encoder: it compares every word with every visual
+token of the frozen start, under the same loss.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import TensorBatch
 from vpworkbench.model.attentive import Scan
-from vpworkbench.model.visual import build_visual
+from vpworkbench.model.visual import build_visual, encode
 from vpworkbench.model.weights import start_visual
 from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
@@ -33,8 +34,10 @@ from vpworkbench.tasks.classification import OneLoss
 from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
 from vpworkbench.tasks.task import Progress, texts_of
 from vpworkbench.train.checkpoints import is_trained
-from vpworkbench.train.engine import fit
+from vpworkbench.train.engine import fit, pick_device
+from vpworkbench.train.frozen import forget_tokens, token_inputs
 
+DUAL = ("frozen dual projection", "trained dual encoder")
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
 FROZEN_TRAIN = TrainSettings(epochs=30, images=128, log_every=10)
 """Schedule of the projections of frozen features: seconds. More epochs overfit 800 photographs."""
@@ -56,14 +59,17 @@ def dual_scores(
     dual = build_dual(settings)
     train_projection(dual, batches, settings, folder=folder, progress=progress)
     frozen = dual.projection.scores(dual.features(pictures, progress=progress))
-    run = _run(folder / "dual-trained")
-    options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
-    fit(dual, OneLoss(max_of_hinges), DualBatches(batches), run, **options, what="dual encoder, hardest negatives")
-    trained = dual.projection.scores(dual.features(pictures, progress=progress))
     start = build_dual(settings)
     scan = TokenMatcher(start.visual, start.words)
-    fit(scan, OneLoss(max_of_hinges), DualBatches(batches), _run(folder / "scan"), **options, what="SCAN")
-    return {"frozen dual projection": frozen, "trained dual encoder": trained, "SCAN": scan.scores(pictures)}
+    kept = DualBatches(_with_tokens(batches, start.visual, _run(folder / "scan"), settings))
+    dual.visual.requires_grad_(not settings.frozen)
+    options = {"optim": settings.optim, "train": settings.train, "seed": settings.seed, "workers": settings.workers}
+    run, seen = _run(folder / "dual-trained"), kept if settings.frozen else DualBatches(batches)
+    fit(dual, OneLoss(max_of_hinges), seen, run, **options, what="dual encoder, hardest negatives")
+    trained = dual.projection.scores(dual.features(pictures, progress=progress))
+    fit(scan, OneLoss(max_of_hinges), kept, _run(folder / "scan"), **options, what="SCAN")
+    forget_tokens(_run(folder / "scan"))
+    return {**dict(zip(DUAL, (frozen, trained), strict=True)), "SCAN": scan.scores(pictures)}
 
 
 def near_captions(
@@ -115,6 +121,16 @@ def train_projection(
     pairs = DualBatches(replace(batches, images=min(FROZEN_TRAIN.images, len(batches.pictures))), features)
     options = {"optim": FROZEN_OPTIM, "train": FROZEN_TRAIN, "seed": settings.seed}
     fit(dual.projection, OneLoss(dual.projection.contrast), pairs, run, **options, what="frozen dual projection")
+
+
+def _with_tokens(
+    batches: RetrievalBatches, visual: nn.Module, run: Run, settings: FinetuneSettings
+) -> RetrievalBatches:
+    """The same pairs, with the tokens of a frozen visual side instead of images; a `run` keeps them."""
+    if not visual.settings.kind.pixels:
+        return batches
+    images, device = [picture.image for picture in batches.pictures], pick_device(settings.train.device)
+    return replace(batches, inputs=token_inputs(visual, images, run, device, flip=settings.retrieval.flip))
 
 
 def _run(folder: Path) -> Run:
@@ -178,7 +194,7 @@ class DualEncoder(nn.Module):
 
     def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Cosines, (image, text); images as in `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
-        return self.projection(self.visual(images).mean(), self.pooled_texts(words, word_tokens))
+        return self.projection(encode(self.visual, images).mean(), self.pooled_texts(words, word_tokens))
 
     def pooled_texts(self, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Mean of the words' outputs without padding, (text, d)."""
@@ -214,7 +230,7 @@ class TokenMatcher(nn.Module):
     def forward(self, images: Tensor, words: Tensor, word_tokens: Tensor) -> Tensor:
         """Similarities, (image, text); images as in `VisualParsingModel`, `words` and `word_tokens` (text, word)."""
         with torch.no_grad():
-            visual = self.visual.eval()(images)
+            visual = encode(self.visual.eval(), images)
         return self.scan(visual.features, visual.not_padding(), words, word_tokens)
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     if model.base.settings.visual.frozen:
         images = [image for record in prepared.splits["train"] for image in record.images]
         device, flip = pick_device(train.device), settings.retrieval.flip
-        batches.inputs = token_inputs(model.base, images, run, device, flip=flip)
+        batches.inputs = token_inputs(model.base.visual, images, run, device, flip=flip)
     options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.workers}
     steps = fit(model, model.task.objective(), batches, run, **options, what=f"fine-tuning, {settings.task}")
     forget_tokens(run)

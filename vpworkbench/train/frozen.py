@@ -8,28 +8,27 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import ImageCache, Pixels, VisualInput
-from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import pack
 from vpworkbench.runs import Run
 from vpworkbench.train.checkpoints import is_trained
 
 
 def token_inputs(
-    model: VisualParsingModel, images: Sequence[ImageFile], run: Run, device: torch.device, *, flip: bool
+    visual: nn.Module, images: Sequence[ImageFile], run: Run, device: torch.device, *, flip: bool
 ) -> VisualInput:
-    """Packed tokens of image files, with `flip` of mirrored ones too, kept in the run's folder.
+    """Packed tokens of image files by a visual side, with `flip` of mirrored ones too, kept in the run's folder.
 
     Other weights or images make another cache. A run that is trained already reads nothing more, so for it nothing is
     computed.
     """
-    pixels = Pixels(model.settings.visual.image_px)
+    pixels = Pixels(visual.settings.image_px)
     if is_trained(run.folder):
         return pixels
-    visual = model.to(device).visual.eval()
+    visual = visual.to(device).eval()
 
     @torch.no_grad()
     def encode(files: Sequence[ImageFile], mirrored: np.ndarray) -> Tensor:

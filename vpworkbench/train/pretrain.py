@@ -68,7 +68,7 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     launch(train.processes, run.folder)
     images, inputs = [picture.image for picture in training], visual_input(settings.visual)
     if settings.visual.frozen:
-        inputs = token_inputs(model, images, run, pick_device(train.device), flip=settings.data.flip)
+        inputs = token_inputs(model.visual, images, run, pick_device(train.device), flip=settings.data.flip)
     elif settings.data.cache:
         inputs = pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
     held_out, device = prepared.splits["val"], pick_device(train.device)
