@@ -65,13 +65,14 @@ Loadable = Subject | TaskModel | VisualParsingModel | str | None
 def load(source: Loadable = "", *, regions: str = "", optional_regions: bool = False) -> Subject:
     """A model of ours or of transformers, by name, by folder, or as it is.
 
-    `source` is '' or None for the tiny model that ships; a name or folder of a run of `01_pretrain` or `04_finetune`; a
-    folder of transformers, or a name that is in its local cache or, as OWNER/NAME, on the hub; or a model of ours.
-    Models that read regions take `regions`, a folder of npz or a BUTD tsv; empty: those that they were trained with.
-    With `optional_regions` they may be meant for another model: this one then ignores regions that it cannot read.
+    `source` is '' or None for the tiny model that ships; a folder of a run of `01_pretrain` or `04_finetune`, its name,
+    or NOTEBOOK/NAME where both have a run of that name; a folder of transformers, or a name that is in its local cache
+    or, as OWNER/NAME, on the hub; or a model of ours. Models that read regions take `regions`, a folder of npz or a
+    BUTD tsv; empty: those that they were trained with. With `optional_regions` they may be meant for another model:
+    this one then ignores regions that it cannot read.
 
-    A `CheckpointError` if there is no such model, or it needs regions and there are none; a `DataError` or
-    `SettingsError` if `regions` has features of another width, or the model reads pixels.
+    A `CheckpointError` if there is no such model, two runs have the name, or it needs regions and there are none; a
+    `DataError` or `SettingsError` if `regions` has features of another width, or the model reads pixels.
     """
     subject = _load(source, regions)
     opened_with_them = subject.base is None and subject.reads_regions
@@ -130,6 +131,9 @@ def _load(source: Loadable, regions: str) -> Subject:
         return _of_transformers(source, regions)
     name = (Path(source).name if "/" in source else source) or "shipped"
     if folder := _task_folder(source):
+        if "/" not in source and (runs_root() / "01_pretrain" / source / "checkpoint").exists():
+            both = f"01_pretrain/{source} or 04_finetune/{source}"
+            raise CheckpointError(f"{source} is a run of two notebooks, and each has a model; write {both}")
         model, config = load_task_model(folder), folder.parent / "config.json"
         settings = checked(FinetuneSettings, read_json(config)["settings"]) if config.exists() else None
         return _ours(f"{name}, {model.task.name}", model.base, task_model=model, task_settings=settings)
@@ -156,10 +160,10 @@ def _of_transformers(source: str, regions: str) -> Subject:
 def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings]:
     """A pre-trained model and the settings of its run; `CheckpointError` if there is no finished run.
 
-    `checkpoint` is a run's folder or its `checkpoint/`, or the name of a run of `01_pretrain`. Empty: the tiny model
-    that ships.
+    `checkpoint` is a run's folder or its `checkpoint/`, NAME or 01_pretrain/NAME of a run. Empty: the tiny model that
+    ships.
     """
-    named = Path(checkpoint).expanduser(), runs_root() / "01_pretrain" / checkpoint
+    named = dict.fromkeys((Path(checkpoint).expanduser(), _run_folder(checkpoint, "01_pretrain")))
     places = named if checkpoint else [shipped_run()]
     for place in places:
         folder = place.parent if place.name == "checkpoint" else place
@@ -170,7 +174,7 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
 
 
 def load_task(checkpoint: str | Path) -> TaskModel:
-    """A fine-tuned model, by the folder of its run or checkpoint, or the name of a run of `04_finetune`.
+    """A fine-tuned model, by the folder of its run or checkpoint, or by NAME or 04_finetune/NAME.
 
     `CheckpointError` if there is none.
     """
@@ -179,8 +183,13 @@ def load_task(checkpoint: str | Path) -> TaskModel:
 
 def _task_folder(source: str) -> Path | None:
     place = Path(source).expanduser()
-    folders = (place, place / "checkpoint", runs_root() / "04_finetune" / source / "checkpoint") if source else ()
+    folders = (place, place / "checkpoint", _run_folder(source, "04_finetune") / "checkpoint") if source else ()
     return next((folder for folder in folders if (folder / "task.json").exists()), None)
+
+
+def _run_folder(name: str, notebook: str) -> Path:
+    """Of a run that is given by its name, or as NOTEBOOK/NAME."""
+    return runs_root() / name if "/" in name else runs_root() / notebook / name
 
 
 def token_counts(subject: Subject, pictures: Sequence[Picture]) -> tuple[float, float]:

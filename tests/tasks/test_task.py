@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from conftest import narrow_model, without_dropout
 from miniatures import written
 
-from vpworkbench import cli
+from vpworkbench import cli, subjects
 from vpworkbench.data.records import Example
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
-from vpworkbench.runs import open_run
+from vpworkbench.runs import open_run, runs_root, shipped_run
 from vpworkbench.studies.baselines import baselines
 from vpworkbench.subjects import load_task
 from vpworkbench.tasks import TASKS
@@ -60,12 +61,24 @@ def test_trains_and_is_scored_saved_and_loaded(task, tmp_path):
     assert len(result.scores) == len(prepared.splits["val"]) and np.isin(result.scores, [0, 1]).mean() > 0.3
     summary = result.summary(prepared.splits["val"])
     assert ("vqa_score" in summary) == (task == "vqa") and ("consistency" in summary) == (task == "nlvr2")
-    again = load_task(f"tested-{task}")
+    again = load_task(f"04_finetune/tested-{task}")
     assert again.labels == prepared.model.labels
     assert evaluated(again, prepared.splits["val"]).predicted == result.predicted
     example = prepared.splits["val"][0]
     shares = again.predict(example.images, example.text)
     assert next(iter(shares)) == result.predicted[example.id] and len(shares) == len(again.labels)
+
+
+def test_a_name_of_two_runs_needs_its_notebook():
+    settings = few(task="vqa")
+    run, prepared = open_run("04_finetune", settings, name="twice"), prepare_task(settings)
+    finetune(run, prepared, settings)
+    assert subjects.load("twice").task_model is not None
+    shutil.copytree(shipped_run(), runs_root() / "01_pretrain" / "twice")
+    with pytest.raises(CheckpointError, match="twice is a run of two .* write 01_pretrain/twice or 04_finetune/twice"):
+        subjects.load("twice")
+    assert subjects.load("04_finetune/twice").task_model is not None
+    assert subjects.load("01_pretrain/twice").task_model is None
 
 
 def test_predictions_are_written_as_the_release_wants_them(tmp_path):

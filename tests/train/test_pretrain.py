@@ -103,7 +103,7 @@ def test_run_is_found_by_name_and_by_folder():
     settings = few()
     run, prepared = open_run("01_pretrain", settings, name="found"), prepare(settings)
     pretrain(run, prepared, settings)
-    for place in ("found", str(run.folder), str(run.folder / "checkpoint")):
+    for place in ("found", "01_pretrain/found", str(run.folder), str(run.folder / "checkpoint")):
         model, read = load_run(place)
         assert read == settings
         assert torch.equal(model.mlm_bias, prepared.model.mlm_bias)

@@ -45,6 +45,7 @@ class Follower(Settings):
     """A notebook that reads the model of a run as its `checkpoint`, and has the run's name and seed."""
 
     notebook: str
+    of: str = Field("", description="an earlier notebook of `then` whose model it reads; empty: that of the run itself")
     suffix: str = Field("", description="at the end of its run's name; two followers of one notebook need it")
     parameters: dict[str, Any] = {}
 
@@ -84,7 +85,7 @@ def make_jobs(content: Any) -> list[Job]:
     jobs, faults = [], []
     for change in changes:
         job = _job(plan.notebook, _name(plan.name, change), _with_overrides({**plan.parameters, **change}), faults)
-        jobs.append(job._replace(then=tuple(_following(job, follower, faults) for follower in plan.then)))
+        jobs.append(job._replace(then=_following(job, plan.then, faults)))
     names = [(Path(one.notebook).stem, one.name) for job in jobs for one in (job, *job.then)]
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     faults += [f"{name}: two jobs of {notebook} have this name" for notebook, name in repeated]
@@ -104,10 +105,20 @@ def _job(notebook: str, name: str, parameters: dict[str, Any], faults: list[str]
     return Job(str(path), name, parameters)
 
 
-def _following(job: Job, follower: Follower, faults: list[str]) -> Job:
-    inherited = {"checkpoint": job.name} | {key: job.parameters[key] for key in ("seed",) if key in job.parameters}
-    name = "-".join(filter(None, (job.name, follower.suffix)))
-    return _job(follower.notebook, name, _with_overrides(inherited | follower.parameters), faults)
+def _following(job: Job, followers: Sequence[Follower], faults: list[str]) -> tuple[Job, ...]:
+    """The jobs that follow one, each with the checkpoint NOTEBOOK/NAME of the job that it is `of`."""
+    models = {"": f"{Path(job.notebook).stem}/{job.name}"}
+    jobs = []
+    for follower in followers:
+        name = "-".join(filter(None, (job.name, follower.suffix)))
+        if follower.of not in models:
+            faults.append(f"{name}: of {follower.of!r}, but no earlier notebook of `then` has this name")
+            continue
+        inherited = {"checkpoint": models[follower.of]} | {k: v for k, v in job.parameters.items() if k == "seed"}
+        jobs.append(_job(follower.notebook, name, _with_overrides(inherited | follower.parameters), faults))
+        notebook = Path(jobs[-1].notebook).stem
+        models[notebook] = f"{notebook}/{name}"
+    return tuple(jobs)
 
 
 def _name(prefix: str, change: dict[str, Any]) -> str:
