@@ -162,12 +162,13 @@ def words(run: str) -> str:
     return f"`{run}`" if run else "preset"
 
 
-def over(values: pd.Series) -> str:
-    """Each seed's share, and the mean with its t interval."""
+def over(values: pd.Series, *, share: bool = True) -> str:
+    """Each seed's result, and the mean with its t interval; an interval of shares ends at 0 and 1."""
     single = ", ".join(f"{value:.3f}" for value in values)
     if values.nunique() == 1:
         return f"{values.iloc[0]:.3f} ({len(values)} seed{'s' * (len(values) > 1)})"
-    return f"{single}: {Interval(*np.clip(student_interval(values), 0, [1, 1, 1, np.inf])):.3f}"
+    interval = student_interval(values)
+    return f"{single}: {Interval(*np.clip(interval, 0, [1, 1, 1, np.inf])) if share else interval:.3f}"
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
