@@ -17,7 +17,7 @@ import typer
 from pydantic import BaseModel
 
 import vpworkbench as vpw
-from benchmarks import recipe
+from benchmarks import photographs, recipe
 from vpworkbench.cli import app
 from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings
@@ -302,9 +302,10 @@ def test_what_visual_sides_were_taught_is_what_their_runs_say():
         assert measured == [f"{colours}%", f"{shapes}%"], folder
 
 
-def test_tables_of_the_recipe_are_those_of_its_runs():
+def test_tables_are_those_of_their_runs():
     text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
-    assert all(table in text for table in recipe.tables(recipe.saved()))
+    tables = [*recipe.tables(recipe.saved()), *photographs.tables(photographs.saved())]
+    assert all(table in text for table in tables)
 
 
 def test_what_blocking_two_streams_costs_is_what_its_runs_say():

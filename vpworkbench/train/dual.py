@@ -100,7 +100,8 @@ def build_dual(settings: FinetuneSettings) -> DualEncoder:
         visual = build_visual(start.visual)
         start_visual(visual, start.init_visual, preset=start.preset)
     if start.init_text:
-        text = BertModel.from_pretrained(bert_folder(start.init_text), local_files_only=True, add_pooling_layer=False)
+        text = BertModel.from_pretrained(bert_folder(start.init_text), local_files_only=True)
+        text.pooler = None  # its words are averaged
     torch.manual_seed(settings.seed)
     return DualEncoder(visual, text, base.words)
 
