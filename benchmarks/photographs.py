@@ -1,27 +1,27 @@
 """What is learned on photographs: the runs of papermill_runs/gallery/photographs, as the tables of docs/results.md.
 
-    vpw sweep papermill_runs/gallery/photographs/pretrain.yaml      then daquar.yaml and retrieval.yaml
+    vpw sweep papermill_runs/gallery/photographs/pretrain.yaml      then retrieval.yaml
     python -m benchmarks.photographs --collect       the results of these runs -> runs.csv
     python -m benchmarks.photographs                 runs.csv -> the tables
 
-Each command runs in the folder that has flickr1k/ and daquar/.
+Each command runs in the folder that has flickr1k/.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import typer
 
-from benchmarks.recipe import beside, beside_mean, markdown, over
+from benchmarks.recipe import Gather, beside, beside_mean, markdown, over, report
 from vpworkbench.jobs.sweep import Job, read_jobs
 from vpworkbench.runs import read_json, run_folder
 from vpworkbench.tasks import TASKS
 
 FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "photographs"
-SWEEPS = ("pretrain", "daquar", "retrieval")
+SWEEPS = ("pretrain", "retrieval")
 LEARNT = {
     "ITM (another image)": ("itm_accuracy", "itm_other_image"),
     "words (another image)": ("mlm_with_image", "mlm_other_image"),
@@ -36,8 +36,7 @@ def collect() -> pd.DataFrame:
     """One row for each complete run of the sweeps, in their order."""
     rows = []
     for sweep in SWEEPS:
-        path = FOLDER / f"{sweep}.yaml"
-        for job in read_jobs(path) if path.exists() else ():
+        for job in read_jobs(FOLDER / f"{sweep}.yaml"):
             found = [summary_of(one) for one in (job, *job.then)]
             if all(found):
                 measured = tested(*found, job.parameters["task"]) if "task" in job.parameters else learnt(*found)
@@ -54,7 +53,7 @@ def summary_of(job: Job) -> dict[str, Any]:
 
 def learnt(pretrained: dict[str, Any], knocked_out: dict[str, Any]) -> dict[str, float]:
     """What `LEARNT` and `EFFECTS` name."""
-    values = {key: pretrained[key] for keys in LEARNT.values() for key in keys if key in pretrained}
+    values = {key: pretrained[key] for keys in LEARNT.values() for key in keys}
     effects = {
         f"{name}_effect": knocked_out[f"{name}_before"] - knocked_out[f"{name}_blocked"] for name in ("match", "word")
     }
@@ -87,18 +86,9 @@ def tables(runs: pd.DataFrame) -> list[str]:
     return parts
 
 
-def saved() -> pd.DataFrame:
-    """What `collect` found, from runs.csv."""
-    return pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=[""])
-
-
-def main(
-    gather: Annotated[bool, typer.Option("--collect", help="read the runs of the sweeps, and write runs.csv")] = False,
-) -> None:
+def main(gather: Gather = False) -> None:
     """Print the tables."""
-    if gather:
-        collect().to_csv(FOLDER / "runs.csv", index=False, float_format="%.5g")
-    print("\n\n".join(tables(saved())))
+    report(FOLDER, collect, tables, gather)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Settings are chosen on validation scenes. Runs that name a seed are finalists: o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +96,9 @@ def test_results(name: str, config: dict[str, Any]) -> dict[str, float]:
     return {key: getattr(held_out, key).mean for key in COLUMNS if key in held_out._fields}
 
 
-def saved() -> pd.DataFrame:
+def saved(folder: Path = FOLDER) -> pd.DataFrame:
     """What `collect` found, from runs.csv."""
-    return pd.read_csv(FOLDER / "runs.csv", keep_default_na=False, na_values=[""])
+    return pd.read_csv(folder / "runs.csv", keep_default_na=False, na_values=[""])
 
 
 def tables(runs: pd.DataFrame) -> list[str]:
@@ -176,13 +176,21 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
-def main(
-    gather: Annotated[bool, typer.Option("--collect", help="read the runs of the sweeps, and write runs.csv")] = False,
-) -> None:
+Gather = Annotated[bool, typer.Option("--collect", help="read the runs of the sweeps, and write runs.csv")]
+
+
+def main(gather: Gather = False) -> None:
     """Print the tables."""
+    report(FOLDER, collect, tables, gather)
+
+
+def report(
+    folder: Path, collect: Callable[[], pd.DataFrame], tables: Callable[[pd.DataFrame], list[str]], gather: bool
+) -> None:
+    """Print the tables of a folder's runs.csv, with `gather` after it was collected anew."""
     if gather:
-        collect().to_csv(FOLDER / "runs.csv", index=False, float_format="%.5g")
-    print("\n\n".join(tables(saved())))
+        collect().to_csv(folder / "runs.csv", index=False, float_format="%.5g")
+    print("\n\n".join(tables(saved(folder))))
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ def test_what_visual_sides_were_taught_is_what_their_runs_say():
 
 def test_tables_are_those_of_their_runs():
     text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
-    tables = [*recipe.tables(recipe.saved()), *photographs.tables(photographs.saved())]
+    tables = [*recipe.tables(recipe.saved()), *photographs.tables(recipe.saved(photographs.FOLDER))]
     assert all(table in text for table in tables)
 
 

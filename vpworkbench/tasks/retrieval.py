@@ -42,7 +42,7 @@ CUTOFFS = (1, 5, 10)
 IMAGES_AT_ONCE = 32
 CANDIDATES = 20
 WEIGHTS = (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
-"""What `reranked` tries; both scores are divided by their standard deviation before."""
+"""What `reranked` tries, in units of each score's standard deviation."""
 FEWEST_TEXTS, MOST_TEXTS = 16, 64  # captions of one length in a batch
 
 TextBatch = tuple[Tensor, Tensor, Tensor]
@@ -268,6 +268,11 @@ class RetrievalResult(NamedTuple):
     pictures: tuple[Picture, ...] = ()
     weight: float | None = None  # of the fusion's score, see `reranked`
 
+    @property
+    def mean(self) -> float:
+        """Mean recall, with equal weight for each direction and cutoff."""
+        return float(np.mean([found.mean() for found in (*self.text.values(), *self.image.values())]))
+
     def intervals(self, *, seed: int = 0) -> dict[str, Interval]:
         """`TR R@1` and so on: means with bootstrap 95% intervals over queries."""
         return {
@@ -302,21 +307,15 @@ class RetrievalResult(NamedTuple):
                     table.writerow([way, query, *(candidates[place] for place in row)])
 
 
-def retrieval_result(
-    scores: np.ndarray, pictures: Sequence[Picture], *, image_scores: np.ndarray | None = None
-) -> RetrievalResult:
-    """Recall from match scores, (image, caption), whose columns are the captions of the pictures in order.
-
-    `image_scores` are other scores for image retrieval, of the same shape.
-    """
+def retrieval_result(scores: np.ndarray, pictures: Sequence[Picture]) -> RetrievalResult:
+    """Recall from match scores, (image, caption), whose columns are the captions of the pictures in order."""
     owner = owners_of(pictures)
     if scores.shape != (len(pictures), len(owner)):
         raise ValueError(f"scores are {scores.shape}, but the pictures have {len(owner)} captions")
     own = owner == np.arange(len(pictures))[:, None]
 
     def recall(right: np.ndarray) -> RetrievalResult:
-        for_images = scores if image_scores is None else image_scores
-        return RetrievalResult(recall_at(scores, right, CUTOFFS), recall_at(for_images.T, right.T, CUTOFFS))
+        return RetrievalResult(recall_at(scores, right, CUTOFFS), recall_at(scores.T, right.T, CUTOFFS))
 
     by_truth = None
     if any(picture.scene is not None for picture in pictures):
@@ -330,23 +329,31 @@ def reranked(first: Mapping[str, RetrievalResult], fusion: Mapping[str, Retrieva
 
     `first` and `fusion` hold the results of both by split, among them `val`, which chooses one of `WEIGHTS`.
     """
-    scales = [np.std(result["val"].scores) or 1.0 for result in (first, fusion)]
+    scale = np.std(first["val"].scores) / (np.std(fusion["val"].scores) or 1.0)
+    candidates = {split: _candidates(first[split], fusion[split]) for split in fusion}
 
     def ranked(split: str, weight: float) -> RetrievalResult:
-        dual, joint = (result[split].scores / scale for result, scale in zip((first, fusion), scales, strict=True))
-        both = dual + weight * joint
-        texts, images = (_candidates_first(dual, both, axis) for axis in (1, 0))
-        return retrieval_result(texts, fusion[split].pictures, image_scores=images)._replace(weight=weight)
+        ways = candidates[split]
+        return RetrievalResult(
+            *(recall_at(dual + weight * scale * joint, own, CUTOFFS) for dual, joint, own in ways), weight=weight
+        )
 
-    best = max(WEIGHTS, key=lambda weight: ranked("val", weight).summary()[RETRIEVAL.metric])
+    best = max(WEIGHTS, key=lambda weight: ranked("val", weight).mean)
     return {split: ranked(split, best) for split in fusion}
 
 
-def _candidates_first(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
-    """The second scores of the candidates by the first ones along an axis, above the first scores of all others."""
-    most = min(CANDIDATES, first.shape[axis])
-    least = np.take(np.sort(first, axis=axis), [-most], axis=axis)
-    return np.where(first >= least, second - second.min() + first.max() + 1, first)
+def _candidates(first: RetrievalResult, fusion: RetrievalResult) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For images that search texts, and for texts that search images: both scores and which are right.
+
+    Each is (query, candidate). All other texts or images rank behind them, further than any cutoff looks.
+    """
+    own = owners_of(fusion.pictures) == np.arange(len(fusion.pictures))[:, None]
+    matrices, ways = (first.scores, fusion.scores, own), []
+    for way in (matrices, tuple(matrix.T for matrix in matrices)):
+        most = min(CANDIDATES, way[0].shape[1])
+        best = np.argpartition(-way[0], most - 1, axis=1)[:, :most]
+        ways.append(tuple(np.take_along_axis(matrix, best, axis=1) for matrix in way))
+    return ways
 
 
 def chance(pictures: Sequence[Picture]) -> RetrievalResult:
