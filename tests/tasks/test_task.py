@@ -255,6 +255,32 @@ def test_uniters_head_trains_and_is_saved_with_its_kind(tmp_path):
     assert evaluated(again, examples).predicted == evaluated(prepared.model, examples).predicted
 
 
+def test_a_head_can_read_the_mean_over_the_words(tmp_path):
+    settings = few(task="vqa", overrides={"pool": "words", "head_dropout": 0.5})
+    run, prepared = open_run("04_finetune", settings, name="tested-pool"), prepare_task(settings)
+    model = prepared.model
+    examples = prepared.splits["train"][:6]
+    batch = model.task.batches(examples, model, settings).batch(examples)
+    hidden = model.eval().base.fuse(
+        model.base.encode(batch.images), *batch.inputs[2:], image_index=batch.image_index[:, 0]
+    )
+    means = [
+        row[:length].mean(dim=0) for row, length in zip(hidden.hidden[-1], batch.word_tokens.sum(dim=1), strict=True)
+    ]
+    assert len({len(example.text.split()) for example in examples}) > 1  # so that padding would show
+    torch.testing.assert_close(model(*batch.inputs), model.head(torch.stack(means)))
+    assert not torch.equal(model.train()(*batch.inputs), model(*batch.inputs))
+    finetune(run, prepared, settings)
+    again = load_task("tested-pool")
+    examples = prepared.splits["val"]
+    assert again.pool == "words" and evaluated(again, examples).predicted == evaluated(model, examples).predicted
+
+
+def test_pooling_is_of_questions_only():
+    with pytest.raises(SettingsError, match="pool is for vqa, not for retrieval"):
+        few(task="retrieval", overrides={"pool": "words"})
+
+
 def test_new_words_of_a_task_get_rows_of_their_own(scenes):
     base = narrow_model(scenes)
     known = base.tokenizer.get_vocab()

@@ -19,6 +19,7 @@ from vpworkbench.model.visual import VisualTokens, build_visual, encode
 from vpworkbench.model.words import Words, bert_tokenizer
 from vpworkbench.settings import ModelSettings, fault_lines
 from vpworkbench.settings.model import SpecialTokens
+from vpworkbench.settings.training import Pool
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -28,7 +29,7 @@ class Joint(NamedTuple):
     """The output of one forward; every objective, task and probe reads from here."""
 
     hidden: tuple[Tensor, ...]  # (text, word + vision, d): the embedding, then each layer's output
-    words: int  # word positions, special tokens and padding included; visual tokens follow them
+    word_tokens: Tensor  # bool (text, word), False at padding; visual tokens follow the words
     visual: VisualTokens  # those of the images, before any mask
 
     @property
@@ -39,12 +40,19 @@ class Joint(NamedTuple):
     @property
     def text(self) -> Tensor:
         """(text, word, d)"""
-        return self.hidden[-1][:, : self.words]
+        return self.hidden[-1][:, : self.word_tokens.shape[1]]
 
     @property
     def vision(self) -> Tensor:
         """(text, vision, d)"""
-        return self.hidden[-1][:, self.words :]
+        return self.hidden[-1][:, self.word_tokens.shape[1] :]
+
+    def pooled(self, pool: Pool) -> Tensor:
+        """What a head reads, (text, d): [CLS], or the mean over the words, special tokens included."""
+        if pool == "cls":
+            return self.cls
+        shares = self.word_tokens / self.word_tokens.sum(dim=1, keepdim=True)
+        return (shares[..., None] * self.text).sum(dim=1)
 
 
 class Inputs(NamedTuple):
@@ -143,7 +151,7 @@ class VisualParsingModel(nn.Module):
         paired = visual.for_texts(image_index)
         options = {} if causal is None else {"causal": causal}
         hidden = self.fusion(words, word_tokens, self.fusion.embed_vision(paired, masked), paired.tokens, **options)
-        return Joint(hidden, words.shape[1], visual)
+        return Joint(hidden, word_tokens, visual)
 
     def word_logits(self, states: Tensor) -> Tensor:
         """(..., d) -> (..., vocabulary), by the transposed word embedding (paper Eq. 7)."""

@@ -71,7 +71,7 @@ def task_answer(task_model: nn.Module, answers: Sequence[str]) -> ReadOut:
     ids = _numbers(answers, labels, "answers of this model", len(answers))
 
     def log_probability(joint: Any) -> Tensor:
-        logits = task_model.head(joint.cls).cpu().double()
+        logits = task_model.read([joint]).cpu().double()
         return task_model.task.probabilities(logits)[torch.arange(len(ids)), ids].log()
 
     return log_probability

@@ -13,6 +13,7 @@ from vpworkbench.settings.scenes import SceneSettings
 TRAINING_SCENES = SceneSettings(images=12_000, val=500, test=500)
 MISSING = "an image that is missing or unreadable: stop, or skip its records and list them in skipped.csv"
 Pairing = Literal["pair", "pair-attention"]
+Pool = Literal["cls", "words"]
 
 
 class DataSettings(Settings):
@@ -257,6 +258,8 @@ class FinetuneSettings(Settings):
     pairing: Pairing = Field(
         "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
     )
+    pool: Pool = Field("cls", description="what the head reads: [CLS], or the mean over the words (Sentence-BERT)")
+    head_dropout: float = Field(0.0, ge=0, lt=1, description="share of what the head reads that training sets to zero")
     regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")
     frozen: bool | None = Field(
         None, description="whether the visual side is frozen, its tokens computed once; null: as it was in pre-training"

@@ -28,7 +28,8 @@ def load_task_model(folder: str | Path) -> TaskModel:
     try:
         content = json.loads((folder / "task.json").read_text())
         base = VisualParsingModel.from_config(folder)
-        model = TaskModel(base, TASKS[content["task"]], content["label2ans"], pairing=content["pairing"])
+        kind = {name: content[name] for name in ("pairing", "pool")}
+        model = TaskModel(base, TASKS[content["task"]], content["label2ans"], **kind)
         file = folder / "model.safetensors"
         model.load_state_dict(without_nan(load_file(file), file))
     except CheckpointError:

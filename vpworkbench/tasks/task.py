@@ -26,9 +26,9 @@ from vpworkbench.data.steps import Sampler
 from vpworkbench.data.task_readers import ANY_TABLE, Splits, TaskFiles
 from vpworkbench.errors import DataError
 from vpworkbench.metrics import most_given
-from vpworkbench.model.model import VisualParsingModel, save_tensors
+from vpworkbench.model.model import Joint, VisualParsingModel, save_tensors
 from vpworkbench.settings import FinetuneSettings, OptimSettings, Settings, TrainSettings
-from vpworkbench.settings.training import Pairing
+from vpworkbench.settings.training import Pairing, Pool
 from vpworkbench.stats import Interval, bootstrap_interval, flatten
 from vpworkbench.tasks.classification import (
     Classification,
@@ -137,14 +137,23 @@ class TaskModel(nn.Module):
     """A pre-trained model and the head of one task; `labels` are in the order of the logits.
 
     The pre-training heads of `base` are unused, except that retrieval starts from the ITM head (paper Sec. 4.2). For
-    two images per text `pairing` `pair` concatenates both [CLS]; `pair-attention` is UNITER's `PairAttention`.
+    two images per text `pairing` `pair` concatenates both [CLS]; `pair-attention` is UNITER's `PairAttention`, which
+    reads all tokens. For `pool` see `Joint.pooled`; `dropout` of what the head reads acts in training.
     """
 
     def __init__(
-        self, base: VisualParsingModel, task: Task, labels: Sequence[str], *, pairing: Pairing = "pair"
+        self,
+        base: VisualParsingModel,
+        task: Task,
+        labels: Sequence[str],
+        *,
+        pairing: Pairing = "pair",
+        pool: Pool = "cls",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.base, self.task, self.labels, self.pairing = base, task, tuple(labels), pairing
+        self.base, self.task, self.labels, self.pairing, self.pool = base, task, tuple(labels), pairing, pool
+        self.dropout = nn.Dropout(dropout)
         if pairing == "pair-attention":
             fusion = base.settings.fusion
             self.head: nn.Module = PairAttention(fusion.width, fusion.heads, len(labels), fusion.dropout)
@@ -160,14 +169,19 @@ class TaskModel(nn.Module):
             left, right = (joint.hidden[-1] for joint in passes)
             tokens = (torch.cat([word_tokens, visual.not_padding()[side]], dim=1) for side in sides)
             return self.head(left, right, *tokens).float()
-        return self.head(torch.cat([joint.cls for joint in passes], dim=-1)).float()
+        return self.read(passes)
+
+    def read(self, passes: Sequence[Joint]) -> Tensor:
+        """Logits, float32 (example, label), from the pass with each image."""
+        pooled = torch.cat([joint.pooled(self.pool) for joint in passes], dim=-1)
+        return self.head(self.dropout(pooled)).float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `VisualParsingModel` writes, the head among the weights, and `task.json` with the labels."""
         folder = Path(folder)
         self.base.save_pretrained(folder)
         save_tensors(self.state_dict(), folder / "model.safetensors")
-        content = {"task": self.task.name, "label2ans": list(self.labels), "pairing": self.pairing}
+        content = {"task": self.task.name, "label2ans": list(self.labels), "pairing": self.pairing, "pool": self.pool}
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 
     def predict(self, images: Any, text: str) -> dict[str, float]:

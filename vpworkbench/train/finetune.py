@@ -75,7 +75,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
     labels = task.labels([*splits["train"], *splits["val"]], settings)
-    return PreparedTask(splits, TaskModel(base, task, labels, pairing=settings.pairing), shared, skipped)
+    kind = {"pairing": settings.pairing, "pool": settings.pool, "dropout": settings.head_dropout}
+    return PreparedTask(splits, TaskModel(base, task, labels, **kind), shared, skipped)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
