@@ -1,10 +1,10 @@
 """What is learned on photographs: the runs of papermill_runs/gallery/photographs, as the tables of docs/results.md.
 
-    vpw sweep papermill_runs/gallery/photographs/pretrain.yaml      then retrieval.yaml
+    vpw sweep papermill_runs/gallery/photographs/pretrain.yaml      then retrieval.yaml and daquar.yaml
     python -m benchmarks.photographs --collect       the results of these runs -> runs.csv
     python -m benchmarks.photographs                 runs.csv -> the tables
 
-Each command runs in the folder that has flickr1k/.
+Each command runs in the folder that has flickr1k/ and daquar/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vpworkbench.runs import read_json, run_folder
 from vpworkbench.tasks import TASKS
 
 FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "photographs"
-SWEEPS = ("pretrain", "retrieval")
+SWEEPS = ("pretrain", "retrieval", "daquar")
 LEARNT = {
     "ITM (another image)": ("itm_accuracy", "itm_other_image"),
     "words (another image)": ("mlm_with_image", "mlm_other_image"),
@@ -61,13 +61,13 @@ def learnt(pretrained: dict[str, Any], knocked_out: dict[str, Any]) -> dict[str,
 
 
 def tested(summary: dict[str, Any], task: str) -> dict[str, float]:
-    """Validation and test score of a task, and the test scores of what stands beside it."""
+    """Validation and test score of a task, and the test scores that it is compared with."""
     metric, settings = TASKS[task].metric, {"task": task}
     return {"score": summary[metric], "test_score": summary["test"][metric], **beside(summary["test"], settings)}
 
 
 def tables(runs: pd.DataFrame) -> list[str]:
-    """Pre-training by the kind of masks, then each task: test scores of the model and of what stands beside it."""
+    """Pre-training by the kind of masks, then each task: test scores of the model and of what it is compared with."""
     parts = []
     for sweep, own in runs.groupby("sweep", sort=False):
         if sweep == "pretrain":
