@@ -239,11 +239,13 @@ def test_runs_are_read_anew(pretrained):
     assert "../../01_pretrain/short/01_pretrain.ipynb" in executed.read_text()
 
 
+FEW = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "workers": 0, "answer_count": 2}
+
+
 @pytest.mark.parametrize("task", ["retrieval", pytest.param("nlvr2", marks=pytest.mark.slow)])
 def test_finetuning(scratch, task):
-    few = {"scenes.images": 80, "scenes.val": 20, "scenes.test": 8, "train.images": 8, "workers": 0, "answer_count": 2}
     executed = run_notebook(
-        "04_finetune", name=f"notebook-{task}", parameters={"task": task, "steps": 2, "overrides": few}
+        "04_finetune", name=f"notebook-{task}", parameters={"task": task, "steps": 2, "overrides": FEW}
     )
     folder = executed.parent
     assert figures_in(executed) == 4 and executed.stat().st_size < 2e6
@@ -254,6 +256,14 @@ def test_finetuning(scratch, task):
         "text only", "image only", "text x pooled features"]  # fmt: skip
     assert {*(f"baseline {name}" for name in others), "test", "steps", "seed"} <= set(summary)
     assert {f"baseline {name}" for name in others} <= set(summary["test"])
+
+
+def test_finetuning_on_validation_too_is_scored_on_test(scratch):
+    parameters = {"steps": 2, "overrides": {**FEW, "train_on_val": True}}
+    folder = run_notebook("04_finetune", name="on-validation", parameters=parameters).parent
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "vqa_score" in summary["test"] and not {"vqa_score", "baseline text only"} & set(summary)
+    assert not (folder / "figures" / "scores.html").exists() and (folder / "figures" / "scores-test.html").exists()
 
 
 def test_finetuning_where_the_answers_of_test_are_withheld(scratch, tmp_path):

@@ -276,6 +276,15 @@ def test_a_head_can_read_the_mean_over_the_words(tmp_path):
     assert again.pool == "words" and evaluated(again, examples).predicted == evaluated(model, examples).predicted
 
 
+def test_validation_can_train_too():
+    settings = few(task="vqa")
+    apart, joined = prepare_task(settings), prepare_task(settings.with_overrides({"train_on_val": True}))
+    assert joined.splits["train"] == [*apart.splits["train"], *apart.splits["val"]] and apart.splits["val"]
+    assert joined.splits["val"] == [] and joined.splits["test"] == apart.splits["test"]
+    assert joined.model.labels == apart.model.labels
+    assert set(baselines(joined, settings)["test"]) >= {"another image", "text only"}
+
+
 def test_pooling_is_of_questions_only():
     with pytest.raises(SettingsError, match="pool is for vqa, not for retrieval"):
         few(task="retrieval", overrides={"pool": "words"})

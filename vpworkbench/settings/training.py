@@ -255,6 +255,7 @@ class FinetuneSettings(Settings):
     pretrained: bool = Field(True, description="false: the same model and visual start, its fusion from scratch")
     answer_count: int = Field(9, ge=1, description="VQA: keep answers given for at least N train+val questions")
     answer_list: LocalPath = Field("", description="VQA: a file of answers, a json list or one per line; '' by count")
+    train_on_val: bool = Field(False, description="VQA: train on val too, as the paper (Table 6); only test is scored")
     pairing: Pairing = Field(
         "pair", description="NLVR2: concatenate both [CLS], or attend from each pass to the other (UNITER)"
     )

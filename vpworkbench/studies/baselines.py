@@ -300,7 +300,7 @@ def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
     """Finished runs of `04_finetune` whose settings differ from these only in `seed` and `pretrained`.
 
     Settings that do not change a run's result (checkpoint and log intervals, workers) are ignored. One row for each
-    run, equal runs once: `pretrained`, `seed` and `score` (on validation).
+    run, equal runs once: `pretrained`, `seed` and `score` (on validation, or on test if validation trained).
     """
     wanted, rows, metric = _without_seed(settings.model_dump(mode="json")), {}, TASKS[settings.task].metric
     for folder in sorted((runs_root() / "04_finetune").glob("*")):
@@ -308,7 +308,8 @@ def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
             continue
         run = read_json(folder / "config.json")["settings"]
         if _without_seed(run) == wanted:
-            rows[run["pretrained"], run["seed"]] = read_json(folder / "summary.json")[metric]
+            summary = read_json(folder / "summary.json")
+            rows[run["pretrained"], run["seed"]] = (summary["test"] if settings.train_on_val else summary).get(metric)
     table = [(*key, value) for key, value in sorted(rows.items(), reverse=True)]
     return pd.DataFrame(table, columns=["pretrained", "seed", "score"])
 

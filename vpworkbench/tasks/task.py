@@ -82,7 +82,8 @@ class Task:
         """The examples of `settings.data` by split, and ids of test examples whose image is in another split too.
 
         Training leaves out examples whose image is in validation or test. Retrieval has captioned pictures.
-        Without validation, a tenth of the training images validates. A `DataError` if training has no examples.
+        Without validation, a tenth of the training images validates; with `train_on_val` those of validation train.
+        A `DataError` if training has no examples.
         """
         place = str(cached_scenes(settings.scenes)) if settings.data == "scenes" else settings.data
         splits = self.read(place, settings)
@@ -98,6 +99,8 @@ class Task:
             raise DataError(f"{settings.data}: every image of train is in val or test too; split by image")
         elsewhere = {marks[image] for split in ("train", "val") for one in splits[split] for image in one.images}
         shared = {one.id for one in splits["test"] if any(marks[image] in elsewhere for image in one.images)}
+        if settings.train_on_val:
+            return splits | {"train": [*kept, *splits["val"]], "val": []}, frozenset(shared)
         return splits | {"train": kept}, frozenset(shared)
 
     def build_head(self, base: VisualParsingModel, labels: int) -> nn.Module:
