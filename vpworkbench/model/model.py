@@ -38,14 +38,19 @@ class Joint(NamedTuple):
         return self.hidden[-1][:, 0]
 
     @property
+    def words(self) -> int:
+        """Word positions, special tokens and padding included."""
+        return self.word_tokens.shape[1]
+
+    @property
     def text(self) -> Tensor:
         """(text, word, d)"""
-        return self.hidden[-1][:, : self.word_tokens.shape[1]]
+        return self.hidden[-1][:, : self.words]
 
     @property
     def vision(self) -> Tensor:
         """(text, vision, d)"""
-        return self.hidden[-1][:, self.word_tokens.shape[1] :]
+        return self.hidden[-1][:, self.words :]
 
     def pooled(self, pool: Pool) -> Tensor:
         """What a head reads, (text, d): [CLS], or the mean over the words, special tokens included."""
