@@ -158,3 +158,11 @@ def test_runs_are_compared_that_differ_in_start_and_seed_alone(runs_folder):
     assert [*map(float, intervals["pre-trained"])] == pytest.approx([0.8, low, high, 3])
     assert [*map(float, intervals["difference"])] == pytest.approx([0.2, 0.2, 0.2, 2])
     assert json.loads((runs_folder / "04_finetune/True-2-2/config.json").read_text())["seed"] == 2
+
+
+def test_runs_whose_answers_are_all_withheld_have_no_score(runs_folder):
+    """VQA v2 as in the paper: validation trains, and the publisher keeps the answers of test."""
+    settings = few(task="vqa", overrides={"train_on_val": True})
+    open_run("04_finetune", settings, name="withheld").write_summary(test={})
+    found = runs_by_start(settings)
+    assert len(found) == 1 and found["score"].isna().all() and start_intervals(found) == {}

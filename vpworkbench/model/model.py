@@ -53,7 +53,10 @@ class Joint(NamedTuple):
         return self.hidden[-1][:, self.words :]
 
     def pooled(self, pool: Pool) -> Tensor:
-        """What a head reads, (text, d): [CLS], or the mean over the words, special tokens included."""
+        """What a head reads, (text, d): [CLS] (paper Sec. 4.2), or the mean over the words, special tokens included.
+
+        The mean is that of Sentence-BERT (Reimers and Gurevych 2019), whose encoders are trained with it.
+        """
         if pool == "cls":
             return self.cls
         shares = self.word_tokens / self.word_tokens.sum(dim=1, keepdim=True)

@@ -300,7 +300,8 @@ def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
     """Finished runs of `04_finetune` whose settings differ from these only in `seed` and `pretrained`.
 
     Settings that do not change a run's result (checkpoint and log intervals, workers) are ignored. One row for each
-    run, equal runs once: `pretrained`, `seed` and `score` (on validation, or on test if validation trained).
+    run, equal runs once: `pretrained`, `seed` and `score` (on validation, or on test if validation trained;
+    nan where the answers are withheld).
     """
     wanted, rows, metric = _without_seed(settings.model_dump(mode="json")), {}, TASKS[settings.task].metric
     for folder in sorted((runs_root() / "04_finetune").glob("*")):
@@ -311,7 +312,7 @@ def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
             summary = read_json(folder / "summary.json")
             rows[run["pretrained"], run["seed"]] = (summary["test"] if settings.train_on_val else summary).get(metric)
     table = [(*key, value) for key, value in sorted(rows.items(), reverse=True)]
-    return pd.DataFrame(table, columns=["pretrained", "seed", "score"])
+    return pd.DataFrame(table, columns=["pretrained", "seed", "score"]).astype({"score": float})
 
 
 def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -322,9 +323,10 @@ def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
 def start_intervals(runs: pd.DataFrame) -> dict[str, Interval]:
     """Mean score over seeds, pre-trained and from scratch, and their difference by seed; 95% intervals (Student's t).
 
-    `runs` is the result of `runs_by_start`. Bounds are nan if there are fewer than two seeds.
+    `runs` is the result of `runs_by_start`; those without a score are left out. Bounds are nan if there are fewer than
+    two seeds.
     """
-    by_seed = runs.pivot(index="seed", columns="pretrained", values="score")
+    by_seed = runs.dropna(subset="score").pivot(index="seed", columns="pretrained", values="score")
     names = {True: "pre-trained", False: "from scratch"}
     found = {names[start]: student_interval(by_seed[start].dropna()) for start in (True, False) if start in by_seed}
     if len(found) == 2:
