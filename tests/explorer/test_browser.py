@@ -33,6 +33,8 @@ from probes.tiny_models import llava_with_processor
 
 import vpworkbench as vpw
 from vpworkbench.data.records import Picture
+from vpworkbench.explorer.parts import encoded as encoded_picture
+from vpworkbench.explorer.widgets import STATIC
 from vpworkbench.studies.examples import encoded
 from vpworkbench.subjects import load_run
 
@@ -188,6 +190,24 @@ def test_files_are_sent_or_refused(lab: Any, answered: Any, tmp_path: Path) -> N
     lab.wait_for_function("document.querySelector('.vpw-drop .vpw-status').textContent.includes('at most 0.01 MiB')")
     answered(".vpw-drop", lambda: lab.locator(".vpw-drop input").set_input_files(small))
     assert status.text_content() == f"{small.name}: 100 bytes"
+
+
+def test_a_slow_picture_is_not_drawn_over_a_newer_one(lab: Any) -> None:
+    shared = (STATIC / "shared.js").read_text(encoding="utf-8")
+    slow, newer = (list(encoded_picture(np.zeros((side, side, 3), np.uint8))) for side in (400, 20))
+    widths = lab.evaluate(
+        f"""async ([slow, newer]) => {{
+            {shared}
+            let now = new DataView(new Uint8Array(slow).buffer);
+            const picture = decoder({{ get: () => now }}, "image");
+            const draws = [picture()];
+            now = new DataView(new Uint8Array(newer).buffer);
+            draws.push(picture());
+            return (await Promise.all(draws)).map((bitmap) => bitmap.width);
+        }}""",
+        [slow, newer],
+    )
+    assert widths == [20, 20]
 
 
 def test_text_from_data_stays_text(lab: Any, screenshots: Path) -> None:

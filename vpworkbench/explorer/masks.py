@@ -132,6 +132,7 @@ class MasksView(View):
             control.observe(lambda change: self._redraw(), "value")
         self.fit.on_click(lambda button: self.k.set_trait("value", self._object_size))
         self.again.on_click(lambda button: self._draw_again())
+        self._rows = row(self.k, self.fit, self.again), row(self.select, self.head)  # the same ones stay on the page
         self.show(readings)
 
     def show(self, readings: Sequence[Reading]) -> None:
@@ -160,8 +161,7 @@ class MasksView(View):
             self.panels, self.errors = [Panels() for _ in self.readings], [Panels() for _ in self.readings]
             for panel in [*self.panels, *self.errors]:
                 panel.observe(self._token_picked, "picked")
-        controls = row(self.k, self.fit, self.again), row(self.select, self.head)
-        self.widget.children = (self.status, *controls, *self.panels, self.numbers, *self.errors)
+        self.widget.children = (self.status, *self._rows, *self.panels, self.numbers, *self.errors)
         self._redraw(images=True)
 
     def set(

@@ -206,11 +206,12 @@ function matrix(rows, columns) {
 function decoder(model, trait) {
   let [view, bitmap] = [null, null];
   return async () => {
-    const now = model.get(trait);
-    if (now === view) return bitmap;
-    const read = now?.byteLength ? await createImageBitmap(new Blob([now])).catch(() => null) : null;
-    if (now === model.get(trait)) [view, bitmap] = [now, read];
-    return read;
+    while (model.get(trait) !== view) { // a newer one may come meanwhile
+      const now = model.get(trait);
+      bitmap = now?.byteLength ? await createImageBitmap(new Blob([now])).catch(() => null) : null;
+      view = now;
+    }
+    return bitmap;
   };
 }
 
