@@ -61,9 +61,9 @@ def learnt(pretrained: dict[str, Any], knocked_out: dict[str, Any]) -> dict[str,
 
 
 def tested(summary: dict[str, Any], task: str) -> dict[str, float]:
-    """Validation and test score of a task, and the test scores that it is compared with."""
+    """Validation and test score of a task, and the test scores that it is compared with; no `score` without validation."""
     metric, settings = TASKS[task].metric, {"task": task}
-    return {"score": summary[metric], "test_score": summary["test"][metric], **beside(summary["test"], settings)}
+    return {"score": summary.get(metric), "test_score": summary["test"][metric], **beside(summary["test"], settings)}
 
 
 def tables(runs: pd.DataFrame) -> list[str]:
@@ -88,7 +88,7 @@ def tables(runs: pd.DataFrame) -> list[str]:
 
 def main(gather: Gather = False) -> None:
     """Print the tables."""
-    report(FOLDER, collect, tables, gather)
+    report(FOLDER, collect, tables, gather, key=("sweep", "masking", "seed"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Settings are chosen on validation scenes. Runs that name a seed are finalists: o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,11 +185,21 @@ def main(gather: Gather = False) -> None:
 
 
 def report(
-    folder: Path, collect: Callable[[], pd.DataFrame], tables: Callable[[pd.DataFrame], list[str]], gather: bool
+    folder: Path,
+    collect: Callable[[], pd.DataFrame],
+    tables: Callable[[pd.DataFrame], list[str]],
+    gather: bool,
+    key: Sequence[str] = ("sweep", "run"),
 ) -> None:
-    """Print the tables of a folder's runs.csv, with `gather` after it was collected anew."""
+    """Print the tables of a folder's runs.csv; with `gather`, after the rows of the runs that are here were renewed.
+
+    Runs may be made on several machines: a row stays as it is where its run is not. `key` names a row.
+    """
     if gather:
-        collect().to_csv(folder / "runs.csv", index=False, float_format="%.5g")
+        rows = pd.concat([saved(folder), collect()], ignore_index=True)
+        rows["place"] = rows.groupby(list(key), sort=False, dropna=False).ngroup()
+        rows = rows.drop_duplicates("place", keep="last").sort_values("place").drop(columns="place")
+        rows.to_csv(folder / "runs.csv", index=False, float_format="%.5g")
     print("\n\n".join(tables(saved(folder))))
 
 

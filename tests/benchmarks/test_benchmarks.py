@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import probes, retrieval, train
+from benchmarks import probes, recipe, retrieval, train
 from benchmarks.measure import in_own_process, in_turns, ratio
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,6 +38,14 @@ def test_turns_go_both_ways_and_ratios_are_within_a_turn():
 def test_a_measurement_has_a_process_of_its_own():
     assert in_own_process(operator.mul, 6, 7) == 42
     assert in_own_process(os.getpid) != os.getpid()
+
+
+def test_runs_of_another_machine_keep_their_row(tmp_path, capsys):
+    pd.DataFrame({"sweep": "s", "run": ["a", "b"], "score": [0.1, 0.2]}).to_csv(tmp_path / "runs.csv", index=False)
+    here = pd.DataFrame({"sweep": "s", "run": ["c", "a"], "score": [0.5, 0.4]})
+    recipe.report(tmp_path, lambda: here, lambda runs: [str(runs["score"].tolist())], gather=True)
+    assert recipe.saved(tmp_path)["run"].tolist() == ["a", "b", "c"]
+    assert capsys.readouterr().out == "[0.4, 0.2, 0.5]\n"
 
 
 @pytest.mark.slow
