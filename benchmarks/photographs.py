@@ -61,7 +61,7 @@ def learnt(pretrained: dict[str, Any], knocked_out: dict[str, Any]) -> dict[str,
 
 
 def tested(summary: dict[str, Any], task: str) -> dict[str, float]:
-    """Validation and test score of a task, and the test scores that it is compared with; no `score` without validation."""
+    """Validation score (if there is a validation) and test score of a task, beside the test scores of baselines."""
     metric, settings = TASKS[task].metric, {"task": task}
     return {"score": summary.get(metric), "test_score": summary["test"][metric], **beside(summary["test"], settings)}
 
