@@ -276,19 +276,6 @@ def test_a_head_can_read_the_mean_over_the_words(tmp_path):
     assert again.pool == "words" and evaluated(again, examples).predicted == evaluated(model, examples).predicted
 
 
-def test_answers_can_share_one_probability():
-    settings = few(task="vqa", overrides={"softmax": True})
-    run, prepared = open_run("04_finetune", settings, name="tested-softmax"), prepare_task(settings)
-    model, example = prepared.model, prepared.splits["val"][0]
-    logits, scores = torch.randn(3, 5), torch.rand(3, 5)
-    naive = -sum(scores[i, j] * logits[i].softmax(0)[j].log() for i in range(3) for j in range(5))
-    torch.testing.assert_close(model.task.loss(logits, scores), naive)
-    finetune(run, prepared, settings)
-    again = load_task("tested-softmax")
-    shares = again.predict(example.images[0], example.text)
-    assert sum(shares.values()) == pytest.approx(1) and shares == model.predict(example.images[0], example.text)
-
-
 def test_validation_can_train_too():
     settings = few(task="vqa")
     apart, joined = prepare_task(settings), prepare_task(settings.with_overrides({"train_on_val": True}))

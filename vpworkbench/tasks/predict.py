@@ -19,7 +19,7 @@ from vpworkbench.errors import CheckpointError, DataError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.published import without_nan
 from vpworkbench.tasks import TASKS
-from vpworkbench.tasks.task import KINDS, TaskModel
+from vpworkbench.tasks.task import TaskModel
 
 
 def load_task_model(folder: str | Path) -> TaskModel:
@@ -28,7 +28,7 @@ def load_task_model(folder: str | Path) -> TaskModel:
     try:
         content = json.loads((folder / "task.json").read_text())
         base = VisualParsingModel.from_config(folder)
-        kind = {name: content[name] for name in KINDS}
+        kind = {name: content[name] for name in ("pairing", "pool")}
         model = TaskModel(base, TASKS[content["task"]], content["label2ans"], **kind)
         file = folder / "model.safetensors"
         model.load_state_dict(without_nan(load_file(file), file))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,13 +40,9 @@ from vpworkbench.tasks.classification import (
 )
 
 EVALUATED_AT_ONCE = 32
-KINDS = ("pairing", "pool", "softmax")
-"""Options of `TaskModel` that a saved model keeps."""
 TABLES = TaskFiles("table", (ANY_TABLE,), truth=lambda label: {"label": label})
 """Custom tables, with any labels."""
 
-CROSS_ENTROPY = partial(functional.cross_entropy, reduction="sum")
-SOFTMAX = partial(torch.softmax, dim=-1)
 TINY: Mapping[str, Settings] = {
     # A frozen visual side takes a third of the time, so 2.5 times the steps fit into it (docs/results.md, the recipe).
     "optim": OptimSettings(lr_visual=1e-5, lr_fusion=5e-4, warmup=50, decay_at="linear"),
@@ -69,8 +65,8 @@ class Task:
     # Examples, labels -> int64 (example,), -100 where withheld; or scores in [0, 1], (example, label).
     targets: Callable[[Sequence[Example], Sequence[str]], Tensor] = label_numbers
     # Logits (example, label), targets -> sum over examples.
-    loss: Callable[[Tensor, Tensor], Tensor] = CROSS_ENTROPY
-    probabilities: Callable[[Tensor], Tensor] = SOFTMAX  # of logits, (example, label)
+    loss: Callable[[Tensor, Tensor], Tensor] = partial(functional.cross_entropy, reduction="sum")
+    probabilities: Callable[[Tensor], Tensor] = partial(torch.softmax, dim=-1)  # of logits, (example, label)
     metric: str = "accuracy"  # name of the official score
     # Examples, predictions by id -> official score of each example in [0, 1], nan where the answer is withheld.
     scores: Callable[[Sequence[Example], Mapping[str, str]], np.ndarray] = accuracies
@@ -145,8 +141,7 @@ class TaskModel(nn.Module):
 
     The pre-training heads of `base` are unused, except that retrieval starts from the ITM head (paper Sec. 4.2). For
     two images per text `pairing` `pair` concatenates both [CLS]; `pair-attention` is UNITER's `PairAttention`, which
-    reads all tokens. For `pool` see `Joint.pooled`; `dropout` of what the head reads acts in training. With `softmax`
-    the probabilities of the labels sum to one, whatever the task has otherwise.
+    reads all tokens. For `pool` see `Joint.pooled`; `dropout` of what the head reads acts in training.
     """
 
     def __init__(
@@ -157,12 +152,10 @@ class TaskModel(nn.Module):
         *,
         pairing: Pairing = "pair",
         pool: Pool = "cls",
-        softmax: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.base, self.labels, self.pairing, self.pool, self.softmax = base, tuple(labels), pairing, pool, softmax
-        self.task = replace(task, loss=CROSS_ENTROPY, probabilities=SOFTMAX) if softmax else task
+        self.base, self.task, self.labels, self.pairing, self.pool = base, task, tuple(labels), pairing, pool
         self.dropout = nn.Dropout(dropout)
         if pairing == "pair-attention":
             fusion = base.settings.fusion
@@ -191,8 +184,7 @@ class TaskModel(nn.Module):
         folder = Path(folder)
         self.base.save_pretrained(folder)
         save_tensors(self.state_dict(), folder / "model.safetensors")
-        content = {"task": self.task.name, "label2ans": list(self.labels)}
-        content |= {name: getattr(self, name) for name in KINDS}
+        content = {"task": self.task.name, "label2ans": list(self.labels), "pairing": self.pairing, "pool": self.pool}
         (folder / "task.json").write_text(json.dumps(content, indent=2) + "\n")
 
     def predict(self, images: Any, text: str) -> dict[str, float]:

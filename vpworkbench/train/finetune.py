@@ -15,7 +15,7 @@ from vpworkbench.settings import FinetuneSettings
 from vpworkbench.subjects import load_run
 from vpworkbench.tasks import TASKS
 from vpworkbench.tasks.retrieval import RetrievalBatches, RetrievalResult
-from vpworkbench.tasks.task import KINDS, TaskModel, TaskResult, right_answer, texts_of
+from vpworkbench.tasks.task import TaskModel, TaskResult, right_answer, texts_of
 from vpworkbench.train.dual import near_captions
 from vpworkbench.train.engine import fit, pick_device
 from vpworkbench.train.frozen import forget_tokens, token_inputs
@@ -75,8 +75,8 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
         base = with_words_of(base, texts)
     base.words.check(texts, source=settings.data)
     labels = task.labels([*splits["train"], *splits["val"]], settings)
-    kind = {name: getattr(settings, name) for name in KINDS}
-    return PreparedTask(splits, TaskModel(base, task, labels, dropout=settings.head_dropout, **kind), shared, skipped)
+    kind = {"pairing": settings.pairing, "pool": settings.pool, "dropout": settings.head_dropout}
+    return PreparedTask(splits, TaskModel(base, task, labels, **kind), shared, skipped)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
