@@ -276,6 +276,13 @@ def test_a_head_can_read_the_mean_over_the_words(tmp_path):
     assert again.pool == "words" and evaluated(again, examples).predicted == evaluated(model, examples).predicted
 
 
+def test_answers_can_start_as_likely_as_one_of_them():
+    model = prepare_task(few(task="vqa", overrides={"answer_prior": True})).model.eval()
+    bias, plain = model.head[-1].bias, prepare_task(few(task="vqa")).model.head[-1].bias
+    torch.testing.assert_close(bias.sigmoid(), torch.full_like(bias, 1 / (len(model.labels) + 1)))
+    assert (plain.sigmoid() - 0.5).abs().max() < 0.1
+
+
 def test_validation_can_train_too():
     settings = few(task="vqa")
     apart, joined = prepare_task(settings), prepare_task(settings.with_overrides({"train_on_val": True}))

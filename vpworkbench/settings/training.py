@@ -261,6 +261,9 @@ class FinetuneSettings(Settings):
     )
     pool: Pool = Field("cls", description="VQA: the head reads [CLS], or the mean over the words (Sentence-BERT)")
     head_dropout: float = Field(0.0, ge=0, lt=1, description="VQA: dropout of what the head reads, in training")
+    answer_prior: bool = Field(
+        False, description="VQA: an answer starts as likely as one of N instead of one half (RetinaNet's prior)"
+    )
     regions: LocalPath = Field("", description="region files of this task's images; '' those of the checkpoint")
     frozen: bool | None = Field(
         None, description="whether the visual side is frozen, its tokens computed once; null: as it was in pre-training"

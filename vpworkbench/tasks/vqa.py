@@ -82,5 +82,5 @@ VQA = Task(
             "train": TrainSettings(epochs=100, images=512, accumulate=64),
         },
     },
-    own_settings=("answer_list", "pool", "head_dropout", "train_on_val"),
+    own_settings=("answer_list", "answer_prior", "pool", "head_dropout", "train_on_val"),
 )

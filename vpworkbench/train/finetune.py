@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from vpworkbench.data.files import Skipped, skipping_missing, write_skipped
 from vpworkbench.data.inputs import use_regions, visual_input
@@ -76,7 +78,10 @@ def prepare_task(settings: FinetuneSettings) -> PreparedTask:
     base.words.check(texts, source=settings.data)
     labels = task.labels([*splits["train"], *splits["val"]], settings)
     kind = {"pairing": settings.pairing, "pool": settings.pool, "dropout": settings.head_dropout}
-    return PreparedTask(splits, TaskModel(base, task, labels, **kind), shared, skipped)
+    model = TaskModel(base, task, labels, **kind)
+    if settings.answer_prior:
+        nn.init.constant_(model.head[-1].bias, -math.log(len(labels)))
+    return PreparedTask(splits, model, shared, skipped)
 
 
 def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> int:
