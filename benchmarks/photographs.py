@@ -40,7 +40,7 @@ def collect() -> pd.DataFrame:
             found = [summary_of(one) for one in (job, *job.then)]
             if all(found):
                 measured = tested(*found, job.parameters["task"]) if "task" in job.parameters else learnt(*found)
-                masking = job.parameters.get("masking", "")
+                masking = job.parameters.get("masking")
                 rows.append({"sweep": sweep, "masking": masking, "seed": job.parameters["seed"], **measured})
     return pd.DataFrame(rows)
 
