@@ -51,6 +51,9 @@ def test_the_calls_are_those_of_all_arms_and_seeds(runs_folder):
         for value in trained.values()
     }
     assert len(equal) == 1
+    rates = {arm: trained[f"families-{arm}-0"].optim.lr_visual for arm in family_runs.ARMS}
+    chosen = {"patch-random": 2e-4, "grid-code": 1e-5}  # the best on validation (docs/results.md)
+    assert {arm: rate for arm, rate in rates.items() if rate != rates["swin-random"]} == chosen
     masks = [trained[f"families-{arm}-0"].mask.mode for arm in family_runs.FAMILY_ARMS]
     assert masks == ["random"] * 4 + ["code"] and trained["families-grid-code-0"].visual.dictionary == 2048
 
