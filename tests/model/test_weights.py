@@ -170,13 +170,13 @@ class _Harm:
         return print, ("code was run",)
 
 
-@pytest.mark.parametrize("content", ["pickle", "truncated", "text", "missing"])
+@pytest.mark.parametrize("content", ["pickle", "truncated", "zeros", "text", "missing"])
 def test_files_that_hold_no_plain_tensors(tmp_path, content, capsys):
     file = tmp_path / ("w.safetensors" if content == "truncated" else "w.pth")
     if content == "pickle":
         torch.save({"model": _Harm()}, file)
     elif content != "missing":
-        file.write_bytes(b"\x00" * 40)
+        file.write_bytes(b"junk\n" if content == "text" else b"\x00" * 40)
     with pytest.raises(CheckpointError, match=re.escape(str(file))):
         start_visual(build_visual(SWIN), str(file), preset="tiny")
     assert "code was run" not in capsys.readouterr().out
