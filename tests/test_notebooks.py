@@ -57,6 +57,16 @@ LEFT = {
         "score.html",
         "table-5.html",
     },
+    "10_study": {
+        "runs.csv",
+        "questions.csv",
+        "arms.csv",
+        "differences.csv",
+        "correlations.csv",
+        "difference-score.html",
+        "difference-excess.html",
+        "measures.html",
+    },
 }
 """What each notebook leaves in its run's folder."""
 FIGURES = {
@@ -70,6 +80,7 @@ FIGURES = {
     "06_runs": 1,
     "07_knock_out": 7,
     "08_families": 4,
+    "10_study": 3,
 }
 """How many each shows, at least."""
 

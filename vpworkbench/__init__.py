@@ -53,6 +53,7 @@ PLACES = {
     "ExploreSettings": "settings:ExploreSettings",
     "RunsSettings": "settings:RunsSettings",
     "FamilyRunsSettings": "settings:FamilyRunsSettings",
+    "StudySettings": "settings:StudySettings",
 }
 """Public name -> module, or module:name."""
 

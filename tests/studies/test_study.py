@@ -117,6 +117,20 @@ def test_a_study_is_saved_and_read(drawn, tmp_path):
         study.open_study(str(tmp_path / "none"))
 
 
+def test_a_study_that_cannot_be_compared_is_refused(drawn, tmp_path):
+    """Differences need two arms with the same two seeds; the four arms need not be complete."""
+    few = study.Study(drawn.runs.loc[[("none", 0), ("random", 0), ("random", 1)]], drawn.questions)
+    few.save(tmp_path)
+    with pytest.raises(SettingsError, match="it has none with seed 0, random with seed 0, random with seed 1"):
+        study.open_study(str(tmp_path))
+    two = study.Study(drawn.runs.loc[["none", "random"]], drawn.questions)
+    two.save(tmp_path)
+    differ = study.differences(study.open_study(str(tmp_path)))
+    assert set(differ["better"]) == {"random"} and len(study.correlations(two.runs)) == len(study.MEASURES)
+    with pytest.raises(SettingsError, match="a study's job gives masking and seed, and runs 01_pretrain, 02_probe"):
+        study.collect(make_jobs({"notebook": "01_pretrain", "name": "a", "grid": {"seed": [0, 1]}}))
+
+
 @pytest.mark.slow
 def test_a_chain_of_real_runs_is_collected(runs_folder):
     """Two arms, two steps: every measure is a finite number of the runs' own files."""

@@ -191,7 +191,7 @@ def forest(rows: Mapping[str, tuple[Interval, Interval]], *, no_matter: float, t
     Between plus and minus `no_matter`, shaded, a difference does not matter.
     """
     figure, names = go.Figure(), [escaped(name) for name in rows]
-    for intervals, width, label in ((1, 2, "corrected for all comparisons"), (0, 7, "95%")):
+    for intervals, width, label in ((1, 2, "thin: corrected for all comparisons"), (0, 7, "thick: 95%")):
         bars = _stacked([one[intervals] for one in rows.values()])
         look = {"color": style.BLUE, "thickness": width, "width": 0}
         marks = {"mode": "markers", "marker": {"color": style.BLUE, "size": 11}, "name": label}

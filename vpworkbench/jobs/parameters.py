@@ -26,6 +26,7 @@ CHECKS = {
     "06_runs": "vpworkbench.settings:RunsSettings",
     "07_knock_out": "vpworkbench.settings:ProbeSettings",
     "08_families": "vpworkbench.settings:FamilyRunsSettings",
+    "10_study": "vpworkbench.settings:StudySettings",
 }
 """For each notebook the class or function that makes settings of its parameters, or refuses them."""
 

@@ -8,6 +8,7 @@ from vpworkbench.settings.notebooks import (
     FamilyRunsSettings,
     ProbeSettings,
     RunsSettings,
+    StudySettings,
     TourSettings,
     pretrain_settings,
     visual_init_settings,

@@ -24,6 +24,9 @@ from vpworkbench.settings import FinetuneSettings, checked
 from vpworkbench.stats import Interval, bootstrap_statistic, flatten, paired_interval, student_interval
 from vpworkbench.tasks import TASKS
 
+CHAIN = ("01_pretrain", "02_probe", "07_knock_out", "04_finetune", "07_knock_out")
+"""The notebooks of each chain; the last one blocks words of the fine-tuned model."""
+SWEEP = "papermill_runs/gallery/study/study.yaml"
 ARMS = ("none", "random", "attention", "object")
 COMPARED = (
     ("attention", "random"),
@@ -36,7 +39,7 @@ COMPARED = (
 OUTCOMES = {"score": "VQA score", "excess": "flow above its null"}
 MEASURES = {
     "flow": "flow from the input to the last layer",
-    "excess": "the same above its null",
+    "excess": "flow above its null",
     "live": "live flow",
     "match": "effect of blocking on matches",
     "word": "effect of blocking on words",
@@ -71,22 +74,32 @@ class Study(NamedTuple):
 
 
 def open_study(source: str = "") -> Study:
-    """A saved folder, or the complete chains of a sweep file; empty: the study that ships."""
+    """A saved folder, or the complete chains of a sweep file; empty: the study that ships.
+
+    A `SettingsError` says what is missing: differences need two seeds or more that two arms or more have.
+    """
     folder = Path(source).expanduser() if source else shipped_run().with_name("study")
     if folder.suffix in (".yaml", ".yml"):
-        return collect(read_jobs(folder))
-    if not (folder / "runs.csv").exists():
+        study = collect(read_jobs(folder))
+    elif (folder / "runs.csv").exists():
+        study = Study.load(folder)
+    else:
         raise SettingsError(f"source: {folder} holds no runs.csv of a study; name a folder of one, or a sweep file")
-    return Study.load(folder)
+    if min(study.runs["score"].unstack("arm").dropna().shape) < 2:
+        chains = ", ".join(f"{arm} with seed {seed}" for arm, seed in study.runs.index)
+        raise SettingsError(f"source: {folder}: two arms with the same two seeds are needed; it has {chains}")
+    return study
 
 
 def collect(jobs: Sequence[Job]) -> Study:
-    """The complete chains of a sweep such as the gallery's study.yaml; a `SettingsError` if there are none.
-
-    Each is `01_pretrain`, `02_probe`, `07_knock_out`, `04_finetune` on VQA, and `07_knock_out` of that model.
-    """
+    """The complete chains of a sweep such as the gallery's study.yaml; a `SettingsError` if there are none."""
     rows, questions = {}, {}
     for job in jobs:
+        chain = tuple(Path(one.notebook).stem for one in (job, *job.then))
+        if chain != CHAIN or not {"masking", "seed"} <= set(job.parameters):
+            raise SettingsError(
+                f"{job.name}: a study's job gives masking and seed, and runs {', '.join(CHAIN)}, as in {SWEEP}"
+            )
         folders = [runs_root() / Path(one.notebook).stem / one.name for one in (job, *job.then)]
         if all((folder / "summary.json").exists() for folder in folders):
             key = job.parameters["masking"], job.parameters["seed"]
@@ -159,7 +172,7 @@ def differences(study: Study) -> pd.DataFrame:
     rows = []
     for outcome in OUTCOMES:
         by_seed = study.runs[outcome].unstack("arm")
-        for better, other in COMPARED:
+        for better, other in (pair for pair in COMPARED if set(pair) <= set(by_seed)):
             both = by_seed[[better, other]].dropna()
             gains = (both[better] - both[other]).to_numpy()
             plain = student_interval(gains)
@@ -269,7 +282,7 @@ def conclusions(differ: pd.DataFrame, told: pd.DataFrame) -> list[str]:
         for one in rows.itertuples():
             gain = f"{100 * one.mean:+.1f} points [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
             said.append(
-                f"{OUTCOMES[outcome]}, masks {one.better} against {one.other}: {gain} over {one.seeds} seeds, "
+                f"{OUTCOMES[outcome][0].upper()}{OUTCOMES[outcome][1:]}, masks {one.better} against {one.other}: {gain} over {one.seeds} seeds, "
                 f"{one.answer}; a true difference of {100 * one.smallest:.1f} is found in 80% of such studies."
             )
     for name, one in told.iterrows():
