@@ -61,7 +61,8 @@ def mask_guide(
         return guide
     key = f"{mask.model_dump_json()} {visual.model_dump_json()}"
     options = {"both_ways": settings.data.flip, "what": "asking mask.source", "progress": run.progress}
-    return KeptScores(ImageCache(run.folder, [one.image for one in pictures], guide.read, key, **options), guide.select)
+    kept = ImageCache(run.folder, [one.image for one in pictures], guide.stack, key, **options)
+    return KeptScores(kept, guide.select)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TrueObjects(Guide):
 
     def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
         if not self.visual.kind.on_grid:
-            boxes, real = _boxes_of([picture.image for picture in images], self.visual)
+            boxes, real = _boxes_of(images, self.visual)
             return _without_padding(objects_first(boxed_objects(images, boxes), boxes), real)
         grid = self.visual.grid
         for picture in images:
@@ -98,19 +99,15 @@ class Source(Guide):
     def select(self) -> Select:
         return self.mask.select if self.mask.mode == "attention" else "row"
 
-    def stack(self, images: Sequence[Picture], mirrored: np.ndarray | None = None) -> Tensor:
-        return self.read([picture.image for picture in images], mirrored)
-
     @torch.no_grad()
-    def read(self, files: Sequence[ImageFile], mirrored: np.ndarray | None = None) -> Tensor:
-        """As `stack`, of files."""
+    def stack(self, images: Sequence[Picture | ImageFile], mirrored: np.ndarray | None = None) -> Tensor:
         settings = self.model.settings
-        found = self.model(Pixels(settings.image_px).stack(files, mirrored).to(next(self.model.parameters()).device))
+        found = self.model(Pixels(settings.image_px).stack(images, mirrored).to(next(self.model.parameters()).device))
         given = grid_boxes(settings.grid, settings.grid).double()
         if self.visual.kind.on_grid:
-            boxes, real = grid_boxes(self.visual.grid, self.visual.grid).expand(len(files), -1, -1), None
+            boxes, real = grid_boxes(self.visual.grid, self.visual.grid).expand(len(images), -1, -1), None
         else:
-            boxes, real = _boxes_of(files, self.visual)
+            boxes, real = _boxes_of(images, self.visual)
         if self.mask.mode == "attention":
             scores = attention_in(boxes.double(), found.parsing.float().mean(dim=1).cpu(), given)
         else:
@@ -135,15 +132,13 @@ def open_source(mask: MaskSettings, visual: VisualSettings) -> nn.Module:
 
     It is a checkpoint or run of ours, a CNN or ViT of timm, or weights for the ViT that `visual.vit` names.
     """
-    model = _visual_of_ours(mask.source)
-    is_ours = model is not None
-    if model is None:
-        model = build_visual(source_settings(mask.source, visual))
+    ours = _visual_of_ours(mask.source)
+    model = build_visual(source_settings(mask.source, visual)) if ours is None else ours
     kind = model.settings.kind
     if not kind.on_grid or (mask.mode == "attention" and not kind.parsing):
         lack = "attention; use mask.mode 'similar', or name a ViT" if kind.on_grid else "grid; name a ViT or a CNN"
         raise SettingsError(f"mask.source {mask.source!r}: visual family {model.settings.family!r} has no {lack}")
-    if not is_ours:
+    if ours is None:
         start_visual(model, mask.source, preset="")
     return model.eval().requires_grad_(False)
 
@@ -171,9 +166,9 @@ def source_settings(name: str, visual: VisualSettings) -> VisualSettings:
     return VisualSettings(image_px=tile * max(1, round(SOURCE_PX / tile)), **network)
 
 
-def _boxes_of(files: Sequence[ImageFile], visual: VisualSettings) -> tuple[Tensor, Tensor]:
+def _boxes_of(images: Sequence[Picture | ImageFile], visual: VisualSettings) -> tuple[Tensor, Tensor]:
     """Boxes of the regions of images, (image, region, 4), and which are real, bool (image, region)."""
-    packed = visual_input(visual).stack(files)
+    packed = visual_input(visual).stack(images)
     return packed[..., visual.region_width : visual.region_width + 4], packed[..., -1] > 0
 
 
