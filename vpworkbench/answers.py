@@ -162,7 +162,8 @@ def probe_answer(
         raise ValueError("the answer is empty: give `answer`, or let the model generate more tokens")
     try:
         without = prompt_inputs(processor, [], question, device_of(model))
-        prior = word_log_probs(run_unchanged(model, teacher_forced(model, without, ids)), ids)
+        with unchanged(model):
+            prior = word_log_probs(run_model(model, teacher_forced(model, without, ids)), ids)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # a processor that insists on an image
         prior = None
     return read_answer(model, inputs, ids, tokenizer, prior=prior, spans=spans, layers=layers)
@@ -206,11 +207,10 @@ def read_answer(
     knock_out(
         model, forced, masks.vision, masks.tokens, keep, language=masks.language, way=pairs, spans=every, layers=layers
     )
-    every_id = forced["input_ids"][0].tolist()
     texts = [tokenizer.decode(list(ids[:end])) for end in range(len(ids) + 1)]  # a token alone may lose its space
     return Answer(
         words=tuple(after[len(before) :] for before, after in pairwise(texts)),
-        prompt=tuple(tokenizer.decode([number]) for number in every_id),
+        prompt=tuple(tokenizer.decode([number]) for number in forced["input_ids"][0].tolist()),
         log_probs=log_probs,
         blocked=torch.stack(read[1:]),  # the first is the plain pass
         spans=every,
@@ -242,7 +242,8 @@ def teacher_forced(model: nn.Module, inputs: Mapping[str, Any], ids: Sequence[in
         own = generator._update_model_kwargs_for_generation(ModelOutput(), each, num_new_tokens=len(ids))
         longer |= {name: own[name] for name in longer if own[name].shape == longer[name].shape}
     longer["input_ids"][:, shape[1] :] = torch.tensor(ids)
-    few = {"logits_to_keep": len(ids) + 1} if generator and _takes(generator, "logits_to_keep") else {}
+    keeps_few = generator is not None and "logits_to_keep" in signature(generator.forward).parameters
+    few = {"logits_to_keep": len(ids) + 1} if keeps_few else {}
     return {**inputs, **longer, **few}
 
 
@@ -252,10 +253,6 @@ def _refuse_encoder_decoder(model: nn.Module) -> None:
             f"{type(model).__name__} reads the image in an encoder and answers in a decoder: an answer is probed only "
             "where one stack of layers reads both. inter_modality_flow probes the encoder"
         )
-
-
-def _takes(module: nn.Module, argument: str) -> bool:
-    return argument in signature(module.forward).parameters
 
 
 def word_log_probs(outputs: Any, ids: Sequence[int]) -> Tensor:
@@ -271,22 +268,12 @@ def word_log_probs(outputs: Any, ids: Sequence[int]) -> Tensor:
     return logits.log_softmax(dim=-1)[torch.arange(len(ids)), torch.tensor(ids)]
 
 
-def run_unchanged(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The model's outputs, without a trace in its settings."""
-    with unchanged(model):
-        return run_model(model, inputs)
-
-
 def _uniform_share(flow: InterModalityFlow, masks: ModalityMasks, places: Tensor) -> Tensor:
     """Share of visual tokens among those that each place may attend to, (word, layer)."""
+    queries = torch.nn.functional.one_hot(places, masks.tokens.shape[1]).bool().to(masks.tokens.device)
     shares = []
     for readings in flow.readings:
         _, reading = readings[0]
-        of_layer = []
-        for place in places.tolist():
-            query = torch.zeros_like(masks.tokens)
-            query[:, place] = True
-            keys = reading.keys_of(query)
-            of_layer.append((keys & masks.vision.to(keys.device)).sum() / keys.sum())
-        shares.append(torch.stack(of_layer).cpu())
+        keys = [reading.keys_of(query[None]) for query in queries]  # (1, token) for each word
+        shares.append(torch.stack([(one & masks.vision.to(one.device)).sum() / one.sum() for one in keys]).cpu())
     return torch.stack(shares, dim=1)
