@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from vpworkbench.figures import style
-from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, translucent, wrapped
+from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, stacked, translucent, wrapped
 from vpworkbench.stats import Interval, bootstrap_interval
 
 Samples = ArrayLike | Mapping[str, ArrayLike | Interval]
@@ -276,10 +276,7 @@ def _add_point(
     hover = "one run: %{x:.1%}, %{y:.1%}"
     flows, scores = zip(*seeds, strict=True)
     figure.add_scatter(x=flows, y=scores, hovertemplate=hover, **small, **group)
-    across, up = (
-        error_bars(Interval(*(np.array([part], dtype=float) for part in interval))) | {"color": colour}
-        for interval in point
-    )
+    across, up = (error_bars(stacked([interval])) | {"color": colour} for interval in point)
     look = {"marker": {"symbol": symbol, "size": 11, "color": colour}, "hovertemplate": "flow %{x:.1%}, score %{y:.1%}"}
     figure.add_scatter(x=[x], y=[y], mode="markers", name=label, legendgroup=label, error_x=across, error_y=up, **look)
 

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 
@@ -57,11 +58,10 @@ def export(figures: Mapping[Path, go.Figure]) -> None:
     """Save figures as pages, and as PNG and SVG beside them if kaleido finds a browser; else log what is missing."""
     for page, figure in figures.items():
         figure.write_html(page, include_plotlyjs="directory")
-    pictures = [page.with_suffix(suffix) for page in figures for suffix in (".png", ".svg")]
-    drawn = [figure for figure in figures.values() for _ in (".png", ".svg")]
-    size = {side: [figure.layout[side] for figure in drawn] for side in ("width", "height")}
+    pictures = {page.with_suffix(suffix): figure for page, figure in figures.items() for suffix in (".png", ".svg")}
+    size = {side: [figure.layout[side] for figure in pictures.values()] for side in ("width", "height")}
     try:
-        pio.write_images(drawn, pictures, scale=2, **size)  # starts one browser for all
+        pio.write_images(list(pictures.values()), list(pictures), scale=2, **size)  # starts one browser for all
     except (ValueError, RuntimeError):  # no kaleido; no browser
         remedy = "pip install kaleido; apt install chromium, or plotly_get_chrome"
         log.warning("PNG and SVG need kaleido and Chrome or Chromium (%s); or use a figure's camera button", remedy)
@@ -109,6 +109,11 @@ def fill(colours: str | Sequence[str]) -> dict[str, object]:
     one = isinstance(colours, str)
     inside = translucent(colours, 0.55) if one else [translucent(colour, 0.55) for colour in colours]
     return {"color": inside, "line": {"color": colours if one else list(colours), "width": 1.5}}
+
+
+def stacked(intervals: Sequence[Interval]) -> Interval:
+    """Several intervals as one, with an array for each part."""
+    return Interval(*(np.array(part, dtype=float) for part in zip(*intervals, strict=True)))
 
 
 def error_bars(interval: Interval) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from vpworkbench.figures import style
-from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, wrapped
+from vpworkbench.figures.style import error_bars, escaped, fill, finish, percent, stacked, wrapped
 from vpworkbench.stats import Interval
 
 _OBJECTIVES = {
@@ -79,9 +79,8 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
 def run_curves(curves: Mapping[str, pd.DataFrame], quantity: str) -> go.Figure:
     """One logged quantity of several runs in one panel; `curves` are those of `results.curves`."""
     figure = go.Figure()
-    for number, (name, metrics) in enumerate(curves.items()):
-        dash = DASHES[number // len(style.PALETTE) % len(DASHES)]
-        line = {"color": style.PALETTE[number % len(style.PALETTE)], "dash": dash, "width": 1.5}
+    for (dash, colour), (name, metrics) in zip(cycle(product(DASHES, style.PALETTE)), curves.items()):
+        line = {"color": colour, "dash": dash, "width": 1.5}
         x, y = metrics["step"], metrics[quantity]
         figure.add_scatter(x=x, y=y, name=escaped(name), line=line, mode=_mode(metrics))
     title = _title(quantity)
@@ -175,7 +174,7 @@ def grouped_bars(groups: Mapping[str, Mapping[str, Interval]], *, title: str, ax
     """The same shares in [0, 1] of several models, or of one at several times, side by side: group -> name -> share."""
     figure, told = go.Figure(), []
     for colour, (group, found) in zip(cycle(style.PALETTE), groups.items()):
-        bars = _stacked(list(found.values()))
+        bars = stacked(list(found.values()))
         look = {"name": escaped(group), "marker": fill(colour), "error_y": error_bars(bars)}
         bounds = [f"[{100 * one.low:.1f}, {100 * one.high:.1f}]" for one in found.values()]
         figure.add_bar(x=list(found), y=bars.mean, customdata=bounds, hovertemplate="%{y:.1%} %{customdata}", **look)
@@ -192,7 +191,7 @@ def forest(rows: Mapping[str, tuple[Interval, Interval]], *, no_matter: float, t
     """
     figure, names = go.Figure(), [escaped(name) for name in rows]
     for intervals, width, label in ((1, 2, "thin: corrected for all comparisons"), (0, 7, "thick: 95%")):
-        bars = _stacked([one[intervals] for one in rows.values()])
+        bars = stacked([one[intervals] for one in rows.values()])
         look = {"color": style.BLUE, "thickness": width, "width": 0}
         marks = {"mode": "markers", "marker": {"color": style.BLUE, "size": 11}, "name": label}
         figure.add_scatter(x=bars.mean, y=names, error_x=error_bars(bars) | look, **marks)
@@ -235,15 +234,10 @@ def _add_bars(
             raise ValueError(f"{name!r} is {one.mean:g}; shares in [0, 1] are needed")
         bounds = [f"[{100 * one.low:.1f}, {100 * one.high:.1f}]"] if math.isfinite(one.low) else []
         labels.append("<br>".join([*wrapped(str(name), max(8, letters)), f"<b>{percent(one.mean)}</b>", *bounds]))
-    x, bars = np.arange(len(labels)), _stacked(intervals)
+    x, bars = np.arange(len(labels)), stacked(intervals)
     look = {"width": 0.5, "marker": fill(colours), "error_y": error_bars(bars), "showlegend": False}
     hover = {"customdata": labels, "hovertemplate": "%{customdata}<extra></extra>"}
     figure.add_bar(x=x, y=bars.mean, **look, **hover, **place)
     figure.update_xaxes(tickvals=x, ticktext=labels, showgrid=False, range=[-0.5, len(x) - 0.5], **place)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.02], **place)
     return bars.mean.tolist()
-
-
-def _stacked(intervals: Sequence[Interval]) -> Interval:
-    """Several intervals as one, with an array for each part."""
-    return Interval(*(np.array(part, dtype=float) for part in zip(*intervals, strict=True)))
