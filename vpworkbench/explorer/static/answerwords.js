@@ -22,11 +22,13 @@ export default widget("answer", (model, page) => {
     const caption = make("figcaption");
     return { stage: of, caption, figure: make("figure", {}, of.element, caption) };
   });
-  const sentence = make("div", { class: "vpw-sentence", role: "listbox", tabindex: 0, "aria-multiselectable": "true" });
+  const hover = (word) => word !== hovered && ((hovered = word), show());
+  const sentence = wordList({ hover, pin: (word) => pin(word), unpin: () => send("pinned", []) });
+  sentence.element.setAttribute("aria-multiselectable", "true");
   const skip = make("input", { type: "checkbox" });
   const option = make("label", {}, skip, " leave sinks (hatched) out of the colour scale");
   skip.addEventListener("change", () => send("skip_sinks", skip.checked));
-  page.body.append(...panels.map((panel) => panel.figure), make("div", { class: "vpw-side" }, sentence, option));
+  page.body.append(...panels.map((panel) => panel.figure), make("div", { class: "vpw-side" }, sentence.element, option));
 
   const send = (name, value) => {
     model.set(name, value);
@@ -62,34 +64,16 @@ export default widget("answer", (model, page) => {
     page.tell(describe());
   };
   const width = () => Math.min(270, 0.33 * model.get("width"));
-  const hover = (word) => word !== hovered && ((hovered = word), show());
 
-  // ---- the words: one stop of the tab key, arrows inside
-  const wordOf = (event) => tokens.indexOf(event.target.closest(".vpw-word"));
-  sentence.addEventListener("pointermove", (event) => hover(wordOf(event)));
-  for (const gone of ["pointerleave", "blur"]) sentence.addEventListener(gone, () => hover(-1));
-  sentence.addEventListener("click", (event) => wordOf(event) >= 0 && pin(wordOf(event)));
-  onKeys(sentence, {
-    step: (x, y) => {
-      hover(Math.max(0, Math.min(tokens.length - 1, hovered + x + y)));
-      tokens[hovered]?.scrollIntoView({ block: "nearest" });
-      sentence.setAttribute("aria-activedescendant", tokens[hovered]?.id ?? "");
-    },
-    enter: () => hovered >= 0 && pin(hovered),
-    escape: () => send("pinned", []),
-  });
   /** Each word over its bar: the length is its share on the image, the line its share if attention were uniform. */
   const rebuild = () => {
-    const key = Math.random().toString(36).slice(2); // ids are the page's, and a widget may be seen twice
     const top = Math.max(1e-12, ...shares, ...nulls);
-    tokens = words().map((text, word) => {
+    tokens = sentence.fill(words(), (word) => {
       const [fill, line] = [make("span", { class: "vpw-fill" }), make("span", { class: "vpw-uniform" })];
       fill.style.width = percent(shares[word] / top);
       line.style.left = percent(nulls[word] / top);
-      const bar = make("span", { class: "vpw-bar" }, fill, line);
-      return make("span", { class: "vpw-word", role: "option", id: `vpw-${key}-${word}` }, text, bar);
+      return [make("span", { class: "vpw-bar" }, fill, line)];
     });
-    sentence.replaceChildren(...tokens.flatMap((token) => [token, " "]));
   };
   page.exports(() => [
     ["word", "token", "attention"],
@@ -104,7 +88,7 @@ export default widget("answer", (model, page) => {
     rebuild();
     skip.checked = model.get("skip_sinks");
     option.hidden = !model.get("sinks").length;
-    sentence.setAttribute("aria-label", "Answer. Arrow keys move, Enter pins.");
+    sentence.element.setAttribute("aria-label", "Answer. Arrow keys move, Enter pins.");
     panels.forEach(({ stage }) => stage.element.setAttribute("aria-label", `Image. ${model.get("alt")}`));
     tokens.forEach((token, word) => {
       token.classList.toggle("vpw-picked", pinned().includes(word));

@@ -1,9 +1,26 @@
 // Matrices side by side in one colour scale, with one shared pick.
 
-const COLOURS = new Uint32Array(256); // Cividis as the canvas stores it: opaque, blue green red from the top byte
+// Cividis, even steps for all eyes: 256 colours, red green blue.
+const CIVIDIS = bytesOf("ACJOACNPACRRACVTACVUACZWACdYAChZAChbACldACpfACphACtiACxkACxmAC1oAC5qAC5sAC9tADBvADBwADFwADFxATJxBTNxCDNwDDRwDzVwEjVwFDZwFjdwGDdvGjhvHDlvHjpvIDpvITtuIzxuJDxuJj1uJz5uKT9uKj9tK0BtLUFtLkFtL0JtMUNtMkNtM0RtNEVsNUVsNkZsOEdsOUhsOkhsO0lsPEpsPUpsPktsP0xsQExsQU1sQk5sQ05sRE9sRVBsRlFsR1FsSFJsSVNsSlNsS1RsTFVsTVVsTlZsT1dsUFdsUVhtUlltU1ptVFptVVttVVxtVlxtV11tWF5tWV5uWl9uW2BuXGFuXWFuXmJuXmNvX2NvYGRvYWVvYmVvY2ZwZGdwZWhwZWhwZmlwZ2pxaGpxaWtxamxxa21ybG1ybG5ybW9ybm9zb3BzcHFzcXJ0cnJ0cnN0c3R1dHR1dXV1dnZ2d3d2d3d3eHh3eXl3enp4e3p4fHt4fXx4fnx4fn14f354gH94gX94goB5g4F5hIJ5hYJ5hoN5h4R4iIV4iYV4ioZ4i4d4jIh4jYh4jol4j4p4kIt4kYt4kox4ko14k454lI53lY93lpB3l5F3mJJ3mZJ3mpN2m5R2nJV2nZV2npZ2n5d1oJh1oZl1opl1o5p0pJt0pZx0ppx0p51zqJ5zqZ9zqqBzq6ByrKFyraJyrqNxr6RxsKVxsaVws6ZwtKdvtahvtqlvt6luuKpuuattuqxtu61tvK5sva5svq9rv7BrwLFqwbJqwrNpw7NpxLRoxbVoxrZnx7dnyLhmyblly7llzLpkzbtjzrxjz71i0L5i0b9h0sBg08Bf1MFf1cJe1sNd18Rc2cVc2sZb28da3MhZ3chY3slY38pX4MtW4cxV4s1U5M5T5c9S5tBR59FQ6NJP6dNO6tNM69RL7dVK7tZJ79dI8NhG8dlF8tpE89tC9dxB9t0/994++N88+eA6++E4/OI2/eM0/uQ0/uU1/uY2/ug4");
+const COLOURS = new Uint32Array(256); // as the canvas stores them: opaque, blue green red from the top byte
 for (let step = 0; step < 256; step++) {
   const [red, green, blue] = CIVIDIS.subarray(3 * step, 3 * step + 3);
   COLOURS[step] = ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0;
+}
+
+const short = (value) => (Number.isFinite(value) ? String(Number(value.toPrecision(3))) : "none");
+
+/** Cells of one size, as shares of the canvas. */
+function matrix(rows, columns) {
+  const within = (value, count) => Math.max(0, Math.min(count - 1, value));
+  const box = (place) => {
+    const [row, column] = [Math.floor(place / columns), place % columns];
+    return [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows];
+  };
+  const at = (x, y) => within(Math.floor(y * rows), rows) * columns + within(Math.floor(x * columns), columns);
+  const beside = (place, x, y) =>
+    within(Math.floor(place / columns) + y, rows) * columns + within((place % columns) + x, columns);
+  return { count: rows * columns, box, at: rows * columns ? at : () => -1, beside };
 }
 
 export default widget("maps", (model, page) => {

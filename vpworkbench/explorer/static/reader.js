@@ -7,8 +7,8 @@ export default widget("reader", (model, page) => {
   const words = () => model.get("words");
   const row = (matrix, place, length) => matrix.subarray(place * length, (place + 1) * length);
   const image = stage({ geometry: () => geometry, hover: hoverPatch, pick: (patch) => pin(patch, words().length) });
-  const sentence = make("div", { class: "vpw-sentence", role: "listbox", tabindex: 0 });
-  page.body.append(make("figure", {}, image.element), sentence);
+  const sentence = wordList({ hover: hoverWord, pin: (word) => pin(word, 0), unpin: () => pin(-1, 0) });
+  page.body.append(make("figure", {}, image.element), sentence.element);
 
   // ---- what is said
   const quoted = (word) => `“${words()[word]}”`;
@@ -60,9 +60,9 @@ export default widget("reader", (model, page) => {
     const place = patch < 0 ? -1 : patch + words().length;
     hover(place, patch, (pinned) => (pinned < words().length ? between(pinned, null, patch) : null), event);
   }
-  const hoverWord = (word, event) => {
+  function hoverWord(word, event) {
     hover(word, -1, (pinned) => (pinned < words().length ? null : between(pinned, word, null)), event);
-  };
+  }
   /** While something is pinned the picture stays, and the pointer reads single numbers from it. */
   const hover = (place, patch, number, event) => {
     if (free()) return place !== shown && show(place);
@@ -76,28 +76,6 @@ export default widget("reader", (model, page) => {
     model.save_changes();
   };
 
-  // ---- the sentence: one stop of the tab key, arrows inside
-  const wordOf = (event) => tokens.indexOf(event.target.closest(".vpw-word"));
-  let current = -1;
-  sentence.addEventListener("pointermove", (event) => hoverWord((current = wordOf(event)), event));
-  sentence.addEventListener("pointerleave", () => hoverWord((current = -1)));
-  sentence.addEventListener("blur", () => hoverWord((current = -1)));
-  sentence.addEventListener("click", (event) => wordOf(event) >= 0 && pin(wordOf(event), 0));
-  onKeys(sentence, {
-    step: (x, y) => {
-      current = Math.max(0, Math.min(tokens.length - 1, current + x + y));
-      tokens[current]?.scrollIntoView({ block: "nearest" });
-      sentence.setAttribute("aria-activedescendant", tokens[current]?.id ?? "");
-      hoverWord(current);
-    },
-    enter: () => current >= 0 && pin(current, 0),
-    escape: () => pin(-1, 0),
-  });
-  const rebuild = (texts) => {
-    const key = Math.random().toString(36).slice(2); // ids are the page's, and a widget may be seen twice
-    tokens = texts.map((text, word) => make("span", { class: "vpw-word", role: "option", id: `vpw-${key}-${word}` }, text));
-    sentence.replaceChildren(...tokens.flatMap((token) => [token, " "]));
-  };
   page.exports(() => {
     const texts = words();
     const rows = [["from", "to", "attention"]];
@@ -114,12 +92,12 @@ export default widget("reader", (model, page) => {
     bitmap = await picture();
     geometry = regions(model.get("boxes"), model.get("on_grid"));
     [looks, reads] = [floats(model.get("looks")), floats(model.get("reads"))];
-    if (words().length !== tokens.length || words().some((text, word) => text !== tokens[word].textContent)) rebuild(words());
+    if (words().length !== tokens.length || words().some((text, word) => text !== tokens[word].textContent)) tokens = sentence.fill(words());
     const pinned = model.get("pinned");
     image.pick(pinned - words().length);
     image.element.setAttribute("aria-label", `Image. ${model.get("alt")} Arrow keys move, Enter pins.`);
     image.element.style.width = `${imageWidth()}px`;
-    sentence.setAttribute("aria-label", "Sentence. Arrow keys move, Enter pins.");
+    sentence.element.setAttribute("aria-label", "Sentence. Arrow keys move, Enter pins.");
     tokens.forEach((token, word) => {
       token.classList.toggle("vpw-picked", word === pinned);
       token.setAttribute("aria-selected", word === pinned);

@@ -1,8 +1,6 @@
 // What all widgets of the explorer share. Each module is this text followed by its own: no build step, no import.
 // Text from data only ever becomes a text node. Colours as in vpworkbench/figures/style.py.
 
-// Cividis, even steps for all eyes: 256 colours, red green blue.
-const CIVIDIS = Uint8Array.from(atob("ACJOACNPACRRACVTACVUACZWACdYAChZAChbACldACpfACphACtiACxkACxmAC1oAC5qAC5sAC9tADBvADBwADFwADFxATJxBTNxCDNwDDRwDzVwEjVwFDZwFjdwGDdvGjhvHDlvHjpvIDpvITtuIzxuJDxuJj1uJz5uKT9uKj9tK0BtLUFtLkFtL0JtMUNtMkNtM0RtNEVsNUVsNkZsOEdsOUhsOkhsO0lsPEpsPUpsPktsP0xsQExsQU1sQk5sQ05sRE9sRVBsRlFsR1FsSFJsSVNsSlNsS1RsTFVsTVVsTlZsT1dsUFdsUVhtUlltU1ptVFptVVttVVxtVlxtV11tWF5tWV5uWl9uW2BuXGFuXWFuXmJuXmNvX2NvYGRvYWVvYmVvY2ZwZGdwZWhwZWhwZmlwZ2pxaGpxaWtxamxxa21ybG1ybG5ybW9ybm9zb3BzcHFzcXJ0cnJ0cnN0c3R1dHR1dXV1dnZ2d3d2d3d3eHh3eXl3enp4e3p4fHt4fXx4fnx4fn14f354gH94gX94goB5g4F5hIJ5hYJ5hoN5h4R4iIV4iYV4ioZ4i4d4jIh4jYh4jol4j4p4kIt4kYt4kox4ko14k454lI53lY93lpB3l5F3mJJ3mZJ3mpN2m5R2nJV2nZV2npZ2n5d1oJh1oZl1opl1o5p0pJt0pZx0ppx0p51zqJ5zqZ9zqqBzq6ByrKFyraJyrqNxr6RxsKVxsaVws6ZwtKdvtahvtqlvt6luuKpuuattuqxtu61tvK5sva5svq9rv7BrwLFqwbJqwrNpw7NpxLRoxbVoxrZnx7dnyLhmyblly7llzLpkzbtjzrxjz71i0L5i0b9h0sBg08Bf1MFf1cJe1sNd18Rc2cVc2sZb28da3MhZ3chY3slY38pX4MtW4cxV4s1U5M5T5c9S5tBR59FQ6NJP6dNO6tNM69RL7dVK7tZJ79dI8NhG8dlF8tpE89tC9dxB9t0/994++N88+eA6++E4/OI2/eM0/uQ0/uU1/uY2/ug4"), (letter) => letter.charCodeAt(0));
 const SVG = "http://www.w3.org/2000/svg";
 const EXPORTS = [
   ["PNG", "Save as a PNG picture", savePng],
@@ -130,6 +128,37 @@ function onKeys(element, { step, enter, escape }) {
   });
 }
 
+/** Words as a list: one stop of the tab key. Pointer and arrow keys move over them, click and Enter pin. */
+function wordList({ hover, pin, unpin }) {
+  const element = make("div", { class: "vpw-sentence", role: "listbox", tabindex: 0 });
+  let [tokens, current] = [[], -1];
+  const at = (event) => tokens.indexOf(event.target.closest(".vpw-word"));
+  const move = (word, event) => hover((current = word), event);
+  element.addEventListener("pointermove", (event) => move(at(event), event));
+  element.addEventListener("pointerleave", () => move(-1));
+  element.addEventListener("blur", () => move(-1));
+  element.addEventListener("click", (event) => at(event) >= 0 && pin(at(event)));
+  onKeys(element, {
+    step: (x, y) => {
+      move(Math.max(0, Math.min(tokens.length - 1, current + x + y)));
+      tokens[current]?.scrollIntoView({ block: "nearest" });
+      element.setAttribute("aria-activedescendant", tokens[current]?.id ?? "");
+    },
+    enter: () => current >= 0 && pin(current),
+    escape: unpin,
+  });
+  /** Make and return the elements of the words; `below(word)` are elements under the text. */
+  const fill = (texts, below = () => []) => {
+    const key = Math.random().toString(36).slice(2); // ids are the page's, and a widget may be seen twice
+    const attributes = (word) => ({ class: "vpw-word", role: "option", id: `vpw-${key}-${word}` });
+    tokens = texts.map((text, word) => make("span", attributes(word), text, ...below(word)));
+    element.replaceChildren(...tokens.flatMap((token) => [token, " "]));
+    current = Math.min(current, tokens.length - 1);
+    return tokens;
+  };
+  return { element, fill };
+}
+
 // ---- numbers
 
 /** Bytes as float32; copied, as a message's bytes need not start at a multiple of four. */
@@ -138,7 +167,6 @@ function floats(view) {
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
-const short = (value) => (Number.isFinite(value) ? String(Number(value.toPrecision(3))) : "none");
 
 function largest(values) {
   let best = 0;
@@ -188,18 +216,6 @@ function regions(view, onGrid) {
   return { count, box, at, beside, name, grid, order };
 }
 
-function matrix(rows, columns) {
-  const within = (value, count) => Math.max(0, Math.min(count - 1, value));
-  const box = (place) => {
-    const [row, column] = [Math.floor(place / columns), place % columns];
-    return [column / columns, row / rows, (column + 1) / columns, (row + 1) / rows];
-  };
-  const at = (x, y) => within(Math.floor(y * rows), rows) * columns + within(Math.floor(x * columns), columns);
-  const beside = (place, x, y) =>
-    within(Math.floor(place / columns) + y, rows) * columns + within((place % columns) + x, columns);
-  return { count: rows * columns, box, at: rows * columns ? at : () => -1, beside };
-}
-
 // ---- pictures
 
 /** The picture of a trait, decoded once for each value; null where it cannot be read. */
@@ -237,6 +253,9 @@ function drawPicture(canvas, bitmap, width) {
   return context;
 }
 
+/** A box in dots of the canvas. */
+const dotsOf = ({ canvas }, box) => box.map((share, side) => Math.round(share * (side % 2 ? canvas.height : canvas.width)));
+
 /** Fill each box with `paint(value)`, the smallest last, which the pointer hits; `outside` is what no box covers. */
 function drawBoxes(context, geometry, values, paint, outside = null) {
   const { width, height } = context.canvas;
@@ -249,7 +268,7 @@ function drawBoxes(context, geometry, values, paint, outside = null) {
   };
   if (outside) fill(outside, 0, 0, width, height);
   for (const place of geometry.order) {
-    const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
+    const [x0, y0, x1, y1] = dotsOf(context, geometry.box(place));
     fill(paint(values[place]), x0, y0, x1 - x0, y1 - y0);
   }
   context.drawImage(layer, 0, 0);
@@ -286,13 +305,12 @@ function drawHatched(context, geometry, is) {
 
 /** The edges of all tokens, light on dark: fainter where they are a grid than where boxes lie anywhere. */
 function drawGrid(context, geometry) {
-  const { width, height } = context.canvas;
   const [dark, light] = geometry.grid ? [0.2, 0.6] : [0.5, 1];
   const lines = [[3, `rgba(0, 0, 0, ${dark})`], [1, `rgba(255, 255, 255, ${light})`]];
   for (const [thick, colour] of lines) {
     [context.lineWidth, context.strokeStyle] = [thick, colour];
     for (let place = 0; place < geometry.count; place++) {
-      const [x0, y0, x1, y1] = geometry.box(place).map((share, side) => Math.round(share * (side % 2 ? height : width)));
+      const [x0, y0, x1, y1] = dotsOf(context, geometry.box(place));
       context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0, y1 - y0); // neighbours share a line
     }
   }
@@ -300,10 +318,9 @@ function drawGrid(context, geometry) {
 
 /** The outline of some tokens together: the edges that only one of them has. */
 function drawOutline(context, geometry, tokens) {
-  const { width, height } = context.canvas;
   const edges = new Map();
   for (const token of tokens) {
-    const [x0, y0, x1, y1] = geometry.box(token).map((share, side) => Math.round(share * (side % 2 ? height : width)));
+    const [x0, y0, x1, y1] = dotsOf(context, geometry.box(token));
     for (const edge of [[x0, y0, x1, y0], [x0, y1, x1, y1], [x0, y0, x0, y1], [x1, y0, x1, y1]]) {
       edges.set(`${edge}`, edges.has(`${edge}`) ? null : edge);
     }
