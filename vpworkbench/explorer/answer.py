@@ -181,11 +181,9 @@ class AnswerView(ipywidgets.VBox):
         names = ("probability", "without the image", "prior", "looks at the image", "if uniform")
         numbers = {name: part.double().numpy() for name, part in zip(names, means, strict=True)}
         places = range(len(answer.words))
-        return {
-            "words": pd.DataFrame(
-                {"place": places, "word": answer.words, **numbers, "reads most": [_most(answer, at) for at in places]}
-            )
-        }
+        most = [" ".join(_readable(token for token, _ in answer.most_attended(place, 3))) for place in places]
+        table = pd.DataFrame({"place": places, "word": answer.words, **numbers, "reads most": most})
+        return {"words": table}
 
     def save(self, path: str | Path) -> Path:
         """Write the view as one HTML file that opens without a kernel and without a network."""
@@ -232,10 +230,6 @@ def _note(**numbers: Any) -> str:
         f"{numbers['if uniform']:.1%}). Its probability is {numbers['probability']:.1%}, "
         f"{numbers['without the image']:.1%} without attention to the image{prior}."
     )
-
-
-def _most(answer: Answer, word: int) -> str:
-    return " ".join(_readable(token for token, _ in answer.most_attended(word, 3)))
 
 
 def _readable(words: Iterable[str]) -> list[str]:

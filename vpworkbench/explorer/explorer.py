@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ipywidgets
 import numpy as np
@@ -31,9 +31,8 @@ from vpworkbench.huggingface import Processed
 from vpworkbench.settings import DataSettings
 from vpworkbench.subjects import Loadable, Subject, load_all
 
-PICTURES = 24
 ViewName = Literal["masks", "words", "flow", "try"]
-ALL: tuple[ViewName, ...] = ("masks", "words", "flow", "try")
+ALL: tuple[ViewName, ...] = get_args(ViewName)
 Images = Sequence[Picture] | str | Path | Image.Image | np.ndarray | None
 """Pictures, the name of a captioned set, or one image."""
 
@@ -44,7 +43,7 @@ def explore(
     *,
     beside: Loadable = None,
     regions: str = "",
-    pictures: int = PICTURES,
+    pictures: int = 24,
     views: Sequence[ViewName] | None = None,
     processor: Any = None,
     question: str = QUESTION,

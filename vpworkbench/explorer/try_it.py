@@ -14,7 +14,7 @@ from PIL import Image
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
-from vpworkbench.errors import DataError, RegionsMissing
+from vpworkbench.errors import RegionsMissing
 from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, StatusText, View, column, row
 from vpworkbench.explorer.readings import Block, Reading, check_index
@@ -26,7 +26,7 @@ LARGEST_PX = 20_000_000  # pixels of an upload
 NAMES = ["model", "asked", "answer", "answer with the block"]  # the last one only if something is blocked
 WAYS = {"none": "", "words from the image": "text_to_vision", "the image from words": "vision_to_text", "both": "both"}
 
-UNREADABLE = (ValueError, DataError, RuntimeError, IndexError)
+UNREADABLE = (ValueError, RuntimeError, IndexError)
 """Errors of models that cannot read a picture or a sentence; the explorer reports them and stays usable."""
 NO_REGIONS = (
     "this model reads regions and your image has none; make them with a detector, or for scenes with `vpw regions`"
