@@ -53,8 +53,7 @@ def losses(metrics: pd.DataFrame) -> go.Figure:
         raise ValueError(f"losses needs a column `step` and at least one more, not {list(metrics.columns)}")
     rows, columns = _small_multiples(len(names))
     titles = [_title(name) for name in names]
-    gaps = {"horizontal_spacing": 0.2 / columns, "vertical_spacing": 0.3 / rows}
-    figure = make_subplots(rows, columns, subplot_titles=titles, **gaps)
+    figure = make_subplots(rows, columns, subplot_titles=titles, vertical_spacing=0.3 / rows)
     for index, name in enumerate(names):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         colour, label = style.GREEN if name in _WATCHED else style.BLUE, escaped(str(name))
