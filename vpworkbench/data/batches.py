@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -24,6 +24,7 @@ from vpworkbench.data.steps import ImageBatch, Sampler
 from vpworkbench.errors import DataError
 from vpworkbench.losses import Select, scores_of_pick
 from vpworkbench.model.words import Words
+from vpworkbench.scenes.texts import pick
 from vpworkbench.settings import DataSettings
 
 log = logging.getLogger(__name__)
@@ -221,10 +222,10 @@ class GroupBatches(Dataset):
     def _unmatched(self, picture: Picture, rng: np.random.Generator) -> str:
         """A text that is stated to be false of a picture; if there is none, one of another picture."""
         if picture.foils:
-            return picture.foils[int(rng.integers(len(picture.foils)))]
-        for other in self._drawn(rng):
-            texts = other.captions + other.foils
-            text = texts[int(rng.integers(len(texts)))]
+            return pick(rng, picture.foils)
+        for _ in range(DRAWS):
+            other = pick(rng, self.pictures)
+            text = pick(rng, other.captions + other.foils)
             if picture.denies(text):
                 return text
         raise DataError(f"no text false of {picture.image} in {DRAWS} draws: the set needs more varied texts")
@@ -232,14 +233,12 @@ class GroupBatches(Dataset):
     def _replacement(self, text: str, rng: np.random.Generator) -> Picture:
         """A picture that `text` is stated to be false of; if there is none, any that it does not belong to."""
         if stated := self.stated_false.get(text):
-            return stated[int(rng.integers(len(stated)))]
-        for other in self._drawn(rng):
+            return pick(rng, stated)
+        for _ in range(DRAWS):
+            other = pick(rng, self.pictures)
             if other.denies(text):
                 return other
         raise DataError(f"no image that {text!r} is false of in {DRAWS} draws: the set needs more varied texts")
-
-    def _drawn(self, rng: np.random.Generator) -> Iterator[Picture]:
-        return (self.pictures[int(rng.integers(len(self.pictures)))] for _ in range(DRAWS))
 
 
 def contact_sheet(pictures: Sequence[Picture], count: int) -> tuple[np.ndarray, list[str]]:

@@ -32,6 +32,7 @@ from vpworkbench.losses import Objective
 from vpworkbench.metrics import recall_at
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.words import Words
+from vpworkbench.scenes.texts import pick
 from vpworkbench.settings import DataSettings, FinetuneSettings, OptimSettings, RetrievalSettings, TrainSettings
 from vpworkbench.stats import Interval, bootstrap_interval, flatten, mean_of_independent
 from vpworkbench.system import write_atomically
@@ -122,8 +123,7 @@ class RetrievalBatches:
         """Rows of the pictures of a step, a caption of each, and the generator of further draws."""
         rng = np.random.default_rng((self.seed, 1, step))
         rows = self.sampler.rows(step)
-        captions = [self.pictures[row].captions for row in rows]
-        return rows, [texts[int(rng.integers(len(texts)))] for texts in captions], rng
+        return rows, [pick(rng, self.pictures[row].captions) for row in rows], rng
 
     def __getitem__(self, step: int) -> PairBatch:
         rows, texts, rng = self.draw(step)
