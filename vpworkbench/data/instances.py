@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, Field
 
-from vpworkbench.data.files import decode_json, read_text
+from vpworkbench.data.files import decode_json, faults_at, read_text
 from vpworkbench.data.readers import Id, checked
 from vpworkbench.errors import DataError
 
@@ -49,7 +49,10 @@ class InstanceMasks:
         Crowds, which outline many things at once, are background. The objects are in the order of `names`. A
         `DataError` names an annotation that lies outside the image, or cannot be decoded.
         """
-        height, width = self._size()
+        sizes = _read(self.file).sizes
+        if self.image_id not in sizes:
+            raise DataError(f"{self.file}: no image {self.image_id}, which has captions; take the files of one release")
+        height, width = sizes[self.image_id]
         drawn = np.zeros((height, width), dtype=np.uint8)
         masks = [self._mask(instance, height, width) for instance in self._instances()]
         for number in sorted(range(len(masks)), key=lambda number: -int(masks[number].sum())):
@@ -61,19 +64,11 @@ class InstanceMasks:
         categories = _read(self.file).categories
         return [categories.get(instance.category_id, str(instance.category_id)) for instance in self._instances()]
 
-    def _size(self) -> tuple[int, int]:
-        sizes = _read(self.file).sizes
-        if self.image_id not in sizes:
-            raise DataError(f"{self.file}: no image {self.image_id}, which has captions; take the files of one release")
-        return sizes[self.image_id]
-
     def _instances(self) -> list[_Instance]:
         found = []
         for raw in _read(self.file).instances.get(self.image_id, []):
-            try:
+            with faults_at(f"{self.file}: annotation {raw.get('id')}"):
                 found.append(checked(_Instance, raw))
-            except DataError as error:
-                raise DataError(f"{self.file}: annotation {raw.get('id')}: {error}") from None
         return [instance for instance in found if not instance.iscrowd][:255]
 
     def _mask(self, instance: _Instance, height: int, width: int) -> np.ndarray:
@@ -102,8 +97,7 @@ class InstanceMasks:
 @lru_cache(maxsize=4)
 def _read(file: Path) -> _File:
     """The images, objects and categories of a file; what is wrong with one object shows when it is drawn."""
-    text = read_text(file)
-    content, _ = decode_json(text, str(file), 0)
+    content, _ = decode_json(read_text(file), str(file))
     instances: dict[int, list[dict[str, Any]]] = defaultdict(list)
     try:
         sizes = {image.id: (image.height, image.width) for image in map(_Image.model_validate, content["images"])}
