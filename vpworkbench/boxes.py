@@ -14,9 +14,8 @@ def grid_boxes(rows: int, columns: int, within: tuple[float, float, float, float
     left, top, right, bottom = within
     y = torch.linspace(top, bottom, rows + 1)
     x = torch.linspace(left, right, columns + 1)
-    y0, x0 = torch.meshgrid(y[:-1], x[:-1], indexing="ij")
-    y1, x1 = torch.meshgrid(y[1:], x[1:], indexing="ij")
-    return torch.stack([x0, y0, x1, y1], dim=-1).flatten(0, 1)
+    corners = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # row, column, (x, y)
+    return torch.cat([corners[:-1, :-1], corners[1:, 1:]], dim=-1).flatten(0, 1)
 
 
 def shared_area(boxes: Tensor, others: Tensor) -> Tensor:
