@@ -38,12 +38,11 @@ class Sampler:
     def rows(self, step: int) -> list[int]:
         """Places of a step's records in the whole set."""
         total, start = len(self.records), step * self.size
-        places = range(start, start + self.size)
-        epochs = [(start if self.distinct else place) // total for place in places]
-        return [
-            int(_permutation(total, *self.seed, epoch)[place % total])
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
+        rows = []
+        for place in range(start, start + self.size):
+            epoch = (start if self.distinct else place) // total
+            rows.append(int(_permutation(total, *self.seed, epoch)[place % total]))
+        return rows
 
     def __getitem__(self, step: int) -> list[Any]:
         return [self.records[row] for row in self.rows(step)]

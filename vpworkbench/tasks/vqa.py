@@ -52,8 +52,7 @@ def answer_scores(examples: Sequence[Example], labels: Sequence[str]) -> Tensor:
 
 def official_scores(examples: Sequence[Example], predicted: Mapping[str, str]) -> np.ndarray:
     """The official VQA score of each question, nan where its answers are withheld."""
-    scores = (vqa_score(predicted[one.id], one.answers) if one.answers else np.nan for one in examples)
-    return np.array(list(scores))
+    return np.array([vqa_score(predicted[one.id], one.answers) if one.answers else np.nan for one in examples])
 
 
 def result_json(predicted: Mapping[str, str]) -> str:
