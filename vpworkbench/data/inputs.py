@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from vpworkbench.data.regions import RegionFiles
 from vpworkbench.errors import DataError, SettingsError
 from vpworkbench.model.model import Inputs, VisualParsingModel
 from vpworkbench.settings import VisualSettings
+from vpworkbench.settings.model import SpecialTokens
 from vpworkbench.system import draft, lock
 
 Progress = Callable[[str, int, int], None]
@@ -192,7 +193,7 @@ def prepare(
     images: Sequence[Readable],
     texts: Sequence[str],
     *,
-    special_tokens: Literal["language", "exclude"] = "language",
+    special_tokens: SpecialTokens = "language",
 ) -> Inputs:
     """Read images and pair image i with text i: `VisualParsingModel.prepare`, from records or files."""
     stacked = visual_input(model.settings.visual).stack(images)
