@@ -126,9 +126,8 @@ def _coco(annotations: Annotations) -> list[Picture]:
     pictures = list(convert(annotations.file, numbered("images", listed), _CocoImage, "id", picture))
     for image_id, text in convert(annotations.file, annotations.items, _CocoCaption, "id", caption):
         captions[image_id][text] = None
-    return _with_captions(
-        annotations.file, (replace(one, captions=tuple(filter(None, captions[number]))) for number, one in pictures)
-    )
+    captioned = (replace(one, captions=tuple(filter(None, captions[number]))) for number, one in pictures)
+    return _with_captions(annotations.file, captioned)
 
 
 def _with_captions(file: Path, pictures: Iterable[Picture]) -> list[Picture]:

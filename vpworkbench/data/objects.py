@@ -22,10 +22,8 @@ def objects_of_pictures(pictures: Sequence[Picture], grid: int, *, share: float 
 
 def boxed_objects(pictures: Sequence[Picture], boxes: Tensor) -> Tensor:
     """The object in each box, by the same rule; boxes (image, token, 4) -> int64 (image, token)."""
-    found = [
-        objects_of_boxes(_map_of(one), some, covered_share(one)) for one, some in zip(pictures, boxes, strict=True)
-    ]
-    return torch.stack(found)
+    pairs = zip(pictures, boxes, strict=True)
+    return torch.stack([objects_of_boxes(_map_of(one), some, covered_share(one)) for one, some in pairs])
 
 
 def covered_share(picture: Picture) -> float:

@@ -247,8 +247,7 @@ def _write_all(folder: Path, settings: BaseModel, kind: SetKind, tasks: Sequence
         for name in kind.zips:
             (folder / name).parent.mkdir(exist_ok=True)
             archives[name] = stack.enter_context(zipfile.ZipFile(folder / name, "w", zipfile.ZIP_STORED))
-        images = sum(stop - start for *_, start, stop in tasks)
-        bar = stack.enter_context(tqdm(total=images, unit=" images", delay=2))
+        bar = stack.enter_context(tqdm(total=sum(stop - start for *_, start, stop in tasks), unit=" images", delay=2))
         parts = _parts(kind.make_part, tasks, min(processes or cores, len(tasks)))
         for part in stack.enter_context(closing(parts)):
             for name, images in part.images.items():
