@@ -34,8 +34,7 @@ def finetune_settings(
         owners = [one.name for one in TASKS.values() if key.partition(".")[0] in one.own_settings]
         if owners and task not in owners:
             raise SettingsError(f"{key} is for {' and '.join(owners)}, not for {task}; leave it out")
-    parts = {name: part.model_dump() for name, part in TASKS[task].schedules[preset].items()}
-    base = checked(FinetuneSettings, {"task": task, "preset": preset, **parts})
+    base = checked(FinetuneSettings, {"task": task, "preset": preset, **TASKS[task].schedules[preset]})
     values = {
         "data": data,
         "checkpoint": checkpoint,
