@@ -60,12 +60,8 @@ def predict_table(model: TaskModel, table: str | Path, *, images: Sequence[str |
                 image.pixels()
             decoded.update(row.images)
     predicted = model.predict_all([row.images for row in rows], [row.text for row in rows])
-    best = [next(iter(probabilities.items())) for probabilities in predicted]
-    columns = {
-        "id": [row.id for row in rows],
-        "image": [" ".join(image.name for image in row.images) for row in rows],
-        "text": [row.text for row in rows],
-        "prediction": [label for label, _ in best],
-        "probability": [round(probability, 4) for _, probability in best],
-    }
-    return pd.DataFrame(columns)
+    lines = []
+    for row, probabilities in zip(rows, predicted, strict=True):
+        label, probability = next(iter(probabilities.items()))
+        lines.append((row.id, " ".join(image.name for image in row.images), row.text, label, round(probability, 4)))
+    return pd.DataFrame(lines, columns=["id", "image", "text", "prediction", "probability"])
