@@ -203,6 +203,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings in the `config.json` of a run; a `RunError` if there are none."""
+    content = read_json(folder / "config.json")
+    if not isinstance(content.get("settings"), dict):
+        raise RunError(f"{folder / 'config.json'}: has no settings, so this is not the folder of a run")
+    return content["settings"]
+
+
 def _safe_name(name: str) -> str:
     if not re.fullmatch(r"\w[\w.+=,@ -]{0,99}", name) or name != name.strip() or ".." in name:
         raise SettingsError(

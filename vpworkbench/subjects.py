@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from vpworkbench.data.records import Picture
 from vpworkbench.errors import CheckpointError, DataError, SettingsError
 from vpworkbench.huggingface import Processed, is_pretrained, open_pretrained
 from vpworkbench.model.model import Inputs, VisualParsingModel
-from vpworkbench.runs import read_json, runs_root, shipped_run
+from vpworkbench.runs import runs_root, saved_settings, shipped_run
 from vpworkbench.settings import DataSettings, FinetuneSettings, MaskSettings, PretrainSettings, checked
 from vpworkbench.tasks.predict import load_task_model
 from vpworkbench.tasks.task import TaskModel
@@ -134,8 +133,8 @@ def _load(source: Loadable, regions: str) -> Subject:
         if "/" not in source and (runs_root() / "01_pretrain" / source / "checkpoint").exists():
             both = f"01_pretrain/{source} or 04_finetune/{source}"
             raise CheckpointError(f"{source} is a run of two notebooks, and each has a model; write {both}")
-        model, config = load_task_model(folder), folder.parent / "config.json"
-        settings = checked(FinetuneSettings, read_json(config)["settings"]) if config.exists() else None
+        model, run = load_task_model(folder), folder.parent
+        settings = checked(FinetuneSettings, saved_settings(run)) if (run / "config.json").exists() else None
         return _ours(f"{name}, {model.task.name}", model.base, task_model=model, task_settings=settings)
     try:
         model, settings = load_run(source)
@@ -168,7 +167,7 @@ def load_run(checkpoint: str = "") -> tuple[VisualParsingModel, PretrainSettings
     for place in places:
         folder = place.parent if place.name == "checkpoint" else place
         if (folder / "config.json").exists() and (folder / "checkpoint" / "model.safetensors").exists():
-            settings = checked(PretrainSettings, json.loads((folder / "config.json").read_text())["settings"])
+            settings = checked(PretrainSettings, saved_settings(folder))
             return VisualParsingModel.from_pretrained(folder / "checkpoint"), settings
     raise CheckpointError(f"no finished pre-training run at {' nor at '.join(map(str, places))}; `vpw runs` lists them")
 

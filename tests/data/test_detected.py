@@ -50,9 +50,14 @@ def test_a_folder_of_photographs_becomes_region_files(tmp_path, weights):
         assert (np.diff(content["scores"]) <= 0).all()
     settings = pretrain_settings(visual="regions", regions=str(made))
     assert settings.visual.region_width == 1024
-    (made / "config.json").write_text(json.dumps({"settings": {}}))
-    with pytest.raises(DataError, match="holds other regions"):
-        detect_regions(str(tmp_path / "photos"), made, **options)
+    for other in (json.dumps({"settings": {}}), "{}", "no JSON"):
+        (made / "config.json").write_text(other)
+        with pytest.raises(DataError, match="holds other regions"):
+            detect_regions(str(tmp_path / "photos"), made, **options)
+    miniatures.picture(tmp_path / "photos" / "inner" / "1.png", (0, 0, 90))
+    with pytest.raises(DataError, match=r"1\.png and .*1\.jpg: their regions would share 1\.npz|1\.jpg and .*1\.png"):
+        detect_regions(str(tmp_path / "photos"), tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_hand_made_box_is_pooled_and_placed(weights, monkeypatch):

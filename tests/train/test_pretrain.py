@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.scene_cache import scenes_folder
-from vpworkbench.errors import CheckpointError, SettingsError
+from vpworkbench.errors import CheckpointError, RunError, SettingsError
 from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.model.words import build_tokenizer
@@ -109,6 +109,10 @@ def test_run_is_found_by_name_and_by_folder():
         assert torch.equal(model.mlm_bias, prepared.model.mlm_bias)
     with pytest.raises(CheckpointError, match="no finished pre-training run.*nowhere"):
         load_run("nowhere")
+    for content, fault in (("{", "cannot be read"), ("{}", "has no settings")):
+        (run.folder / "config.json").write_text(content)
+        with pytest.raises(RunError, match=f"config.json: {fault}"):
+            load_run("found")
 
 
 def test_vocabulary_is_the_same_in_another_process(scenes, scenes_folder):

@@ -54,15 +54,19 @@ def detect_regions(photos: str, folder: Path, *, detector: str, weights: str = "
     model = open_detector(detector, weights)
     width = model.roi_heads.box_predictor.cls_score.in_features
     settings = {"photos": photos, "detector": detector, "weights": weights, "width": width}
-    config = folder / "config.json"
-    known = json.loads(config.read_text(encoding="utf-8"))["settings"] if config.exists() else settings
-    if known != settings or (not config.exists() and folder.exists() and any(folder.iterdir())):
+    config, text = folder / "config.json", json.dumps({"settings": settings}, indent=2) + "\n"
+    if config.read_text(encoding="utf-8") != text if config.exists() else folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: holds other regions, or something else; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps({"settings": settings}, indent=2) + "\n", encoding="utf-8")
-    counts = []
-    for image in tqdm(images, desc="finding regions", unit="image"):
+    files: dict[Path, ImageFile] = {}
+    for image in images:
         file = (folder / image.name).with_suffix(".npz")
+        if file in files:
+            raise DataError(f"{image} and {files[file]}: their regions would share {file.name}; rename one of them")
+        files[file] = image
+    folder.mkdir(parents=True, exist_ok=True)
+    config.write_text(text, encoding="utf-8")
+    counts = []
+    for file, image in tqdm(files.items(), desc="finding regions", unit="image"):
         if not file.exists():
             pixels = image.pixels()
             found = detect(model, pixels)

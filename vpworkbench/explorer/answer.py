@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from vpworkbench.answers import Answer, probe_answer
+from vpworkbench.errors import first_line
 from vpworkbench.explorer import still
 from vpworkbench.explorer.page import Part, Section, write_page
 from vpworkbench.explorer.parts import WIDTH, StatusText, close_all, encoded, row
@@ -89,7 +90,7 @@ class AnswerView(ipywidgets.VBox):
         try:
             self.answer = self._ask(image, question)
         except (ValueError, RuntimeError) as error:
-            self.status.set(f"Not answered: {str(error).splitlines()[0]}")
+            self.status.set(f"Not answered: {first_line(error)}")
             return
         self._draw()
 
@@ -213,7 +214,8 @@ class AnswerView(ipywidgets.VBox):
     def close(self) -> None:
         for child in self.children:
             close_all(child)
-        super().close()
+        for part in (self.layout, super()):
+            part.close()
 
 
 def _sinks(looks: torch.Tensor) -> torch.Tensor:

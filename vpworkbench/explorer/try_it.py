@@ -14,7 +14,7 @@ from PIL import Image
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import prepare
 from vpworkbench.data.records import Picture
-from vpworkbench.errors import RegionsMissing
+from vpworkbench.errors import RegionsMissing, first_line
 from vpworkbench.explorer.page import Part, Section
 from vpworkbench.explorer.parts import WIDTH, StatusText, View, column, row
 from vpworkbench.explorer.readings import Block, Reading, check_index
@@ -159,7 +159,7 @@ class TryView(View):
             self._read_or_unblock(picture, text)
         except UNREADABLE as error:
             is_own = picture.image.folder == Path(self.scratch.name)
-            reason = NO_REGIONS if is_own and isinstance(error, RegionsMissing) else str(error).splitlines()[0][:300]
+            reason = NO_REGIONS if is_own and isinstance(error, RegionsMissing) else first_line(error)
             self.status.set(f"Not read: {reason}")
             return False
         return True

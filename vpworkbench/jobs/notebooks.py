@@ -26,7 +26,7 @@ from vpworkbench.jobs.parameters import (
     notebook_content,
     notebook_parameters,
 )
-from vpworkbench.runs import digest, open_folder, open_run, read_json, run_folder
+from vpworkbench.runs import digest, open_folder, open_run, read_json, run_folder, saved_settings
 from vpworkbench.settings import checked, nearest
 from vpworkbench.system import lock, on_signal, write_atomically
 
@@ -108,9 +108,9 @@ def train_run(notebook: str, *, name: str = "", parameters: dict[str, Any] | Non
     """
     if notebook not in TRAINING:
         raise SettingsError(f"{notebook}: trains nothing{nearest(notebook, TRAINING)} (known: {', '.join(TRAINING)})")
-    config = run_folder(notebook, name) / "config.json" if name else None
-    if not parameters and config and config.exists():
-        settings = checked(type(resolve_name(CHECKS[notebook])()), read_json(config)["settings"])
+    folder = run_folder(notebook, name) if name else None
+    if not parameters and folder and (folder / "config.json").exists():
+        settings = checked(type(resolve_name(CHECKS[notebook])()), saved_settings(folder))
     else:
         settings = check_parameters(notebook, notebook_parameters(find_notebook(notebook)), parameters or {})
     run = open_run(notebook, settings, name=name)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from vpworkbench.errors import RunError, SettingsError
-from vpworkbench.runs import GALLERY, Run, flat, read_json, runs_root, shipped_run
+from vpworkbench.runs import GALLERY, Run, flat, read_json, runs_root, saved_settings, shipped_run
 
 COLUMNS = ["notebook", "name", "complete", "seed", "folder"]
 
@@ -60,7 +60,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def differences(folders: Sequence[str | Path]) -> pd.DataFrame:
     """The settings in which runs differ: one row per setting, one column per run; nan if a run lacks a setting."""
-    settings = {folder.name: dict(flat(read_json(folder / "config.json")["settings"])) for folder in map(Path, folders)}
+    settings = {folder.name: dict(flat(saved_settings(folder))) for folder in map(Path, folders)}
     table = pd.DataFrame(settings, dtype=object)
     return table[table.map(repr).nunique(axis=1) > 1]
 

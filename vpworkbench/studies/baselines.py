@@ -29,7 +29,7 @@ from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Example
 from vpworkbench.model.attentive import EveImage, Mac
 from vpworkbench.model.model import VisualParsingModel
-from vpworkbench.runs import read_json, runs_root
+from vpworkbench.runs import read_json, runs_root, saved_settings
 from vpworkbench.settings import FinetuneSettings
 from vpworkbench.stats import Interval, student_interval
 from vpworkbench.tasks import TASKS
@@ -307,7 +307,7 @@ def runs_by_start(settings: FinetuneSettings) -> pd.DataFrame:
     for folder in sorted((runs_root() / "04_finetune").glob("*")):
         if not (folder / "summary.json").exists():
             continue
-        run = read_json(folder / "config.json")["settings"]
+        run = saved_settings(folder)
         if _without_seed(run) == wanted:
             summary = read_json(folder / "summary.json")
             rows[run["pretrained"], run["seed"]] = (summary["test"] if settings.train_on_val else summary).get(metric)

@@ -20,7 +20,7 @@ import pandas as pd
 from vpworkbench.errors import SettingsError
 from vpworkbench.model.budget import Budget
 from vpworkbench.probing import Probed
-from vpworkbench.runs import read_json, runs_root, shipped_run
+from vpworkbench.runs import read_json, runs_root, saved_settings, shipped_run
 from vpworkbench.settings import FamilyRunsSettings
 from vpworkbench.settings.base import known
 from vpworkbench.settings.families import FAMILIES
@@ -281,7 +281,7 @@ def found_runs(prefix: str, root: Path, arms: Mapping[str, Arm] = ARMS) -> list[
 
 def _found_run(arm: str, seed: int, pretrained: Path, probed: Path, tuned: Path, recognised: dict) -> FamilyRun:
     learnt, counts, vqa = (read_json(place / "summary.json") for place in (pretrained, probed, tuned))
-    trained = [read_json(place / "config.json")["settings"]["train"] for place in (pretrained, tuned)]
+    trained = [saved_settings(place)["train"] for place in (pretrained, tuned)]
     return FamilyRun(
         arm,
         seed,

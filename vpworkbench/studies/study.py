@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.sweep import Job, read_jobs
-from vpworkbench.runs import Run, read_json, runs_root, shipped_run
+from vpworkbench.runs import Run, read_json, runs_root, saved_settings, shipped_run
 from vpworkbench.settings import FinetuneSettings, checked
 from vpworkbench.stats import Interval, bootstrap_statistic, flatten, paired_interval, student_interval
 from vpworkbench.tasks import TASKS
@@ -145,7 +145,7 @@ def over_all_layers(effects: pd.DataFrame, read_out: str, quantity: str) -> floa
 
 def question_scores(tuned: Path) -> pd.Series:
     """The score of each test question, from the predictions of a run of `04_finetune`."""
-    settings = checked(FinetuneSettings, read_json(tuned / "config.json")["settings"])
+    settings = checked(FinetuneSettings, saved_settings(tuned))
     tested = TASKS[settings.task].load(settings)[0]["test"]
     predicted = {
         str(one["question_id"]): one["answer"] for one in json.loads((tuned / "predictions-test.json").read_text())
@@ -280,9 +280,10 @@ def conclusions(differ: pd.DataFrame, told: pd.DataFrame) -> list[str]:
     said = []
     for outcome, rows in differ.groupby("outcome", sort=False):
         for one in rows.itertuples():
+            words = OUTCOMES[outcome][0].upper() + OUTCOMES[outcome][1:]
             gain = f"{100 * one.mean:+.1f} points [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
             said.append(
-                f"{OUTCOMES[outcome][0].upper()}{OUTCOMES[outcome][1:]}, masks {one.better} against {one.other}: {gain} over {one.seeds} seeds, "
+                f"{words}, masks {one.better} against {one.other}: {gain} over {one.seeds} seeds, "
                 f"{one.answer}; a true difference of {100 * one.smallest:.1f} is found in 80% of such studies."
             )
     for name, one in told.iterrows():

@@ -176,13 +176,13 @@ def score_matrix(
 
     One pass of the fusion takes about `pairs` pairs. `bf16` is for a GPU only (else a `ValueError`): scores then agree
     to two or three digits. `file`, an `.npy`, keeps finished rows (nan elsewhere), so that a stopped call can continue;
-    the `.json` beside it identifies the weights, images and captions, and others are a `ValueError`.
+    the `.json` beside it identifies the weights, images, captions and precision, and others are a `ValueError`.
     """
     device = model.base.device
     if bf16 and device.type != "cuda":
         raise ValueError("bf16 scores need a GPU; leave it off on a CPU")
     model.eval()
-    scores = _open_scores(file, model, pictures, captions)
+    scores = _open_scores(file, model, pictures, captions, bf16)
     missing = [row for row in range(len(pictures)) if np.isnan(scores[row]).any()]
     batches = [tuple(part.to(device) for part in batch) for batch in _batches_by_length(model.base.words, captions)]
     starts = tqdm(range(0, len(missing), IMAGES_AT_ONCE), desc="scoring", unit=f"{IMAGES_AT_ONCE} images")
@@ -227,16 +227,19 @@ def _batches_by_length(words: Words, captions: Sequence[str]) -> Iterator[TextBa
 
 
 def _open_scores(
-    file: Path | None, model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]
+    file: Path | None, model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str], bf16: bool
 ) -> np.ndarray:
     """The scores that the file holds, else nan everywhere."""
     shape = len(pictures), len(captions)
     if file is None:
         return np.full(shape, np.nan, dtype=np.float32)
-    identity_file, identity = file.with_suffix(".json"), _identity(model, pictures, captions)
+    identity_file, identity = file.with_suffix(".json"), _identity(model, pictures, captions, bf16)
     if file.exists() and identity_file.exists():
         if json.loads(identity_file.read_text()) != identity:
-            raise ValueError(f"{file}: scores of other weights, images or captions; delete it, or take another file")
+            raise ValueError(
+                f"{file}: scores of other weights, images or captions, or of another precision; "
+                "delete it, or take another file"
+            )
         return np.load(file, mmap_mode="r+")
     scores = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     scores[:] = np.nan
@@ -244,12 +247,13 @@ def _open_scores(
     return scores
 
 
-def _identity(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str]) -> str:
-    """A hash of all that the scores depend on."""
+def _identity(model: TaskModel, pictures: Sequence[Picture], captions: Sequence[str], bf16: bool) -> str:
+    """A hash of all that the scores depend on; images count by their names."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update(json.dumps([[picture.image.name for picture in pictures], list(captions)]).encode())
+    images = [picture.image.name for picture in pictures]
+    digest.update(json.dumps([model.base.settings.model_dump(), images, list(captions), bf16]).encode())
     return digest.hexdigest()
 
 
