@@ -123,6 +123,8 @@ def row(pretrained: Path, probed: Path, blocked: Path, tuned: Path, answering: P
         "words_other": learnt["mlm_other_image"],
         "score_val": vqa["vqa_score"],
         "score": vqa["test"]["vqa_score"],
+        "score_other": vqa["test"]["baseline another image"]["vqa_score"],
+        "score_text_only": vqa["test"]["baseline text only"]["vqa_score"],
         "flow": flow["flow_from_input_last_layer"],
         "null": flow["null_from_input_last_layer"],
         "excess": flow["flow_from_input_last_layer"] - flow["null_from_input_last_layer"],

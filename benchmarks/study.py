@@ -1,0 +1,125 @@
+"""Do masks by attention help, and does flow tell what a model can do? The chains of docs/study.md, as its tables.
+
+vpw sweep papermill_runs/gallery/study/study.yaml --workers 2
+python -m benchmarks.study --collect       the complete chains -> runs.csv, questions.csv, summaries and metrics
+python -m benchmarks.study                 runs.csv and questions.csv -> the tables
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import typer
+
+from benchmarks.recipe import Gather, markdown
+from vpworkbench.jobs.sweep import Job, read_jobs
+from vpworkbench.runs import run_folder
+from vpworkbench.stats import Interval, student_interval
+from vpworkbench.studies import study
+
+FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "study"
+KEPT = ("config.json", "summary.json", "metrics.jsonl", "effects.csv")
+"""Files of a run that stay in the repository; checkpoints do not."""
+REACHED = {
+    "ITM": ("itm",),
+    "words (another image)": ("words", "words_other"),
+    "VQA, validation": ("score_val",),
+    "VQA, test (another image; text only)": ("score", "score_other", "score_text_only"),
+}
+MEASURED = {
+    "flow (uniform attention)": ("flow", "null"),
+    "excess": ("excess",),
+    "live flow": ("live",),
+    "matches": ("match",),
+    "words": ("word",),
+    "answers": ("answer",),
+    "NMI": ("nmi",),
+    "target rank": ("target_rank",),
+    "masks on objects (random)": ("on_object", "on_object_random"),
+}
+"""Columns of the tables of arms: a measure, and the means of what it is compared with."""
+
+
+def collect(jobs: list[Job]) -> None:
+    """Add the chains that are complete on this machine to the saved ones, and keep the files of their runs."""
+    found = study.collect(jobs)
+    if (FOLDER / "runs.csv").exists():
+        saved = study.Study.load(FOLDER)
+        older = saved.runs.index.difference(found.runs.index)
+        runs = pd.concat([saved.runs.loc[older], found.runs])
+        questions = saved.questions[older].join(found.questions, how="outer")
+        found = study.Study(runs, questions)
+    order = [(job.parameters["masking"], job.parameters["seed"]) for job in jobs]
+    order = [key for key in order if key in found.runs.index]
+    study.Study(found.runs.loc[order], found.questions[order]).save(FOLDER)
+    for one in (one for job in jobs for one in (job, *job.then)):
+        folder = run_folder(Path(one.notebook).stem, one.name)
+        for file in (folder / name for name in KEPT if (folder / "summary.json").exists()):
+            if file.exists():
+                target = FOLDER / "runs" / folder.parent.name / folder.name / file.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def tables(found: study.Study) -> list[str]:
+    """What the arms reached and measured, their paired differences, and what tells the score, in Markdown."""
+    parts = [arms(found.runs, REACHED), arms(found.runs, MEASURED)]
+    lines = [
+        [
+            study.OUTCOMES[one.outcome],
+            f"{one.better} - {one.other}",
+            f"{Interval(one.mean, one.low, one.high, one.seeds):+.3f}",
+        ]
+        + [f"[{one.low_all:+.3f}, {one.high_all:+.3f}]", f"{one.smallest:.3f}", share(one.by_questions), one.answer]
+        for one in study.differences(found).itertuples()
+    ]
+    header = ["outcome", "masks", "difference", "corrected", "smallest found", "by questions", "answer"]
+    parts.append(markdown(header, lines))
+    lines = []
+    for name, one in study.correlations(found.runs).iterrows():
+        kinds = [correlation(one, kind) for kind in ("pearson_within", "spearman_within", "pearson", "spearman")]
+        errors = [f"{100 * one['error']:.2f} ({100 * one['error_of_mean']:.2f})", "yes" if one["tells"] else "no"]
+        lines.append([study.MEASURES[name], *kinds, *errors])
+    header = ["measure", "r within arms", "rank r within arms", "r", "rank r", "error in points (of the mean)", "tells"]
+    return [*parts, markdown(header, lines)]
+
+
+def arms(runs: pd.DataFrame, columns: dict[str, tuple[str, ...]]) -> str:
+    """A row for each arm: means with Student's intervals over seeds, in brackets the means of what they are beside."""
+    lines = []
+    for arm in (arm for arm in study.ARMS if arm in runs.index.levels[0]):
+        own, cells = runs.loc[arm], []
+        for name, *others in columns.values():
+            beside = "; ".join(f"{own[other].mean():.3f}" for other in others)
+            cells.append(cell(own[name]) + (f" ({beside})" if beside else ""))
+        lines.append([arm, str(len(own)), *cells])
+    return markdown(["masks", "seeds", *columns], lines)
+
+
+def cell(values: pd.Series) -> str:
+    """A mean with its interval; nothing where the arm has no such measure, no interval where all seeds are equal."""
+    values = values.dropna()
+    if values.empty:
+        return "–"
+    return f"{values.iloc[0]:.3f}" if values.nunique() == 1 else f"{student_interval(values):.3f}"
+
+
+def correlation(row: pd.Series, kind: str) -> str:
+    return f"{Interval(row[kind], row[f'{kind}_low'], row[f'{kind}_high'], 0):.2f}"
+
+
+def share(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.0%}"
+
+
+def main(gather: Gather = False) -> None:
+    """Print the tables."""
+    if gather:
+        collect(read_jobs(FOLDER / "study.yaml"))
+    print("\n\n".join(tables(study.open_study(str(FOLDER)))))
+
+
+if __name__ == "__main__":
+    typer.run(main)
