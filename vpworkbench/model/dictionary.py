@@ -61,10 +61,8 @@ class Dictionary(nn.Module):
             return
         tokens, nearest = (torch.cat(parts) for parts in zip(*self._assigned, strict=True))
         self._assigned.clear()
-        counts = torch.zeros(len(self.codes), dtype=self.codes.dtype, device=self.codes.device)
-        sums = torch.zeros_like(self.codes)
-        counts.index_add_(0, nearest, torch.ones_like(nearest, dtype=counts.dtype))
-        sums.index_add_(0, nearest, tokens)
+        counts = nearest.bincount(minlength=len(self.codes)).to(self.codes)
+        sums = torch.zeros_like(self.codes).index_add_(0, nearest, tokens)
         for tensor in (counts, sums):
             processes.add(tensor)
         means = sums / counts.clamp(min=1)[:, None]
