@@ -53,10 +53,8 @@ class Asked(NamedTuple):
 
     def straddled(self, images: list[Tensor]) -> bool:
         """Whether an image would begin in one example and end in the next: then it is not what the tokens are."""
-        ends = torch.tensor([len(image) for image in images]).cumsum(dim=0)
-        return not bool(
-            torch.isin(self.vision.sum(dim=1).cumsum(dim=0).cpu(), torch.cat([ends.new_zeros(1), ends])).all()
-        )
+        starts = torch.tensor([0, *map(len, images)]).cumsum(dim=0)
+        return not torch.isin(self.vision.sum(dim=1).cumsum(dim=0).cpu(), starts).all()
 
     @property
     def pixels(self) -> Any:
