@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -153,9 +154,7 @@ def _next_word(subject: Subject, pictures: list[Picture], texts: list[str], word
 
 def _alike(one: list[int], other: list[int]) -> int:
     """How many tokens both begin with."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(map(len, (one, other)))
-    )
+    return next((place for place, (a, b) in enumerate(zip_longest(one, other)) if a != b), len(one))
 
 
 def _hidden(subject: Subject, text: str, number: int) -> str:
