@@ -54,9 +54,8 @@ def patch_inputs(
         "other words": clean.tokens & ~clean.vision & ~word & ~cls,
         "[CLS]": cls,
     }
-    return PatchInputs(
-        clean.forward, changed[corrupt].forward, {name: one for name, one in groups.items() if one.any()}
-    )
+    found = {name: group for name, group in groups.items() if group.any()}
+    return PatchInputs(clean.forward, changed[corrupt].forward, found)
 
 
 def _on_things(subject: Subject, inputs: Inputs, pairs: Sequence[PicturePair], side: int) -> Tensor:

@@ -150,10 +150,9 @@ def _load(
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         log.info("resuming from %s", folder)
     model.load_state_dict(load_file(folder / WEIGHTS, device=str(device)))
-    sums = progress["sums"] if optimiser is not None else {}
-    return int(progress["step"]), {
-        name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()
-    }
+    saved = progress["sums"] if optimiser is not None else {}
+    sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in saved.items()}
+    return int(progress["step"]), sums
 
 
 def is_trained(run_folder: Path) -> bool:

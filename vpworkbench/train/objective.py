@@ -147,10 +147,8 @@ class Pretraining(losses.Objective):
         parsing = None if visual.parsing is None else visual.parsing.mean(dim=1)
         boxes = visual.boxes
         if boxes is None:
-            boxes = grid_boxes(self.settings.visual.grid, self.settings.visual.grid).to(visual.features.device)
-            boxes = (
-                boxes[visual.positions] if visual.positions is not None else boxes.expand(len(visual.features), -1, -1)
-            )
+            grid = grid_boxes(self.settings.visual.grid, self.settings.visual.grid).to(visual.features.device)
+            boxes = grid.expand(len(visual.features), -1, -1) if visual.positions is None else grid[visual.positions]
         return mask_scores(self.settings.mask.mode, visual.features, parsing, boxes)
 
     def watch(self, model: VisualParsingModel, batch: Batch) -> dict[str, float]:

@@ -67,18 +67,17 @@ def pretrain(run: Run, prepared: PreparedRun, settings: PretrainSettings) -> int
     write_skipped(prepared.skipped, run.folder)
     launch(train.processes, run.folder)
     images, inputs = [picture.image for picture in training], visual_input(settings.visual)
+    held_out, device = prepared.splits["val"], pick_device(train.device)
     if settings.visual.frozen:
-        inputs = token_inputs(model.visual, images, run, pick_device(train.device), flip=settings.data.flip)
+        inputs = token_inputs(model.visual, images, run, device, flip=settings.data.flip)
     elif settings.data.cache:
         inputs = pixel_cache(cache_root(), images, settings.visual.image_px, progress=run.progress)
-    held_out, device = prepared.splits["val"], pick_device(train.device)
     kept = None if is_trained(run.folder) else run  # a finished run needs no scores
     guide = mask_guide(settings, training, kept, device=device)
     sizes = {"images": train.images, "seed": settings.seed, "inputs": inputs, "guide": guide}
     batches = group_batches(training, model, settings.data, **sizes)
-    probe = partial(
-        held_out_probe, pictures=held_out, settings=settings, guide=mask_guide(settings, held_out, device=device)
-    )
+    held_out_guide = mask_guide(settings, held_out, device=device)
+    probe = partial(held_out_probe, pictures=held_out, settings=settings, guide=held_out_guide)
     options = {"optim": settings.optim, "train": train, "seed": settings.seed, "workers": settings.data.workers}
     steps = fit(model, Pretraining(settings, probe), batches, run, **options, what="pre-training")
     forget_tokens(run)
