@@ -34,5 +34,4 @@ def exact_plan(words: Tensor, vision: Tensor) -> Tensor:
     if not (len(words) and len(vision)):
         raise ValueError(f"a plan needs words and visual tokens; there are {len(words)} and {len(vision)}")
     cost = cosine_cost(words[None].double(), vision[None].double())[0].cpu()
-    masses = (torch.full((count,), 1 / count, dtype=torch.float64).numpy() for count in cost.shape)
-    return torch.from_numpy(ot.emd(*masses, cost.numpy()))
+    return torch.from_numpy(ot.emd(*map(ot.unif, cost.shape), cost.numpy()))
