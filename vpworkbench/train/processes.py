@@ -63,8 +63,7 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes have reached this call."""
-        if self.count > 1:
-            self.add_up({"here": 1})
+        self.add_up({"here": 1})
 
 
 def join(device: torch.device) -> Processes:
