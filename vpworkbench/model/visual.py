@@ -59,9 +59,7 @@ class VisualTokens(NamedTuple):
 
     def largest(self) -> Tensor:
         """Largest value over the real tokens, (image, channel)."""
-        if self.tokens is None:
-            return self.features.amax(dim=1)
-        return self.features.masked_fill(~self.tokens[..., None], -torch.inf).amax(dim=1)
+        return self.features.masked_fill(~self.not_padding()[..., None], -torch.inf).amax(dim=1)
 
 
 def pack(tokens: VisualTokens) -> Tensor:
