@@ -331,9 +331,8 @@ def bfloat16(device: str) -> Iterator[None]:
 
     The backward pass of the fused kernel is slow in bfloat16: it made a step of `tiny` slower than in float32.
     """
-    with torch.autocast(device, dtype=torch.bfloat16), contextlib.ExitStack() as attention:
-        if device == "cpu":
-            attention.enter_context(sdpa_kernel(SDPBackend.MATH))
+    attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device, dtype=torch.bfloat16), attention:
         yield
 
 
