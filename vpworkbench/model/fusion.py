@@ -137,19 +137,18 @@ class Fusion(nn.Module):
         self, words: Tensor, word_tokens: Tensor, vision: Tensor | None, vision_tokens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The embedded sequence, (example, word + vision, d), and where it is real, bool (example, word + vision)."""
-        embed, tokens = self.bert.embeddings, word_tokens
+        embed = self.bert.embeddings
         if vision is None:
-            return embed(input_ids=words), tokens
+            return embed(input_ids=words), word_tokens
         if vision_tokens is None:
-            vision_tokens = tokens.new_ones(vision.shape[:2])
+            vision_tokens = word_tokens.new_ones(vision.shape[:2])
         if self.whole_image is None:
             hidden = embed(input_ids=words)
         else:  # where tokens are hidden, the mean holds their mask vector: nothing leaks
             shares = vision_tokens[..., None] / vision_tokens.sum(dim=1)[:, None, None]
             image = self.whole_image((vision * shares).sum(dim=1, keepdim=True))
             hidden = embed(inputs_embeds=embed.word_embeddings(words) + image)
-        hidden, tokens = torch.cat([hidden, vision], dim=1), torch.cat([tokens, vision_tokens], dim=1)
-        return hidden, tokens
+        return torch.cat([hidden, vision], dim=1), torch.cat([word_tokens, vision_tokens], dim=1)
 
     def _mask(self, hidden: Tensor, tokens: Tensor) -> Tensor | None:
         """The mask of padding as the layers of BERT take it."""
