@@ -62,12 +62,8 @@ def make_regions(folder: Path, settings: RegionSettings) -> dict[str, float]:
             with draft(target, durable=False) as file:
                 shutil.copyfile(_npz(folder, original), file)
     regions = sum(len(true_boxes(picture)) for picture in pictures)
-    counts = {
-        "images": len(pictures),
-        "regions": regions / len(pictures),
-        "classes": math.prod(map(len, KINDS.values())),
-    }
-    summary = counts | accuracy
+    classes = math.prod(map(len, KINDS.values()))
+    summary = {"images": len(pictures), "regions": regions / len(pictures), "classes": classes, **accuracy}
     run.write_summary(**summary, seed=settings.seed, wall_s=run.wall_s)
     return summary
 
