@@ -303,7 +303,8 @@ def hidden_states(
         if outputs.get("hidden_states"):
             return tuple(outputs["hidden_states"])
     stack = run_stack(model, inputs, tokens, layers)
-    return (stack.inputs[0], *map(state_of, stack.outputs))
+    states = (output if torch.is_tensor(output) else output[0] for output in stack.outputs)
+    return (stack.inputs[0], *states)
 
 
 def _joined_streams(model: nn.Module, outputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -373,8 +374,3 @@ def run_single_stack(
             "this probe needs each of them once"
         )
     return stack
-
-
-def state_of(output: Any) -> Tensor:
-    """The state in a layer's output."""
-    return output if torch.is_tensor(output) else output[0]
