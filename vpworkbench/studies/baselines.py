@@ -129,10 +129,9 @@ def _classify(
     text = make_pipeline(CountVectorizer(ngram_range=(1, 2), token_pattern=WORD), LogisticRegression(**REGRESSION))
     text.fit(texts, labels)
     images = [example.images for example in [*training, *examples]]
-    features = image_features(prepared.model.base, images, progress=progress)
-    features, new_features = features[: len(training)], features[len(training) :]
-    image = make_pipeline(StandardScaler(), LogisticRegression(**REGRESSION))
-    image.fit(features, labels)
+    pooled = image_features(prepared.model.base, images, progress=progress)
+    features, new_features = np.split(pooled, [len(training)])
+    image = make_pipeline(StandardScaler(), LogisticRegression(**REGRESSION)).fit(features, labels)
     fused = text_times_features(texts, features, labels, new_texts, new_features, seed=settings.seed)
     predictions = {
         "most frequent": [frequent] * len(examples),
