@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
+from vpworkbench.probes.attention import AttentionCall
 from vpworkbench.probes.formula import Modalities, crossing, crossing_by_head, crossing_by_query
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames, Readings, reaching
 from vpworkbench.probes.layouts import modalities_of, patches_recorded
@@ -192,9 +192,7 @@ def recorded_pass(
 ) -> FlowRecorder:
     """One forward pass with a `FlowRecorder` at every attention layer; `options` are those of the recorder."""
     recorder = FlowRecorder(sets, LayerChoice(*sets.vision.shape, layers, model), **options)
-    with intercept_attention(model, recorder):
-        recorder.outputs = run_model(model, inputs)
-    recorder.choice.raise_unless_one_stack()
+    recorder.outputs = recorder.choice.run(model, inputs, recorder)
     recorder.uncounted = recorder.choice.uncounted(model)
     return recorder
 

@@ -277,9 +277,7 @@ class Survey:
 
 def _survey(model: nn.Module, inputs: Mapping[str, Any], sets: Modalities, layers: LayerNames | None) -> Survey:
     survey = Survey(_choice(model, sets, layers), sets.tokens)
-    with intercept_attention(model, survey):
-        run_model(model, inputs)
-    survey.choice.raise_unless_one_stack()
+    survey.choice.run(model, inputs, survey)
     return survey
 
 

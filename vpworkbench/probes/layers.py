@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model, unchanged
+from vpworkbench.probes.attention import AttentionCall, Handler, intercept_attention, run_model, unchanged
 from vpworkbench.probes.model_parts import refuse_randomness, tower_config
 from vpworkbench.probes.reading import Reading
 
@@ -144,7 +144,14 @@ class LayerChoice:
                     found.append(part)
         return tuple(found)
 
-    def raise_unless_one_stack(self) -> None:
+    def run(self, model: nn.Module, inputs: Mapping[str, Any], handler: Handler) -> Any:
+        """The outputs of the pass with `handler` at every attention layer; a ValueError unless one stack is chosen."""
+        with intercept_attention(model, handler):
+            outputs = run_model(model, inputs)
+        self._raise_unless_one_stack()
+        return outputs
+
+    def _raise_unless_one_stack(self) -> None:
         """After the pass: refuse chosen layers that are not one stack of layers on one sequence."""
         if self.streams and self._attentions:
             return
@@ -270,9 +277,7 @@ def visit_attention_maps(
             visit(2 * mixed - identity)
         return call.output()
 
-    with intercept_attention(model, handler):
-        run_model(model, inputs)
-    choice.raise_unless_one_stack()
+    choice.run(model, inputs, handler)
 
 
 # -------------------------------------------------------------------------------------------------- hidden states

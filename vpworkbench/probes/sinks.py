@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vpworkbench.probes.attention import AttentionCall, intercept_attention, run_model
+from vpworkbench.probes.attention import AttentionCall
 from vpworkbench.probes.formula import Modalities
 from vpworkbench.probes.layers import Block, LayerChoice, LayerNames
 from vpworkbench.probes.layouts import modalities_of
@@ -93,9 +93,7 @@ def find_sinks(
         raise ValueError(f"times={times}: uniform attention gives every token 1 time its share; a sink receives more")
     sets = modalities_of(model, inputs, vision, tokens, language)
     counter = SinkCounter(sets, LayerChoice(*vision.shape, layers, model), times)
-    with intercept_attention(model, counter):
-        run_model(model, inputs)
-    counter.choice.raise_unless_one_stack()
+    counter.choice.run(model, inputs, counter)
     by_layer, received = (
         torch.stack([part.to(vision.device) for part in parts], dim=1) for parts in (counter.sinks, counter.received)
     )
