@@ -72,21 +72,15 @@ def visual_mask(
     tokens = noise.shape[1]
     if not 1 <= budget <= tokens:
         raise ValueError(f"a mask of {budget} among {tokens} visual tokens; set mask.budget to at most {tokens}")
-    if vision_tokens is not None:
-        noise = noise.masked_fill(~vision_tokens, -1)
-    order = noise.argsort(dim=1, descending=True)  # the pick first
+    real = torch.ones_like(noise, dtype=torch.bool) if vision_tokens is None else vision_tokens
+    order = noise.masked_fill(~real, -1).argsort(dim=1, descending=True)  # the pick first
     if parsing is not None:
-        scores = scores_of_pick(parsing, order[:, 0], select)
-        if vision_tokens is not None:
-            scores = scores.masked_fill(~vision_tokens, -torch.inf)
+        scores = scores_of_pick(parsing, order[:, 0], select).masked_fill(~real, -torch.inf)
         scores = scores.scatter(1, order[:, :1], torch.inf)
         order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    hidden = torch.ones_like(noise[:, :budget], dtype=torch.bool)
-    if vision_tokens is not None:
-        allowed = (vision_tokens.sum(dim=1, keepdim=True) * budget / tokens).round().clamp(min=1)
-        hidden = torch.arange(budget, device=noise.device) < allowed
-    masked = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, order[:, :budget], hidden)
-    return masked if vision_tokens is None else masked & vision_tokens
+    allowed = (real.sum(dim=1, keepdim=True) * budget / tokens).round().clamp(min=1)
+    hidden = torch.arange(budget, device=noise.device) < allowed
+    return torch.zeros_like(real).scatter_(1, order[:, :budget], hidden) & real
 
 
 def scores_of_pick(scores: Tensor, pick: Tensor, select: Select = "row") -> Tensor:

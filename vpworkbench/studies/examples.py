@@ -65,8 +65,7 @@ def take_apart(model: VisualParsingModel, picture: Picture, settings: PretrainSe
 
     def masked(ranked: Tensor | None) -> np.ndarray:
         budget = settings.mask.tokens_of(settings.visual)
-        tokens = None if visual.kind.on_grid else real
-        hidden = visual_mask(noise, budget, parsing=ranked, select=settings.mask.select, vision_tokens=tokens)
+        hidden = visual_mask(noise, budget, parsing=ranked, select=settings.mask.select, vision_tokens=real)
         return drawn(hidden[0].float()).numpy() > 0
 
     return Example(
