@@ -251,7 +251,7 @@ class FlowRecorder:
         block = self.choice.block(call)
         if block is None:
             return call.output()
-        self._move_to(call.query)
+        self._move_to(call.query.device)
         self._check_padding(call, block)
         if block.is_first:
             self._open_layer(call)
@@ -313,10 +313,9 @@ class FlowRecorder:
             square[:, starts, stop] = values.to(square)
         return square
 
-    def _move_to(self, query: Tensor) -> None:
-        if self.sets.vision.device != query.device:  # also between the devices of a split model
-            self.sets = Modalities(*(part.to(query.device) for part in self.sets))
-        self._ends_in, self._ends_in_uniform = self._ends_in.to(query.device), self._ends_in_uniform.to(query.device)
+    def _move_to(self, device: torch.device) -> None:
+        self.sets = Modalities(*(part.to(device) for part in self.sets))  # also between the devices of a split model
+        self._ends_in, self._ends_in_uniform = self._ends_in.to(device), self._ends_in_uniform.to(device)
 
     def _check_padding(self, call: AttentionCall, block: Block) -> None:
         """1 - 1_L is 1_V only if no sink and no token in neither set, such as padding, is attended to."""
