@@ -116,12 +116,12 @@ class Probed:
             read = pq.read_table(path)
             config = json.loads(read.schema.metadata[_CONFIG])
             uncounted = tuple(json.loads(read.schema.metadata.get(_UNCOUNTED, b"[]")))  # older files have none
+            frame = read.to_pandas()
+            parts = dict(list(frame.groupby("quantity")))
+            layers = parts["flow"]["stop"].max()
         except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a file of probes ({error}); probe again") from None
-        frame = read.to_pandas()
         examples = tuple(frame["example"].unique())
-        parts = dict(list(frame.groupby("quantity")))
-        layers = parts["flow"]["stop"].max()
         arrays = {name: np.full((len(examples), layers, layers), np.nan) for name in SPANS}
         arrays["nmi"] = np.empty((len(examples), parts["nmi"]["stop"].max() + 1))
         for name, array in arrays.items():

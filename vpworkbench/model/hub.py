@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from vpworkbench.errors import CheckpointError, first_line
 
@@ -13,6 +15,17 @@ HUB = "https://huggingface.co/"
 def is_on_hub(name: str) -> bool:
     """True for OWNER/NAME, if no such folder exists: a mistyped folder or run must not ask the hub."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def model_config(file: Path) -> dict[str, Any]:
+    """The content of a model's `config.json`; a `CheckpointError` if it is no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not a model's configuration ({error}); was it cut off?") from None
+    return content
 
 
 def hub_folder(name: str, setting: str) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import logging
 import re
 import sys
@@ -22,7 +21,7 @@ from timm.models import load_state_dict, remap_state_dict
 from torch import Tensor, nn
 
 from vpworkbench.errors import CheckpointError, first_line
-from vpworkbench.model.hub import HUB, hub_folder, is_on_hub
+from vpworkbench.model.hub import HUB, hub_folder, is_on_hub, model_config
 from vpworkbench.settings import nearest
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def published(name: str) -> dict[str, Tensor]:
         return _of_timm(name, timm.get_pretrained_cfg(name).hf_hub_id or "")
     if is_on_hub(name):
         folder = hub_folder(name, "init_visual")
-        if "architecture" in json.loads((folder / "config.json").read_text(encoding="utf-8")):  # timm's mark
+        if "architecture" in model_config(folder / "config.json"):  # timm's mark
             return _of_timm(f"local-dir:{folder}", name)
         return _of_transformers(folder)
     hint = nearest(name, [*PACKAGES, *timm.list_models()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from tokenizers import BertWordPieceTokenizer
 from torch import Tensor
 
 from vpworkbench.errors import CheckpointError, DataError, first_line
-from vpworkbench.model.hub import hub_folder, is_on_hub
+from vpworkbench.model.hub import hub_folder, is_on_hub, model_config
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -135,10 +134,7 @@ def bert_folder(source: str) -> Path:
     file = folder / "config.json"
     if not file.exists():
         raise CheckpointError(f"init_text {source!r}: no BERT there (no config.json in that folder)")
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "bert")  # the first BERTs name none
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a model's configuration ({error}); was it cut off?") from None
+    kind = model_config(file).get("model_type", "bert")  # the first BERTs name none
     if kind != "bert":
         raise CheckpointError(f"init_text {source!r}: a model of kind {kind!r}; only a BERT's layers fit")
     return folder

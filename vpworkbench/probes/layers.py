@@ -135,7 +135,7 @@ class LayerChoice:
         """
         lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
         found = []
-        for name in {_list_of(layer, lists) for layer in self.names} - {""}:
+        for name in filter(None, dict.fromkeys(_list_of(layer, lists) for layer in self.names)):
             blocks = [f"{name}.{number}" for number in range(len(lists[name]))]
             found += [block for block in blocks if not any(layer.startswith(f"{block}.") for layer in self.names)]
             for part, module in model.named_modules():  # an outer part comes before those inside it

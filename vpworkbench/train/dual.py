@@ -30,6 +30,7 @@ from vpworkbench.model.words import Words, bert_folder
 from vpworkbench.runs import Run
 from vpworkbench.settings import FinetuneSettings, OptimSettings, TrainSettings
 from vpworkbench.subjects import load_run
+from vpworkbench.system import draft
 from vpworkbench.tasks.classification import OneLoss
 from vpworkbench.tasks.retrieval import RetrievalBatches, owners_of
 from vpworkbench.tasks.task import Progress, texts_of
@@ -85,7 +86,9 @@ def near_captions(
         dual = build_dual(settings)
         features = dual.features(batches.pictures, progress=progress)
         train_projection(dual, batches, settings, folder=folder, features=features)
-        np.save(file, dual.projection.nearest(features, owners_of(batches.pictures), settings.retrieval.hard))
+        near = dual.projection.nearest(features, owners_of(batches.pictures), settings.retrieval.hard)
+        with draft(file) as written:
+            np.save(written, near)
     return np.load(file)
 
 
