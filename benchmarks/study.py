@@ -46,14 +46,8 @@ def collect(jobs: list[Job]) -> None:
     """Add the chains that are complete on this machine to the saved ones, and keep the files of their runs."""
     found = study.collect(jobs)
     if (FOLDER / "runs.csv").exists():
-        saved = study.Study.load(FOLDER)
-        older = saved.runs.index.difference(found.runs.index)
-        runs = pd.concat([saved.runs.loc[older], found.runs])
-        questions = saved.questions[older].join(found.questions, how="outer")
-        found = study.Study(runs, questions)
-    order = [(job.parameters["masking"], job.parameters["seed"]) for job in jobs]
-    order = [key for key in order if key in found.runs.index]
-    study.Study(found.runs.loc[order], found.questions[order]).save(FOLDER)
+        found = renewed(study.Study.load(FOLDER), found)
+    found.save(FOLDER)
     for one in (one for job in jobs for one in (job, *job.then)):
         folder = run_folder(Path(one.notebook).stem, one.name)
         for file in (folder / name for name in KEPT if (folder / "summary.json").exists()):
@@ -61,6 +55,15 @@ def collect(jobs: list[Job]) -> None:
                 target = FOLDER / "runs" / folder.parent.name / folder.name / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
+
+
+def renewed(saved: study.Study, found: study.Study) -> study.Study:
+    """The saved chains, those that were found again in their new state, and the others found; in order of seeds."""
+    older = saved.runs.index.difference(found.runs.index)
+    runs = pd.concat([saved.runs.loc[older], found.runs])
+    questions = pd.concat([saved.questions[older], found.questions], axis=1)
+    order = sorted(runs.index, key=lambda chain: (chain[1], study.ARMS.index(chain[0])))
+    return study.Study(runs.loc[order], questions[order])
 
 
 def tables(found: study.Study) -> list[str]:

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
+from benchmarks.study import renewed
 from vpworkbench import figures
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.sweep import make_jobs, sweep
@@ -115,6 +116,19 @@ def test_a_study_is_saved_and_read(drawn, tmp_path):
     assert list(again.questions) == list(drawn.questions)
     with pytest.raises(SettingsError, match="holds no runs.csv"):
         study.open_study(str(tmp_path / "none"))
+
+
+def test_a_study_made_on_two_machines_is_one(drawn):
+    """Chains of the second machine are added, and replace those that the first has too."""
+    keys = drawn.runs.index
+    first = study.Study(drawn.runs.loc[keys[:20]] + 1, drawn.questions[keys[:20]] + 1)
+    whole = renewed(first, study.Study(drawn.runs.loc[keys[5:]], drawn.questions[keys[5:]]))
+    assert list(whole.runs.index[:5]) == [*((arm, 0) for arm in study.ARMS), ("none", 1)]
+    assert list(whole.questions) == list(whole.runs.index)
+    for key in keys:
+        more = int(key in keys[:5])
+        pd.testing.assert_series_equal(whole.runs.loc[key], drawn.runs.loc[key] + more)
+        pd.testing.assert_series_equal(whole.questions[key], drawn.questions[key] + more)
 
 
 def test_a_study_that_cannot_be_compared_is_refused(drawn, tmp_path):
