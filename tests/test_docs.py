@@ -17,10 +17,11 @@ import typer
 from pydantic import BaseModel
 
 import vpworkbench as vpw
-from benchmarks import photographs, recipe
+from benchmarks import photographs, recipe, study
 from vpworkbench.cli import app
 from vpworkbench.jobs.parameters import check_parameters, find_notebook, notebook_parameters, parse_parameters
 from vpworkbench.settings import CompareSettings, PretrainSettings, ProbeSettings, VisualInitSettings
+from vpworkbench.studies.study import open_study
 from vpworkbench.tasks.settings import finetune_settings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -306,6 +307,8 @@ def test_tables_are_those_of_their_runs():
     text = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
     tables = [*recipe.tables(recipe.saved()), *photographs.tables(recipe.saved(photographs.FOLDER))]
     assert all(table in text for table in tables)
+    text = (REPOSITORY / "docs" / "study.md").read_text(encoding="utf-8")
+    assert all(table in text for table in study.tables(open_study()))
 
 
 def test_what_blocking_two_streams_costs_is_what_its_runs_say():

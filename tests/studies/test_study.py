@@ -14,6 +14,7 @@ from vpworkbench import figures
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.sweep import make_jobs, sweep
 from vpworkbench.runs import read_json, runs_root
+from vpworkbench.stats import Interval
 from vpworkbench.studies import study
 
 SEEDS = 8
@@ -57,9 +58,13 @@ def test_the_share_of_questions_in_the_spread(drawn, differ):
 
 
 def test_what_counts_as_an_answer():
-    assert study.answer(0.01, 0.03, 0.002) == "yes"
-    assert study.answer(-0.009, 0.008, -0.02) == "no"
-    assert study.answer(0.001, 0.03, -0.002) == study.answer(-0.03, -0.01, -0.04) == "undecided"
+    def answered(low: float, high: float, wider: float) -> str:
+        middle = (low + high) / 2
+        return study.answer(Interval(middle, low, high, 8), Interval(middle, low - wider, high + wider, 8))
+
+    assert answered(0.01, 0.03, wider=0.008) == "yes" and answered(-0.03, -0.01, wider=0.008) == "reversed"
+    assert answered(-0.009, 0.008, wider=0.02) == "no"
+    assert answered(0.001, 0.03, wider=0.002) == answered(-0.03, -0.01, wider=0.02) == "undecided"
 
 
 def test_correlations_are_those_of_scipy_and_errors_those_of_scikit_learn(drawn):

@@ -186,7 +186,7 @@ def differences(study: Study) -> pd.DataFrame:
                 seeds = [(study.questions[better, seed], study.questions[other, seed]) for seed in both.index]
                 within = [((one.high - one.low) / 3.92) ** 2 for one in (paired_interval(*pair) for pair in seeds)]
                 found["by_questions"] = np.mean(within) / gains.var(ddof=1)
-            rows.append(found | {"answer": answer(plain.low, plain.high, corrected.low)})
+            rows.append(found | {"answer": answer(plain, corrected)})
     return pd.DataFrame(rows)
 
 
@@ -201,11 +201,13 @@ def intervals(differ: pd.DataFrame, outcome: str) -> dict[str, tuple[Interval, I
     }
 
 
-def answer(low: float, high: float, corrected_low: float) -> str:
-    """What counts as yes, no and undecided."""
-    if corrected_low > 0:
+def answer(plain: Interval, corrected: Interval) -> str:
+    """What counts as yes, no and undecided; `reversed` where the other arm is better by the rule of yes."""
+    if corrected.low > 0:
         return "yes"
-    return "no" if -NO_MATTER <= low and high <= NO_MATTER else "undecided"
+    if corrected.high < 0:
+        return "reversed"
+    return "no" if -NO_MATTER <= plain.low and plain.high <= NO_MATTER else "undecided"
 
 
 def smallest_found(gains: np.ndarray) -> float:
