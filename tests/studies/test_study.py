@@ -27,7 +27,7 @@ def drawn() -> study.Study:
     index = pd.MultiIndex.from_product([study.ARMS, range(SEEDS)], names=["arm", "seed"])
     runs = pd.DataFrame(rng.normal(0.5, 0.02, (32, 7)), index, columns=["score", *study.MEASURES])
     runs["live"] = 2 * runs["score"] + rng.normal(0, 0.004, 32)
-    questions = pd.DataFrame(rng.integers(0, 2, (300, 32)), columns=index).astype(float)
+    questions = pd.DataFrame(rng.integers(0, 2, (300, 32)), map(str, range(300)), columns=index).astype(float)
     return study.Study(runs, questions)
 
 
@@ -118,7 +118,8 @@ def test_a_study_is_saved_and_read(drawn, tmp_path):
     again = study.open_study(str(tmp_path))
     pd.testing.assert_frame_equal(again.runs, drawn.runs, rtol=1e-4)
     assert (again.questions.to_numpy() == drawn.questions.to_numpy()).all()
-    assert list(again.questions) == list(drawn.questions)
+    assert list(again.questions) == list(drawn.questions) and list(again.questions.index) == list(drawn.questions.index)
+    assert len(renewed(again, drawn).questions) == 300  # the same questions, not twice as many
     with pytest.raises(SettingsError, match="holds no runs.csv"):
         study.open_study(str(tmp_path / "none"))
 

@@ -70,7 +70,8 @@ class Study(NamedTuple):
     def load(cls, folder: Path) -> Study:
         """Read what `save` wrote."""
         runs = pd.read_csv(folder / "runs.csv", index_col=["arm", "seed"], keep_default_na=False, na_values=[""])
-        return cls(runs, pd.read_csv(folder / "questions.csv", index_col=0, header=[0, 1]).rename(columns=int, level=1))
+        questions = pd.read_csv(folder / "questions.csv", index_col=0, header=[0, 1]).rename(columns=int, level=1)
+        return cls(runs, questions.rename(index=str))
 
 
 def open_study(source: str = "") -> Study:
