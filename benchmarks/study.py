@@ -1,8 +1,10 @@
 """Do masks by attention help, and does flow tell what a model can do? The chains of docs/study.md, as its tables.
 
-vpw sweep papermill_runs/gallery/study/study.yaml --workers 2
-python -m benchmarks.study --collect       the complete chains -> runs.csv, questions.csv, summaries and metrics
-python -m benchmarks.study                 runs.csv and questions.csv -> the tables
+    vpw sweep papermill_runs/gallery/study/study.yaml --workers 2
+    python -m benchmarks.study --collect       the complete chains -> runs.csv, questions.csv, summaries and metrics
+    python -m benchmarks.study                 runs.csv and questions.csv -> the tables
+
+Chains may be made on several machines: those that are not on this one stay as they were saved.
 """
 
 from __future__ import annotations
@@ -69,15 +71,11 @@ def renewed(saved: study.Study, found: study.Study) -> study.Study:
 def tables(found: study.Study) -> list[str]:
     """What the arms reached and measured, their paired differences, and what tells the score, in Markdown."""
     parts = [arms(found.runs, REACHED), arms(found.runs, MEASURED)]
-    lines = [
-        [
-            study.OUTCOMES[one.outcome],
-            f"{one.better} - {one.other}",
-            f"{Interval(one.mean, one.low, one.high, one.seeds):+.3f}",
-        ]
-        + [f"[{one.low_all:+.3f}, {one.high_all:+.3f}]", f"{one.smallest:.3f}", share(one.by_questions), one.answer]
-        for one in study.differences(found).itertuples()
-    ]
+    lines = []
+    for one in study.differences(found).itertuples():
+        plain = f"{Interval(one.mean, one.low, one.high, one.seeds):+.3f}"
+        gains = [plain, f"[{one.low_all:+.3f}, {one.high_all:+.3f}]", f"{one.smallest:.3f}", share(one.by_questions)]
+        lines.append([study.OUTCOMES[one.outcome], f"{one.better} - {one.other}", *gains, one.answer])
     header = ["outcome", "masks", "difference", "corrected", "smallest found", "by questions", "answer"]
     parts.append(markdown(header, lines))
     lines = []

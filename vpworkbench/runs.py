@@ -205,9 +205,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def saved_settings(folder: Path) -> dict[str, Any]:
     """The settings in the `config.json` of a run; a `RunError` if there are none."""
-    content = read_json(folder / "config.json")
+    file = folder / "config.json"
+    content = read_json(file)
     if not isinstance(content.get("settings"), dict):
-        raise RunError(f"{folder / 'config.json'}: has no settings, so this is not the folder of a run")
+        raise RunError(f"{file}: has no settings, so this is not the folder of a run; `vpw runs` lists them")
     return content["settings"]
 
 

@@ -143,6 +143,9 @@ def test_a_study_that_cannot_be_compared_is_refused(drawn, tmp_path):
     few.save(tmp_path)
     with pytest.raises(SettingsError, match="it has none with seed 0, random with seed 0, random with seed 1"):
         study.open_study(str(tmp_path))
+    study.Study(drawn.runs.loc[["attention", "object"]], drawn.questions).save(tmp_path)
+    with pytest.raises(SettingsError, match="two arms that are compared .attention - random, random - none"):
+        study.open_study(str(tmp_path))
     two = study.Study(drawn.runs.loc[["none", "random"]], drawn.questions)
     two.save(tmp_path)
     differ = study.differences(study.open_study(str(tmp_path)))

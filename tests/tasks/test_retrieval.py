@@ -130,7 +130,7 @@ def test_a_stopped_matrix_goes_on(model, scenes, tmp_path):
     model.base.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
     np.testing.assert_array_equal(score_matrix(model, pictures, captions, file=file), whole)
     assert seen == [8]
-    with pytest.raises(ValueError, match="scores of other weights, images or captions, or of another"):
+    with pytest.raises(ValueError, match="scores of other weights, images or captions, or of other settings"):
         score_matrix(model, pictures, captions[:29], file=file)
     with torch.no_grad():
         model.head.bias += 1

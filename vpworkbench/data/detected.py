@@ -55,7 +55,8 @@ def detect_regions(photos: str, folder: Path, *, detector: str, weights: str = "
     width = model.roi_heads.box_predictor.cls_score.in_features
     settings = {"photos": photos, "detector": detector, "weights": weights, "width": width}
     config, text = folder / "config.json", json.dumps({"settings": settings}, indent=2) + "\n"
-    if config.read_text(encoding="utf-8") != text if config.exists() else folder.exists() and any(folder.iterdir()):
+    is_other = config.read_bytes() != text.encode() if config.exists() else folder.exists() and any(folder.iterdir())
+    if is_other:
         raise DataError(f"{folder}: holds other regions, or something else; choose another folder")
     files: dict[Path, ImageFile] = {}
     for image in images:

@@ -77,7 +77,7 @@ class Study(NamedTuple):
 def open_study(source: str = "") -> Study:
     """A saved folder, or the complete chains of a sweep file; empty: the study that ships.
 
-    A `SettingsError` says what is missing: differences need two seeds or more that two arms or more have.
+    A `SettingsError` says what is missing: there must be a pair of `COMPARED`, and two seeds that all arms have.
     """
     folder = Path(source).expanduser() if source else shipped_run().with_name("study")
     if folder.suffix in (".yaml", ".yml"):
@@ -86,9 +86,14 @@ def open_study(source: str = "") -> Study:
         study = Study.load(folder)
     else:
         raise SettingsError(f"source: {folder} holds no runs.csv of a study; name a folder of one, or a sweep file")
-    if min(study.runs["score"].unstack("arm").dropna().shape) < 2:
+    by_seed = study.runs["score"].unstack("arm").dropna()
+    if len(by_seed) < 2 or not any(set(pair) <= set(by_seed) for pair in COMPARED):
+        pairs = ", ".join(" - ".join(pair) for pair in COMPARED)
         chains = ", ".join(f"{arm} with seed {seed}" for arm, seed in study.runs.index)
-        raise SettingsError(f"source: {folder}: two arms with the same two seeds are needed; it has {chains}")
+        raise SettingsError(
+            f"source: {folder}: two seeds that all arms have are needed, and two arms that are compared ({pairs}); "
+            f"it has {chains}"
+        )
     return study
 
 

@@ -176,7 +176,7 @@ def score_matrix(
 
     One pass of the fusion takes about `pairs` pairs. `bf16` is for a GPU only (else a `ValueError`): scores then agree
     to two or three digits. `file`, an `.npy`, keeps finished rows (nan elsewhere), so that a stopped call can continue;
-    the `.json` beside it identifies the weights, images, captions and precision, and others are a `ValueError`.
+    the `.json` beside it identifies the model, images, captions and precision, and others are a `ValueError`.
     """
     device = model.base.device
     if bf16 and device.type != "cuda":
@@ -237,7 +237,7 @@ def _open_scores(
     if file.exists() and identity_file.exists():
         if json.loads(identity_file.read_text()) != identity:
             raise ValueError(
-                f"{file}: scores of other weights, images or captions, or of another precision; "
+                f"{file}: scores of other weights, images or captions, or of other settings or precision; "
                 "delete it, or take another file"
             )
         return np.load(file, mmap_mode="r+")
