@@ -2,9 +2,13 @@
 
     vpw sweep papermill_runs/gallery/study/study.yaml --workers 2
     python -m benchmarks.study --collect       the complete chains -> runs.csv, questions.csv, summaries and metrics
-    python -m benchmarks.study                 runs.csv and questions.csv -> the tables
+    python -m benchmarks.study                 the saved measures -> the tables
 
-Chains may be made on several machines: those that are not on this one stay as they were saved.
+Chains may be made on several machines: those that are not on this one stay as they were saved. The runs of
+`08_families` with other visual sides are a second analysis. They need the effects of blocking too, for each run NAME:
+
+    vpw run 07_knock_out --name NAME -p checkpoint 01_pretrain/NAME -p images 64
+    vpw run 07_knock_out --name NAME-vqa -p checkpoint 04_finetune/NAME -p images 64
 """
 
 from __future__ import annotations
@@ -17,13 +21,15 @@ import typer
 
 from benchmarks.recipe import Gather, markdown
 from vpworkbench.jobs.sweep import Job, read_jobs
-from vpworkbench.runs import run_folder
+from vpworkbench.runs import run_folder, runs_root
 from vpworkbench.stats import Interval, student_interval
 from vpworkbench.studies import study
+from vpworkbench.studies.families import ARMS, found_runs
 
 FOLDER = Path(__file__).parents[1] / "papermill_runs" / "gallery" / "study"
 KEPT = ("config.json", "summary.json", "metrics.jsonl", "effects.csv")
 """Files of a run that stay in the repository; checkpoints do not."""
+FAMILIES = "families.csv"
 REACHED = {
     "ITM": ("itm",),
     "words (another image)": ("words", "words_other"),
@@ -50,6 +56,9 @@ def collect(jobs: list[Job]) -> None:
     if (FOLDER / "runs.csv").exists():
         found = renewed(study.Study.load(FOLDER), found)
     found.save(FOLDER)
+    if rows := family_rows(runs_root()):
+        index = pd.MultiIndex.from_tuples(rows, names=["arm", "seed"])
+        pd.DataFrame(rows.values(), index).to_csv(FOLDER / FAMILIES, float_format="%.6g")
     for one in (one for job in jobs for one in (job, *job.then)):
         folder = run_folder(Path(one.notebook).stem, one.name)
         for file in (folder / name for name in KEPT if (folder / "summary.json").exists()):
@@ -57,6 +66,25 @@ def collect(jobs: list[Job]) -> None:
                 target = FOLDER / "runs" / folder.parent.name / folder.name / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
+
+
+def family_rows(root: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """The measures of the families' runs that have the effects of blocking. The Swin arms are chains of the study."""
+    rows = {}
+    for one in (one for one in found_runs("families", root) if ARMS[one.arm].visual != "swin"):
+        folders = [root / notebook / one.folder.name for notebook in study.CHAIN]
+        folders[-1] = folders[-1].with_name(f"{one.folder.name}-vqa")
+        if all((folder / "effects.csv").exists() for folder in folders if folder.parent.name == "07_knock_out"):
+            rows[one.arm, one.seed] = study.row(*folders)
+    return rows
+
+
+def with_families(runs: pd.DataFrame) -> pd.DataFrame:
+    """The chains of the study and the families' runs, of the seeds that all arms have."""
+    families = pd.read_csv(FOLDER / FAMILIES, index_col=["arm", "seed"])
+    runs = pd.concat([runs, families])
+    seeds = runs["score"].unstack("arm").dropna().index
+    return runs[runs.index.get_level_values("seed").isin(seeds)]
 
 
 def renewed(saved: study.Study, found: study.Study) -> study.Study:
@@ -69,7 +97,10 @@ def renewed(saved: study.Study, found: study.Study) -> study.Study:
 
 
 def tables(found: study.Study) -> list[str]:
-    """What the arms reached and measured, their paired differences, and what tells the score, in Markdown."""
+    """What the arms reached and measured, their paired differences, and what tells the score, in Markdown.
+
+    The last table adds the families' runs, if any are saved.
+    """
     parts = [arms(found.runs, REACHED), arms(found.runs, MEASURED)]
     lines = []
     for one in study.differences(found).itertuples():
@@ -77,14 +108,19 @@ def tables(found: study.Study) -> list[str]:
         gains = [plain, f"[{one.low_all:+.3f}, {one.high_all:+.3f}]", f"{one.smallest:.3f}", share(one.by_questions)]
         lines.append([study.OUTCOMES[one.outcome], f"{one.better} - {one.other}", *gains, one.answer])
     header = ["outcome", "masks", "difference", "corrected", "smallest found", "by questions", "answer"]
-    parts.append(markdown(header, lines))
+    parts += [markdown(header, lines), tells(found.runs)]
+    return [*parts, tells(with_families(found.runs))] if (FOLDER / FAMILIES).exists() else parts
+
+
+def tells(runs: pd.DataFrame) -> str:
+    """A row for each measure: how well it tells the VQA score."""
     lines = []
-    for name, one in study.correlations(found.runs).iterrows():
+    for name, one in study.correlations(runs).iterrows():
         kinds = [correlation(one, kind) for kind in ("pearson_within", "spearman_within", "pearson", "spearman")]
         errors = [f"{100 * one['error']:.2f} ({100 * one['error_of_mean']:.2f})", "yes" if one["tells"] else "no"]
         lines.append([study.MEASURES[name], *kinds, *errors])
     header = ["measure", "r within arms", "rank r within arms", "r", "rank r", "error in points (of the mean)", "tells"]
-    return [*parts, markdown(header, lines)]
+    return markdown(header, lines)
 
 
 def arms(runs: pd.DataFrame, columns: dict[str, tuple[str, ...]]) -> str:

@@ -9,7 +9,7 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-from benchmarks.study import renewed
+from benchmarks import study as chains
 from vpworkbench import figures
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.sweep import make_jobs, sweep
@@ -119,7 +119,7 @@ def test_a_study_is_saved_and_read(drawn, tmp_path):
     pd.testing.assert_frame_equal(again.runs, drawn.runs, rtol=1e-4)
     assert (again.questions.to_numpy() == drawn.questions.to_numpy()).all()
     assert list(again.questions) == list(drawn.questions) and list(again.questions.index) == list(drawn.questions.index)
-    assert len(renewed(again, drawn).questions) == 300  # the same questions, not twice as many
+    assert len(chains.renewed(again, drawn).questions) == 300  # the same questions, not twice as many
     with pytest.raises(SettingsError, match="holds no runs.csv"):
         study.open_study(str(tmp_path / "none"))
 
@@ -128,13 +128,23 @@ def test_a_study_made_on_two_machines_is_one(drawn):
     """Chains of the second machine are added, and replace those that the first has too."""
     keys = drawn.runs.index
     first = study.Study(drawn.runs.loc[keys[:20]] + 1, drawn.questions[keys[:20]] + 1)
-    whole = renewed(first, study.Study(drawn.runs.loc[keys[5:]], drawn.questions[keys[5:]]))
+    whole = chains.renewed(first, study.Study(drawn.runs.loc[keys[5:]], drawn.questions[keys[5:]]))
     assert list(whole.runs.index[:5]) == [*((arm, 0) for arm in study.ARMS), ("none", 1)]
     assert list(whole.questions) == list(whole.runs.index)
     for key in keys:
         more = int(key in keys[:5])
         pd.testing.assert_series_equal(whole.runs.loc[key], drawn.runs.loc[key] + more)
         pd.testing.assert_series_equal(whole.questions[key], drawn.questions[key] + more)
+
+
+def test_families_are_added_for_the_seeds_that_all_arms_have(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(chains, "FOLDER", tmp_path)
+    families = drawn.runs.loc[["none", "random"]].rename({"none": "grid-none", "random": "grid-random"}, level="arm")
+    families[families.index.get_level_values("seed") < 3].to_csv(tmp_path / chains.FAMILIES)
+    both = chains.with_families(drawn.runs)
+    assert sorted(both.index.unique("arm")) == sorted([*study.ARMS, "grid-none", "grid-random"])
+    assert len(both) == 6 * 3 and set(both.index.get_level_values("seed")) == {0, 1, 2}
+    assert chains.tells(both) != chains.tells(drawn.runs)
 
 
 def test_a_study_that_cannot_be_compared_is_refused(drawn, tmp_path):

@@ -140,8 +140,8 @@ def row(pretrained: Path, probed: Path, blocked: Path, tuned: Path, answering: P
         "answer": over_all_layers(answers, "answer", "effect"),
         "nmi": flow["nmi_last_layer"],
         "target_rank": metrics["target_rank"].iloc[-1] if "target_rank" in metrics else np.nan,
-        "on_object": flow["mask_on_object rows"],
-        "on_object_random": flow["mask_on_object random"],
+        "on_object": flow.get("mask_on_object rows", np.nan),  # only a parser has attention for masks
+        "on_object_random": flow.get("mask_on_object random", np.nan),
     }
 
 
