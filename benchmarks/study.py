@@ -38,7 +38,7 @@ REACHED = {
 }
 MEASURED = {
     "flow (uniform attention)": ("flow", "null"),
-    "excess": ("excess",),
+    "flow above its null": ("excess",),
     "live flow": ("live",),
     "matches": ("match",),
     "words": ("word",),

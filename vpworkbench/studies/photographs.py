@@ -1,4 +1,4 @@
-"""Masks on photographs, for the tour: by the attention of a ViT that has seen the world, and at random."""
+"""Masks on photographs, for the tour: by the attention of a ViT trained on photographs, and at random."""
 
 from __future__ import annotations
 
