@@ -461,6 +461,18 @@ def test_a_broken_tsv_names_the_image(tmp_path, change, message):
         RegionFiles(tsv(tmp_path / "a.tsv", **change), most=3, width=WIDTH).regions(PHOTO)
 
 
+def test_float32_of_half_the_width_is_not_taken_for_float16(tmp_path):
+    """1,024 numbers of float32 have as many bytes as the usual 2,048 of float16."""
+    features = np.random.default_rng(0).random((2, 1024))
+    file = tsv(tmp_path / "a.tsv", features=coded(features))
+    for width in (0, 1024):
+        np.testing.assert_array_equal(
+            RegionFiles(file, most=3, width=width).read(PHOTO).features, features.astype("f4")
+        )
+    with pytest.raises(DataError, match="1,?024"):
+        RegionFiles(file, most=3, width=2048).regions(PHOTO)
+
+
 def test_a_number_is_an_image_of_coco_alone(tmp_path):
     """`dog-7.png` is not COCO's 7."""
     files = RegionFiles(tsv(tmp_path / "a.tsv", image_id="7"), most=3, width=WIDTH)

@@ -102,6 +102,22 @@ def test_probes_of_another_config_are_not_taken_for_these(subject, scenes, tmp_p
         probe(replace(subject, name="b"), scenes[:4], folder=tmp_path)
 
 
+def test_probes_of_other_pictures_or_weights_are_not_taken_for_these(model, scenes, tmp_path):
+    probe(model, scenes[:2], folder=tmp_path)
+    with pytest.raises(ValueError, match="probes of other pictures .0/.*, not 0/.* take another folder"):
+        probe(model, scenes[5:7], folder=tmp_path)
+    torch.nn.init.normal_(model.mlm_bias)
+    with pytest.raises(ValueError, match="probes of another config"):
+        probe(model, scenes[:2], folder=tmp_path)
+
+
+def test_a_model_in_training_goes_on_training(model, scenes):
+    model.train()
+    model.visual.eval()
+    probe(model, scenes[:2])
+    assert model.training and model.fusion.training and not model.visual.training
+
+
 def test_refusals(subject, scenes, tmp_path):
     with pytest.raises(ValueError, match="none of the pictures has a caption"):
         probe(subject, [replace(scenes[0], captions=())])

@@ -13,10 +13,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import nn
 
 from vpworkbench.data.inputs import Progress
 from vpworkbench.data.records import Picture
 from vpworkbench.data.splits import load_held_out
+from vpworkbench.model.model import evaluating
+from vpworkbench.model.weights import digest
 from vpworkbench.probes.flow import inter_modality_flow
 from vpworkbench.probes.layers import hidden_states
 from vpworkbench.probes.nmi import modality_nmi
@@ -154,17 +157,35 @@ def probe(
     `subject` is a model or its name, see `subjects.load`. Of `pictures`, by default held-out ones of the set that the
     model was trained on, at most `images` are probed. `folder` gets `probes.parquet`, and one part for each batch until
     that is complete. The same call again continues after the last part, or reads the complete file. A folder with
-    probes of another config is refused.
+    probes of another config, of other pictures or, for a model in memory, of other weights is refused. Such a model is
+    afterwards in the mode that it was in.
     """
-    subject = load(subject)
+    config = {"special_tokens": special_tokens, "seed": seed}
+    if not isinstance(subject, nn.Module):
+        return _probed(load(subject), pictures, images, config, folder, progress)
+    if folder is not None:
+        config["weights"] = digest(subject)
+    with evaluating(subject):
+        return _probed(load(subject), pictures, images, config, folder, progress)
+
+
+def _probed(
+    subject: Subject,
+    pictures: Sequence[Picture] | None,
+    images: int,
+    config: dict[str, Any],
+    folder: Path | None,
+    progress: Progress | None,
+) -> Probed:
+    special_tokens, seed = config["special_tokens"], config["seed"]
     if pictures is None:
         pictures = load_held_out(subject.data, images=images)
     chosen = [picture for picture in pictures if picture.captions][:images]
     if not chosen:
         raise ValueError("none of the pictures has a caption: there is nothing to probe")
     names = tuple(f"{number}/{picture.id}" for number, picture in enumerate(chosen))
-    config = {"model": subject.name, "images": len(chosen), "special_tokens": special_tokens, "seed": seed}
-    parts = [] if folder is None else _saved(folder, config)
+    config = {"model": subject.name, "images": len(chosen), **config}
+    parts = [] if folder is None else _saved(folder, config, names)
     if folder is not None and (folder / PROBES_FILE).exists():
         return parts[0]
     starts = range(0, len(chosen), subject.batch)
@@ -185,7 +206,7 @@ def probe(
     return probed
 
 
-def _saved(folder: Path, config: Mapping[str, Any]) -> list[Probed]:
+def _saved(folder: Path, config: Mapping[str, Any], names: tuple[str, ...]) -> list[Probed]:
     """Probes that an earlier call saved: the complete file, or its parts in order."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / PROBES_FILE] if (folder / PROBES_FILE).exists() else sorted(folder.glob("part-*.parquet"))
@@ -193,6 +214,10 @@ def _saved(folder: Path, config: Mapping[str, Any]) -> list[Probed]:
     for file, part in zip(files, parts, strict=True):
         if part.config != config:
             raise ValueError(f"{file}: probes of another config ({part.config}, not {config}); take another folder")
+        if part.examples != (own := names[: len(part.examples)]):
+            other = next(pair for pair in zip(part.examples, own, strict=True) if pair[0] != pair[1])
+            raise ValueError(f"{file}: probes of other pictures ({other[0]}, not {other[1]}); take another folder")
+        names = names[len(own) :]
     return parts
 
 

@@ -68,7 +68,7 @@ def load(source: Loadable = "", *, regions: str = "", optional_regions: bool = F
     or NOTEBOOK/NAME where both have a run of that name; a folder of transformers, or a name that is in its local cache
     or, as OWNER/NAME, on the hub; or a model of ours. Models that read regions take `regions`, a folder of npz or a
     BUTD tsv; empty: those that they were trained with. With `optional_regions` they may be meant for another model:
-    this one then ignores regions that it cannot read.
+    this one then ignores regions that it cannot read. A model in memory is put into evaluation mode.
 
     A `CheckpointError` if there is no such model, two runs have the name, or it needs regions and there are none; a
     `DataError` or `SettingsError` if `regions` has features of another width, or the model reads pixels.

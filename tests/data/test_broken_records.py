@@ -45,12 +45,16 @@ READERS = {
     "csv of pairs": (partial(table, rows=PAIRS), partial(all_of, NLVR2.read)),
     "csv of relations": (partial(table, rows=RELATIONS), partial(all_of, read_snli_ve)),
 }
+HALF = "a \ud83d cat"  # half an emoji, as UTF-16 has it
 IMAGE_GONE, LEAVES = "gone.* missing in .*restore it or drop the record", "leaves the image folder"
 CASES = [
     ("karpathy", {"record": {"sentences": [{"raw": 7}]}}, r"images\[1\]: sentences.0.raw: .*string"),
     ("karpathy", {"record": {"sentences": [{"text": "x"}]}}, r"images\[1\]: sentences.0.raw: Field required"),
     ("karpathy", {"record": {"sentences": [{"raw": "  "}]}}, r"images\[1\]: sentences.0.raw"),
     ("karpathy", {"record": {"sentences": []}}, r"images\[1\]: sentences"),
+    ("karpathy", {"record": {"sentences": [{"raw": HALF}]}}, r"images\[1\]: sentences.0.raw: .*unicode"),
+    ("karpathy", {"record": {"things": [{"box": [0, 0, 1, 1]}]}}, r"images\[1\] .101.jpg.: things: .*correct them"),
+    ("karpathy", {"record": {"things": [{}]}}, r"images\[1\] .101.jpg.: things: .*box"),
     ("karpathy", {"record": {"split": "training"}}, r"images\[1\]: split"),
     ("karpathy", {"record": {"cocoid": "x"}}, r"images\[1\]: cocoid"),
     ("karpathy", {"record": {"filename": "100.jpg"}}, r"images\[1\] \(100.jpg\): a second record of this id"),
@@ -64,6 +68,11 @@ CASES = [
     ("coco", {"image": {"file_name": "/etc/../a.jpg"}}, rf"images\[1\] .*{LEAVES}"),
     ("coco", {"image": {"file_name": "/etc/a.jpg"}}, r"images\[1\] \(25\): image .*/etc/a.jpg missing"),
     ("coco", {"caption": {"caption": None}}, r"annotations\[1\]: caption: .*string"),
+    ("coco", {"caption": {"caption": HALF}}, r"annotations\[1\]: caption: .*unicode"),
+    ("vg", {"region": {"phrase": HALF}}, r"\[1\]: regions.0.phrase: .*unicode"),
+    ("vqa", {"answer": {"answers": [{"answer": HALF}]}}, r"annotations\[1\]: answers.0.answer: .*unicode"),
+    ("snli-ve", {"record": {"pairID": HALF}}, "line 2: pairID: .*unicode"),
+    ("jsonl", {"record": {"id": HALF}}, "line 2: id.*unicode"),
     ("coco", {"caption": {"image_id": ...}}, r"annotations\[1\]: image_id: Field required"),
     ("coco", {"caption": {"image_id": 25.0}}, r"annotations\[1\]: image_id: .*integer"),
     ("coco", {"caption": {"id": 90}}, r"annotations\[1\] \(90\): a second record of this id"),

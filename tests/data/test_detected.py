@@ -42,6 +42,11 @@ def test_a_folder_of_photographs_becomes_region_files(tmp_path, weights):
     first = (made / "inner" / "1.npz").read_bytes()
     assert detect_regions(str(tmp_path / "photos"), made, **options) == found
     assert (made / "inner" / "1.npz").read_bytes() == first
+    (made / "inner" / "2.npz").write_bytes(first[: len(first) // 2])
+    with pytest.raises(DataError, match=r"2.npz: not a complete npz .* extract this image again"):
+        detect_regions(str(tmp_path / "photos"), made, **options)
+    (made / "inner" / "2.npz").unlink()
+    assert detect_regions(str(tmp_path / "photos"), made, **options) == found
     images = photographs(str(tmp_path / "photos"))
     packed = RegionFiles(made, most=5, width=1024).stack(images)
     assert packed.shape == (2, 5, 1029) and (packed[:, 0, -1] == 1).all()

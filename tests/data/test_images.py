@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from vpworkbench.data import images
 from vpworkbench.data.images import ImageFile, inner_name
@@ -49,6 +49,24 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     assert stored(tmp_path, RED, "jpg", exif=exif).pixels().shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_that_of_pillow_also_with_a_damaged_tag(tmp_path, orientation):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image = stored(tmp_path, noise, "png", exif=exif)
+    with Image.open(tmp_path / "image.png") as opened:
+        expected = np.array(ImageOps.exif_transpose(opened))
+    assert (image.pixels() == expected).all()
+    exif[ExifTags.Base.XResolution] = 72.0
+    data = stored(tmp_path, noise, "jpg", exif=exif, quality=95)
+    whole, content = data.pixels(), bytearray((tmp_path / "image.jpg").read_bytes())
+    entry = content.index(b"\x01\x1a\x00\x05") if b"\x01\x1a\x00\x05" in content else content.index(b"\x1a\x01\x05\x00")
+    content[entry + 2 : entry + 4] = b"\x0c\x0c"  # the resolution has another type
+    (tmp_path / "image.jpg").write_bytes(content)
+    assert (data.pixels() == whole).all()
 
 
 def test_one_pixel_fills_the_square(tmp_path):

@@ -25,6 +25,13 @@ def test_products_of_the_fusion_and_of_patches_by_hand(scenes):
     assert (found.visual_tokens, found.words) == (36, n) and "36 visual tokens" in str(found)
 
 
+def test_every_part_keeps_its_mode(scenes):
+    model = narrow_model(scenes).train()
+    model.visual.eval()
+    budget(model)
+    assert model.training and model.fusion.training and not model.visual.training
+
+
 def test_numbers_are_short():
     assert [short(number) for number in (0, 36, 3.3125, 0.35379, 147_648, 1_209_186, 4.5e9)] == [
         "0",

@@ -9,14 +9,17 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from vpworkbench.data.inputs import prepare
+from vpworkbench.data.minimal_pairs import load_pairs
 from vpworkbench.explorer.readings import read
 from vpworkbench.model.fusion import FUSIONS, build_fusion
 from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.readouts import write_captions
 from vpworkbench.model.visual import VisualTokens
 from vpworkbench.model.weights import start_text
 from vpworkbench.probes import hidden_states, inter_modality_flow, knock_out, lens, patch
 from vpworkbench.probes.readouts import match_log_odds
-from vpworkbench.settings import FusionSettings, ModelSettings
+from vpworkbench.settings import FusionSettings, ModelSettings, PairSettings
+from vpworkbench.studies.patching import patch_inputs
 from vpworkbench.subjects import load
 
 SETTINGS = FusionSettings(kind="two-stream", layers=3, width=16, heads=2, feed_forward=32, positions=64, dropout=0.0)
@@ -33,7 +36,11 @@ def fusion():
 
 @pytest.fixture
 def model(scenes) -> VisualParsingModel:
-    one = narrow_model(scenes)
+    return two_streams(scenes)
+
+
+def two_streams(pictures) -> VisualParsingModel:
+    one = narrow_model(pictures)
     torch.manual_seed(1)
     kind = one.settings.fusion.model_copy(update={"kind": "two-stream", "layers": 3})
     return VisualParsingModel(ModelSettings(**{**dict(one.settings), "fusion": kind}), one.tokenizer).eval()
@@ -158,6 +165,19 @@ def test_the_lens_and_patching_use_the_joint_states(model, scenes):
     restored = patch(model, clean.forward, corrupt.forward, match_log_odds(model), {"all": clean.tokens}).restored
     assert restored.shape == (2, 2, 1)
     torch.testing.assert_close(restored, torch.ones_like(restored))
+
+
+def test_the_words_of_minimal_pairs_are_told_by_their_ids(scenes):
+    """The first joint state comes after layers on words, in which all words differ."""
+    pairs = load_pairs(PairSettings(pairs=6, seed=2))
+    pictures = [*scenes, *(picture for pair in pairs for picture in pair.pictures)] * 2
+    found = patch_inputs(load(two_streams(pictures)), pairs).groups
+    assert found["word that differs"].sum(dim=1).tolist() == [1] * 6 and found["other words"].any(dim=1).all()
+
+
+def test_it_writes_no_captions(model, scenes):
+    with pytest.raises(ValueError, match="two streams cannot write captions"):
+        write_captions(model, prepare(model, scenes[:1], ["a"]).forward["images"])
 
 
 def test_the_kinds_are_those_of_the_setting():

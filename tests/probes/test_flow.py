@@ -179,6 +179,14 @@ def test_padding_that_is_attended_counts_in_neither_set(bert):
         assert abs(flow.from_input[example, 2] - expected) <= 1e-5
 
 
+def test_padding_that_only_a_later_layer_attends_to_is_refused(bert):
+    """1 - 1_L is then no longer 1_V; the sets that are carried were chosen by the first layer."""
+    inputs, vision, tokens = batch()
+    bert.encoder.layer[1].register_forward_pre_hook(lambda _, given: (given[0], None, *given[2:]))
+    for options in ({}, {"starts": [0]}):
+        refuses(bert, inputs, vision, tokens, "attends to padding or to a sink, and layers before it do not", **options)
+
+
 def test_half_precision_stays_near_the_formula():
     torch.manual_seed(0)
     bert = BertModel(BertConfig(**TINY)).eval().to(torch.bfloat16)
@@ -412,6 +420,7 @@ def test_refusals_of_settings(bert):
     refuses(bert, {**inputs, "output_attentions": True}, vision, tokens, "output_attentions")
     refuses(bert, inputs, vision, tokens, "positions from 0 to 12", rows=[13])
     refuses(bert, inputs, vision, tokens, "token positions from 0 to 12, .*2, 1", columns=torch.zeros(2, 1).long())
+    refuses(bert, inputs, vision, tokens, "token positions from 0 to 12, .*bool", rows=vision)
     refuses(bert, inputs, vision, tokens, "layers='decoder'", layers="decoder")
     bert.train()
     refuses(bert, inputs, vision, tokens, r"dropout is left on in embeddings.dropout .*eval\(\)")

@@ -14,7 +14,16 @@ import torch
 from conftest import narrow_model
 from probes.tiny_models import FAMILIES, TEXT, llava, lxmert
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+)
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
@@ -339,6 +348,17 @@ def test_streams_apart_cannot_be_blocked_for_other_probes():
     with pytest.raises(ValueError, match="LxmertModel has two streams of states: only knock_out can block"):
         with attention_blocked(model, inputs, masks.vision, masks.tokens, span=(0, 0)):
             pass
+
+
+def test_layers_that_share_a_module_cannot_be_blocked_for_other_probes():
+    model = AlbertModel(AlbertConfig(**TINY, embedding_size=16)).eval()
+    vision = torch.arange(8)[None] > 4
+    inputs = {"input_ids": torch.arange(8)[None]}
+    with (
+        pytest.raises(ValueError, match="layers of AlbertModel share one module: only knock_out"),
+        attention_blocked(model, inputs, vision, torch.ones_like(vision), span=(0, 0)),
+    ):
+        pass
 
 
 def test_intervals_are_over_examples_and_paired(built):

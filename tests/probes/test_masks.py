@@ -22,7 +22,7 @@ def naive_objects(object_map, rows, columns, share):
                 int(object_map[y, x])
                 for y in range(height)
                 for x in range(width)
-                if y * rows // height == row and x * columns // width == column
+                if int((y + 0.5) * rows / height) == row and int((x + 0.5) * columns / width) == column
             ]
             objects = set(pixels) - {0}
             most = min(objects, key=lambda name: (-pixels.count(name), name), default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from conftest import narrow_model
 from sklearn.linear_model import Ridge
@@ -65,6 +66,11 @@ def test_smooth_features_are_copied_where_neighbours_stay_and_noise_is_not():
     assert means["random"] < 0.2 < means["block"] and found.difference("block", "random").low > 0.05
     noise = copy_errors(torch.randn(IMAGES, GRID**2, 4), masks(), GRID)
     assert all(interval.mean > 0.9 for interval in noise.intervals().values())
+
+
+def test_one_image_has_nothing_to_be_fitted_on():
+    with pytest.raises(ValueError, match="1 images: give at least 2"):
+        copy_errors(torch.randn(1, GRID**2, 4), {"random": masks()["random"][:1]}, GRID)
 
 
 def test_every_kind_of_mask_on_scenes(scenes):

@@ -171,3 +171,15 @@ def test_a_fine_tuned_model_is_asked_held_out_questions_of_its_task(scenes, scen
         expected = [np.log(shares[one.answer]) for shares, one in zip(given, asked, strict=True)]
         np.testing.assert_allclose(values, expected, rtol=1e-4)
     assert effects.conclusions({"answer": found}, None)[0].startswith("Answer: the right one has probability")
+
+
+@pytest.mark.parametrize("pool", ["cls", "words"])
+def test_the_places_of_an_answer_are_the_tokens_that_the_head_reads(scenes, scenes_folder, pool):
+    torch.manual_seed(0)
+    task_model = TaskModel(narrow_model(scenes), TASKS["vqa"], ("yes", "no", "2"), pool=pool)
+    subject = replace(load(task_model), task_settings=finetune_settings(data=str(scenes_folder)))
+    question = ask(subject, examples(subject, scenes[:5], "answer"))
+    joint = task_model.base(**question.inputs.forward)
+    states = joint.hidden[-1].detach().requires_grad_()
+    question.readout(joint._replace(hidden=(*joint.hidden[:-1], states))).sum().backward()
+    assert torch.equal(question.places, (states.grad != 0).any(dim=-1))

@@ -43,7 +43,13 @@ def test_a_damaged_parser_is_told(scenes, settings):
 
 def test_without_known_objects_there_is_nothing_to_compare(scenes, settings):
     change = parser_change(starting_visual(settings), settings, [replace(scenes[0], scene=None)])
-    assert change.summary() == {} and "not known" in str(change)
+    assert change.summary() == {} and "No objects of three tokens" in str(change)
+
+
+def test_nothing_is_compared_where_no_object_has_three_tokens(scenes, settings):
+    coarse = settings.with_overrides({"visual.image_px": 32})  # 2 x 2 tokens
+    change = parser_change(starting_visual(coarse), coarse, scenes[:4])
+    assert change.start == change.end == {} and "No objects of three tokens" in str(change)
 
 
 @pytest.mark.slow

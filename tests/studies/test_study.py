@@ -85,6 +85,13 @@ def test_correlations_are_those_of_scipy_and_errors_those_of_scikit_learn(drawn)
     assert found["tells"].to_dict() == {name: name == "live" for name in study.MEASURES}
 
 
+def test_a_missing_measure_leaves_out_its_seed_for_all(drawn):
+    runs = drawn.runs.copy()
+    runs.loc[("random", 2), "flow"] = runs.loc[("none", 5), "score"] = np.nan
+    whole = runs[~runs.index.get_level_values("seed").isin([2, 5])]
+    pd.testing.assert_frame_equal(study.correlations(runs, ["flow"]), study.correlations(whole, ["flow"]))
+
+
 def test_the_interval_of_a_correlation_covers_the_truth():
     """Of 30 studies with a true correlation of 0.6, about 95% of the intervals hold it."""
     rng, held = np.random.default_rng(1), []

@@ -12,6 +12,7 @@ from conftest import narrow_model
 
 from vpworkbench.data.inputs import Pixels
 from vpworkbench.data.records import Picture
+from vpworkbench.errors import SettingsError
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.language import decide
 from vpworkbench.settings import RetrievalSettings
@@ -25,6 +26,7 @@ from vpworkbench.train.dual import (
     build_dual,
     dual_scores,
     max_of_hinges,
+    near_captions,
     symmetric_contrastive,
 )
 from vpworkbench.train.finetune import finetune, prepare_task
@@ -156,6 +158,21 @@ def test_hard_negatives_are_found_once(runs_folder):
     assert finetune(run, prepared, settings) == 1
     near = np.load(run.folder / "near.npy")
     assert near.shape == (40, 20) and not (owners_of(prepared.splits["train"])[near] == np.arange(40)[:, None]).any()
+
+
+def test_hard_negatives_are_not_found_by_several_processes(model, scenes, tmp_path, monkeypatch):
+    settings = finetune_settings(task="retrieval", overrides={"retrieval.hard": 0.1})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="use train.processes, not torchrun"):
+        near_captions(batches(model, scenes), settings, folder=tmp_path)
+
+
+def test_features_are_made_where_the_projection_was_trained(dual, scenes):
+    """`meta` instead of a GPU: it has no values, which can then not be fetched."""
+    dual.projection.to("meta")
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        dual.features(scenes[:2])
+    assert {parameter.device.type for parameter in dual.parameters()} == {"meta"}
 
 
 def test_it_begins_where_pretraining_began():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from vpworkbench.probing import probe
 from vpworkbench.runs import open_run
 from vpworkbench.scenes.language import ATTRIBUTE_WORDS
 from vpworkbench.scenes.write import write_scenes
-from vpworkbench.settings import pretrain_settings, visual_init_settings
+from vpworkbench.settings import DataSettings, pretrain_settings, visual_init_settings
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.subjects import load_run
 from vpworkbench.train.evaluate import _hide_one_word, evaluate
@@ -139,6 +140,14 @@ def test_held_out_words_are_colours_and_shapes(model, scenes):
     assert ((labels >= 0).sum(dim=1) == 1).all() and ((hidden == model.tokenizer.mask_token_id).sum(dim=1) == 1).all()
     asked = model.tokenizer.convert_ids_to_tokens(labels[labels >= 0].tolist())
     assert set(asked) <= ATTRIBUTE_WORDS and len(set(asked)) > 5
+
+
+def test_held_out_images_are_those_with_a_caption_as_they_are(model, scenes):
+    """No picture counts twice, and none is mirrored."""
+    data, foils = DataSettings(flip=True), [replace(scene, captions=()) for scene in scenes[4:60]]
+    found = evaluate(model, [*scenes[:4], *foils], data)
+    assert found.itm_accuracy.count == 4
+    assert found == evaluate(model, scenes[:4], data.with_overrides({"flip": False}))
 
 
 def test_the_shipped_model_has_learnt_to_look():

@@ -21,6 +21,7 @@ from vpworkbench.data.nlvr1 import Box
 from vpworkbench.data.readers import (
     TRUE_FALSE,
     Annotations,
+    AnyText,
     Format,
     Groups,
     Id,
@@ -63,10 +64,10 @@ class _Sentence(BaseModel):
 
 
 class _KarpathyImage(BaseModel):
-    filename: str
+    filename: AnyText
     split: str = Field(pattern=f"^({'|'.join(SPLITS)})$")
     sentences: list[_Sentence] = Field(min_length=1)
-    filepath: str = ""
+    filepath: AnyText = ""
     cocoid: KnownId = 0
     things: list[dict[str, Any]] | None = None  # of a generated scene
     image_px: int = 0
@@ -79,27 +80,31 @@ class _KarpathyImage(BaseModel):
         with_folder = [f"{self.filepath}/{self.filename}"] if self.filepath else []
         image = annotations.images.find(*with_folder, self.filename)
         flickr = str(annotations.first.get("dataset", "")).startswith("flickr")  # their names begin with its ids
-        scene = {"things": self.things, "image_px": self.image_px}
+        try:
+            drawn = {"things": self.things, "image_px": self.image_px}
+            scene = None if self.things is None else Scene.from_json(drawn)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"things: {error}; correct them or drop the record") from None
         yield Picture(
             id=self.filename,
             image=image,
             split=split,
             captions=tuple(captions),
-            scene=None if self.things is None else Scene.from_json(scene),
+            scene=scene,
             origins=origins(image, name=self.filename, coco=self.cocoid, flickr=self.filename if flickr else None),
         )
 
 
 class _CocoImage(BaseModel):
     id: Id
-    file_name: str = Field(min_length=1)
-    flickr_url: str | None = None
+    file_name: AnyText = Field(min_length=1)
+    flickr_url: AnyText | None = None
 
 
 class _CocoCaption(BaseModel):
     id: Id
     image_id: Id
-    caption: str
+    caption: AnyText
 
 
 def _coco(annotations: Annotations) -> list[Picture]:
@@ -140,7 +145,7 @@ def _with_captions(file: Path, pictures: Iterable[Picture]) -> list[Picture]:
 
 
 class _Region(BaseModel):
-    phrase: str
+    phrase: AnyText
 
 
 ImageId = Annotated[Id, Field(validation_alias=AliasChoices("id", "image_id"))]
@@ -199,7 +204,7 @@ NLVR1_VAL_DIRECTORY = "5"
 class _Nlvr1Record(BaseModel):
     sentence: Text
     label: Truth
-    identifier: str
+    identifier: AnyText
     directory: Name
     structured_rep: tuple[Box, Box, Box]
 

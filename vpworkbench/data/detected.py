@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from vpworkbench.data.captioned import read_pictures
 from vpworkbench.data.files import names_below
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.regions import IMAGE_SUFFIX, write_regions
+from vpworkbench.data.regions import IMAGE_SUFFIX, read_npz, write_regions
 from vpworkbench.errors import CheckpointError, DataError, SettingsError, first_line
 from vpworkbench.model.published import read_weights
 from vpworkbench.settings import nearest
+from vpworkbench.system import write_atomically
 
 MOST_REGIONS = 36
 """Regions of an image: as many as VisualBERT and LXMERT read."""
@@ -65,7 +66,8 @@ def detect_regions(photos: str, folder: Path, *, detector: str, weights: str = "
             raise DataError(f"{image} and {files[file]}: their regions would share {file.name}; rename one of them")
         files[file] = image
     folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(text, encoding="utf-8")
+    if not config.exists():
+        write_atomically(config, text)
     counts = []
     for file, image in tqdm(files.items(), desc="finding regions", unit="image"):
         if not file.exists():
@@ -73,8 +75,7 @@ def detect_regions(photos: str, folder: Path, *, detector: str, weights: str = "
             found = detect(model, pixels)
             more = {"classes": found.classes.numpy(), "scores": found.scores.numpy()}
             write_regions(file, found.features.numpy(), found.boxes.numpy(), pixels.shape[1::-1], **more)
-        with np.load(file) as content:
-            counts.append(len(content["boxes"]))
+        counts.append(len(read_npz(file).boxes))
     return {"images": len(images), "regions": float(np.mean(counts))}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from vpworkbench.data.files import NO_IMAGES, faults_at, names_below
@@ -28,6 +28,16 @@ from vpworkbench.errors import DataError, ImageMissing
 
 UNDECODABLE = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for files that are cut, too large (over 179 megapixels), or no images."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation in EXIF -> how to turn the image. Pillow's `exif_transpose` writes EXIF too; damaged tags stop it."""
 
 
 def archive(path: Path) -> zipfile.ZipFile:
@@ -121,7 +131,8 @@ def read_image(image: Any) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray(np.clip(values / 257 if values.max() > 255 else values, 0, 255).astype(np.uint8))

@@ -18,6 +18,7 @@ from vpworkbench.data.files import json_list, read_text, report_fault
 from vpworkbench.data.images import OF_TEXTS, ImageIndex, origins
 from vpworkbench.data.readers import (
     Annotations,
+    AnyText,
     Format,
     Id,
     Name,
@@ -55,7 +56,7 @@ class _Question(BaseModel):
     question_id: Id
     image_id: Id
     question: Text
-    coco_split: str = ""  # VQA-CP's, whose splits are not COCO's
+    coco_split: AnyText = ""  # VQA-CP's, whose splits are not COCO's
 
 
 class _Answered(BaseModel):
@@ -63,7 +64,7 @@ class _Answered(BaseModel):
     image_id: Id
     answers: Answers = Field(min_length=1)
     multiple_choice_answer: Name = ""
-    answer_type: str = ""
+    answer_type: AnyText = ""
 
 
 _WITHHELD = _Answered.model_construct(answers=[])
@@ -138,7 +139,7 @@ class _ListedQuestion(BaseModel):
     question: Text
     question_id: Name = ""
     answers: Answers = Field([], validation_alias=AliasChoices("answers", "answer"))
-    answer_type: str = ""
+    answer_type: AnyText = ""
 
     @property
     def id(self) -> str:

@@ -40,9 +40,11 @@ from vpworkbench.errors import DataError
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 """A text in a record; a blank one is refused."""
+AnyText = Annotated[str, StringConstraints(min_length=0)]
+"""A text as it is, also an empty one. The constraint makes pydantic refuse half a character of UTF-16, as in `Text`."""
 Id = Annotated[StrictInt, BeforeValidator(lambda value: int(value) if re.fullmatch(r"\d+", str(value)) else value)]
 """A whole number, also as digits in quotes."""
-Name = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Name = Annotated[AnyText, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 """A text, also written as a whole number."""
 TRUE_FALSE = {"true": "True", "false": "False", "1": "True", "0": "False"}
 Truth = Annotated[

@@ -271,9 +271,10 @@ def read_tsv_row(row: dict[str, str], file: Path, width: int = 0) -> Regions:
 
 
 def _numbers(cell: str, count: int) -> np.ndarray:
-    """The numbers in a cell; Python 3 wrote some files as `b'...'`."""
+    """The numbers in a cell, float16 if half as many bytes are finite so; Python 3 wrote some files as `b'...'`."""
     data = base64.b64decode(re.sub(r"^b'(.*)'$", r"\1", cell), validate=True)
-    return np.frombuffer(data, "<f2" if count and len(data) == 2 * count else "<f4")
+    half = np.frombuffer(data, "<f2") if count and len(data) == 2 * count else None
+    return np.frombuffer(data, "<f4") if half is None or not np.isfinite(half).all() else half
 
 
 def _text(line: bytes) -> str:

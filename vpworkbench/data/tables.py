@@ -11,7 +11,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from vpworkbench.data.files import SPLITS, faults_at, remark, split_named
 from vpworkbench.data.images import ImageFile
-from vpworkbench.data.readers import Annotations, Text, checked, one_line
+from vpworkbench.data.readers import Annotations, AnyText, Text, checked, one_line
 from vpworkbench.errors import DataError
 
 VAL_SHARE = 0.1
@@ -37,7 +37,7 @@ class _Row(BaseModel):
     image2: str | None = None
     label: bool | int | str | None = None
     split: str | None = None
-    id: int | str | None = None
+    id: int | AnyText | None = None
 
 
 def read_rows(table: Annotations) -> list[Row]:

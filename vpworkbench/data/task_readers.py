@@ -28,6 +28,7 @@ from vpworkbench.data.questions import (
 from vpworkbench.data.readers import (
     TRUE_FALSE,
     Annotations,
+    AnyText,
     Format,
     Found,
     Groups,
@@ -182,7 +183,7 @@ class _SnliVeRecord(BaseModel):
         validation_alias=AliasChoices("gold_label", "label")
     )
     photo: Name = Field(validation_alias=AliasChoices("Flickr30K_ID", "Flikr30kID", "Flickr30kID", "image"))
-    pairID: str
+    pairID: AnyText
 
     def records(self, annotations: Annotations, premise: bool) -> Iterator[Example]:
         """Without a gold label none; e-SNLI-VE-2.0 names the caption, `1.jpg#2`, of which the premise is taken."""

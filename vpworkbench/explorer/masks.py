@@ -98,7 +98,7 @@ class Ranking:
         masked = masked.to(model.device)
         predicted = model.mfr(model.fuse(visual, **words, masked=masked).vision)
         error = (predicted - visual.features).square().mean(dim=-1)
-        return error.masked_fill(~masked, torch.nan).cpu().numpy()[:, self.places]
+        return error.masked_fill(~masked, torch.nan).float().cpu().numpy()[:, self.places]
 
 
 class MasksView(View):
@@ -251,7 +251,9 @@ class MasksView(View):
                 self.select.value = chosen if chosen in rules else rules[0]
             if self.k.max != tokens:
                 self.k.max, self.k.value = tokens, max(2, round(0.15 * tokens))
-            self.head.options, self.head.value = _head_options(heads), -1
+            head = self.head.value
+            self.head.options = _head_options(heads)
+            self.head.value = head if head < heads else -1
         self.head.layout.display = None if heads else "none"
         self.fit.layout.display = None if self._objects.any() else "none"
         if not 0 <= self.pick < tokens:

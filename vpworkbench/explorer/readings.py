@@ -165,7 +165,7 @@ class Reading:
         """
         plan = np.zeros((len(self.language), len(self.vision)), dtype=np.float32)
         words = [number for number, word in enumerate(self.words) if not re.fullmatch(r"\[[A-Z]+\]|<.*>", word)]
-        if words:
+        if words and len(self.vision):
             states = self.hidden[-1][0].cpu()
             plan[words] = len(words) * exact_plan(states[self.language[words]], states[self.vision]).numpy()
         return plan

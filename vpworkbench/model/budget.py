@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vpworkbench.model.model import VisualParsingModel
+from vpworkbench.model.model import VisualParsingModel, evaluating
 
 
 class Budget(NamedTuple):
@@ -66,11 +66,9 @@ def budget_of(model: nn.Module, forward: Mapping[str, Any], vision: Tensor) -> B
 
 @torch.no_grad()
 def _multiply_adds(model: nn.Module, *inputs: Tensor, **forward: Any) -> int:
-    training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it counts matrix products only
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), counter, sdpa_kernel(SDPBackend.MATH):  # it counts matrix products only
         model(*inputs, **forward)
-    model.train(training)
     return counter.get_total_flops() // 2
 
 

@@ -69,14 +69,14 @@ class Fusion(nn.Module):
 
     def embed_vision(self, visual: VisualTokens, masked: Tensor | None = None) -> Tensor:
         """(example, vision, c) -> (example, vision, d); a learned vector replaces masked tokens first."""
-        features = visual.features
+        features = visual.features.to(self.mask_token.dtype)  # a model in half precision may get float32 ones
         if masked is not None:
-            features = torch.where(masked[..., None], self.mask_token.to(features.dtype), features)
+            features = torch.where(masked[..., None], self.mask_token, features)
         embedded = self.vision_in(features)
         if visual.boxes is None:
             embedded = embedded + (self.position if visual.positions is None else self.position[visual.positions])
         else:
-            embedded = self.feature_norm(embedded) + self.box_norm(self.box_in(box_vector(visual.boxes)))
+            embedded = self.feature_norm(embedded) + self.box_norm(self.box_in(box_vector(visual.boxes).to(features)))
         if self.vision_type is not None:
             embedded = embedded + self.vision_type
         return self.bert.embeddings.dropout(self.vision_norm(embedded))
@@ -146,7 +146,7 @@ class Fusion(nn.Module):
             hidden = embed(input_ids=words)
         else:  # where tokens are hidden, the mean holds their mask vector: nothing leaks
             shares = vision_tokens[..., None] / vision_tokens.sum(dim=1)[:, None, None]
-            image = self.whole_image((vision * shares).sum(dim=1, keepdim=True))
+            image = self.whole_image((vision * shares.to(vision)).sum(dim=1, keepdim=True))
             hidden = embed(inputs_embeds=embed.word_embeddings(words) + image)
         return torch.cat([hidden, vision], dim=1), torch.cat([word_tokens, vision_tokens], dim=1)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,7 +61,7 @@ class Joint(NamedTuple):
         if pool == "cls":
             return self.cls
         shares = self.word_tokens / self.word_tokens.sum(dim=1, keepdim=True)
-        return (shares[..., None] * self.text).sum(dim=1)
+        return (shares[..., None].to(self.text) * self.text).sum(dim=1)
 
 
 class Inputs(NamedTuple):
@@ -241,3 +242,15 @@ def _read_settings(file: Path) -> ModelSettings:
         raise CheckpointError(f"{file}: {fault_lines(error)}") from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file}: not json ({error}); was it cut off?") from None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In the block the model is in evaluation mode; afterwards each of its modules is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -14,7 +14,7 @@ from vpworkbench.model.visual import VisualTokens
 @torch.no_grad()
 def match_probability(model: VisualParsingModel, inputs: Inputs) -> Tensor:
     """ITM: probability that each text is true of its image; (text,) on the CPU."""
-    return torch.softmax(model.itm(model(**inputs.forward).cls), dim=-1)[:, 1].cpu()
+    return torch.softmax(model.itm(model(**inputs.forward).cls).float(), dim=-1)[:, 1].cpu()
 
 
 @torch.no_grad()
@@ -42,8 +42,10 @@ def write_captions(model: VisualParsingModel, images: Tensor, *, beams: int = 1)
 
     The model was pre-trained with `loss.seq2seq` and `data.mask_end` (Unified VLP). The next word is what it predicts
     for a [MASK] after the words so far, under `seq2seq_mask`; [SEP] ends a caption, and so does the longest text of the
-    model. The finished beam with the best score is returned.
+    model. The finished beam with the best score is returned. A ValueError for two streams: they have no `seq2seq_mask`.
     """
+    if model.settings.fusion.kind == "two-stream":
+        raise ValueError("a model of two streams cannot write captions: train one stream with loss.seq2seq")
     if beams < 1:
         raise ValueError(f"beams={beams}: give at least 1, which is greedy")
     visual = model.eval().encode(images)

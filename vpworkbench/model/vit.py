@@ -25,8 +25,6 @@ class VitParser(PixelFamily):
         super().__init__(settings, network.pretrained_cfg["mean"], network.pretrained_cfg["std"])
         self.network, self.width = network, network.num_features
         self._recorder = AttentionRecorder.on_last([block.attn for block in network.blocks])
-        self.register_buffer("patches", grid_boxes(*network.patch_embed.grid_size).double(), persistent=False)
-        self.register_buffer("merged", grid_boxes(settings.grid, settings.grid).double(), persistent=False)
 
     def forward(self, images: Tensor) -> VisualTokens:
         """uint8 (image, 3, height, width) -> tokens (image, m, c) and parsing attention (image, head, m, m)."""
@@ -35,10 +33,12 @@ class VitParser(PixelFamily):
         features, weights = features[:, others:], weights[:, :, others:, others:]
         if self.settings.merge == 1:
             return VisualTokens(features, weights / weights.sum(dim=-1, keepdim=True))
+        grids = self.network.patch_embed.grid_size, (self.settings.grid, self.settings.grid)
+        patches, merged = (grid_boxes(*grid).double().to(images.device) for grid in grids)
         with torch.autocast(images.device.type, enabled=False):  # rounded weights would make other masks
             weights = weights.float() / weights.float().sum(dim=-1, keepdim=True)
-            pooled = features_in(self.merged, features.float(), self.patches)
-            return VisualTokens(pooled, attention_in(self.merged, weights, self.patches))
+            pooled = features_in(merged, features.float(), patches)
+            return VisualTokens(pooled, attention_in(merged, weights, patches))
 
 
 def vision_transformer(settings: VisualSettings) -> VisionTransformer:

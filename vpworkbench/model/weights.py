@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -188,3 +190,11 @@ def _check_sizes(fusion: BertConfig, bert: BertConfig, source: str) -> None:
             f"init_text {source!r}: its tokenizer has {fusion.vocab_size} entries, its word embedding only "
             f"{bert.vocab_size}; save the tokenizer that it was trained with there"
         )
+
+
+def digest(module: nn.Module, *more: str) -> str:
+    """A hash of a module's weights and buffers, and of `more`."""
+    key = hashlib.sha256("".join(more).encode())
+    for name, tensor in module.state_dict().items():
+        key.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return key.hexdigest()

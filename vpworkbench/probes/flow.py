@@ -204,8 +204,9 @@ def _positions(picked: Tensor | Sequence[int] | None, sets: Modalities, name: st
     examples, tokens = sets.vision.shape
     picked = torch.as_tensor(picked, device=sets.vision.device)
     picked = picked.expand(examples, -1) if picked.ndim == 1 else picked
-    shaped = picked.ndim == 2 and len(picked) == examples and picked.numel() > 0 and not picked.is_floating_point()
-    if not shaped or picked.min() < 0 or picked.max() >= tokens:
+    whole = not picked.is_floating_point() and picked.dtype != torch.bool
+    shaped = picked.ndim == 2 and len(picked) == examples and picked.numel() > 0
+    if not (whole and shaped) or picked.min() < 0 or picked.max() >= tokens:
         raise ValueError(
             f"{name} must hold token positions from 0 to {tokens - 1}, (picked,) or ({examples}, picked), not "
             f"{picked.dtype} {tuple(picked.shape)}"
@@ -332,7 +333,7 @@ class FlowRecorder:
                 f"{call.name} attends to padding or to a sink, and layers before it do not: pass the positions that "
                 "the model treats as real as `tokens`"
             )
-        self._two_sets = attended
+        self._two_sets = bool(attended)
 
     def _open_layer(self, call: AttentionCall) -> None:
         dtype = torch.promote_types(call.query.dtype, torch.float32)

@@ -174,8 +174,8 @@ def attention_blocked(
 ) -> Iterator[None]:
     """In the block, all passes of `model` over these tokens run with a way blocked in a span of layers.
 
-    Also those of other probes. The arguments and errors are those of `knock_out`; one more for a model of two streams,
-    whose cross layers would have nothing left to attend to.
+    Also those of other probes. The arguments and errors are those of `knock_out`; two more for a model of two streams,
+    whose cross layers would have nothing left to attend to, and for one whose layers share a module (ALBERT).
     """
     if streams_of(model):
         raise ValueError(f"{type(model).__name__} has two streams of states: only knock_out can block its cross layers")
@@ -183,8 +183,10 @@ def attention_blocked(
     sets = modalities_of(model, inputs, vision, tokens, language)
     survey = _survey(model, inputs, sets, layers)
     [(first, last)] = _spans([span], len(survey.kinds))
-    pairs, modules = survey.blocked(way, sets), dict(model.named_modules())
-    blocked = {modules[survey.choice.names[layer]]: pairs[layer] for layer in range(first, last + 1)}
+    pairs, modules, names = survey.blocked(way, sets), dict(model.named_modules()), survey.choice.names
+    if len(set(names)) < len(names):
+        raise ValueError(f"layers of {type(model).__name__} share one module: only knock_out can block some of them")
+    blocked = {modules[names[layer]]: pairs[layer] for layer in range(first, last + 1)}
 
     def change(call: AttentionCall) -> AttentionCall:
         return call.without(blocked[call.module].to(call.query.device)) if call.module in blocked else call

@@ -50,8 +50,8 @@ def objects_of_tokens(object_map: Tensor, grid: int | tuple[int, int], share: fl
     height, width = object_map.shape[-2:]
     if not (0 < rows <= height and 0 < columns <= width):
         raise ValueError(f"{height} x {width} pixels cannot be divided into {rows} x {columns} tokens")
-    row = torch.arange(height, device=object_map.device) * rows // height
-    column = torch.arange(width, device=object_map.device) * columns // width
+    row = (2 * torch.arange(height, device=object_map.device) + 1) * rows // (2 * height)
+    column = (2 * torch.arange(width, device=object_map.device) + 1) * columns // (2 * width)
     maps = object_map.reshape(-1, height, width)
     image = torch.arange(len(maps), device=object_map.device)[:, None, None]
     token = (image * rows + row[:, None]) * columns + column
@@ -154,7 +154,9 @@ class ObjectShares:
     images: np.ndarray  # (object,) the image that each object is in
 
     def intervals(self, seed: int = 0) -> dict[str, Interval]:
-        """Mean share of each rule with its bootstrap interval over objects."""
+        """Mean share of each rule with its bootstrap interval over objects; empty without objects."""
+        if not len(self.sizes):
+            return {}
         return {rule: bootstrap_interval(shares, seed) for rule, shares in self.shares.items()}
 
     def difference(self, first: str, second: str, seed: int = 0) -> Interval:

@@ -140,8 +140,9 @@ class SinkCounter:
 
     def _close_layer(self) -> None:
         may, much = self._may[:, :2], self._much[:, :2]
-        sizes = torch.stack([self.sets.vision, self.sets.language], dim=1).sum(dim=2, keepdim=True)
-        has_say = (may > 0) & (2 * may >= sizes - 1)
+        sets = torch.stack([self.sets.vision, self.sets.language], dim=1)
+        others = sets.sum(dim=2, keepdim=True) - sets.int()  # no token has a say on itself
+        has_say = (may > 0) & (2 * may >= others)
         is_sink = (2 * much > may) | ~has_say
         self.sinks.append(is_sink.all(dim=1) & has_say.any(dim=1) & self.sets.tokens)
         self.received.append((self._given / self._may)[:, 2])

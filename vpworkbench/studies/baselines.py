@@ -193,7 +193,7 @@ def _trained(
 ) -> nn.Module:
     """A classifier of `inputs`, each (example, ...), trained on the CPU and in evaluation mode; target (example,)."""
     with torch.random.fork_rng(devices=[]):  # a baseline must not change what is trained after it
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = build()
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
         for _ in range(epochs):

@@ -77,8 +77,13 @@ def copy_errors(features: Tensor, masks: Mapping[str, Tensor], grid: int, *, see
     """Errors of a ridge regression for each kind of mask, fitted on the other half of the images.
 
     It sees the visible ones of a token's eight neighbours, which of them are visible, and the mean of all visible
-    tokens. Features are (image, vision, channel), masks bool (image, vision), tokens of a grid row by row.
+    tokens. Features are (image, vision, channel), masks bool (image, vision), tokens of a grid row by row. A ValueError
+    for a single image: there is none to fit on.
     """
+    if len(features) < FOLDS:
+        raise ValueError(
+            f"{len(features)} images: give at least {FOLDS}, since the others are what a guess is fitted on"
+        )
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     errors = {kind: np.empty(len(features)) for kind in masks}
     for fold in range(FOLDS):

@@ -125,7 +125,7 @@ def mask_shares(visual: nn.Module, pictures: Sequence[Picture]) -> mask_probes.O
 class ParserChange(NamedTuple):
     """Share of masks on objects before and after training, by rule, with intervals over objects (see `mask_shares`).
 
-    Both are empty if the objects are not known, or the visual side has no grid.
+    Both are empty if no objects of three tokens are known, or the visual side has no grid.
     """
 
     start: dict[str, Interval]
@@ -144,7 +144,7 @@ class ParserChange(NamedTuple):
 
     def __str__(self) -> str:
         if not self.start:
-            return "The objects of these images are not known, or the visual tokens form no grid."
+            return "No objects of three tokens or more are known, or the visual tokens form no grid."
         shares = [f"{rule} {self.start[rule].mean:.0%} -> {self.end[rule].mean:.0%}" for rule in self.lost()]
         lines = [f"Masks on objects, start -> end: {', '.join(shares)} (random {self.end['random'].mean:.0%})."]
         if worst := {rule: share for rule, share in self.lost().items() if share > LARGEST_LOSS}:

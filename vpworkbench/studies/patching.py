@@ -39,8 +39,7 @@ def patch_inputs(
     for what, other in changed.items():
         if other.tokens.shape != clean.tokens.shape or (what == "text" and not torch.equal(other.tokens, clean.tokens)):
             raise ValueError(f"{subject.name} makes different numbers of tokens of the two {what}s of a pair")
-    one, other = (hidden_states(subject.model, i.forward, tokens=i.tokens)[0] for i in (clean, changed["text"]))
-    word = clean.language & (one != other).any(dim=-1)  # where the sequences differ before the first layer
+    word = clean.language & _differ(subject, clean, changed["text"])
     thing = _on_things(subject, clean, pairs, 0) | _on_things(subject, changed["image"], pairs, 1)
     vision = clean.vision & clean.tokens
     cls = torch.zeros_like(vision)
@@ -56,6 +55,15 @@ def patch_inputs(
     }
     found = {name: group for name, group in groups.items() if group.any()}
     return PatchInputs(clean.forward, changed[corrupt].forward, found)
+
+
+def _differ(subject: Subject, one: Inputs, other: Inputs) -> Tensor:
+    """Where the sequences of two inputs differ before the first layer, bool (example, token)."""
+    if subject.base is not None:  # its first state may come after layers on words only
+        ids = one.forward["words"] != other.forward["words"]
+        return torch.nn.functional.pad(ids, (0, one.tokens.shape[1] - ids.shape[1]))
+    states = (hidden_states(subject.model, inputs.forward, tokens=inputs.tokens)[0] for inputs in (one, other))
+    return torch.ne(*states).any(dim=-1)
 
 
 def _on_things(subject: Subject, inputs: Inputs, pairs: Sequence[PicturePair], side: int) -> Tensor:

@@ -116,11 +116,11 @@ def ask(subject: Subject, some: Sequence[Example]) -> Question:
     if not words[0]:
         inputs = subject.prepare(pictures, texts)
         first = torch.arange(inputs.tokens.shape[1]) == inputs.language.int().argmax(dim=1).cpu()[:, None]
-        if some[0].answer:
-            readout = task_answer(subject.task_model, [one.answer for one in some])
-        else:
-            readout = _right_decision(subject, some)
-        return Question(inputs, readout, first.to(inputs.tokens.device))
+        if not some[0].answer:
+            return Question(inputs, _right_decision(subject, some), first.to(inputs.tokens.device))
+        readout = task_answer(subject.task_model, [one.answer for one in some])
+        reads_all = subject.task_model.pool == "words"
+        return Question(inputs, readout, inputs.language if reads_all else first.to(inputs.tokens.device))
     if subject.base is None:
         return _next_word(subject, pictures, texts, words)
     hidden = [_replaced(text, word, "[MASK]") for text, word in zip(texts, words, strict=True)]

@@ -228,9 +228,9 @@ def correlations(runs: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), 
     `pearson` and `spearman` over all runs, and `within` arms: both quantities centred in each. `error` is the mean
     absolute error of a line fitted on all other seeds, `error_of_mean` that of their mean. `tells` is the plan's rule.
     """
-    scores, rows = _table(runs, score), {}
+    rows = {}
     for name in measures:
-        values, found = _table(runs, name), {}
+        (values, scores), found = _tables(runs, name, score), {}
         for (kind, ranked), (where, centred) in product(CORRELATIONS.items(), {"": False, "_within": True}.items()):
             statistic = _correlation(values, scores, ranked=ranked, centred=centred)
             found |= flatten({f"{kind}{where}": bootstrap_statistic(statistic, len(scores))})
@@ -240,9 +240,10 @@ def correlations(runs: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), 
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def _table(runs: pd.DataFrame, name: str) -> np.ndarray:
-    """A column as (seed, arm), of the seeds that all arms have."""
-    return runs[name].unstack("arm").dropna().to_numpy()
+def _tables(runs: pd.DataFrame, *names: str) -> list[np.ndarray]:
+    """Columns as (seed, arm), of the seeds for which all arms have all of them."""
+    whole = runs[list(names)].unstack("arm").dropna()
+    return [whole[name].to_numpy() for name in names]
 
 
 def _correlation(

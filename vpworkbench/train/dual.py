@@ -23,6 +23,7 @@ from transformers import BertModel
 from vpworkbench.data.inputs import visual_input
 from vpworkbench.data.records import Picture
 from vpworkbench.data.steps import TensorBatch
+from vpworkbench.errors import SettingsError
 from vpworkbench.model.attentive import Scan
 from vpworkbench.model.visual import build_visual, encode
 from vpworkbench.model.weights import start_visual
@@ -37,6 +38,7 @@ from vpworkbench.tasks.task import Progress, texts_of
 from vpworkbench.train.checkpoints import is_trained
 from vpworkbench.train.engine import fit, pick_device
 from vpworkbench.train.frozen import forget_tokens, token_inputs
+from vpworkbench.train.processes import launched
 
 DUAL = ("frozen dual projection", "trained dual encoder")
 FROZEN_OPTIM = OptimSettings(lr_fusion=1e-3, weight_decay=0.1, warmup=10, decay_at=(0.5, 0.75), decay=0.3)
@@ -79,10 +81,15 @@ def near_captions(
     """The share `retrieval.hard` of all training captions that is nearest to each image, by the frozen projections.
 
     Places of captions, nearest first and never an image's own, int64 (picture, caption). `folder` keeps them as
-    `near.npy`, and the projections.
+    `near.npy`, and the projections. A `SettingsError` where `torchrun` started several processes without it: a
+    contrastive loss compares a whole step, which they cannot share.
     """
     file = folder / "near.npy"
     if not file.exists():
+        if launched():
+            raise SettingsError(
+                "retrieval.hard needs one process to find hard negatives: use train.processes, not torchrun"
+            )
         dual = build_dual(settings)
         features = dual.features(batches.pictures, progress=progress)
         train_projection(dual, batches, settings, folder=folder, features=features)
@@ -209,7 +216,7 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def features(self, pictures: Sequence[Picture], *, progress: Progress | None = None) -> Features:
         """Pooled images and captions."""
-        self.eval()
+        self.to(self.projection.log_scale.device).eval()  # where only the projection was trained, on a GPU
         device, captions = self.projection.log_scale.device, texts_of(pictures)
         images, texts = [], []
         for start in range(0, len(pictures), 64):

@@ -44,16 +44,17 @@ def evaluate(
     images: int = 500,
     progress: Progress | None = None,
 ) -> HeldOut:
-    """Match decisions and hidden words on held-out images, at most `images` of them.
+    """Match decisions and hidden words on held-out images that have a caption, at most `images` of them, not mirrored.
 
     One word of each text is hidden and predicted: in scenes a colour or a shape, in other sets any word. Nothing else
     is masked.
     """
     model.eval()
+    pictures = [picture for picture in pictures if picture.captions]
     size = min(32, len(pictures))
     texts = min(5, max(len(picture.captions) for picture in pictures))  # more texts give narrower intervals
-    groups = data.with_overrides({"grouped": True, "matched_per_image": texts, "unmatched_per_image": texts})
-    batches = group_batches(pictures, model, groups, images=size, seed=1)
+    groups = {"grouped": True, "flip": False, "matched_per_image": texts, "unmatched_per_image": texts}
+    batches = group_batches(pictures, model, data.with_overrides(groups), images=size, seed=1)
     steps = max(1, min(images, len(pictures)) // size)
     scored = None
     if data.sets == ("scenes",):
@@ -132,8 +133,13 @@ def held_out_probe(
 
     `flow` and `nmi` at the last layer (paper Fig. 3 and 5), and `held_out_loss`, the sum of Eq. 10 on one batch.
     """
-    count, objective = min(images, len(pictures)), Pretraining(settings)
-    batch = group_batches(pictures, model, settings.data, images=count, seed=settings.seed, guide=guide)[0]
+    pictures = [picture for picture in pictures if picture.captions]
+    count, objective, data = (
+        min(images, len(pictures)),
+        Pretraining(settings),
+        settings.data.with_overrides({"flip": False}),
+    )
+    batch = group_batches(pictures, model, data, images=count, seed=settings.seed, guide=guide)[0]
     counts, sums = objective.counts(batch), objective.losses(model, batch.to(model.device))
     probed = probe(model, pictures, images=count, seed=settings.seed)
     return {

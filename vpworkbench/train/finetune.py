@@ -88,10 +88,10 @@ def finetune(run: Run, prepared: PreparedTask, settings: FinetuneSettings) -> in
     """Train to the end, or continue from the run's last checkpoint; returns the optimiser steps of the whole run."""
     train, model = settings.train, prepared.model
     write_skipped(prepared.skipped, run.folder)
-    launch(train.processes, run.folder)
     batches = model.task.batches(prepared.splits["train"], model, settings)
-    if isinstance(batches, RetrievalBatches) and settings.retrieval.hard:
+    if isinstance(batches, RetrievalBatches) and settings.retrieval.hard:  # before the processes, which read the file
         batches.near = near_captions(batches, settings, folder=run.folder, progress=run.progress)
+    launch(train.processes, run.folder)
     if model.base.settings.visual.frozen:
         images = [image for record in prepared.splits["train"] for image in record.images]
         device, flip = pick_device(train.device), settings.retrieval.flip

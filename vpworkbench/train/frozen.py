@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from vpworkbench.data.images import ImageFile
 from vpworkbench.data.inputs import ImageCache, Pixels, VisualInput
 from vpworkbench.model.visual import pack
+from vpworkbench.model.weights import digest
 from vpworkbench.runs import Run
 from vpworkbench.train.checkpoints import is_trained
 
@@ -34,11 +34,9 @@ def token_inputs(
     def encode(files: Sequence[ImageFile], mirrored: np.ndarray) -> Tensor:
         return pack(visual(pixels.stack(files, mirrored).to(device))).cpu()
 
-    key = hashlib.sha256(visual.settings.model_dump_json().encode())
-    for name, tensor in visual.state_dict().items():
-        key.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    key = digest(visual, visual.settings.model_dump_json())
     options = {"both_ways": flip, "what": "encoding images", "progress": run.progress}
-    return ImageCache(run.folder, images, encode, key.hexdigest(), **options)
+    return ImageCache(run.folder, images, encode, key, **options)
 
 
 def forget_tokens(run: Run) -> None:
