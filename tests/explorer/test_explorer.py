@@ -46,6 +46,7 @@ from vpworkbench.model.model import VisualParsingModel
 from vpworkbench.model.readouts import fill_mask, match_probability
 from vpworkbench.probes import flow_from_attention, knock_out
 from vpworkbench.probes.readouts import masked_word, match_log_odds, task_answer
+from vpworkbench.probing import probe
 from vpworkbench.settings import MaskSettings, pretrain_settings
 from vpworkbench.studies.examples import mask_errors
 from vpworkbench.subjects import Subject
@@ -119,6 +120,23 @@ def test_a_click_picks_and_draw_again_changes_the_random_mask_alone(view: Explor
     assert not np.array_equal(first[3], second[3])
     panels.picked = -1  # Escape
     assert view.masks.pick == panels.picked == 3
+
+
+def test_a_chosen_head_stays_with_the_next_picture(view: Explorer) -> None:
+    view.pick(14, k=6, head=1)
+    view.look(1)
+    assert view.masks.head.value == 1
+
+
+@pytest.mark.parametrize("kinds", [{}, {"family": "vit", "vit": "vit_tiny_patch16_224", "merge": 2, "image_px": 96}])
+def test_a_model_in_half_precision_is_probed_and_explored(scenes: list[Picture], kinds: dict[str, object]) -> None:
+    model = narrow_model(scenes, **kinds)
+    flow = probe(model, scenes[:2]).from_input
+    half = model.to(torch.bfloat16)
+    np.testing.assert_allclose(probe(half, scenes[:2]).from_input, flow, atol=0.01)
+    match = match_probability(half, prepare(half, scenes[:2], ["a", "a"]))
+    assert match.dtype == torch.float32
+    assert set(explore(half, scenes[:2]).tables()) >= {"masks", "looks"}
 
 
 def test_reconstruction_errors_are_those_of_mfr(view: Explorer, model: VisualParsingModel) -> None:
