@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from probes.tiny_models import IMAGE, VIT, Family, Numbers, gemma3, llava, llava_with_processor, paligemma, pixels, qwen
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
 
-from vpworkbench.answers import Answer, probe_answer, read_answer, teacher_forced
+from vpworkbench.answers import Answer, _words, probe_answer, read_answer, teacher_forced
+from vpworkbench.huggingface import prompt_inputs
 from vpworkbench.probes import modality_masks
 
 QUESTION = "what is on the left"
@@ -143,6 +147,25 @@ def test_a_given_answer_of_a_hub_model(with_processor):
     another = probe_answer(*with_processor, picture(1), QUESTION, answer="a red ball")
     assert another.blocked.equal(answer.blocked) and another.prior.equal(answer.prior)
     assert not another.log_probs.equal(answer.log_probs)
+
+
+def test_a_letter_of_several_tokens_is_whole():
+    tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    ids = fast("é 😀!")["input_ids"]
+    assert _words(fast, ids) == ("", "é", " ", "", "", "", "😀", "!")
+    assert _words(fast, ids[:-2]) == ("", "é", " ", "", "", "\ufffd")  # the answer ends inside it
+
+
+def test_a_processor_that_puts_its_image_tokens_in_itself_gets_the_text_alone():
+    vocabulary = {word: at for at, word in enumerate(["<unk>", "<image>", "what", "is"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
+    processor = hf.Blip2Processor(hf.BlipImageProcessor(size={"height": 24, "width": 24}), fast, num_query_tokens=4)
+    made = prompt_inputs(processor, [Image.fromarray(picture(0))], "what is", torch.device("cpu"))
+    assert made["input_ids"].tolist() == [[1, 1, 1, 1, 2, 3]]
 
 
 def test_a_generated_answer_and_several_images(with_processor):

@@ -207,9 +207,8 @@ def read_answer(
     knock_out(
         model, forced, masks.vision, masks.tokens, keep, language=masks.language, way=pairs, spans=every, layers=layers
     )
-    texts = [tokenizer.decode(list(ids[:end])) for end in range(len(ids) + 1)]  # a token alone may lose its space
     return Answer(
-        words=tuple(after[len(before) :] for before, after in pairwise(texts)),
+        words=_words(tokenizer, ids),
         prompt=tuple(tokenizer.decode([number]) for number in forced["input_ids"][0].tolist()),
         log_probs=log_probs,
         blocked=torch.stack(read[1:]),  # the first is the plain pass
@@ -222,6 +221,14 @@ def read_answer(
         layers=flow.layers,
         uncounted=flow.uncounted,
     )
+
+
+def _words(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """What each token adds to the text; a letter of several tokens belongs to the last of them."""
+    texts = [tokenizer.decode(list(ids[:end])) for end in range(len(ids) + 1)]  # a token alone may lose its space
+    for end in range(1, len(ids)):
+        texts[end] = texts[end - 1] if texts[end].endswith("\ufffd") else texts[end]
+    return tuple(after[len(before) :] for before, after in pairwise(texts))
 
 
 def teacher_forced(model: nn.Module, inputs: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:

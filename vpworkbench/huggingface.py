@@ -6,10 +6,12 @@ ViLT, VisualBERT and LXMERT are opened as their encoders, whatever head a checkp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -155,6 +157,10 @@ class Processed:
         return special
 
 
+ADDS_IMAGE_TOKENS = ("PaliGemma", "Blip2", "InstructBlip", "Florence2", "Fuyu")
+"""Models whose processors put the image tokens into the text themselves."""
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs: the device of its first weights that are on one."""
     found = (parameter.device for parameter in model.parameters())
@@ -171,8 +177,29 @@ def prompt(processor: Any, text: str, images: int, *, to_answer: bool = False) -
         message = [{"role": "user", "content": content}]
         return processor.apply_chat_template(message, tokenize=False, add_generation_prompt=to_answer)
     token = getattr(processor, "image_token", "")
-    adds_tokens = type(processor).__name__ == "PaliGemmaProcessor"  # it puts the image tokens in front itself
+    adds_tokens = re.sub("Video|Processor$", "", type(processor).__name__) in ADDS_IMAGE_TOKENS
     return " ".join([*[token] * images, text]) if token and not adds_tokens else text
+
+
+def as_read(processor: Any, image: np.ndarray) -> np.ndarray:
+    """A picture, uint8 (height, width, 3), as a processor that crops or pads it hands it to the model.
+
+    Boxes of tokens are shares of what the model reads. Where that has the shape of the picture, it is the picture.
+    """
+    images = getattr(processor, "image_processor", None)
+    if not (getattr(images, "do_center_crop", False) or getattr(images, "do_pad", False)):
+        return image
+    pixels = images(images=Image.fromarray(image), return_tensors="pt").get("pixel_values")
+    height, width = image.shape[:2]
+    if not torch.is_tensor(pixels) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+        return image  # tiles, or patches in a row: their boxes are shares of the picture
+    pixels = pixels[0].permute(1, 2, 0)
+    if pixels.shape[0] * width == pixels.shape[1] * height:
+        return image
+    if images.do_normalize:
+        pixels = pixels * torch.tensor(images.image_std) + torch.tensor(images.image_mean)
+    scale = 1 / images.rescale_factor if images.do_rescale else 1
+    return (pixels * scale).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def prompt_inputs(processor: Any, images: Sequence[Any], text: str, device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import vpworkbench as vpw
 from vpworkbench.answers import probe_answer
 from vpworkbench.errors import DataError
 from vpworkbench.explorer.answer import COLUMNS, AnswerView
+from vpworkbench.huggingface import as_read
 
 QUESTION = "what is on the left"
 IMAGE = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
@@ -72,6 +73,19 @@ def test_another_question_and_an_error(view, monkeypatch):
     monkeypatch.setattr(view, "_ask", lambda image, question: (_ for _ in ()).throw(ValueError("no answer")))
     view.say("what")
     assert view.status.text == "Not answered: no answer" and view.answer is before
+    view.pin(0, layer=0)
+    assert view.words.label == f"what is red {before.text}"
+
+
+def test_the_image_is_the_part_that_the_model_reads(opened):
+    """A processor that crops: the boxes are shares of the middle third."""
+    model, processor = opened
+    wide = np.zeros((24, 72, 3), dtype=np.uint8)
+    wide[:, 24:48] = 200
+    view = vpw.explore(model, wide, processor=processor, question=QUESTION, answer="a red ball")
+    assert view._image.shape == (24, 24, 3) and (abs(view._image.astype(int) - 200) <= 1).all()
+    assert as_read(processor, IMAGE) is IMAGE
+    view.close()
 
 
 def test_an_image_may_be_a_file_and_anything_else_is_refused(opened, tmp_path):

@@ -608,6 +608,24 @@ def test_a_page_holds_the_errors_that_are_still_awaited(view: Explorer, tmp_path
     assert "…</td>" not in (tmp_path / "page.html").read_text()
 
 
+def test_what_a_second_model_does_not_have_it_leaves_as_it_is(model: VisualParsingModel, scenes: list[Picture]) -> None:
+    with closing(explore(wide_model(scenes, 6, layers=3), scenes[:2], beside=model)) as view:
+        assert "layer=2" in view.words.code()
+        view.read(0, layer=2, head=1)
+        assert [maps.picked for maps in view.words.maps] == [[2, 1], [1, 1]]
+
+
+def test_the_panels_of_errors_follow_the_picture(view: Explorer) -> None:
+    """They are drawn a moment later, and a click may come before."""
+
+    async def look_and_pick() -> None:
+        view.look(1).pick(3)
+        await asyncio.sleep(0.6)
+
+    asyncio.run(look_and_pick())
+    assert view.masks.errors[0].image == view.masks.panels[0].image
+
+
 def test_two_models_on_one_input(model: VisualParsingModel, scenes: list[Picture], tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = narrow_model(scenes)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import narrow_model
-from explorer.small_models import llava, vilt, wide_model
+from explorer.small_models import llava, opened, vilt, wide_model
+from probes.tiny_models import bridgetower
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
@@ -124,6 +125,14 @@ def test_models_of_transformers(make, words: int, patches: int, scenes: list[Pic
     # the patches tile the image; ViLT's class token covers all of it
     areas = np.prod(reading.boxes[:, 2:] - reading.boxes[:, :2], axis=1)
     assert areas.sum() == pytest.approx(1 if make is llava else 2, abs=1e-5)
+
+
+def test_entropies_are_shares_also_where_a_layer_attends_to_one_modality(scenes: list[Picture]) -> None:
+    """BridgeTower: W = 2 A - I has -0.5 on the diagonal of its cross layers."""
+    family = bridgetower()
+    inputs = {name: value[:1] for name, value in family.inputs.items()}
+    entropy = read(opened(family.model, inputs), scenes[0], "a").grid[2]
+    assert (entropy >= 0).all() and (entropy <= 1 + 1e-6).all()
 
 
 def test_vilt_is_read_in_one_order_of_its_patches(scenes: list[Picture]) -> None:

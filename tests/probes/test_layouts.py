@@ -208,6 +208,10 @@ def test_vilt_tells_the_order_of_the_very_pass():
     one, other = passes
     assert not torch.equal(one.boxes.nan_to_num(-1), other.boxes.nan_to_num(-1))
     torch.testing.assert_close(one.flow, other.flow, equal_nan=True)
+    for boxes in one.boxes:  # shares of each image, also of the one that is padded
+        patches = boxes[boxes.isfinite().all(dim=1)]
+        assert patches.amin(dim=0)[:2].tolist() == [0, 0] and patches.amax(dim=0)[2:].tolist() == [1, 1]
+        assert float((patches[1:, 2:] - patches[1:, :2]).prod(dim=1).sum()) == pytest.approx(1)
 
     def in_reading_order(flow):
         boxes, weights = flow.boxes[0], flow.rows[0, 2, :, 0]

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vpworkbench.answers import Answer, probe_answer
+from vpworkbench.answers import probe_answer
 from vpworkbench.errors import first_line
 from vpworkbench.explorer import still
 from vpworkbench.explorer.page import Part, Section, write_page
 from vpworkbench.explorer.parts import WIDTH, StatusText, close_all, encoded, row
 from vpworkbench.explorer.readings import check_index
 from vpworkbench.explorer.widgets import AnswerWords, Maps, Table
+from vpworkbench.huggingface import as_read
 
 QUESTION = "What is shown in the image?"
 COLUMNS = ["word", "probability", "without the image", "prior", "looks at the image", "if uniform", "reads most"]
@@ -79,16 +80,18 @@ class AnswerView(ipywidgets.VBox):
             control.observe(lambda change: self._draw_maps(), "value")
         asked, looked = row(self.question, self.choice), row(self.layer, self.head, self.rolled)
         self.children = (asked, looked, self.status, self.words, self.table, self.shares)
-        self.answer = self._ask(self.choice.value, question)  # errors of the first question are the caller's
+        self._ask(self.choice.value, question)  # errors of the first question are the caller's
         self._draw()
 
-    def _ask(self, image: str, question: str) -> Answer:
-        return probe_answer(self.model, self.processor, self.images[image], question, **self._options)
+    def _ask(self, image: str, question: str) -> None:
+        """Set the answer, and what it answers: the controls may already show a question that has none."""
+        self.answer = probe_answer(self.model, self.processor, self.images[image], question, **self._options)
+        self._asked, self._image = question, as_read(self.processor, self.images[image])
 
     def show(self, image: str, question: str) -> None:
         """Answer a question about one of the images; an error is shown, and what was there stays."""
         try:
-            self.answer = self._ask(image, question)
+            self._ask(image, question)
         except (ValueError, RuntimeError) as error:
             self.status.set(f"Not answered: {first_line(error)}")
             return
@@ -160,7 +163,7 @@ class AnswerView(ipywidgets.VBox):
     def _draw_maps(self) -> None:
         looks, table = self._looks(), self.tables()["words"]
         self.words.update(
-            image=encoded(self.images[self.choice.value]),
+            image=encoded(self._image),
             words=_readable(self.answer.words),
             notes=[_note(**numbers) for numbers in table.to_dict("records")],
             boxes=self.answer.boxes[self._placed].numpy(),
@@ -169,7 +172,7 @@ class AnswerView(ipywidgets.VBox):
             shares=self.answer.image_share.mean(dim=1).numpy(),
             nulls=self.answer.null.mean(dim=1).numpy(),
             sinks=_sinks(looks).nonzero().flatten().tolist(),
-            label=f"{self.question.value} {self.answer.text}",
+            label=f"{self._asked} {self.answer.text}",
             alt="Bright where the chosen word looked.",
         )
 
@@ -191,17 +194,16 @@ class AnswerView(ipywidgets.VBox):
         intro = "Hover over a word to see where it looked. A click pins it, a second click compares two."
         parts = [Part(self.words, self._still()), Part(self.table), Part(self.shares, self._still_shares())]
         name = type(self.model).__name__
-        return write_page(path, f"{name} on “{self.question.value}”", [Section(self.answer.text, intro, parts)])
+        return write_page(path, f"{name} on “{self._asked}”", [Section(self.answer.text, intro, parts)])
 
     def _still(self) -> bytes:
         """The pinned words, or else the last one, on the image."""
         looks, words = self._looks().numpy(), self.words.pinned or [len(self.answer.words) - 1]
-        placed = Placed(
-            self.images[self.choice.value], self.answer.boxes[self._placed].numpy(), bool(self._placed.all())
-        )
+        placed = Placed(self._image, self.answer.boxes[self._placed].numpy(), bool(self._placed.all()))
         figure = still.blank(300 * len(words), 300)
         for axes, word in zip(figure.subplots(1, len(words), squeeze=False)[0], words, strict=True):
-            still.panel(axes, placed, "shade", looks[word], f"“{self.words.words[word]}” looked here")
+            title = still.shortened(f"“{self.words.words[word]}” looked here", 40)
+            still.panel(axes, placed, "shade", looks[word], title)
         return still.png(figure)
 
     def _still_shares(self) -> bytes:

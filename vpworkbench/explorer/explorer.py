@@ -90,6 +90,7 @@ def explore(
     options = {"model": _in_code(model, "model"), "data": _in_code(data, "pictures")}
     options |= {"beside": _in_code(beside, "other"), "regions": repr(regions)}
     options |= {"pictures": repr(pictures), "views": repr(named)}
+    options |= {"processor": _in_code(processor, "processor")}
     defaults = {name: repr(parameter.default) for name, parameter in signature(explore).parameters.items()}
     call = ", ".join(f"{name}={value}" for name, value in options.items() if value != defaults[name])
     return Explorer(

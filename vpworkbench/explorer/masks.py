@@ -113,6 +113,7 @@ class MasksView(View):
     def __init__(self, readings: Sequence[Reading]) -> None:
         super().__init__()
         self.pick, self._draw, self._delayed = -1, 0, Delayed(0.35)
+        self._images_due = True  # of the panels of errors, which are drawn later
         self.k = ipywidgets.IntSlider(
             2, 1, 2, description="k hidden", style={"description_width": "initial"}, layout={"width": "300px"}
         )
@@ -213,7 +214,7 @@ class MasksView(View):
         if not self.readings:
             return Section(self.title, self.status.text)
         self._delayed.cancel()
-        self._reconstruct(images=True)
+        self._reconstruct()
         parts = []
         for reading, values, panels, errors in zip(self.readings, self.values, self.panels, self.errors, strict=True):
             shown = _shown(values)
@@ -287,7 +288,8 @@ class MasksView(View):
         self.fit.disabled = self._object_size < 2
         self._show_numbers()
         self.changed()
-        self._delayed(lambda: self._reconstruct(images=images))
+        self._images_due |= images
+        self._delayed(self._reconstruct)
 
     @property
     def _rule(self) -> Rule:
@@ -312,16 +314,17 @@ class MasksView(View):
         values[3] = visual_mask(noise, self.k.value)[0]
         return values.numpy()
 
-    def _reconstruct(self, *, images: bool = False) -> None:
+    def _reconstruct(self) -> None:
         errors = [one.errors(values[2:]) for one, values in zip(self._rankings, self.values, strict=True)]
         for reading, panel, values, found in zip(self.readings, self.errors, self.values, errors, strict=True):
-            traits = image_traits(reading) if images or not panel.image else {}
+            traits = image_traits(reading) if self._images_due else {}
             traits["label"] = f"{reading.subject.name}: error of hidden tokens"
             traits["alt"] = "Bright where the features of a hidden token are guessed badly."
             masks = [n for n in _shown(values) if KINDS[n] == "mask"]
             traits["captions"] = [f"error under the {self._captions[n]}" for n in masks]
             traits |= {"kinds": ["shade"] * len(masks), "width": WIDTH // 4 * len(masks)}
             panel.update(values=np.nan_to_num(found)[-len(masks) :], picked=self.pick, **traits)
+        self._images_due = False
         self._show_numbers(errors)
 
     # ------------------------------------------------------------------------------------------------ numbers

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vpworkbench.data.records import Picture
+from vpworkbench.huggingface import as_read
 from vpworkbench.probes import (
     attention_blocked,
     flow_from_attention,
@@ -184,7 +185,9 @@ class Reading:
             one = maps.float()
             found[0, layer] = one[:, language][:, :, vision].sum(dim=2).mean(dim=1)
             found[1, layer] = one[:, vision][:, :, language].sum(dim=2).mean(dim=1)
-            found[2, layer] = torch.special.entr(one[:, real]).sum(dim=2).mean(dim=1) / np.log(int(real.sum()))
+            shares = one[:, real].clamp(min=0)  # below 0 where a layer attends to one modality only (BridgeTower)
+            shares = shares / shares.sum(dim=2, keepdim=True)
+            found[2, layer] = torch.special.entr(shares).sum(dim=2).mean(dim=1) / np.log(int(real.sum()))
         return found.numpy()
 
     def product(self, start: int, stop: int) -> Tensor:
@@ -223,7 +226,7 @@ class Reading:
     @cached_property
     def nmi(self) -> NDArray[np.float64]:
         """NMI between two clusters and the two modalities, (layer + 1,), the input first (paper Fig. 5)."""
-        return modality_nmi(self.hidden, *self._sets).numpy()[0]
+        return modality_nmi(self.hidden, *self._sets).cpu().numpy()[0]
 
     @cached_property
     def components(self) -> NDArray[np.float64]:
@@ -272,7 +275,7 @@ def read(model: Subject, picture: Picture, text: str, block: Block | None = None
     if visual is not None and visual.kind.pixels:
         image = inputs.forward["images"][0].permute(1, 2, 0).cpu().numpy()  # the pixels that the model reads
     else:
-        image = picture.image.pixels()
+        image = as_read(getattr(model.prepare, "processor", None), picture.image.pixels())
     return Reading(
         subject=model,
         picture=picture,

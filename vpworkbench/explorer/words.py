@@ -74,19 +74,23 @@ class WordsView(View):
 
         With `transport` words and patches show the exact plan of optimal transport instead of attention.
         """
-        for reading in self.readings:
-            if place != -1:
-                check_index("place", place, len(reading.words) + len(reading.boxes))
-            check_index("layer", layer, reading.layers)
-            check_index("head", head, reading.heads)
+        first = self.readings[0]  # what another model does not have, it leaves as it is
+        if place != -1:
+            check_index("place", place, len(first.words) + len(first.boxes))
+        check_index("layer", layer, first.layers)
+        check_index("head", head, first.heads)
         with self.quiet():
             self.way.value = "transport" if transport else "attention"
             self.mean.value = head is None
             self.rolled.value = self.rolled.value if rolled is None else rolled
-            for maps, reader in zip(self.maps, self.readers, strict=True):
-                before = maps.picked
-                maps.picked = [before[0] if layer is None else layer, before[1] if head is None else head]
-                reader.pinned = reader.pinned if place is None else place
+            for reading, maps, reader in zip(self.readings, self.maps, self.readers, strict=True):
+                chosen, counts = zip((layer, head), maps.picked, strict=True), (reading.layers, reading.heads)
+                maps.picked = [
+                    before if new is None or new >= count else new
+                    for (new, before), count in zip(chosen, counts, strict=True)
+                ]
+                if place is not None and place < len(reading.words) + len(reading.boxes):
+                    reader.pinned = place
         self._redraw()
 
     def code(self) -> str:

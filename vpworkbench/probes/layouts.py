@@ -355,11 +355,11 @@ def patches_recorded(model: nn.Module) -> Iterator[ShuffledPatches]:
 
     def visual_embed(embed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         features, mask, (patches, (rows, columns)) = embed(*args, **kwargs)
-        size = torch.tensor([columns, rows], device=patches.device)
-        corner = patches.flip(-1)  # x, y
+        shuffled.real, corner = mask.bool(), patches.flip(-1)  # x, y
+        of_image = corner.masked_fill(~shuffled.real[:, 1:, None], 0)
+        size = of_image.amax(dim=1, keepdim=True) + 1  # a narrower image is padded
         boxes = torch.cat([corner / size, (corner + 1) / size], dim=-1)
         whole = grid_boxes(1, 1).to(boxes).expand(len(boxes), 1, 4)
-        shuffled.real = mask.bool()
         shuffled.placed = torch.cat([whole, boxes], dim=1).masked_fill(~shuffled.real[..., None], torch.nan)
         return features, mask, (patches, (rows, columns))
 
