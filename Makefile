@@ -1,5 +1,5 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
-.PHONY: install demo test test-all lab lint speedrun figure clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
+.PHONY: install demo test test-all lab lint speedrun figure clean
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin

@@ -71,6 +71,13 @@ def test_each_room_imports_only_from_the_floors_below():
     assert done.returncode == 0 and " 0 broken" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("goal", ["bench-probes", "bench-train", "bench-retrieval", "bench-explorer", "speedrun"])
+def test_make_runs_the_benchmarks_that_its_help_names(goal):
+    shown = subprocess.run(["make", "-n", goal], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert f"python -m benchmarks.{goal.removeprefix('bench-')}" in shown
+    assert (REPOSITORY / "benchmarks" / f"{goal.removeprefix('bench-')}.py").exists()
+
+
 def test_the_package_says_that_it_is_typed():
     assert (REPOSITORY / "vpworkbench" / "py.typed").exists()
 

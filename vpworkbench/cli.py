@@ -143,6 +143,9 @@ def regions(
     weights: Annotated[str, typer.Option(help="photographs: a file for the detector; default: torchvision's own")] = "",
 ) -> None:
     """One npz of regions for each image: of true boxes, by a small CNN trained on scene labels; or of a detector's."""
+    of_the_cnn = (preset, epochs, images, width, seed) != ("tiny", 8, 0, 128, 0)
+    if weights and not detector or detector and of_the_cnn:
+        raise typer.BadParameter("--weights goes with --detector; the other options are for the CNN that scenes train")
     if detector:
         from vpworkbench.data.detected import detect_regions
 

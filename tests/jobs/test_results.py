@@ -68,6 +68,26 @@ def test_curves_lie_over_each_other(three):
         results.curves(three, "imt")
 
 
+def test_runs_of_one_name_are_told_apart_by_their_notebooks(three):
+    tuned = open_run("04_finetune", SmallSettings(seed=8), name="first")
+    tuned.log(5, itm=0.4)
+    curves = results.curves([*three, tuned.folder], "itm")
+    assert list(curves) == ["01_pretrain/first", "second", "04_finetune/first"]
+    table = results.differences([three[0], tuned.folder])
+    assert table.loc["seed"].to_dict() == {"01_pretrain/first": 0, "04_finetune/first": 8}
+
+
+def test_a_run_that_cannot_be_read_has_no_differences(three):
+    (three[1] / "config.json").write_text("{")
+    assert list(results.differences([*three])) == ["first", "other"]
+
+
+def test_a_run_without_the_setting_is_none_of_those_asked_for(three):
+    run = open_run("01_pretrain", SmallSettings(), name="true")
+    run.write_summary(good=True)
+    assert results.find_runs("", "good")["name"].tolist() == ["true"]
+
+
 def test_links_lead_from_one_folder_to_the_other(three):
     text = results.links(three, beside=three[2])
     assert text == "* [first: 01_pretrain.ipynb](../../01_pretrain/first/01_pretrain.ipynb)"

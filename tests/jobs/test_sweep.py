@@ -51,6 +51,16 @@ def test_a_grid_is_every_combination_under_a_name_that_tells_it(notebook):
         {"mask.select": "column", "mask.budget": 4},
     ]
     assert jobs_of(str(notebook), jobs=[{"seed": 3}]) == [Job(str(notebook), "seed=3", {"seed": 3})]
+    assert jobs_of(str(notebook), jobs=[{"name": "../b"}])[0].name == "name=__b"
+
+
+def test_what_a_job_says_comes_before_what_all_say():
+    shared = {"mask.budget": 7, "overrides": {"mask.select": "column", "train.images": 8}}
+    jobs = jobs_of("01_pretrain", parameters=shared, jobs=[{"overrides": {"mask.budget": 14}}, {"train.images": 16}])
+    assert [job.parameters["overrides"] for job in jobs] == [
+        {"mask.select": "column", "train.images": 8, "mask.budget": 14},
+        {"mask.select": "column", "train.images": 16, "mask.budget": 7},
+    ]
 
 
 def test_wrong_jobs_are_reported_all_at_once_and_start_nothing(tmp_path, runs_folder):

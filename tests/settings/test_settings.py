@@ -69,6 +69,19 @@ def test_wrong_values_name_the_setting(parameters, message):
         pretrain_settings(**parameters)
 
 
+def test_what_would_be_ignored_is_refused():
+    probes = {"train.probe_every": 20, "train.keep_best": True}
+    for make in (finetune_settings, visual_init_settings):
+        with pytest.raises(SettingsError, match="only 01_pretrain probes a held-out batch"):
+            make(overrides=probes)
+    with pytest.raises(SettingsError, match="training on labels takes one process"):
+        visual_init_settings(overrides={"train.processes": 2})
+    with pytest.raises(SettingsError, match="visual_tokens 49 also decides visual.image_px"):
+        visual_init_settings(visual_tokens=49, overrides={"visual.image_px": 128})
+    with pytest.raises(SettingsError, match="retrieval.hard is for retrieval, not for snli-ve"):
+        finetune_settings(task="snli-ve", overrides={"retrieval.hard": 0.1})
+
+
 def test_lengths_small_by_default_and_the_presets_at_0():
     assert (pretrain_settings().train.steps, finetune_settings().train.steps) == (40, 20)
     assert visual_init_settings().scenes.images == 320

@@ -122,7 +122,9 @@ def held_out(result: Any) -> go.Figure:
     note = {"annotation_text": "chance", "annotation_position": "top right"}
     figure.add_hline(0.5, line=line, row=1, col=1, **note)
     ratio = result.mlm_ratio
-    figure.update_xaxes(title_text=f"{ratio:.2f} times as often correct with its image", row=1, col=2)
+    times = f"{ratio:.2f} times as often with its image"
+    times = "none is correct with another image" if np.isnan(ratio.mean) else times
+    figure.update_xaxes(title_text=times, row=1, col=2)
     alt = (
         f"Correct match decisions: {percent(result.itm_accuracy.mean)} with the image, "
         f"{percent(result.itm_other_image.mean)} with another one, chance 50%; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -37,7 +38,7 @@ def find_runs(notebook: str = "", where: str = "", *, gallery: bool = False) -> 
     if where and rows:
         both = pd.concat([table, pd.DataFrame(settings).drop(columns=table.columns, errors="ignore")], axis=1)
         try:
-            table = table[both.eval(where).astype(bool)]
+            table = table[both.eval(where).fillna(False).astype(bool)]  # a run without the setting is none of them
         except Exception as error:  # pandas raises many types for a wrong expression
             known = ", ".join(map(str, both.columns))
             raise SettingsError(f"where: {where!r} cannot be evaluated ({error}); columns: {known:.600}") from None
@@ -59,8 +60,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def differences(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """The settings in which runs differ: one row per setting, one column per run; nan if a run lacks a setting."""
-    settings = {folder.name: dict(flat(saved_settings(folder))) for folder in map(Path, folders)}
+    """The settings in which runs differ: one row per setting, one column per run; nan if a run lacks a setting.
+
+    Runs that cannot be read are left out; `find_runs` says why.
+    """
+    settings = {}
+    for name, folder in _named(folders).items():
+        with suppress(RunError):
+            settings[name] = dict(flat(saved_settings(folder)))
     table = pd.DataFrame(settings, dtype=object)
     return table[table.map(repr).nunique(axis=1) > 1]
 
@@ -71,14 +78,21 @@ def curves(folders: Sequence[str | Path], quantity: str) -> dict[str, pd.DataFra
     If none did, a `SettingsError` lists the quantities that there are.
     """
     found, known = {}, set()
-    for folder in map(Path, folders):
+    for name, folder in _named(folders).items():
         metrics = Run(folder).metrics()
         known |= set(metrics.columns) - {"step"}
         if quantity in metrics:
-            found[folder.name] = metrics[["step", quantity]].dropna()
+            found[name] = metrics[["step", quantity]].dropna()
     if known and not found:
         raise SettingsError(f"quantity: no run logged {quantity!r} (known: {', '.join(sorted(known))})")
     return found
+
+
+def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
+    """Folders of runs by their names, or NOTEBOOK/NAME where a name repeats."""
+    paths = [Path(folder) for folder in folders]
+    names = [path.name for path in paths]
+    return {path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}": path for path in paths}
 
 
 def links(folders: Sequence[str | Path], *, beside: Path) -> str:

@@ -84,7 +84,7 @@ def make_jobs(content: Any) -> list[Job]:
         raise SettingsError("no jobs: give a grid, or jobs")
     jobs, faults = [], []
     for change in changes:
-        job = _job(plan.notebook, _name(plan.name, change), _with_overrides({**plan.parameters, **change}), faults)
+        job = _job(plan.notebook, _name(plan.name, change), _merged(plan.parameters, change), faults)
         jobs.append(job._replace(then=_following(job, plan.then, faults)))
     names = [(Path(one.notebook).stem, one.name) for job in jobs for one in (job, *job.then)]
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
@@ -115,16 +115,26 @@ def _following(job: Job, followers: Sequence[Follower], faults: list[str]) -> tu
             faults.append(f"{name}: of {follower.of!r}, but no earlier notebook of `then` has this name")
             continue
         inherited = {"checkpoint": models[follower.of]} | {k: v for k, v in job.parameters.items() if k == "seed"}
-        jobs.append(_job(follower.notebook, name, _with_overrides(inherited | follower.parameters), faults))
+        jobs.append(_job(follower.notebook, name, _merged(inherited, follower.parameters), faults))
         notebook = Path(jobs[-1].notebook).stem
         models[notebook] = f"{notebook}/{name}"
     return tuple(jobs)
 
 
 def _name(prefix: str, change: dict[str, Any]) -> str:
-    values = {key: re.sub(r"[^\w.+@-]+", "_", str(value)) for key, value in change.items()}
+    values = {key: re.sub(r"[^\w.+@-]+|\.{2,}", "_", str(value)) for key, value in change.items()}
     name = "-".join(filter(None, (prefix, ",".join(f"{key}={value}" for key, value in values.items()))))
     return name if len(name) <= 100 else f"{prefix}-{digest(change)}".lstrip("-")
+
+
+def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A job's parameters: its own before the shared ones, setting by setting."""
+    shared, own = _with_overrides(shared), _with_overrides(own)
+    overrides = [given["overrides"] for given in (shared, own) if "overrides" in given]
+    if len(overrides) == 2:
+        wrong = [one for one in overrides if not isinstance(one, dict)]  # the check of parameters reports it
+        own["overrides"] = wrong[0] if wrong else overrides[0] | overrides[1]
+    return shared | own
 
 
 def _with_overrides(given: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +186,7 @@ def _here(jobs: Sequence[Job], workers: int, stopped: list[signal.Signals]) -> R
             return "stopped", ""
         environment = slots.get()
         try:
-            return _run(job, environment)
+            return _run(job, environment, stopped)
         finally:
             slots.put(environment)
 
@@ -213,12 +223,17 @@ def _on_cluster(jobs: Sequence[Job], scheduler: str, stopped: list[signal.Signal
             client.run(execution.stop_all, stopped[0])
 
 
-def _run(job: Job, environment: dict[str, str]) -> tuple[str, str]:
-    """Run one job and what follows it, on a worker of a cluster or in a thread here; returns its state and error."""
+def _run(job: Job, environment: dict[str, str], stopped: Sequence[signal.Signals] = ()) -> tuple[str, str]:
+    """Run one job and what follows it, on a worker of a cluster or in a thread here; returns its state and error.
+
+    Nothing more starts once there is a signal in `stopped`.
+    """
     if root := environment.get("VPW_RUNS"):
         os.environ["VPW_RUNS"] = root
     try:
         for one in (job, *job.then):
+            if stopped:
+                return "stopped", ""
             run_notebook(one.notebook, name=one.name, parameters=one.parameters, environment=environment)
     except KeyboardInterrupt:
         return "stopped", ""

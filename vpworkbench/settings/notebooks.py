@@ -207,6 +207,8 @@ def visual_init_settings(
         "train.epochs": epochs or 8,
         "train.checkpoint_every": checkpoint_every,
     }
+    if visual_tokens and (both := {"visual.image_px", "visual.window"} & (overrides or {}).keys()):
+        raise SettingsError(f"visual_tokens {visual_tokens} also decides {min(both)}; give one of them")
     held_out = {"scenes.val": 100, "scenes.test": 100} if 0 < images < 1000 else {}
     values |= held_out | (overrides or {})
     return settings.with_overrides(values | _sizes(base.visual, values, visual_tokens))

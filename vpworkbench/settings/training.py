@@ -197,6 +197,9 @@ class PretrainSettings(Settings):
         return self
 
 
+ONLY_PRETRAINING = "train.probe_every: only 01_pretrain probes a held-out batch while it trains; leave it 0"
+
+
 class LabelSettings(Settings):
     """Training on the labels of generated scenes."""
 
@@ -205,6 +208,14 @@ class LabelSettings(Settings):
     optim: OptimSettings = OptimSettings(lr_visual=1e-3, lr_fusion=1e-3, weight_decay=0.05, warmup=100)
     train: TrainSettings = TrainSettings(epochs=10, images=64)
     workers: int = Field(1, ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _trains_plainly(self) -> Self:
+        if self.train.probe_every:
+            raise ValueError(ONLY_PRETRAINING)
+        if self.train.processes > 1:
+            raise ValueError(f"train.processes {self.train.processes}: training on labels takes one process")
+        return self
 
 
 class VisualInitSettings(LabelSettings):
@@ -278,3 +289,9 @@ class FinetuneSettings(Settings):
     workers: int = Field(1, ge=0, le=64)
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
+
+    @model_validator(mode="after")
+    def _probes_nothing(self) -> Self:
+        if self.train.probe_every:
+            raise ValueError(ONLY_PRETRAINING)
+        return self
