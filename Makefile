@@ -1,5 +1,5 @@
 # Needs Python >= 3.11 and make; everything else goes into .venv.
-.PHONY: install demo test test-all lab lint speedrun figure clean
+.PHONY: install demo test test-all lab lint speedrun figure clean bench-probes bench-train bench-retrieval bench-explorer bench-gpu
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
@@ -51,7 +51,7 @@ lint: install
 	$(BIN)/lint-imports
 
 # OPTIONS="--presets ablation-224 --images 2" and the like go to the benchmark.
-bench-%: install
+bench-probes bench-train bench-retrieval bench-explorer bench-gpu bench-speedrun: bench-%: install
 	$(BIN)/python -m benchmarks.$* $(OPTIONS)
 
 # From the shipped visual start to held-out ITM 0.95 and masked words 0.60; OPTIONS="--seed 1" and the like.

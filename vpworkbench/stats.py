@@ -76,8 +76,7 @@ def bootstrap_statistic(statistic: Callable[[np.ndarray], np.ndarray], count: in
     It takes rows of sample numbers, (..., sample), and returns the statistic of each row, (...); nan does not count.
     """
     resampled = statistic(np.random.default_rng(0).integers(0, count, (RESAMPLES, count)))
-    known = resampled[~np.isnan(resampled)]
-    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
     return Interval(float(statistic(np.arange(count))), float(low), float(high), count)
 
 

@@ -300,7 +300,7 @@ def test_held_out_draws_means_intervals_and_chance():
     (line,) = figure.layout.shapes
     assert (line.y0, line.y1, line.yref) == (0.5, 0.5, "y")
     assert "3.00 [2.50, 3.70] times" in figure.layout.xaxis2.title.text
-    without = values._replace(mlm_ratio=Interval(np.nan, np.nan, np.nan, 8))
+    without = values._replace(mlm_other_image=Interval(0.0, 0.0, 0.0, 8))
     assert figures.held_out(without).layout.xaxis2.title.text == "none is correct with another image"
 
 

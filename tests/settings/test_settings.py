@@ -78,8 +78,6 @@ def test_what_would_be_ignored_is_refused():
         visual_init_settings(overrides={"train.processes": 2})
     with pytest.raises(SettingsError, match="visual_tokens 49 also decides visual.image_px"):
         visual_init_settings(visual_tokens=49, overrides={"visual.image_px": 128})
-    with pytest.raises(SettingsError, match="retrieval.hard is for retrieval, not for snli-ve"):
-        finetune_settings(task="snli-ve", overrides={"retrieval.hard": 0.1})
 
 
 def test_lengths_small_by_default_and_the_presets_at_0():

@@ -25,7 +25,7 @@ from vpworkbench.scenes.write import write_scenes
 from vpworkbench.settings import DataSettings, pretrain_settings, visual_init_settings
 from vpworkbench.settings.scenes import SceneSettings
 from vpworkbench.subjects import load_run
-from vpworkbench.train.evaluate import _hide_one_word, _intervals, evaluate
+from vpworkbench.train.evaluate import _hide_one_word, evaluate
 from vpworkbench.train.objective import Pretraining, effective_rank, group_batches
 from vpworkbench.train.pretrain import build_model, prepare, pretrain, with_words_of
 from vpworkbench.train.scene_labels import train_visual
@@ -149,13 +149,6 @@ def test_held_out_images_are_those_with_a_caption_as_they_are(model, scenes):
     assert found.itm_accuracy.count == 4
     plain = evaluate(model, scenes[:4], data.with_overrides({"flip": False}))
     np.testing.assert_array_equal(np.array(found), np.array(plain))
-
-
-def test_without_a_right_word_for_another_image_there_is_no_ratio():
-    hits = {"itm_accuracy": np.ones(8), "itm_other_image": np.ones(8) / 2}
-    hits |= {"mlm_with_image": np.tile([1, 5], (8, 1)), "mlm_other_image": np.tile([0, 5], (8, 1))}
-    found = _intervals(hits)
-    assert found.mlm_with_image.mean == 0.2 and np.isnan(found.mlm_ratio[:3]).all()
 
 
 def test_the_shipped_model_has_learnt_to_look():

@@ -123,7 +123,7 @@ def held_out(result: Any) -> go.Figure:
     figure.add_hline(0.5, line=line, row=1, col=1, **note)
     ratio = result.mlm_ratio
     times = f"{ratio:.2f} times as often with its image"
-    times = "none is correct with another image" if np.isnan(ratio.mean) else times
+    times = times if result.mlm_other_image.mean > 0 else "none is correct with another image"
     figure.update_xaxes(title_text=times, row=1, col=2)
     alt = (
         f"Correct match decisions: {percent(result.itm_accuracy.mean)} with the image, "

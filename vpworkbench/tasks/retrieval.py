@@ -381,7 +381,6 @@ RETRIEVAL = Retrieval(
     name="retrieval",
     labels=fixed_labels("unmatched", "matched"),
     metric="mean_recall",
-    own_settings=("retrieval",),
     schedules={
         "tiny": TINY | {"retrieval": RetrievalSettings(search_images=100)},
         "paper": {

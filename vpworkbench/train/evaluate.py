@@ -28,7 +28,7 @@ class HeldOut(NamedTuple):
     itm_other_image: Interval  # the same with another image: above 0.5, the label can be read off the text
     mlm_with_image: Interval  # share of single hidden words that are predicted right
     mlm_other_image: Interval  # the same with another image
-    mlm_ratio: Interval  # of these two; nan if no word is right with another image
+    mlm_ratio: Interval  # of these two; of no meaning if no word is right with another image
 
     def summary(self) -> dict[str, float]:
         """Each mean under its name, its bounds under `_low` and `_high`."""
@@ -114,8 +114,7 @@ def _intervals(values: dict[str, np.ndarray]) -> HeldOut:
         return right_and_asked[..., 0] / np.maximum(right_and_asked[..., 1], 1)
 
     def ratio(images: np.ndarray) -> np.ndarray:
-        other = share("mlm_other_image", images)
-        return np.divide(share("mlm_with_image", images), other, out=np.full_like(other, np.nan), where=other > 0)
+        return share("mlm_with_image", images) / np.maximum(share("mlm_other_image", images), 1e-9)
 
     statistics = [partial(accuracy if name.startswith("itm") else share, name) for name in HeldOut._fields[:4]]
     count = len(values["itm_accuracy"])
