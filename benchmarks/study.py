@@ -40,14 +40,21 @@ MEASURED = {
     "flow (uniform attention)": ("flow", "null"),
     "flow above its null": ("excess",),
     "live flow": ("live",),
-    "matches": ("match",),
-    "words": ("word",),
-    "answers": ("answer",),
+    "cost to matches": ("match",),
+    "cost to words": ("word",),
+    "cost to answers": ("answer",),
     "NMI": ("nmi",),
-    "target rank": ("target_rank",),
-    "masks on objects (random)": ("on_object", "on_object_random"),
 }
 """Columns of the tables of arms: a measure, and the means of what it is compared with."""
+DIGITS = {"live": 5}  # of a measure that is too small for three
+BLOCKED = {
+    "effect": "words read no image",
+    "effect of the reverse": "the image reads no words",
+    "effect of mean values": "words read the mean image token",
+    "effect of random pairs": "as many random pairs",
+}
+"""Quantities of the tables of `07_knock_out`, in the words of the table here."""
+LEAST = "patch-random"  # this arm answers far worse than all others, so correlations over arms are given without it too
 
 
 def collect(jobs: list[Job]) -> None:
@@ -97,19 +104,53 @@ def renewed(saved: study.Study, found: study.Study) -> study.Study:
 
 
 def tables(found: study.Study) -> list[str]:
-    """What the arms reached and measured, their paired differences, and what tells the score, in Markdown.
+    """What the arms reached and measured, paired differences, effects of blocking, and what tells the score: Markdown.
 
-    The last table adds the families' runs, if any are saved.
+    The last two tables add the families' runs, if any are saved: with and without `LEAST`.
     """
     parts = [arms(found.runs, REACHED), arms(found.runs, MEASURED)]
     lines = []
     for one in study.differences(found).itertuples():
-        plain = f"{Interval(one.mean, one.low, one.high, one.seeds):+.3f}"
-        gains = [plain, f"[{one.low_all:+.3f}, {one.high_all:+.3f}]", f"{one.smallest:.3f}", share(one.by_questions)]
-        lines.append([study.OUTCOMES[one.outcome], f"{one.better} - {one.other}", *gains, one.answer])
-    header = ["outcome", "masks", "difference", "corrected", "smallest found", "by questions", "answer"]
-    parts += [markdown(header, lines), tells(found.runs)]
-    return [*parts, tells(with_families(found.runs))] if (FOLDER / FAMILIES).exists() else parts
+        gains = [
+            f"{Interval(one.mean, one.low, one.high, one.seeds):+.3f}",
+            f"[{one.low_all:+.3f}, {one.high_all:+.3f}]",
+        ]
+        power = [f"{one.smallest:.3f} ({one.smallest_all:.3f})", f"{one.sign_flips:.3f}", share(one.by_questions)]
+        lines.append([study.OUTCOMES[one.outcome], f"{one.better} - {one.other}", *gains, *power, one.answer])
+    found_with = "smallest found (corrected)"
+    header = ["outcome", "masks", "difference", "corrected", found_with, "sign flips", "by questions", "answer"]
+    parts += [markdown(header, lines), each_seed(found.runs), blocking(found.runs), tells(found.runs)]
+    if (FOLDER / FAMILIES).exists():
+        together = with_families(found.runs)
+        parts += [tells(together), tells(together.drop(LEAST, level="arm"))]
+    return parts
+
+
+def each_seed(runs: pd.DataFrame) -> str:
+    """The paired differences seed by seed, and those of masked words, which the plan does not ask for."""
+    lines, seeds = [], runs.index.unique("seed")
+    for outcome, words in (study.OUTCOMES | {"words": "masked words"}).items():
+        for (better, other), gains in study.paired(runs, outcome).items():
+            lines.append([words, f"{better} - {other}", *(f"{gains[seed]:+.3f}" for seed in seeds)])
+    return markdown(["outcome", "masks", *(f"seed {seed}" for seed in seeds)], lines)
+
+
+def blocking(runs: pd.DataFrame) -> str:
+    """A row for each kind of blocking and span: what it costs, over the seeds' means of all arms."""
+    tables = []
+    for arm, seed in runs.index:
+        for tuned in (False, True):  # a fine-tuned model answers, and matches no longer
+            name = f"study-seed={seed},masking={arm}{'-vqa' * tuned}"
+            own = pd.read_csv(FOLDER / "runs" / "07_knock_out" / name / "effects.csv")
+            tables.append(own[own["read_out"].eq("answer") == tuned].assign(seed=seed))
+    rows = pd.concat(tables)
+    cells = rows.groupby(["quantity", "start", "stop", "read_out", "seed"])["mean"].mean().unstack("read_out")
+    lines = []
+    for quantity, words in BLOCKED.items():
+        for (start, stop), own in cells.loc[quantity].groupby(["start", "stop"]):
+            span = f"{start}" if start == stop else f"{start} to {stop}"
+            lines.append([words, span, *(cell(own[one], "+.3f") for one in ("match", "word", "answer"))])
+    return markdown(["blocked", "layers", "cost to matches", "cost to words", "cost to answers"], lines)
 
 
 def tells(runs: pd.DataFrame) -> str:
@@ -117,10 +158,12 @@ def tells(runs: pd.DataFrame) -> str:
     lines = []
     for name, one in study.correlations(runs).iterrows():
         kinds = [correlation(one, kind) for kind in ("pearson_within", "spearman_within", "pearson", "spearman")]
-        errors = [f"{100 * one['error']:.2f} ({100 * one['error_of_mean']:.2f})", "yes" if one["tells"] else "no"]
-        lines.append([study.MEASURES[name], *kinds, *errors])
-    header = ["measure", "r within arms", "rank r within arms", "r", "rank r", "error in points (of the mean)", "tells"]
-    return markdown(header, lines)
+        without = f"{one['without_least']:.2f} to {one['without_most']:.2f}"
+        errors = [f"{100 * one[error]:.2f}" for error in ("error", "error_of_mean", "error_of_arms")]
+        errors = f"{errors[0]} ({errors[1]}; {errors[2]})"
+        lines.append([study.MEASURES[name], kinds[0], without, *kinds[1:], errors, "yes" if one["tells"] else "no"])
+    within = ["r within arms", "with any one seed left out", "rank r within arms"]
+    return markdown(["measure", *within, "r", "rank r", "error (of the mean; of arms)", "tells"], lines)
 
 
 def arms(runs: pd.DataFrame, columns: dict[str, tuple[str, ...]]) -> str:
@@ -130,17 +173,20 @@ def arms(runs: pd.DataFrame, columns: dict[str, tuple[str, ...]]) -> str:
         own, cells = runs.loc[arm], []
         for name, *others in columns.values():
             beside = "; ".join(f"{own[other].mean():.3f}" for other in others)
-            cells.append(cell(own[name]) + (f" ({beside})" if beside else ""))
+            if name == "nmi":  # Student's interval would leave [0, 1]
+                cells.append(f"{own[name].mean():.3f} ({own[name].min():.3f} to {own[name].max():.3f})")
+            else:
+                cells.append(cell(own[name], f".{DIGITS.get(name, 3)}f") + (f" ({beside})" if beside else ""))
         lines.append([arm, str(len(own)), *cells])
     return markdown(["masks", "seeds", *columns], lines)
 
 
-def cell(values: pd.Series) -> str:
-    """A mean with its interval; nothing where the arm has no such measure, no interval where all seeds are equal."""
+def cell(values: pd.Series, spec: str = ".3f") -> str:
+    """A mean with its interval; nothing where there is no such measure, no interval where all seeds are equal."""
     values = values.dropna()
     if values.empty:
         return "–"
-    return f"{values.iloc[0]:.3f}" if values.nunique() == 1 else f"{student_interval(values):.3f}"
+    return f"{values.iloc[0]:{spec}}" if values.nunique() == 1 else f"{student_interval(values):{spec}}"
 
 
 def correlation(row: pd.Series, kind: str) -> str:

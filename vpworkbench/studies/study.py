@@ -13,15 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy.special import stdtrit
-from scipy.stats import rankdata
+from scipy.special import nctdtrinc, stdtrit
+from scipy.stats import permutation_test, rankdata
 
 from vpworkbench.errors import SettingsError
 from vpworkbench.jobs.sweep import Job, read_jobs
 from vpworkbench.runs import Run, read_json, runs_root, saved_settings, shipped_run
 from vpworkbench.settings import FinetuneSettings, checked
-from vpworkbench.stats import Interval, bootstrap_statistic, flatten, paired_interval, student_interval
+from vpworkbench.stats import Interval, bootstrap_interval, bootstrap_statistic, flatten, student_interval
 from vpworkbench.tasks import TASKS
 
 CHAIN = ("01_pretrain", "02_probe", "07_knock_out", "04_finetune", "07_knock_out")
@@ -47,6 +46,8 @@ MEASURES = {
 }
 """Columns that may tell the VQA score."""
 CORRELATIONS = {"pearson": False, "spearman": True}  # kind -> of ranks
+CORRECTED = 1 - 0.05 / (len(OUTCOMES) * len(COMPARED))
+"""Level of an interval that is corrected for the number of comparisons (Bonferroni)."""
 NO_MATTER = 0.01  # a difference of scores or of flow as small as this would not matter to anyone
 STRONG = 0.3  # a correlation above it tells something
 POWER = 0.8
@@ -173,27 +174,43 @@ def differences(study: Study) -> pd.DataFrame:
     """Paired differences over seeds, one row for each outcome and pair of arms.
 
     `mean`, `low`, `high` with Student's 95% interval, `low_all`, `high_all` corrected for the number of rows
-    (Bonferroni); `smallest` is the true difference that is found with a power of 80% by the uncorrected interval,
-    `by_questions` the share of the variance between seeds that the choice of test questions explains, `answer` what
-    the plan calls it.
+    (Bonferroni); `smallest` and `smallest_all` are the true differences that each interval finds with a power of 80%.
+    `sign_flips` is the p-value of the mean among all flips of the seeds' signs, not corrected. `by_questions` is the
+    variance that the choice of test questions gives a difference, as a share of that between seeds; above 1 where
+    seeds differ less than questions allow. `answer` is what the plan calls it.
     """
     rows = []
     for outcome in OUTCOMES:
-        by_seed = study.runs[outcome].unstack("arm")
-        for better, other in (pair for pair in COMPARED if set(pair) <= set(by_seed)):
-            both = by_seed[[better, other]].dropna()
-            gains = (both[better] - both[other]).to_numpy()
-            plain = student_interval(gains)
-            corrected = student_interval(gains, level=1 - 0.05 / (len(OUTCOMES) * len(COMPARED)))
+        for (better, other), gains in paired(study.runs, outcome).items():
+            plain, corrected = student_interval(gains), student_interval(gains, level=CORRECTED)
             found = {"outcome": outcome, "better": better, "other": other, "seeds": len(gains)}
             found |= {"mean": plain.mean, "low": plain.low, "high": plain.high}
-            found |= {"low_all": corrected.low, "high_all": corrected.high, "smallest": smallest_found(gains)}
+            found |= {"low_all": corrected.low, "high_all": corrected.high, "sign_flips": sign_flips(gains)}
+            found |= {"smallest": smallest_found(gains, 0.95), "smallest_all": smallest_found(gains, CORRECTED)}
             if outcome == "score":
-                seeds = [(study.questions[better, seed], study.questions[other, seed]) for seed in both.index]
-                within = [((one.high - one.low) / 3.92) ** 2 for one in (paired_interval(*pair) for pair in seeds)]
-                found["by_questions"] = np.mean(within) / gains.var(ddof=1)
+                answered = (study.questions[better, seed] - study.questions[other, seed] for seed in gains.index)
+                found["by_questions"] = np.mean([variance_by_questions(one) for one in answered]) / gains.var(ddof=1)
             rows.append(found | {"answer": answer(plain, corrected)})
     return pd.DataFrame(rows)
+
+
+def paired(runs: pd.DataFrame, measure: str) -> dict[tuple[str, str], pd.Series]:
+    """For each pair of `COMPARED` that ran: the difference of a measure in each seed that both arms have."""
+    by_seed = runs[measure].unstack("arm")
+    pairs = (pair for pair in COMPARED if set(pair) <= set(by_seed))
+    return {(better, other): (by_seed[better] - by_seed[other]).dropna() for better, other in pairs}
+
+
+def variance_by_questions(gains: pd.Series) -> float:
+    """Variance of the mean of one seed's questions, by a bootstrap over images; ids end in three digits for each."""
+    images = gains.groupby(gains.index.str[:-3])
+    interval = bootstrap_interval(images.mean(), weights=images.size())
+    return float((interval.high - interval.low) / (2 * stdtrit(np.inf, 0.975))) ** 2
+
+
+def sign_flips(gains: pd.Series) -> float:
+    """Exact p-value, two-sided, of the mean of paired differences whose signs could as well be the other way."""
+    return float(permutation_test((gains,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
 
 
 def intervals(differ: pd.DataFrame, outcome: str) -> dict[str, tuple[Interval, Interval]]:
@@ -216,17 +233,23 @@ def answer(plain: Interval, corrected: Interval) -> str:
     return "no" if -NO_MATTER <= plain.low and plain.high <= NO_MATTER else "undecided"
 
 
-def smallest_found(gains: np.ndarray) -> float:
-    """The true difference whose 95% interval excludes zero with a power of 80%, by the spread of these gains."""
+def smallest_found(gains: pd.Series, level: float) -> float:
+    """The true difference whose interval of this level is above zero with a power of 80%, by the spread of the gains.
+
+    Student's t is then noncentral; its noncentrality is the difference over its standard error.
+    """
     freedom = len(gains) - 1
-    return (stdtrit(freedom, 0.975) + stdtrit(freedom, POWER)) * gains.std(ddof=1) / np.sqrt(len(gains))
+    bound = stdtrit(freedom, (1 + level) / 2)
+    return float(nctdtrinc(freedom, 1 - POWER, bound) * gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
 def correlations(runs: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), score: str = "score") -> pd.DataFrame:
     """How well each measure tells the score, one row each; intervals by a bootstrap over seeds, all arms together.
 
-    `pearson` and `spearman` over all runs, and `within` arms: both quantities centred in each. `error` is the mean
-    absolute error of a line fitted on all other seeds, `error_of_mean` that of their mean. `tells` is the plan's rule.
+    `pearson` and `spearman` over all runs, and `within` arms: both quantities centred in each. `without_least` and
+    `without_most` bound `pearson_within` when any one seed is left out. `error` is the mean absolute error of a line
+    fitted on all other seeds, `error_of_mean` that of their mean, `error_of_arms` that of their mean in the same arm.
+    `tells` is the plan's rule.
     """
     rows = {}
     for name in measures:
@@ -234,7 +257,11 @@ def correlations(runs: pd.DataFrame, measures: Sequence[str] = tuple(MEASURES), 
         for (kind, ranked), (where, centred) in product(CORRELATIONS.items(), {"": False, "_within": True}.items()):
             statistic = _correlation(values, scores, ranked=ranked, centred=centred)
             found |= flatten({f"{kind}{where}": bootstrap_statistic(statistic, len(scores))})
-        found |= {"error": held_out_error(values, scores), "error_of_mean": held_out_error(None, scores)}
+        seeds = range(len(scores))
+        without = _correlation(values, scores, ranked=False, centred=True)(
+            np.array([np.delete(seeds, one) for one in seeds])
+        )
+        found |= {"without_least": without.min(), "without_most": without.max()} | held_out_errors(values, scores)
         found["tells"] = found["pearson_within_low"] > STRONG and found["error"] < found["error_of_mean"]
         rows[name] = found
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -249,32 +276,37 @@ def _tables(runs: pd.DataFrame, *names: str) -> list[np.ndarray]:
 def _correlation(
     values: np.ndarray, scores: np.ndarray, *, ranked: bool, centred: bool
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """A statistic for `bootstrap_statistic`: of numbers of seeds, (..., seed), the correlation over their runs."""
+    """A statistic for `bootstrap_statistic`: of numbers of seeds, (..., seed), the correlation over their runs.
+
+    nan where there is no spread: centred in each arm, one seed drawn again and again has none.
+    """
 
     def statistic(seeds: np.ndarray) -> np.ndarray:
         sides = []
         for table in (values, scores):
             drawn = table[seeds]  # ... seed arm
             drawn = (drawn - drawn.mean(axis=-2, keepdims=True) * centred).reshape(*seeds.shape[:-1], -1)
+            drawn = drawn.round(12)  # what is equal but for rounding has equal ranks, and no spread
             drawn = rankdata(drawn, axis=-1) if ranked else drawn
             sides.append(drawn - drawn.mean(axis=-1, keepdims=True))
         one, other = sides
-        with np.errstate(invalid="ignore"):  # no spread: nan
+        with np.errstate(invalid="ignore"):
             return (one * other).sum(axis=-1) / np.sqrt((one**2).sum(axis=-1) * (other**2).sum(axis=-1))
 
     return statistic
 
 
-def held_out_error(values: np.ndarray | None, scores: np.ndarray) -> float:
-    """Mean absolute error of a line through the runs of all other seeds, or of their mean; both are (seed, arm)."""
+def held_out_errors(values: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Mean absolute error on each seed of what all others say; both are (seed, arm).
+
+    That is a line through their runs, their mean, and the mean of those in the same arm.
+    """
     errors = []
     for seed, held_out in enumerate(scores):
-        others = np.delete(scores, seed, axis=0)
-        expected: ArrayLike = others.mean()
-        if values is not None:
-            expected = np.polyval(np.polyfit(np.delete(values, seed, axis=0).ravel(), others.ravel(), 1), values[seed])
-        errors.append(np.abs(held_out - expected))
-    return float(np.mean(errors))
+        known, others = np.delete(values, seed, axis=0), np.delete(scores, seed, axis=0)
+        line = np.polyval(np.polyfit(known.ravel(), others.ravel(), 1), values[seed])
+        errors.append([np.abs(held_out - expected).mean() for expected in (line, others.mean(), others.mean(axis=0))])
+    return dict(zip(("error", "error_of_mean", "error_of_arms"), np.mean(errors, axis=0), strict=True))
 
 
 def by_arm(runs: pd.DataFrame) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -289,19 +321,20 @@ def by_arm(runs: pd.DataFrame) -> dict[str, dict[str, tuple[np.ndarray, np.ndarr
 def conclusions(differ: pd.DataFrame, told: pd.DataFrame) -> list[str]:
     """What the runs say, one sentence each, whichever way it falls; the tables are those of the two functions above."""
     said = []
-    for outcome, rows in differ.groupby("outcome", sort=False):
-        for one in rows.itertuples():
-            words = OUTCOMES[outcome][0].upper() + OUTCOMES[outcome][1:]
-            gain = f"{100 * one.mean:+.1f} points [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-            said.append(
-                f"{words}, masks {one.better} against {one.other}: {gain} over {one.seeds} seeds, "
-                f"{one.answer}; a true difference of {100 * one.smallest:.1f} is found in 80% of such studies."
-            )
+    for one in differ.itertuples():
+        words = OUTCOMES[one.outcome][0].upper() + OUTCOMES[one.outcome][1:]
+        gain = f"{Interval(one.mean, one.low, one.high, one.seeds):+.3f}"
+        said.append(
+            f"{words}, masks {one.better} against {one.other}: {gain} over {one.seeds} seeds, {one.answer}. "
+            f"A true difference of {one.smallest:.3f} is found in 80% of such studies, one of {one.smallest_all:.3f} "
+            "after the correction for all comparisons."
+        )
     for name, one in told.iterrows():
-        within = f"{one['pearson_within']:.2f} [{one['pearson_within_low']:.2f}, {one['pearson_within_high']:.2f}]"
+        within = Interval(*one[["pearson_within", "pearson_within_low", "pearson_within_high"]], count=0)
         tells = "tells" if one["tells"] else "does not tell"
         said.append(
-            f"{MEASURES[name].capitalize()} {tells} the VQA score: correlation within arms {within}, error on held-out "
-            f"seeds {100 * one['error']:.2f} points, of the mean {100 * one['error_of_mean']:.2f}."
+            f"{MEASURES[name].capitalize()} {tells} the VQA score: correlation within arms {within:.2f}; "
+            f"error on held-out seeds {100 * one['error']:.2f} points, of the mean {100 * one['error_of_mean']:.2f}, "
+            f"of the mean of the same arm {100 * one['error_of_arms']:.2f}."
         )
     return said
