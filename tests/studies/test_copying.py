@@ -9,6 +9,7 @@ from conftest import narrow_model
 from sklearn.linear_model import Ridge
 
 from vpworkbench.boxes import grid_boxes
+from vpworkbench.data.objects import noise_on_objects
 from vpworkbench.losses import visual_mask
 from vpworkbench.probes.masks import nearest_by_position
 from vpworkbench.studies.copying import MODES, PENALTY, copied, copy_errors
@@ -78,3 +79,17 @@ def test_every_kind_of_mask_on_scenes(scenes):
     assert list(found.errors) == list(MODES) and all(len(errors) == 24 for errors in found.errors.values())
     patches = copied(narrow_model(scenes, family="patch", patch_width=12).visual, scenes[:24], budget=5)
     assert [kind for kind in MODES if kind not in patches.errors] == ["attention, rows", "attention, columns"]
+
+
+def test_a_random_mask_falls_anywhere_though_its_pick_is_on_an_object():
+    """Of the tokens beside the pick, as many lie on objects as chance puts there: 5 of 35 if 6 of 36 are on one."""
+    objects = torch.zeros(4000, 36, dtype=torch.long)
+    objects[:, [0, 5, 14, 20, 21, 35]] = torch.arange(1, 7)
+    noise = noise_on_objects(objects)
+    hidden = visual_mask(noise, 5)
+    assert (objects.gather(1, noise.argmax(dim=1, keepdim=True)) > 0).all() and (hidden.sum(dim=1) == 5).all()
+    beside = ((objects > 0) & hidden).sum(dim=1).double() - 1
+    error = beside.std() / 4000**0.5
+    assert beside.mean() == pytest.approx(4 * 5 / 35, abs=4 * float(error))
+    nothing = noise_on_objects(torch.zeros_like(objects))
+    assert torch.bincount(nothing.argmax(dim=1), minlength=36).min() > 60  # without objects any token is picked

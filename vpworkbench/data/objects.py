@@ -36,6 +36,11 @@ def _map_of(picture: Picture) -> Tensor:
 
 
 def noise_on_objects(objects: Tensor, *, seed: int = 0) -> Tensor:
-    """Uniform numbers (image, vision) whose largest is on an object where the image has one: that token is picked."""
-    noise = torch.rand(objects.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.where((objects > 0) | ~(objects > 0).any(dim=1, keepdim=True), noise + 1, noise) / 2
+    """Uniform numbers (image, vision) whose largest is on an object where the image has one: that token is picked.
+
+    The others have numbers of their own, so a random mask by these falls anywhere.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    picking, others = (torch.rand(objects.shape, generator=generator) for _ in range(2))
+    allowed = (objects > 0) | ~(objects > 0).any(dim=1, keepdim=True)
+    return others.scatter(1, picking.where(allowed, -1.0).argmax(dim=1, keepdim=True), 1.0)
