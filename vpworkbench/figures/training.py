@@ -191,15 +191,15 @@ def forest(rows: Mapping[str, tuple[Interval, Interval]], *, no_matter: float, t
     Between plus and minus `no_matter`, shaded, a difference does not matter.
     """
     figure, names = go.Figure(), [escaped(name) for name in rows]
-    for intervals, width, label in ((1, 2, "thin: corrected for all comparisons"), (0, 7, "thick: 95%")):
+    for intervals, width in ((1, 2), (0, 7)):
         bars = stacked([one[intervals] for one in rows.values()])
         look = {"color": style.BLUE, "thickness": width, "width": 0}
-        marks = {"mode": "markers", "marker": {"color": style.BLUE, "size": 11}, "name": label}
+        marks = {"mode": "markers", "marker": {"color": style.BLUE, "size": 11}, "showlegend": False}
         figure.add_scatter(x=bars.mean, y=names, error_x=error_bars(bars) | look, **marks)
     figure.add_vrect(-no_matter, no_matter, fillcolor=style.GREY, opacity=0.15, line_width=0, layer="below")
     figure.add_vline(0, line={"color": style.GREY, "width": 1.5})
     figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title_text=escaped(axis))
+    figure.update_xaxes(title_text=escaped(f"{axis} (thick: 95%, thin: corrected for all comparisons)"))
     told = (f"{name} {plain.mean:+.3f} [{plain.low:+.3f}, {plain.high:+.3f}]" for name, (plain, _) in rows.items())
     alt = f"{title}, {axis}: {'; '.join(told)}."
     return finish(figure, title=escaped(title), alt=alt, height=110 + 42 * len(rows)).update_layout(margin_l=190)
@@ -210,7 +210,8 @@ def scores_against(
 ) -> go.Figure:
     """A score against several measures of the same runs: measure -> group -> values and scores; one panel each."""
     rows, columns = _small_multiples(len(measures))
-    figure = make_subplots(rows, columns, subplot_titles=[escaped(name) for name in measures], shared_yaxes=True)
+    titles = [escaped(name) for name in measures]
+    figure = make_subplots(rows, columns, subplot_titles=titles, shared_yaxes=True, vertical_spacing=0.22 / rows)
     for index, groups in enumerate(measures.values()):
         place = {"row": index // columns + 1, "col": index % columns + 1}
         for colour, (group, (values, scores)) in zip(cycle(style.PALETTE), groups.items()):
