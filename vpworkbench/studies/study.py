@@ -166,7 +166,7 @@ def question_scores(tuned: Path) -> pd.Series:
 def means(runs: pd.DataFrame) -> pd.DataFrame:
     """Each measure of each arm, mean with Student's 95% interval over seeds as text."""
     arms = {arm: runs.loc[arm] for arm in ARMS if arm in runs.index.levels[0]}
-    cells = {arm: {name: f"{student_interval(own[name]):.3f}" for name in own} for arm, own in arms.items()}
+    cells = {arm: {name: f"{student_interval(own[name]):.3g}" for name in own} for arm, own in arms.items()}
     return pd.DataFrame(cells)
 
 
