@@ -104,6 +104,17 @@ def test_wrong_parameters_end_the_process_with_code_2(vpw):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "options", [["--weights", "w.pth"], ["--detector", "fasterrcnn_resnet50_fpn", "--epochs", "1"]]
+)
+def test_regions_refuse_options_of_the_other_way(options, tmp_path, capsys):
+    """Scenes train a CNN, photographs are given to a detector: no option may be ignored."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["regions", "scenes", str(tmp_path / "made"), *options])
+    assert stop.value.code == 2 and "--weights goes with --detector" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "made").exists()
+
+
 def test_scenes_are_written_and_refused(vpw, tmp_path):
     done = vpw("scenes", "small", "--images", "3", "--val", "2", "--test", "2", "--seed", "5")
     assert done.returncode == 0 and done.stdout.strip() == "small", done.stderr
