@@ -131,7 +131,8 @@ def each_seed(runs: pd.DataFrame) -> str:
     lines, seeds = [], runs.index.unique("seed")
     for outcome, words in (study.OUTCOMES | {"words": "masked words"}).items():
         for (better, other), gains in study.paired(runs, outcome).items():
-            lines.append([words, f"{better} - {other}", *(f"{gains[seed]:+.3f}" for seed in seeds)])
+            cells = (f"{gains[seed]:+.3f}" if seed in gains else "–" for seed in seeds)
+            lines.append([words, f"{better} - {other}", *cells])
     return markdown(["outcome", "masks", *(f"seed {seed}" for seed in seeds)], lines)
 
 
